@@ -1,0 +1,268 @@
+"""
+The Wan 2.1 video DiT, able to run causally: one set of weights, three ways to look.
+
+A video's latents become tokens; each block attends over tokens, attends to the text, and passes an MLP, all three scaled
+and shifted by the noise level of the token's own frame. What a token may see is decided outside: nothing given = the whole
+clip (bidirectional), a frame mask = block-causal training, memory keys and values = generation chunk by chunk. The forward
+is pure: it returns the keys and values that it made and writes nothing.
+
+    python model.py            # sizes of the two configs, and one forward of the tiny one
+
+References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 825); Self-Forcing, arXiv 2506.08009
+(one timestep per frame). Tested against both on golden vectors.
+Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B model.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from config import BadInput
+from rope import rotate
+
+CHUNK = 3  # latents generated together
+
+
+@dataclass
+class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    layers: int = 30
+    freq_dim: int = 256   # sinusoid of the noise level
+    text_dim: int = 4096  # width of the text encoder's features
+    text_len: int = 512   # text positions, padded with zeros and attended
+    channels: int = 16    # latent channels, in and out
+    patch: int = 2        # latent pixels a token is wide and high
+
+
+tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
+
+
+def norm(x):
+    """LayerNorm without weights, in float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+
+def attend(q, k, v, mask=None):
+    """q (b, n, k, d), k and v (b, s, k, d), mask (b or 1, 1, n, s) True = seen  ->  (b, n, k d)"""
+    q, k, v = (rearrange(z, "b n k d -> b k n d") for z in (q, k.to(q.dtype), v.to(q.dtype)))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b k n d -> b n (k d)")
+
+
+class Attention(nn.Module):
+    """Projections of Wan's self- and cross-attention: q and k are normalised over all heads together."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def split(self, x):
+        return rearrange(x, "b n (k d) -> b n k d", k=self.heads)
+
+    def queries(self, x):
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x):
+        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+
+class SelfAttention(Attention):
+    def forward(self, x, rope, memory, mask):
+        """
+        x       (b, n, c)
+        rope    cos, sin of the n tokens (rope.table)
+        memory  None, or keys (rotated already) and values (b, s, k, d) that stand before the n tokens
+        returns (b, n, c), and this call's own un-rotated keys and values
+        """
+        k, v = self.keys_values(x)
+        keys, values = rotate(k, rope), v
+        if memory is not None:
+            keys, values = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(memory, (keys, v)))
+        return self.o(attend(rotate(self.queries(x), rope), keys, values, mask)), (k, v)
+
+
+class CrossAttention(Attention):
+    def forward(self, x, text):
+        """x (b, n, c); text: keys and values (b, m, k, d), made once a prompt by DiT.text"""
+        return self.o(attend(self.queries(x), *text))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.cross_attn = SelfAttention(c.dim, c.heads), CrossAttention(c.dim, c.heads)
+        self.norm3 = nn.LayerNorm(c.dim, eps=1e-6)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, e, text, rope, memory, mask):
+        """x (b, n, c) float32; e (b, f, 6, c) float32: shift, scale, gate for attention, then for the MLP, per frame"""
+        dtype, spread = self.ffn[0].weight.dtype, x.shape[1] // e.shape[1]
+        e = repeat(e + self.modulation.float(), "b f s c -> s b (f n) c", n=spread)
+        y, kv = self.self_attn((norm(x) * (1 + e[1]) + e[0]).to(dtype), rope, memory, mask)
+        x = x + y * e[2]
+        x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)).to(dtype), text)
+        return x + self.ffn((norm(x) * (1 + e[4]) + e[3]).to(dtype)) * e[5], kv
+
+
+class Head(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head = nn.Linear(c.dim, c.channels * c.patch ** 2)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, e):
+        """x (b, n, c), e (b, f, c) the time embedding itself, not its projection"""
+        e = repeat(e[:, :, None] + self.modulation.float(), "b f s c -> s b (f n) c", n=x.shape[1] // e.shape[1])
+        return self.head((norm(x) * (1 + e[1]) + e[0]).to(self.head.weight.dtype))
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv3d(c.channels, c.dim, (1, c.patch, c.patch), (1, c.patch, c.patch))
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = Head(c)
+
+    def initialise(self):
+        """Random weights for training from nothing; the head starts at zero, so the first prediction is v = 0."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv3d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+        nn.init.zeros_(self.head.head.weight)
+        return self
+
+    def text(self, features):
+        """
+        features (b, m, text_dim), zero where padded; made text_len long by zeros, which ARE attended, as in Wan
+        returns  one (keys, values) pair a layer, each (b, text_len, k, d): computed once a prompt
+        """
+        features = F.pad(features, (0, 0, 0, self.config.text_len - features.shape[1]))
+        x = self.text_embedding(features.to(self.text_embedding[0].weight.dtype))
+        return [block.cross_attn.keys_values(x) for block in self.blocks]
+
+    def time(self, t):
+        """t (b, f) noise levels in [0, 1] -> embedding (b, f, c) and its six modulations (b, f, 6, c), float32"""
+        half = self.config.freq_dim // 2
+        freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angle = 1000 * t.double()[..., None] * freq  # never in bf16: 937.5 would become 936
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+        with torch.autocast(t.device.type, enabled=False):
+            e = self.time_embedding(wave.to(self.time_embedding[0].weight.dtype))
+            return e.float(), rearrange(self.time_projection(e), "b f (s c) -> b f s c", s=6).float()
+
+    def forward(self, x, t, text, rope, memory=None, mask=None):
+        """
+        x        (b, f, c, h, w) noised latents
+        t        (b, f)          noise level of each frame, 0 clean .. 1 noise
+        text     from self.text()
+        rope     cos, sin of the tokens of x (rope.table over its latents' positions)
+        memory   None, or one (keys, values) pair a layer, each (b, s, k, d), keys rotated: seen by all tokens of x
+        mask     None (every frame sees every frame), or (b or 1, f, f) bool, True = row sees column; not with memory
+        returns  v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
+                 keys after norm_k and before rotation
+        source: Wan 2.1 (modulation order shift, scale, gate; head uses the embedding, blocks its projection)
+        """
+        f, h, p = x.shape[1], x.shape[3] // self.config.patch, self.config.patch
+        tokens = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
+        weight = self.patch_embedding.weight
+        x = F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()  # (b, n, c)
+        e, e6 = self.time(t)
+        if mask is not None:
+            spread = x.shape[1] // f
+            mask = repeat(mask, "b f g -> b 1 (f n) (g m)", n=spread, m=spread)
+        kv = []
+        for i, block in enumerate(self.blocks):
+            x, made = block(x, e6, text[i], rope, memory and memory[i], mask)  # (b, n, c)
+            kv.append(made)
+        v = self.head(x, e).float()
+        return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=p), kv
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def save_weights(path, state, config, facts, dtype=torch.bfloat16):
+    """
+    One safetensors file, written whole or not at all. config: the dataclass that rebuilds the network; facts: what made
+    it (stage, updates, seed, sampler, ...), kept as JSON in the file's metadata.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    meta = {"config": json.dumps(asdict(config)), "facts": json.dumps(facts)}
+    save_file({k: v.detach().cpu().to(dtype).contiguous() for k, v in state.items()}, part, metadata=meta)
+    os.replace(part, path)
+
+
+def load_weights(path):
+    """-> state dict (float32), config dict, facts dict. Raises BadInput for a missing, truncated or foreign file."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            state = {k: f.get_tensor(k).float() for k in f.keys()}
+        return state, json.loads(meta["config"]), json.loads(meta["facts"])
+    except FileNotFoundError:
+        raise BadInput(f"no weights at {path}: check the path") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"cannot read weights {path} ({str(error).splitlines()[0]}): fetch or train the file again") from None
+    except KeyError as key:
+        raise BadInput(f"{path} has no {key} in its metadata: it is not a weights file of this project") from None
+
+
+def fill(net, state, name="weights"):
+    """Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors."""
+    own, wrong = net.state_dict(), []
+    for kind, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
+                       ("misshapen", {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})):
+        if keys:
+            wrong.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
+    if wrong:
+        raise BadInput(f"{name} do not fit the model: {'; '.join(wrong)}")
+    net.load_state_dict(state)
+    return net
+
+
+def load(path, build, make_config):
+    """A network with its weights, and its facts: build(make_config(**config)) filled strictly from a file."""
+    state, config, facts = load_weights(path)
+    try:
+        net = build(make_config(**config))
+    except TypeError:
+        raise BadInput(f"{path} holds another kind of network than {build.__name__}: give one made for it") from None
+    return fill(net, state, str(path)).eval().requires_grad_(False), facts
+
+
+if __name__ == "__main__":
+    from rope import table
+    for name, config in (("Wan2.1-T2V-1.3B", DiTConfig()), ("tiny", tiny_dit)):
+        with torch.device("meta"):
+            net = DiT(config)
+        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters in {len(net.state_dict())} tensors")
+    torch.manual_seed(0)
+    net, x = DiT(tiny_dit), torch.randn(1, 6, 16, 4, 8)
+    with torch.no_grad():
+        v, kv = net(x, torch.full((1, 6), .5), net.text(torch.zeros(1, 96, 64)), table(torch.arange(6), 2, 4, 32))
+    print(f"latents {tuple(x.shape)} -> velocity {tuple(v.shape)}; keys of layer 0 {tuple(kv[0][0].shape)}")
