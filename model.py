@@ -27,8 +27,6 @@ from torch import nn
 from config import BadInput
 from rope import rotate
 
-CHUNK = 3  # latents generated together
-
 
 @dataclass
 class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
@@ -181,7 +179,7 @@ class DiT(nn.Module):
         text     from self.text()
         rope     cos, sin of the tokens of x (rope.table over its latents' positions)
         memory   None, or one (keys, values) pair a layer, each (b, s, k, d), keys rotated: seen by all tokens of x
-        mask     None (every frame sees every frame), or (b or 1, f, f) bool, True = row sees column; not with memory
+        mask     None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
         returns  v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
                  keys after norm_k and before rotation
         source: Wan 2.1 (modulation order shift, scale, gate; head uses the embedding, blocks its projection)
@@ -194,6 +192,8 @@ class DiT(nn.Module):
         if mask is not None:
             spread = x.shape[1] // f
             mask = repeat(mask, "b f g -> b 1 (f n) (g m)", n=spread, m=spread)
+            if memory:
+                mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
         kv = []
         for i, block in enumerate(self.blocks):
             x, made = block(x, e6, text[i], rope, memory and memory[i], mask)  # (b, n, c)

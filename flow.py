@@ -1,0 +1,179 @@
+"""
+Flow matching in one convention, and the one rollout that sampling and every training stage share.
+
+t is the noise level: x_t = (1 - t) x0 + t noise, and the network predicts v = noise - x0. A video is made chunk by chunk:
+look at the memory, denoise the chunk in a few steps, run it once more clean (t = 0) and commit the keys and values of that
+pass to the memory. Keys come out of the memory un-rotated and are rotated once per chunk, at bounded positions.
+
+    python flow.py             # prints the schedule, and the noise left after each step
+
+References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009 (chunk loop, clean
+pass); Context Forcing, arXiv 2602.06028. Their scheduler looks sigma up in a table of 1,000 rows, so that t = 0 means
+0.005; here it is closed form and t = 0 is clean.
+Leaves out: higher-order solvers.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memory import CHUNK, Memory, similarity, size, summary
+from rope import bounded, rotate, table, unbounded
+
+
+def shifted(u, shift):
+    """Wan's timestep shift: uniform u in [0, 1] -> noise level t in [0, 1]; shift > 1 spends more steps at high noise."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def schedule(steps, shift):
+    """Noise levels of `steps` denoising steps, from 1 down; Self-Forcing's four, shift 5: 1, 0.9375, 0.8333, 0.625."""
+    return [shifted(1 - i / steps, shift) for i in range(steps)]
+
+
+def over_frames(t):
+    return t[..., None, None, None]  # (b, f) -> (b, f, 1, 1, 1)
+
+
+def add_noise(x0, noise, t):
+    """x0, noise (b, f, c, h, w), t (b, f) -> x_t = (1 - t) x0 + t noise"""
+    return (1 - over_frames(t)) * x0 + over_frames(t) * noise
+
+
+def x0_from_v(xt, v, t):
+    """x0 = x_t - t v, in float32: in bf16 the difference of two large numbers would be noise."""
+    return xt.float() - over_frames(t) * v.float()
+
+
+def v_from_x0(xt, x0, t):
+    """v = (x_t - x0) / t, for t > 0"""
+    return (xt.float() - x0.float()) / over_frames(t)
+
+
+def guide(cond, uncond, w):
+    """Classifier-free guidance uncond + w (cond - uncond): w = 1 is no guidance; Self-Forcing's 3.0 is our 4.0."""
+    return uncond + w * (cond - uncond)
+
+
+def draw_noise(seeds, chunk, step, shape, device="cpu"):
+    """
+    Noise of one denoising step, one video a seed: keyed by (seed, chunk, step), so a video does not depend on what else
+    is in its batch, on its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
+    returns  (b, *shape) float32
+    """
+    draws = [np.random.Generator(np.random.Philox(key=[int(seed), chunk << 8 | step])).standard_normal(shape, np.float32)
+             for seed in seeds]
+    return torch.from_numpy(np.stack(draws)).to(device)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a network wants to be sampled; travels in its weights' metadata."""
+    steps: int = 4
+    shift: float = 5.0
+    guidance: float = 1.0
+    renoise: bool = True   # fresh noise between steps (few-step students); False: Euler steps
+    tau: float = 0.95      # surprisal threshold of the memory
+    pool: str = "mean"     # how keys are compared (memory.summary)
+
+
+class Rollout:
+    """
+    One batch of videos under way: look() at the memory, make a chunk however you like, commit() it.
+    net        a DiT; text: net.text(features), (b, ...)
+    grid       latent rows and columns after patching
+    positions  "bounded" (0..20 for ever) or "unbounded" (absolute, up to 1,024 latents)
+    """
+    def __init__(self, net, text, policy, grid, positions="bounded", pool="mean"):
+        self.net, self.text, self.grid, self.pool, self.positions = net, text, grid, pool, positions
+        self.memory, self.chunk, self.before, self.tables = Memory(policy), 0, None, {}
+
+    def rope(self, held):
+        """Tables for the held latents and the new chunk; bounded ones depend only on how many are held: made once."""
+        d = self.net.config.dim // self.net.config.heads
+        if self.positions == "unbounded":
+            src = held[0] if held else torch.zeros(1, 0, dtype=torch.long, device=self.text[0][0].device)
+            return [table(p, *self.grid, d) for p in unbounded(src, CHUNK * self.chunk, CHUNK)]
+        if size(held) not in self.tables:
+            self.tables[size(held)] = [table(p.to(self.text[0][0].device), *self.grid, d) for p in bounded(size(held), CHUNK)]
+        return self.tables[size(held)]
+
+    def look(self):
+        """
+        Make room, read, rotate: what the next chunk sees.
+        returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens, frame numbers held (b, f)
+        """
+        self.memory.make_room(CHUNK)
+        held = self.memory.read()
+        old, new = self.rope(held)
+        keys, values = held[2::2], held[3::2]  # cells: frame numbers, latents, then keys and values of each layer
+        self.view = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(keys, values)] or None, new
+        return *self.view, held[0] if held else None
+
+    @torch.no_grad()
+    def commit(self, x0):
+        """
+        Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w).
+        returns  similarity to the chunk before (b,), keep decision (b,); both stay on the device
+        """
+        b = len(x0)
+        memory, rope = self.view
+        _, kv = self.net(x0, torch.zeros(b, CHUNK, device=x0.device), self.text, rope, memory)
+        now = summary([k for k, _ in kv], self.pool)
+        sim = torch.ones(b, device=x0.device) if self.before is None else similarity(now, self.before)
+        keep = self.memory.policy.decide(self.chunk, sim)
+        frames = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=x0.device).expand(b, -1)
+        self.memory.push([frames, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)], keep)
+        self.before, self.chunk = now, self.chunk + 1
+        return sim, keep
+
+
+def denoise(predict, x, levels, fresh, renoise=True):
+    """
+    predict  x_t (b, 3, c, h, w), t -> v
+    levels   noise levels from schedule(); x is pure noise at levels[0]
+    fresh    step number -> noise of x's shape, for re-noising
+    returns  x0 (b, 3, c, h, w) float32
+    """
+    for j, t in enumerate(levels):
+        at = torch.full(x.shape[:2], t, device=x.device)
+        v = predict(x, at)
+        x0 = x0_from_v(x, v, at)
+        if j + 1 < len(levels):
+            x = add_noise(x0, fresh(j + 1), torch.full_like(at, levels[j + 1])) if renoise else x + (levels[j + 1] - t) * v
+    return x0
+
+
+@torch.no_grad()
+def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None):
+    """
+    Generator: one finished chunk of latents at a time.
+    roll     a fresh Rollout
+    seeds    one a video
+    chunks   how many to make, after the history
+    latent   (c, h, w) of one latent
+    uncond   net.text of the empty prompt, for guidance != 1
+    history  None, or real latents (b, 3m, c, h, w) that are committed first
+    yields   x0 (b, 3, c, h, w), similarity (b,), keep (b,), frame numbers held (b, f) or None
+    """
+    levels, device = schedule(sampler.steps, sampler.shift), roll.text[0][0].device
+    for x0 in (history.split(CHUNK, dim=1) if history is not None else ()):
+        roll.look()
+        roll.commit(x0)
+    for _ in range(chunks):
+        memory, rope, held = roll.look()
+
+        def fresh(step):
+            return draw_noise(seeds, roll.chunk, step, (CHUNK, *latent), device)
+
+        def predict(x, t):
+            v = roll.net(x, t, roll.text, rope, memory)[0]
+            return v if sampler.guidance == 1 else guide(v, roll.net(x, t, uncond, rope, memory)[0], sampler.guidance)
+
+        x0 = denoise(predict, fresh(0), levels, fresh, sampler.renoise)
+        yield (x0, *roll.commit(x0), held)
+
+
+if __name__ == "__main__":
+    for shift in (1, 3, 5):
+        print(f"shift {shift}: " + ", ".join(f"t = {t:.4f} keeps {1 - t:5.1%} of x0" for t in schedule(4, shift)))
