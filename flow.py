@@ -111,9 +111,10 @@ class Rollout:
         return *self.view, held[0] if held else None
 
     @torch.no_grad()
-    def commit(self, x0):
+    def commit(self, x0, keep=None):
         """
-        Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w).
+        Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w); keep (b,) bool
+        replaces the policy's own decision.
         returns  similarity to the chunk before (b,), keep decision (b,); both stay on the device
         """
         b = len(x0)
@@ -121,7 +122,7 @@ class Rollout:
         _, kv = self.net(x0, torch.zeros(b, CHUNK, device=x0.device), self.text, rope, memory)
         now = summary([k for k, _ in kv], self.pool)
         sim = torch.ones(b, device=x0.device) if self.before is None else similarity(now, self.before)
-        keep = self.memory.policy.decide(self.chunk, sim)
+        keep = self.memory.policy.decide(self.chunk, sim) if keep is None else keep
         frames = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=x0.device).expand(b, -1)
         self.memory.push([frames, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)], keep)
         self.before, self.chunk = now, self.chunk + 1

@@ -11,6 +11,7 @@ two checkpoints, and at the end <stage>.safetensors, which goes to weights/ when
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009; TAEHV.
 Leaves out so far: the stages base, teacher, 1 and 2, and more than one process.
 """
+import copy
 import json
 import math
 import os
@@ -29,8 +30,13 @@ from tqdm import tqdm
 
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from model import save_weights
-from vae import TAE, tiny_tae
+from data import CHUNKS, Histories, latent_cache
+from flow import Rollout, Sampler, add_noise, generate, shifted
+from memory import CHUNK, PRESETS
+from model import DiT, load, save_weights, tiny_dit
+from rope import table
+from text import TextEncoder, bytes_to_ids, tiny_text
+from vae import TAE, TAEConfig, tiny_tae
 
 
 @dataclass
@@ -45,10 +51,33 @@ class Config:
     dtype: str = "bf16"   # bf16 | fp32: autocast of the forward pass; weights and optimizer are float32
 
 
-DEFAULTS = {  # stage: updates, batch, lr, warm-up
-    "vae": (2500, 8, 2e-3, 100),
+DEFAULTS = {  # stage: updates, batch, lr, warm-up, EMA decay
+    "vae": (2500, 8, 2e-3, 100, 0.99),
+    "init": (4000, 16, 1.5e-3, 100, 0.998),
 }
-SAVE_EVERY, STRIP_EVERY, BAD_IN_A_ROW = 250, 500, 10
+WEIGHTS = Path(__file__).parent / "weights"
+SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
+CLIPS = 2048           # training clips in the latent cache
+COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
+SHIFT = 3.0            # training noise levels: uniform, shifted by this
+CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
+SAMPLER = Sampler(steps=4, shift=SHIFT)
+
+
+def pack_mask(src, target, own):
+    """
+    Who sees whom in a pack of clean past latents and noised target latents.
+    src     (b, p)  frame numbers of the past, -1 = nothing there
+    target  (b, f)  chunk number of each target latent; own (f,) which noised copy it belongs to
+    returns (b, p + f, p + f) bool: the past sees what is not newer (chunk mates included); a target latent sees every
+            older chunk of the past and its own copy
+    """
+    past, there = src.div(CHUNK, rounding_mode="floor"), src >= 0
+    among = (past[:, :, None] >= past[:, None]) & there[:, None] | torch.eye(src.shape[1], dtype=torch.bool)
+    ahead = torch.zeros(len(src), src.shape[1], len(own), dtype=torch.bool)
+    to_past = (past[:, None] < target[:, :, None]) & there[:, None]
+    to_own = (own[:, None] == own[None]).expand(len(src), -1, -1)
+    return torch.cat([torch.cat([among, ahead], 2), torch.cat([to_past, to_own], 2)], 1)
 
 
 def write_strip(path, rows):
@@ -83,7 +112,7 @@ def main():
     cfg = parse(Config)
     one_of("--stage", cfg.stage, DEFAULTS)
     one_of("--dtype", cfg.dtype, ("bf16", "fp32"))
-    updates, batch, lr, warmup = DEFAULTS[cfg.stage]
+    updates, batch, lr, warmup, decay = DEFAULTS[cfg.stage]
     updates, batch, lr = cfg.updates or updates, cfg.batch or batch, cfg.lr or lr
     if updates < 1 or batch < 1 or not lr > 0:
         raise BadInput("--updates, --batch and --lr must be above 0")
@@ -98,7 +127,7 @@ def main():
         tae = TAE(tiny_tae).to(device, memory_format=torch.channels_last)
         nets = torch.nn.ModuleDict({"vae": tae})
 
-        def loss_at(rng):
+        def loss_at(rng, done):
             clips = [world.clip(int(rng.integers(world.HELD_OUT)), int(rng.integers(480)), 17) for _ in range(batch)]
             video = torch.from_numpy(np.stack(clips)).to(device) * 2 - 1
             with autocast:
@@ -110,19 +139,96 @@ def main():
             unit = (z.mean((0, 1, 3, 4)) ** 2 + (z.std((0, 1, 3, 4)) - 1) ** 2).mean()
             return mse + 0.02 * unit, {"psnr": -10 * math.log10(mse.item()), "unit": unit.item()}
 
-        def strip(path):
+        def strip(nets, path):
+            tae = nets["vae"]
             video = torch.from_numpy(world.clip(world.HELD_OUT, 0, 129)[None]).to(device) * 2 - 1
             with torch.no_grad():
                 again = tae.decode(tae.encode(video))[0]
             write_strip(path, [(v[0, ::13] * .5 + .5).cpu().numpy() for v in (video, again)])
 
+    elif cfg.stage == "init":  # part ar: flow matching on real pasts; what the 4-step student will be distilled from
+        tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
+        latents, seeds = latent_cache(Path(cfg.out) / "cache", tae.to(device), CLIPS, cfg.seed, device)
+        ids, token_mask = bytes_to_ids([world.world(s).caption for s in seeds], tiny_dit.text_len)
+        histories, grid = Histories(seeds), (latents.shape[-2] // tiny_dit.patch, latents.shape[-1] // tiny_dit.patch)
+        torch.manual_seed(cfg.seed)
+        dit, encoder = DiT(tiny_dit).initialise().to(device), TextEncoder(tiny_text).to(device)
+        nets = torch.nn.ModuleDict({"init_ar": dit, "text": encoder})
+
+        def noised(x0, copies, shape):
+            """Targets at `copies` noise levels each, spread evenly over 0..1 -> x_t, t, v, all with f * copies frames."""
+            u = (torch.rand(len(x0), copies) + torch.rand(len(x0), copies).argsort(1)) / copies
+            t = shifted(u, SHIFT).repeat_interleave(shape, 1).to(device)
+            noise = torch.randn(len(x0), shape * copies, *x0.shape[2:], device=device)
+            return add_noise(x0, noise, t), t, noise - x0
+
+        def clean(x0):
+            """A past as the model will meet it: with a little noise, still called t = 0."""
+            level = torch.rand(len(x0), 1) * CONTEXT_NOISE * torch.rand(x0.shape[:2])
+            return add_noise(x0, torch.randn_like(x0), level.to(device))
+
+        def packed_loss(clips, text, src, target, positions, own, copies):
+            """src (b, p) past frames; target (b, f) frame numbers of all copies; positions (b, p + f)"""
+            past = latents[clips[:, None], src.clamp(min=0)].to(device).float()
+            x0 = latents[clips[:, None], target].to(device).float()
+            xt, t, v = noised(x0, copies, target.shape[1] // copies)
+            x, at = torch.cat([clean(past), xt], 1), torch.cat([torch.zeros(src.shape, device=device), t], 1)
+            rope = table(positions.to(device), *grid, tiny_dit.dim // tiny_dit.heads)
+            mask = pack_mask(src, target // CHUNK, own).to(device)
+            return F.mse_loss(dit(x, at, text, rope, mask=mask)[0][:, src.shape[1]:], v)
+
+        def loss_at(rng, done):
+            clips, chunk, src = histories.draw(rng, batch)
+            clips, chunk, src, kind = *map(torch.from_numpy, (clips, chunk, src)), rng.random()
+            with autocast:
+                text = dit.text(encoder(ids[clips].to(device), token_mask[clips].to(device)))
+                if kind < 0.2:     # the first 7 chunks: plain block-causal training, clean half and noised half
+                    src = target = torch.arange(7 * CHUNK).expand(batch, -1)
+                    loss = packed_loss(clips, text, src, target, torch.cat([src, target], 1), target[0] // CHUNK, 7)
+                elif done < 2 / 3:  # a long past at once: the latents a policy holds, packed
+                    target = (chunk[:, None] * CHUNK + torch.arange(CHUNK)).repeat(1, COPIES)
+                    new = (src >= 0).sum(1, keepdim=True) + torch.arange(CHUNK).repeat(COPIES)
+                    positions = torch.cat([torch.arange(src.shape[1]).expand(batch, -1), new], 1)
+                    loss = packed_loss(clips, text, src, target, positions, torch.arange(COPIES).repeat_interleave(CHUNK), COPIES)
+                else:              # the real memory, chunk after chunk; some chunks are supervised on the way
+                    other = rng.random() < histories.OTHER
+                    policy = PRESETS[str(rng.choice(histories.LAYOUTS)) if other else "slowfast"]
+                    rules = [str(rng.choice(histories.RULES)) for _ in range(batch)]
+                    keep = torch.from_numpy(np.stack([histories.keep[r][c] for r, c in zip(rules, clips)]))
+                    roll = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], policy, grid)
+                    length, loss = int(rng.integers(12, CHUNKS)), 0
+                    supervised = set(rng.choice(np.arange(7, length + 1), 5, replace=False).tolist())
+                    same = torch.arange(COPIES).repeat_interleave(CHUNK)
+                    for i in range(length + 1):
+                        x0 = latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float()
+                        memory, rope, _ = roll.look()
+                        if i in supervised:
+                            xt, t, v = noised(x0.repeat(1, COPIES, 1, 1, 1), COPIES, CHUNK)
+                            many = [z.repeat(COPIES, 1, 1) for z in rope]
+                            own = (same[:, None] == same[None])[None].to(device)
+                            loss = loss + F.mse_loss(dit(xt, t, text, many, memory, own)[0], v) / len(supervised)
+                        if i < length:
+                            roll.commit(clean(x0), keep[:, i].to(device))
+            return loss, {"kind": 0 if kind < 0.2 else 1 if done < 2 / 3 else 2}
+
+        @torch.no_grad()
+        def strip(nets, path):
+            """Four held-out captions, 20 chunks each, from text alone."""
+            worlds = [world.world(world.HELD_OUT + i) for i in range(4)]
+            i, m = (z.to(device) for z in bytes_to_ids([w.caption for w in worlds], tiny_dit.text_len))
+            roll = Rollout(nets["init_ar"], nets["init_ar"].text(nets["text"](i, m)), PRESETS["slowfast"], grid)
+            z = torch.cat([c[0] for c in generate(roll, range(4), 20, SAMPLER, latents.shape[2:])], 1)
+            write_strip(path, list((tae.decode(z)[0][:, ::12] * .5 + .5).cpu().numpy()))
+
     # ---- the loop: one for all stages ---------------------------------------------------------------------------------
+    ema = copy.deepcopy(nets).requires_grad_(False)
     params = [p for p in nets.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(.9, .95), weight_decay=.01)
     step, saved = 0, load_checkpoint(out, device)
     if saved:
         step = saved["step"]
         nets.load_state_dict(saved["nets"])
+        ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
     stop = []  # the signal that asks for an end; the update under way is finished first
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -135,13 +241,15 @@ def main():
         torch.manual_seed(int(rng.integers(2 ** 62)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup) * (.55 + .45 * math.cos(math.pi * step / updates))
-        loss, numbers = loss_at(rng)
+        loss, numbers = loss_at(rng, step / updates)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if torch.isfinite(norm) and torch.isfinite(loss):
             optimizer.step()
             bad = 0
+            with torch.no_grad():  # a short average at first, or the start would linger
+                torch._foreach_lerp_(list(ema.parameters()), list(nets.parameters()), 1 - min(decay, (step + 1) / (step + 10)))
         else:
             bad += 1  # weights unchanged
         step += 1
@@ -155,14 +263,15 @@ def main():
                              f"the last good checkpoint is in {out}")
         if step % SAVE_EVERY == 0 or step == updates or stop:
             log.flush()
-            save_checkpoint(out, step, {"nets": nets.state_dict(), "optimizer": optimizer.state_dict()})
+            save_checkpoint(out, step, {"nets": nets.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
         if step % STRIP_EVERY == 0 or step == updates:
-            strip(out / f"strip_{step:06d}.png")
+            strip(ema, out / f"strip_{step:06d}.png")
     if stop:
         print(f"stopped at update {step}; run the same command to go on")
         sys.exit(130 if stop[0] == signal.SIGINT else 143)
-    for name, net in nets.items():
-        save_weights(out / f"{name}.safetensors", net.state_dict(), net.config, {"updates": step, **asdict(cfg)})
+    facts = {**asdict(cfg), "updates": updates, "batch": batch, "lr": lr, "sampler": asdict(SAMPLER)}
+    for name, net in ema.items():
+        save_weights(out / f"{name}.safetensors", net.state_dict(), net.config, facts)
         print(f"wrote {out / name}.safetensors")
 
 
