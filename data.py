@@ -24,6 +24,7 @@ from memory import CHUNK, PRESETS, plan
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LATENTS = CHUNKS * CHUNK
+LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
 SHARD = 64                      # clips a file
 
 
@@ -58,7 +59,7 @@ def latent_cache(folder, tae, clips, seed, device):
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=all(f.exists() for f in files))):
         if not file.exists():
             batch = seeds[i * SHARD:(i + 1) * SHARD]
-            z = torch.cat([encode_world(tae, batch[j:j + 4], LATENTS, device).bfloat16().cpu() for j in range(0, len(batch), 4)])
+            z = torch.cat([encode_world(tae, batch[j:j + 1], LATENTS, device).bfloat16().cpu() for j in range(len(batch))])
             save_file({"latents": z}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
     return torch.cat([load_file(f)["latents"] for f in files])[:clips], seeds
@@ -77,7 +78,7 @@ class Histories:
         frames = np.arange(frames_of(LATENTS))
         heading = np.stack([w.motion.heading(w.start, frames) for w in map(world.world, seeds)])   # (b, frames)
         chunk = ((frames + 3) // 4) // CHUNK
-        moved = np.stack([np.abs(heading[:, chunk == i][:, -1] - heading[:, chunk == i][:, 0]) for i in range(CHUNKS)], 1)
+        self.moved = moved = np.stack([np.abs(heading[:, chunk == i][:, -1] - heading[:, chunk == i][:, 0]) for i in range(CHUNKS)], 1)
         middle = np.arange(world.SECTORS) * world.SECTOR + world.SECTOR // 2
         away = np.abs((middle - heading[..., None] + world.COLUMNS / 2) % world.COLUMNS - world.COLUMNS / 2)
         seen = np.stack([(away[:, chunk == i] < world.WIDTH / 2 + world.HALF).any(1) for i in range(CHUNKS)], 1)  # (b, chunks, 8)
@@ -88,7 +89,7 @@ class Histories:
         self.weight = np.where(back, 5.0, 1.0)                          # windows in which a landmark comes back: 5 times
         even = np.arange(CHUNKS) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
-                     "moving": even & (moved > 3.5)}                    # lingering chunks move less, turning ones more
+                     "moving": even & (moved > LINGERS)}
         plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy())) for rule, keep in self.keep.items()}
         plans |= {name: plan(PRESETS[name], torch.zeros(len(seeds), CHUNKS - 1, dtype=torch.bool)) for name in self.LAYOUTS}
         self.held = {name: np.stack([np.pad(p.numpy(), ((0, 0), (0, 18 - p.shape[1])), constant_values=-1) for p in contexts], 1)

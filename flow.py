@@ -87,6 +87,7 @@ class Rollout:
     def __init__(self, net, text, policy, grid, positions="bounded", pool="mean"):
         self.net, self.text, self.grid, self.pool, self.positions = net, text, grid, pool, positions
         self.memory, self.chunk, self.before, self.tables = Memory(policy), 0, None, {}
+        self.sims, self.keeps = [], []  # one (b,) a chunk, on the device: what the memory decided and why
 
     def rope(self, held):
         """Tables for the held latents and the new chunk; bounded ones depend only on how many are held: made once."""
@@ -101,21 +102,20 @@ class Rollout:
     def look(self):
         """
         Make room, read, rotate: what the next chunk sees.
-        returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens, frame numbers held (b, f)
+        returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens
         """
         self.memory.make_room(CHUNK)
         held = self.memory.read()
         old, new = self.rope(held)
         keys, values = held[2::2], held[3::2]  # cells: frame numbers, latents, then keys and values of each layer
         self.view = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(keys, values)] or None, new
-        return *self.view, held[0] if held else None
+        return self.view
 
     @torch.no_grad()
     def commit(self, x0, keep=None):
         """
         Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w); keep (b,) bool
         replaces the policy's own decision.
-        returns  similarity to the chunk before (b,), keep decision (b,); both stay on the device
         """
         b = len(x0)
         memory, rope = self.view
@@ -126,7 +126,8 @@ class Rollout:
         frames = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=x0.device).expand(b, -1)
         self.memory.push([frames, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)], keep)
         self.before, self.chunk = now, self.chunk + 1
-        return sim, keep
+        self.sims.append(sim)
+        self.keeps.append(keep)
 
 
 def denoise(predict, x, levels, fresh, renoise=True):
@@ -155,14 +156,14 @@ def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None):
     latent   (c, h, w) of one latent
     uncond   net.text of the empty prompt, for guidance != 1
     history  None, or real latents (b, 3m, c, h, w) that are committed first
-    yields   x0 (b, 3, c, h, w), similarity (b,), keep (b,), frame numbers held (b, f) or None
+    yields   x0 (b, 3, c, h, w)
     """
     levels, device = schedule(sampler.steps, sampler.shift), roll.text[0][0].device
     for x0 in (history.split(CHUNK, dim=1) if history is not None else ()):
         roll.look()
         roll.commit(x0)
     for _ in range(chunks):
-        memory, rope, held = roll.look()
+        memory, rope = roll.look()
 
         def fresh(step):
             return draw_noise(seeds, roll.chunk, step, (CHUNK, *latent), device)
@@ -172,7 +173,8 @@ def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None):
             return v if sampler.guidance == 1 else guide(v, roll.net(x, t, uncond, rope, memory)[0], sampler.guidance)
 
         x0 = denoise(predict, fresh(0), levels, fresh, sampler.renoise)
-        yield (x0, *roll.commit(x0), held)
+        roll.commit(x0)
+        yield x0
 
 
 if __name__ == "__main__":

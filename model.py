@@ -53,14 +53,27 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
 
-def norm(x):
-    """LayerNorm without weights, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then one scale and shift a frame: x (b, f n, c); shift, scale (b, f, 1, c); float32"""
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, y, 1 + scale).flatten(1, 2)
+
+
+def gated(x, y, gate):
+    """x + gate y with one gate a frame: x, y (b, f n, c), gate (b, f, 1, c); float32"""
+    f = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, f), y.float().unflatten(1, f), gate).flatten(1, 2)
 
 
 def attend(q, k, v, mask=None):
     """q (b, n, k, d), k and v (b, s, k, d), mask (b or 1, 1, n, s) True = seen  ->  (b, n, k d)"""
     q, k, v = (rearrange(z, "b n k d -> b k n d") for z in (q, k.to(q.dtype), v.to(q.dtype)))
+    if q.device.type == "cpu" and torch.is_grad_enabled():  # training on a CPU: torch's backward of sdpa takes twice as long
+        score = (q * q.shape[-1] ** -0.5) @ k.mT
+        if mask is not None:
+            score = score + torch.zeros_like(mask, dtype=score.dtype).masked_fill_(~mask, -1e9)
+        with torch.autocast("cpu", enabled=False):
+            return rearrange(score.softmax(-1) @ v.to(score.dtype), "b k n d -> b n (k d)")
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b k n d -> b n (k d)")
 
 
@@ -113,12 +126,12 @@ class Block(nn.Module):
 
     def forward(self, x, e, text, rope, memory, mask):
         """x (b, n, c) float32; e (b, f, 6, c) float32: shift, scale, gate for attention, then for the MLP, per frame"""
-        dtype, spread = self.ffn[0].weight.dtype, x.shape[1] // e.shape[1]
-        e = repeat(e + self.modulation.float(), "b f s c -> s b (f n) c", n=spread)
-        y, kv = self.self_attn((norm(x) * (1 + e[1]) + e[0]).to(dtype), rope, memory, mask)
-        x = x + y * e[2]
+        dtype = self.ffn[0].weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (e + self.modulation.float()).unsqueeze(3).unbind(2)  # (b, f, 1, c) each
+        y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask)
+        x = gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)).to(dtype), text)
-        return x + self.ffn((norm(x) * (1 + e[4]) + e[3]).to(dtype)) * e[5], kv
+        return gated(x, self.ffn(modulate(x, shift2, scale2).to(dtype)), gate2), kv
 
 
 class Head(nn.Module):
@@ -129,8 +142,8 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         """x (b, n, c), e (b, f, c) the time embedding itself, not its projection"""
-        e = repeat(e[:, :, None] + self.modulation.float(), "b f s c -> s b (f n) c", n=x.shape[1] // e.shape[1])
-        return self.head((norm(x) * (1 + e[1]) + e[0]).to(self.head.weight.dtype))
+        shift, scale = (e[:, :, None] + self.modulation.float()).unsqueeze(3).unbind(2)  # (b, f, 1, c) each
+        return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
 
 
 class DiT(nn.Module):
@@ -212,7 +225,7 @@ def save_weights(path, state, config, facts, dtype=torch.bfloat16):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + f".{os.getpid()}.part")
-    meta = {"config": json.dumps(asdict(config)), "facts": json.dumps(facts)}
+    meta = {"about": json.dumps({"config": asdict(config), "facts": facts})}  # one entry: their order in the file is random
     save_file({k: v.detach().cpu().to(dtype).contiguous() for k, v in state.items()}, part, metadata=meta)
     os.replace(part, path)
 
@@ -221,9 +234,9 @@ def load_weights(path):
     """-> state dict (float32), config dict, facts dict. Raises BadInput for a missing, truncated or foreign file."""
     try:
         with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
+            about = json.loads((f.metadata() or {})["about"])
             state = {k: f.get_tensor(k).float() for k in f.keys()}
-        return state, json.loads(meta["config"]), json.loads(meta["facts"])
+        return state, about["config"], about["facts"]
     except FileNotFoundError:
         raise BadInput(f"no weights at {path}: check the path") from None
     except (SafetensorError, OSError, ValueError) as error:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import world
-from world import Motion, Reading, World, chance, clip, events, held, judge, panorama, recall_at, render, turning_rate
+from world import Motion, World, chance, clip, events, held, judge, panorama, recall_at, render, turning_rate
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -22,7 +22,13 @@ def noised(frames, db=26):
     return frames + np.float32(10 ** (-db / 20)) * noise
 
 
-def judge_errors(through=lambda frames: frames, seeds=range(40), frames=160):
+def tinted(frames):
+    """Generated frames drift like this: warmer, darker, and smooth patches of wrong colour."""
+    patches = np.random.default_rng(9).normal(0, .02, (len(frames), 3, 4, 8)).repeat(8, 2).repeat(8, 3)
+    return .9 * frames + np.array([.05, 0, -.02], np.float32)[:, None, None] + patches.astype(np.float32)
+
+
+def judge_errors(through=lambda frames: frames, seeds=range(12), frames=160):
     """
     Reads held-out clips after `through`, frames -> frames: where an autoencoder goes to be tested.
     returns  share of landmarks wholly in view that are read right and readable; all heading errors, columns;
@@ -63,7 +69,7 @@ def steady(frames, start=0.):
 
 
 def strange(mix, ground):
-    """Confidences of landmarks wholly in view where mix(drawing a, drawing b) stands, for pairs a, b in every sector."""
+    """Confidences of landmarks wholly in view where mix(sheet, a, b) stands, for random pairs a, b of landmarks."""
     rng, found = np.random.default_rng(3), []
     sheets = world.sheets(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
     for _ in range(12):
@@ -84,8 +90,8 @@ def test_any_window_of_a_clip_is_the_same_as_that_part_of_the_whole(kind):
 
 
 def test_training_and_held_out_seeds_never_give_the_same_world():
-    # Seeds below and from HELD_OUT on are disjoint, so what could meet is the drawing of worlds: start is a 53-bit
-    # uniform and the landmarks one of 24 ** 8, so that none of 2,000 x 2,000 pairs agrees but by 4e-5.
+    # Seeds below HELD_OUT and from it on are different numbers, so what could meet is what is drawn from them: start
+    # is a 53-bit uniform and the landmarks one of 24 ** 8, so that two of 2,000 + 2,000 agree with probability 4e-5.
     train = [world.world(s) for s in range(2000)]
     held_out = [world.world(world.HELD_OUT + s) for s in range(2000)]
     assert not {w.landmarks for w in train} & {w.landmarks for w in held_out}
@@ -139,8 +145,8 @@ def test_rendering_makes_2000_frames_a_second_on_one_core():
 # ---- the judge -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("through, ceiling", [(lambda x: x, 40), (noised, 25), (blurred, 22),
-                                              (lambda x: noised(blurred(x)), 21)],
-                         ids=["rendered", "26 dB", "blurred", "blurred and 26 dB"])
+                                              (lambda x: noised(blurred(x)), 21), (tinted, 21)],
+                         ids=["rendered", "26 dB", "blurred", "blurred and 26 dB", "tinted"])
 def test_judge_reads_99_percent_of_landmarks_right_and_headings_within_one_column(through, ceiling):
     right, wrong_by, ground, psnr, _ = judge_errors(through)
     assert right >= .99
@@ -217,8 +223,8 @@ def test_grey_noise_and_frozen_frames_are_told_apart():
     assert (judge(noise).kind == "noise").all() and (judge(coarse).kind == "noise").all()
     assert (judge(np.repeat(clip(8, 0, 1), 40, 0)).kind == "frozen").all()
     for kind in ("turn", "linger", "aside"):  # also where it lingers, and where it turns back
-        for seed in range(6):
-            assert (judge(noised(clip(seed, 0, 400, kind))).kind == "ok").all()
+        for seed in range(3):
+            assert (judge(noised(clip(seed, 0, 300, kind))).kind == "ok").all()
 
 
 def test_a_still_camera_is_frozen_but_valid_and_still_read():
@@ -233,17 +239,17 @@ def test_a_video_that_stops_is_frozen_from_there_on():
     assert (kind[:90] == "ok").all() and (kind[120:] == "frozen").all()
 
 
-def test_validity_falls_with_the_damage_and_in_the_box_where_it_is():
-    frames = clip(3, 0, 64)
-    boxes = np.abs(world.offsets(world.world(3).motion.heading(world.world(3).start, np.arange(64)))) <= world.WHOLE
-    frames, seen = frames[boxes.any(1)], boxes.any(1)
-    assert seen.sum() > 30
-    levels = [judge(noised(frames, db)).psnr.mean() for db in (30, 26, 22)]
-    assert np.allclose(levels, (30, 26, 22), atol=.5)  # the damage itself, and no more
-    above = frames.copy()
-    above[:, :, :4] = noised(frames, 10)[:, :, :4]  # in the sky alone
-    hurt, whole = judge(above), judge(frames)
-    assert (hurt.psnr < whole.psnr - 5).all() and np.allclose(hurt.box_psnr, whole.box_psnr, atol=3)
+def test_validity_is_the_size_of_the_damage_and_in_the_boxes_only_if_it_is_there():
+    frames = film(np.linspace(40, 56, 64), SET)  # sector 1 always in view
+    for db in (30, 26, 22):
+        reading = judge(noised(frames, db))
+        assert abs(reading.psnr.mean() - db) < .3 and abs(reading.box_psnr.mean() - db) < .3
+    above, inside = frames.copy(), frames.copy()
+    above[:, :, :4] = noised(frames, 10)[:, :, :4]
+    inside[:, :, 15:17] = noised(frames, 10)[:, :, 15:17]
+    above, inside = judge(above), judge(inside)
+    assert (above.psnr < 20).all() and (above.box_psnr > 30).all()
+    assert (inside.box_psnr < 22).all() and (inside.psnr > inside.box_psnr).all()
 
 
 def test_a_minute_of_video_is_judged_in_about_a_second():
@@ -261,7 +267,7 @@ def test_a_minute_of_video_is_judged_in_about_a_second():
 
 def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_that_geometry_gives():
     found = events(judge(noised(film(steady(480), SET))), STEADY)
-    assert len(found) == 3 * 8 - 2 and all(e.recall and e.drift and not e.miss for e in found)
+    assert len(found) == 3 * 8 and all(e.recall and e.drift and not e.miss for e in found)
     # out of view over 256 - 2 x 41 columns at 32 a second; within one frame at either end
     assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
     share, count = recall_at(found, 174 / 32)
@@ -271,7 +277,7 @@ def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_tha
 
 @pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
 def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
-    for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
+    for seed in range(world.HELD_OUT, world.HELD_OUT + 4):
         w = world.world(seed, kind)
         reading = judge(noised(clip(seed, 0, 800, kind)))
         found = events(reading, w.caption)
@@ -320,11 +326,11 @@ def test_a_return_that_the_caption_makes_due_and_that_does_not_come_is_a_miss():
     reading = judge(film(heading, SET))
     found = events(reading, STEADY)
     assert found and all(e.miss and e.read == -1 and not e.recall for e in found)
-    assert {e.sector for e in found} == {0, 1, 2, 3, 4}  # those that were read and had left
+    assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
     assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
     assert all(abs(e.due - e.left - (256 - 41 - 21) / 2) <= 2 for e in found)
     assert events(reading, "A merry-go-round.") == []
-    assert events(judge(film(heading[:200], SET)), STEADY) == []  # too short to tell
+    assert events(judge(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
 
 
 def test_a_camera_that_should_look_back_and_does_not_is_a_miss_after_the_time_that_looking_back_takes():

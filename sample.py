@@ -135,11 +135,11 @@ def to_uint8(video):
     return (video * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def memory_picture(path, shots, sims, keeps, memory, tae, policy, prompt, b=0):
-    """
-    shots  list of (second, (h, w, 3) uint8); sims, keeps: one number a chunk; memory: the rollout's, at the end
-    """
+def memory_picture(path, shots, roll, tae, prompt, b):
+    """shots: list of (second, (h, w, 3) uint8); roll: the finished Rollout; b: which of its videos"""
     from PIL import Image, ImageDraw
+    memory, policy = roll.memory, roll.memory.policy
+    sims, keeps = (torch.stack(z)[:, b].tolist() for z in (roll.sims, roll.keeps))
     w, h, gap, left = world.WIDTH * 2, world.HEIGHT * 2, 4, 70
     columns, across = len(shots), left + len(shots) * (w + gap)
     held = memory.read()
@@ -220,11 +220,9 @@ def main():
                 roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, cfg.positions, sampler.pool)
                 empty = dit.text(encoder(*(z.to(device) for z in bytes_to_ids([""] * len(part), dit.config.text_len))))
                 latent = (dit.config.channels, world.HEIGHT // 8, world.WIDTH // 8)
-                past, sims, keeps, shots, made = None, [], [], [[] for _ in part], 0
-                for z, sim, keep, _ in generate(roll, [s for _, s in part], chunks_of(frames), sampler, latent, empty):
+                past, shots, made = None, [[] for _ in part], 0
+                for z in generate(roll, [s for _, s in part], chunks_of(frames), sampler, latent, empty):
                     video, past = tae.decode(z, past)
-                    sims.append(sim)
-                    keeps.append(keep)
                     for file, clip, shot in zip(files, video, shots):
                         clip = to_uint8(clip)
                         file.write(clip)
@@ -236,8 +234,7 @@ def main():
                     bar.set_postfix_str(f"{bar.n * FPS / (time.time() - started):.0f} frames/s")
                 for i, (file, (prompt, _)) in enumerate(zip(files, part)):
                     file.close()
-                    memory_picture(file.path.with_suffix(".png"), shots[i], torch.stack(sims)[:, i].tolist(), torch.stack(keeps)[:, i].tolist(),
-                                   roll.memory, tae, policy, prompt, i)
+                    memory_picture(file.path.with_suffix(".png"), shots[i], roll, tae, prompt, i)
                     bar.write(f"wrote {file.path} and {file.path.with_suffix('.png').name}")
             files = []
     finally:

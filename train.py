@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import CHUNKS, Histories, latent_cache
+from data import CHUNKS, LINGERS, Histories, frames_of, latent_cache
+from evaluate import GIVEN, continuations, returns
 from flow import Rollout, Sampler, add_noise, generate, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, load, save_weights, tiny_dit
@@ -53,12 +54,13 @@ class Config:
 
 DEFAULTS = {  # stage: updates, batch, lr, warm-up, EMA decay
     "vae": (2500, 8, 2e-3, 100, 0.99),
-    "init": (4000, 16, 1.5e-3, 100, 0.998),
+    "init": (3000, 16, 1.5e-3, 100, 0.998),
 }
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
-CLIPS = 2048           # training clips in the latent cache
+CLIPS = 1024           # training clips in the latent cache
 COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
+SEQUENTIAL = 0.75      # from this share of the updates on (half of the time) pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 SAMPLER = Sampler(steps=4, shift=SHIFT)
@@ -148,7 +150,7 @@ def main():
 
     elif cfg.stage == "init":  # part ar: flow matching on real pasts; what the 4-step student will be distilled from
         tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
-        latents, seeds = latent_cache(Path(cfg.out) / "cache", tae.to(device), CLIPS, cfg.seed, device)
+        latents, seeds = latent_cache(Path(cfg.out) / "cache", tae.to(device, memory_format=torch.channels_last), CLIPS, cfg.seed, device)
         ids, token_mask = bytes_to_ids([world.world(s).caption for s in seeds], tiny_dit.text_len)
         histories, grid = Histories(seeds), (latents.shape[-2] // tiny_dit.patch, latents.shape[-1] // tiny_dit.patch)
         torch.manual_seed(cfg.seed)
@@ -185,7 +187,7 @@ def main():
                 if kind < 0.2:     # the first 7 chunks: plain block-causal training, clean half and noised half
                     src = target = torch.arange(7 * CHUNK).expand(batch, -1)
                     loss = packed_loss(clips, text, src, target, torch.cat([src, target], 1), target[0] // CHUNK, 7)
-                elif done < 2 / 3:  # a long past at once: the latents a policy holds, packed
+                elif done < SEQUENTIAL:  # a long past at once: the latents a policy holds, packed
                     target = (chunk[:, None] * CHUNK + torch.arange(CHUNK)).repeat(1, COPIES)
                     new = (src >= 0).sum(1, keepdim=True) + torch.arange(CHUNK).repeat(COPIES)
                     positions = torch.cat([torch.arange(src.shape[1]).expand(batch, -1), new], 1)
@@ -197,11 +199,11 @@ def main():
                     keep = torch.from_numpy(np.stack([histories.keep[r][c] for r, c in zip(rules, clips)]))
                     roll = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], policy, grid)
                     length, loss = int(rng.integers(12, CHUNKS)), 0
-                    supervised = set(rng.choice(np.arange(7, length + 1), 5, replace=False).tolist())
+                    supervised = set(rng.choice(np.arange(7, length + 1), 3, replace=False).tolist())
                     same = torch.arange(COPIES).repeat_interleave(CHUNK)
                     for i in range(length + 1):
                         x0 = latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float()
-                        memory, rope, _ = roll.look()
+                        memory, rope = roll.look()
                         if i in supervised:
                             xt, t, v = noised(x0.repeat(1, COPIES, 1, 1, 1), COPIES, CHUNK)
                             many = [z.repeat(COPIES, 1, 1) for z in rope]
@@ -209,7 +211,49 @@ def main():
                             loss = loss + F.mse_loss(dit(xt, t, text, many, memory, own)[0], v) / len(supervised)
                         if i < length:
                             roll.commit(clean(x0), keep[:, i].to(device))
-            return loss, {"kind": 0 if kind < 0.2 else 1 if done < 2 / 3 else 2}
+            return loss, {"kind": 0 if kind < 0.2 else 1 if done < SEQUENTIAL else 2}
+
+        soon = [s for s in range(world.HELD_OUT, world.HELD_OUT + 400) if world.world(s, "turn").motion.seconds < 10][:16]
+
+        def probe(nets):
+            """16 held-out worlds that turn once in 8 or 9 s: 10 s of each are given, returns fall due after 5.4 or 6.1 s."""
+            policy = PRESETS["slowfast"]
+            frames, keeps = continuations(nets["init_ar"], nets["text"], tae, soon, "turn", GIVEN, 5, policy, SAMPLER, device)
+            readings, found, psnr = [world.judge(f) for f in frames], [], []
+            for s, r, keep in zip(soon, readings, keeps):
+                found += returns(r, world.world(s, "turn").caption, keep, policy, GIVEN)
+                psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
+            return {"recall": float(np.mean([e.recall for e, _ in found] or [0])), "ceiling": float(np.mean([h for _, h in found] or [0])),
+                    "chance": world.chance(readings), "returns": len(found), "validity": float(np.mean(psnr))}
+
+        @torch.no_grad()
+        def calibrate(nets):
+            """
+            tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video;
+            keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering ones.
+            """
+            turn = [i for i, s in enumerate(seeds) if (m := world.world(s).motion).kind == "turn" and m.seconds >= 40][:16]
+            linger = [i for i, s in enumerate(seeds) if world.world(s).motion.kind == "linger"][:16]
+            tested, choices = torch.arange(CHUNKS) % 2 == 0, []
+            for pool in ("mean", "token"):
+                sims = {}
+                for name, clips in (("turn", turn), ("linger", linger)):
+                    with autocast:
+                        text = nets["init_ar"].text(nets["text"](ids[clips].to(device), token_mask[clips].to(device)))
+                        roll = Rollout(nets["init_ar"], text, PRESETS["slowfast"], grid, pool=pool)
+                        for i in range(CHUNKS):
+                            roll.look()
+                            roll.commit(latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float(),
+                                        torch.from_numpy(histories.keep["moving"][clips, i]).to(device))
+                    sims[name] = torch.stack(roll.sims, 1).cpu()[:, 2:], tested[2:], torch.from_numpy(histories.moved[clips][:, 2:])
+                sim, at, _ = sims["turn"]
+                tau = sim[:, at].quantile(.95).item()
+                slow = (sim[:, at] < tau).float().mean().item()
+                sim, at, moved = sims["linger"]
+                kept = {"slow turns": slow, "lingering": (sim < tau)[at & (moved < LINGERS)].float().mean().item(),
+                        "between": (sim < tau)[at & (moved >= LINGERS)].float().mean().item()}
+                choices.append((kept["lingering"], {"tau": tau, "pool": pool, "kept": kept}))
+            return min(choices, key=lambda c: c[0])[1]
 
         @torch.no_grad()
         def strip(nets, path):
@@ -217,7 +261,7 @@ def main():
             worlds = [world.world(world.HELD_OUT + i) for i in range(4)]
             i, m = (z.to(device) for z in bytes_to_ids([w.caption for w in worlds], tiny_dit.text_len))
             roll = Rollout(nets["init_ar"], nets["init_ar"].text(nets["text"](i, m)), PRESETS["slowfast"], grid)
-            z = torch.cat([c[0] for c in generate(roll, range(4), 20, SAMPLER, latents.shape[2:])], 1)
+            z = torch.cat(list(generate(roll, range(4), 20, SAMPLER, latents.shape[2:])), 1)
             write_strip(path, list((tae.decode(z)[0][:, ::12] * .5 + .5).cpu().numpy()))
 
     # ---- the loop: one for all stages ---------------------------------------------------------------------------------
@@ -253,6 +297,8 @@ def main():
         else:
             bad += 1  # weights unchanged
         step += 1
+        if cfg.stage != "vae" and (step % PROBE_EVERY == 0 or step == updates):
+            numbers |= probe(ema)
         numbers = {"step": step, "loss": loss.item(), "grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "skipped": bad, "seconds": time.time() - started, **numbers}
         log.write(json.dumps({k: round(v, 6) for k, v in numbers.items()}) + "\n")
@@ -269,7 +315,13 @@ def main():
     if stop:
         print(f"stopped at update {step}; run the same command to go on")
         sys.exit(130 if stop[0] == signal.SIGINT else 143)
-    facts = {**asdict(cfg), "updates": updates, "batch": batch, "lr": lr, "sampler": asdict(SAMPLER)}
+    sampler, kept = asdict(SAMPLER), {}
+    if cfg.stage == "init":
+        found = calibrate(ema)
+        kept = found.pop("kept")
+        sampler |= found
+        print(f"tau {found['tau']:.4f} ({found['pool']}), tested chunks kept:", ", ".join(f"{k} {v:.0%}" for k, v in kept.items()))
+    facts = {"stage": cfg.stage, "seed": cfg.seed, "updates": updates, "batch": batch, "lr": lr, "sampler": sampler, "kept": kept}
     for name, net in ema.items():
         save_weights(out / f"{name}.safetensors", net.state_dict(), net.config, facts)
         print(f"wrote {out / name}.safetensors")

@@ -220,13 +220,13 @@ def render(pano, headings):
 
 
 # ---- the judge: what each frame shows --------------------------------------------------------------------------------
-# Rows that no landmark covers tell ground and heading. Then a landmark is the nearest of its 24 drawings, and a frame
-# is as valid as it is close to the nearest one that render() draws (at headings in steps of 1 / SUB column).
+# What no landmark covers tells ground and heading; a landmark is then the nearest of its 24 drawings; a frame is as
+# valid as it is close to the nearest one that render() draws (at headings in steps of 1 / SUB column).
 
 WHOLE = WIDTH // 2 - HALF - 2  # |middle - heading| up to here: wholly in view with 2 columns to spare
 GONE = WIDTH // 2 + HALF       # ... and beyond this: no pixel of it in view
-READABLE = .5  # confidence from which a reading counts: the best drawing is at most half as far as any other. It lies
-               # between rendered clips blurred and at 26 dB (> .65) and morphs, halves and mixed colours (< .40)
+READABLE = .5  # confidence from which a reading counts: the best drawing is at most half as far as any other.
+               # Rendered clips, blurred and at 26 dB: > .65; morphs, halves, mixed colours, no landmark: < .40
 VALID = 17     # dB; plain grey, the most flattering level, reaches 16.3
 PLAIN = .07    # standard deviation of a frame's pixels: rendered > .15, grey at 26 dB .05
 STILL = 1      # columns within a second either way; the slowest caption moves 2
@@ -237,10 +237,10 @@ class Reading:
     heading: np.ndarray     # (f,) columns in [0, 256)
     ground: np.ndarray      # (f,) index into GROUNDS
     landmark: np.ndarray    # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view
-    confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / distance to the next best; 0 where not in view
+    confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / to the next best; 0 where not wholly in view
     psnr: np.ndarray        # (f,) dB, peak 1, against the nearest renderable frame
-    box_psnr: np.ndarray    # (f,) the same over the boxes of the landmarks wholly in view, nan where there is none
-    kind: np.ndarray        # (f,) "ok", "frozen" (valid, but the camera stands), "grey" or "noise" (both not valid)
+    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view, nan where there is none
+    kind: np.ndarray        # (f,) "ok", "frozen" (valid, but the camera stands), or not valid: "grey", "noise"
 
     @property
     def sure(self):
@@ -269,14 +269,17 @@ def judge(frames):
 
 def read(x, ground):
     """(f, 64, 32 * 3) over one ground -> heading, landmark, confidence, psnr, box_psnr of a Reading."""
-    templates = compass(ground)
-    i = (never_covered(x) @ templates.T - (templates ** 2).sum(1) / 2).argmax(1)  # sub-columns
-    distance = compare(x, i, sheets(ground))  # (f, 8, 24)
+    templates, norms = compass(ground)
+    i = (uncovered(x) @ templates.T - norms).argmax(1)  # heading, sub-columns
+    drawings = sheets(ground)
+    distance = compare(x, i, drawings)  # (f, 8, 24)
     best = distance.argmin(-1)
     nearest, second = np.partition(distance, 1, -1)[..., :2].transpose(2, 0, 1)
-    column = (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)  # (f, 64)
-    sheet = np.take_along_axis(best, column // (SECTOR * SUB), 1)
-    error = ((sheets(ground)[sheet, column] - x) ** 2).reshape(-1, WIDTH, HEIGHT, 3).mean(-1)
+    for step in (SUB, SUB // 2):  # known landmarks have the sharpest edges: go down a parabola
+        before, here, after = (errors(x, i + k, best, drawings).mean((1, 2)) for k in (-step, 0, step))
+        shift = step / 2 * (before - after) / np.maximum(before - 2 * here + after, 1e-9)
+        i = i + np.rint(shift.clip(-step, step)).astype(int)
+    error = errors(x, i, best, drawings)
     offset = offsets(i / SUB)
     whole = np.abs(offset) <= WHOLE
     in_box = np.abs(np.arange(WIDTH)[:, None] + .5 - WIDTH // 2 - offset[:, None]) < HALF + 1  # (f, 64, 8)
@@ -284,7 +287,15 @@ def read(x, ground):
     with np.errstate(divide="ignore", invalid="ignore"):  # no landmark in view: nan, as promised
         box_error = (error[:, :, TOP:FOOT].mean(-1) * in_box).sum(1) / in_box.sum(1)
     confidence = np.where(whole, 1 - nearest / second, 0)
-    return i / SUB, np.where(whole, best, -1), confidence, decibels(error.mean((1, 2))), decibels(box_error)
+    landmark = np.where(whole, best, -1)
+    return i / SUB % COLUMNS, landmark, confidence, decibels(error.mean((1, 2))), decibels(box_error)
+
+
+def errors(x, i, best, drawings):
+    """(f, 64, 32): each pixel's squared distance to the frame at sub-columns i with landmarks best (f, 8)."""
+    column = (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)  # (f, 64)
+    sheet = np.take_along_axis(best, column // (SECTOR * SUB), 1)
+    return ((drawings[sheet, column] - x) ** 2).reshape(-1, WIDTH, HEIGHT, 3).mean(-1)
 
 
 def decibels(error):
@@ -299,16 +310,32 @@ def sheets(ground):
 
 @lru_cache(maxsize=None)
 def compass(ground):
-    """(256 * SUB, 64 * 6 * 3): never_covered() of what is seen at every sub-column heading."""
-    columns = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
-    return never_covered(background(ground).reshape(COLUMNS * SUB, -1)[columns % (COLUMNS * SUB)])
+    """
+    Finds the nearest heading by one product: over what no landmark covers, |x - b|^2 = x^2 - 2 x b + b^2, with
+    x^2 and b left out in the boxes. A view is two periods of boxes wide, so every heading counts as many columns.
+    returns  (256 * SUB, 64 * 22), (256 * SUB,)
+    """
+    column = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
+    seen = background(ground).reshape(COLUMNS * SUB, -1)[column % (COLUMNS * SUB)]
+    b = uncovered(seen).reshape(-1, WIDTH, 22)
+    gap = np.abs(column / SUB % SECTOR + .5 - SECTOR // 2) >= HALF + 1
+    b[..., 18:21] *= gap[..., None]
+    b[..., 21] = gap / -2
+    return b.reshape(len(b), -1), (b[..., :21] ** 2).sum((1, 2)) / 2
 
 
-def never_covered(x):
-    """(f, 64, 32 * 3) -> (f, 64 * 6 * 3): the sky's mean, weighing as much as its rows, and the ground's rows."""
+def uncovered(x):
+    """
+    (f, 64, 32 * 3) -> (f, 64 * 22): per column the mean of the sky's top, the ground's rows, the mean of the sky
+    between landmarks, and its square. A mean weighs as much as its rows.
+    """
     x = x.reshape(len(x), WIDTH, HEIGHT, 3)
-    sky = x[:, :, :TOP].mean(2, keepdims=True) * TOP ** .5
-    return np.concatenate([sky, x[:, :, FOOT + 1:]], 2).reshape(len(x), -1)
+    top, between = x[:, :, :TOP].mean(2), x[:, :, TOP:HORIZON].mean(2)
+    tint = .6 * top.mean(1, keepdims=True)  # generated frames get tinted; how the sky's hue runs tells more
+    top, between = (top - tint) * TOP ** .5, (between - tint) * (HORIZON - TOP) ** .5
+    floor = x[:, :, FOOT + 1:].reshape(len(x), WIDTH, -1)
+    square = (between ** 2).sum(-1, keepdims=True)
+    return np.concatenate([top, floor, between, square], -1).reshape(len(x), -1)
 
 
 def offsets(heading):
@@ -334,7 +361,7 @@ def compare(x, i, drawings):
         n = np.flatnonzero(in_view[:, s] & (i % SUB == phase))
         start = s * SECTOR + SECTOR // 2 - PANEL
         drawn = drawings[:, start * SUB + phase:(start + 2 * PANEL) * SUB:SUB, 3 * TOP:3 * FOOT]
-        column = wrap(start - i[n] // SUB + WIDTH // 2)[:, None] + np.arange(2 * PANEL)  # (n, 22) of the frame
+        column = wrap(start - i[n] // SUB + WIDTH // 2)[:, None] + np.arange(2 * PANEL)  # (n, 22), in frames
         inside = ((column >= 0) & (column < WIDTH)).astype(np.float32)
         seen = x[n[:, None], column.clip(0, WIDTH - 1), 3 * TOP:3 * FOOT] * inside[..., None]
         distance[n, s] = ((seen ** 2).sum((1, 2))[:, None] + inside @ (drawn ** 2).sum(-1).T
@@ -343,8 +370,8 @@ def compare(x, i, drawings):
 
 
 # ---- events: what came back ------------------------------------------------------------------------------------------
-# A landmark was read, then no pixel of it was in view, then it is due back. The two readings nearest to the absence are
-# compared, the last before and the first after: what changes while in view is not the absence's fault.
+# A landmark was read, then no pixel of it was in view, then it is due back. The last reading before the absence and
+# the first one after it are compared, so that what changes while in view is not blamed on the absence.
 
 @dataclass
 class Event:
@@ -359,6 +386,11 @@ class Event:
     miss: bool      # the caption's motion made it due, and it did not come
 
     @property
+    def back(self):
+        """First frame that shows a pixel of it again: where memory is asked."""
+        return self.left + round(self.seconds * FPS)
+
+    @property
     def recall(self):
         return self.read == self.before
 
@@ -368,10 +400,11 @@ class Event:
 
 
 def track(heading):
-    """(f,) columns -> (f,) unwrapped, each the median of 9 frames, so that up to 4 misread ones do no harm."""
+    """(f,) columns -> (f,) unwrapped, up to 4 misread frames in a row replaced, turning points kept."""
     near = sliding_window_view(np.pad(heading, 4, mode="edge"), 9)  # (f, 9)
-    apart = np.abs(wrap(near[:, :, None] - near[:, None])).sum(-1)  # a median on a circle: least far from the others
-    return np.unwrap(near[np.arange(len(near)), apart.argmin(-1)], period=COLUMNS)
+    apart = np.abs(wrap(near[:, :, None] - near[:, None])).sum(-1)  # the median on a circle is nearest to all
+    median = near[np.arange(len(near)), apart.argmin(-1)]
+    return np.unwrap(np.where(np.abs(wrap(heading - median)) < 6, heading, median), period=COLUMNS)
 
 
 def events(reading, caption):
@@ -395,15 +428,16 @@ def events(reading, caption):
                 continue  # the video ends before it could be due
             due, away = (left + wait, away) if miss else (back[0], gone[back[0]] - gone[visit[-1]])
             answer = [] if miss else sure[back, s][sure[back, s] >= 0]
-            found.append(Event(s, left, int(due), float(away / FPS), first, before,
-                               int(answer[0]) if len(answer) else -1, bool(far[:9].min() <= WHOLE), bool(miss)))
+            answer = int(answer[0]) if len(answer) else -1
+            sink = bool(far[:9].min() <= WHOLE)
+            found.append(Event(s, left, int(due), float(away / FPS), first, before, answer, sink, bool(miss)))
     return sorted(found, key=lambda e: e.due)
 
 
 def due_back(motion, heading, left, sector):
     """
-    A landmark left at frame `left`: frames until it is wholly in view again, and those without a pixel of it, if the
-    camera goes on as the motion does from the heading and direction it had then; inf if the motion never has those.
+    A landmark left at frame `left`: frames until it is wholly in view again, and those without a pixel of it, if
+    the camera goes on as the motion does from that heading and direction; inf if the motion never has those.
     """
     t = np.linspace(0, 2 * motion.seconds * FPS, 4097)
     path = motion.heading(heading[0], t)
@@ -413,7 +447,7 @@ def due_back(motion, heading, left, sector):
         return np.inf, np.inf
     phase = phase[np.abs(wrap(path[phase] - heading[left])).argmin()]
     far = np.abs(offsets(path[phase:phase + 2049])[:, sector])
-    due = np.flatnonzero(far <= WHOLE)
+    due = np.flatnonzero(far <= WHOLE - 4)  # a landmark at the edge of a look aside is not owed to the column
     return (t[due[0]], t[(far[:due[0]] > GONE).sum()]) if len(due) else (np.inf, np.inf)
 
 
@@ -437,21 +471,21 @@ def recall_at(found, seconds):
 
 def chance(readings):
     """How often two videos of a model agree on a sector, by what each shows most: what recall is by luck."""
-    votes = [[np.bincount(sector[sector >= 0], minlength=24) for sector in r.sure.T] for r in readings]  # (v, 8, 24)
-    shown = np.eye(24)[np.argmax(votes, -1)] * np.any(votes, -1, keepdims=True)
+    votes = [[np.bincount(sector[sector >= 0], minlength=24) for sector in r.sure.T] for r in readings]
+    shown = np.eye(24)[np.argmax(votes, -1)] * np.any(votes, -1, keepdims=True)  # (v, 8, 24)
     n = shown.sum(0)  # (8, 24) videos that show this landmark there
     pairs = (n.sum(1) * (n.sum(1) - 1)).sum()
     return float((n * (n - 1)).sum() / pairs) if pairs else np.nan
 
 
 def chunk_of(frame):
-    """The chunk that draws a frame: latent 0 is frame 0, latent j frames 4j - 3 .. 4j, a chunk is 3 latents."""
+    """The chunk that draws a frame: latent 0 is frame 0, latent j is frames 4j - 3 .. 4j, a chunk 3 latents."""
     return (frame + 3) // 4 // 3
 
 
 def held(event, reading, context):
     """
-    The ceiling: does a latent that memory held when chunk_of(event.due) started show the landmark wholly in view?
+    The ceiling: did a latent that was held when chunk_of(event.back) started show the landmark wholly in view?
     context  latent indices
     """
     whole = np.abs(offsets(track(reading.heading))[:, event.sector]) <= WHOLE

@@ -1,0 +1,1052 @@
+"""
+One test per claim, on the CPU, with the shipped weights and the golden vectors of the official code.
+
+    python -m pytest test_all.py                  # all
+    python -m pytest test_all.py -m "not slow"    # without the long run
+    GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
+"""
+import ast
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import config
+import flow
+import sample
+import train
+import world
+from data import Histories, seeds_of
+from flow import Rollout, Sampler, draw_noise, generate
+from memory import CHUNK, PRESETS, Memory, Policy, plan, size
+from model import DiT, DiTConfig, fill, load, load_weights, save_weights, tiny_dit
+from rope import angles, bounded, rotate, table, unbounded
+from text import TextConfig, TextEncoder, bucket, bytes_to_ids, tiny_text
+from train import WEIGHTS, pack_mask
+from vae import TAE, TAEConfig, tiny_tae
+from world import Motion, World, chance, clip, events, held, judge, panorama, recall_at, render, turning_rate
+
+HERE = Path(__file__).parent
+GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
+
+
+# ---- golden vectors: the official code's numbers ----------------------------------------------------------------------
+
+def golden(name):
+    """-> config (values parsed from JSON where they are), weights, inputs, outputs"""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
+        config = {}
+        for k, v in json.loads(f.metadata()["config"]).items():
+            try:
+                config[k] = json.loads(v)
+            except json.JSONDecodeError:
+                config[k] = v
+        parts = {"weights": {}, "in": {}, "out": {}}
+        for k in f.keys():
+            kind, _, rest = k.partition(".")
+            parts[kind][rest] = f.get_tensor(k)
+    return config, parts["weights"], parts["in"], parts["out"]
+
+
+def golden_dit(name):
+    c, weights, given, want = golden(name)
+    config = DiTConfig(c["dim"], c["ffn_dim"], c["num_heads"], c["num_layers"], c["freq_dim"], c["text_dim"], c["text_len"],
+                       c["in_dim"], c["patch_size"][-1])
+    return c, fill(DiT(config), weights).eval().requires_grad_(False), given, want
+
+
+def close(got, want, atol):
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= atol
+
+
+def frames_first(x):
+    return x.transpose(1, 2)  # the goldens are (b, c, f, h, w)
+
+
+def rope_of(net, time, x):
+    p = net.config.patch
+    return table(time, x.shape[-2] // p, x.shape[-1] // p, net.config.dim // net.config.heads)
+
+
+def test_golden_bidirectional_dit_and_its_inner_taps():
+    _, net, given, want = golden_dit("wan_dit")
+    x, taps = frames_first(given["x"]), {}
+    f = x.shape[1]
+    hooks = {"time_emb": net.time_embedding, "time_proj": net.time_projection, "text_emb": net.text_embedding,
+             "block0_self_attn": net.blocks[0].self_attn, "block0_cross_attn": net.blocks[0].cross_attn, "block0": net.blocks[0]}
+    for name, module in hooks.items():
+        module.register_forward_hook(lambda m, i, out, name=name: taps.update({name: out[0] if isinstance(out, tuple) else out}))
+    net.time_embedding.register_forward_pre_hook(lambda m, i: taps.update(time_sinusoid=i[0]))
+    t = (given["t"] / 1000)[:, None].expand(-1, f)
+    v, _ = net(x, t, net.text(given["context"]), rope_of(net, torch.arange(f), x))
+    close(frames_first(v), want["pred"], 2e-5)
+    for name in taps:
+        close(taps[name][:, 0] if name.startswith("time") else taps[name], want[name], 2e-5)
+    assert len(taps) == 7
+
+
+@pytest.mark.parametrize("which", ["global", "local", "sink"])
+def test_golden_causal_dit_with_cache(which):
+    """The official caches are our Memory with sizes from the file; a re-run of the same chunk replaces its entries."""
+    c, net, given, want = golden_dit("wan_causal")
+    window, sink = c["sets"][which]
+    x = [frames_first(given[f"x{i}"]) for i in range(len(c["start_frames"]))]
+    chunk, n = x[0].shape[1], c["frame_seqlen"]
+    policy = Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink)
+    memory, text = Memory(policy), net.text(given["context"])
+    for i, start in enumerate(c["start_frames"]):
+        again = i > 0 and start == c["start_frames"][i - 1]
+        if not again:
+            if i > 0:
+                memory.push(made, torch.zeros(1, dtype=torch.bool))
+            memory.make_room(chunk)
+        held = memory.read()
+        old = rope_of(net, held[0][0], x[i]) if held else None
+        seen = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held[1::2], held[2::2])] or None
+        frames = torch.arange(start, start + chunk)
+        v, kv = net(x[i], given[f"t{i}"] / 1000, text, rope_of(net, frames, x[i]), seen)
+        close(frames_first(v), want[f"{which}.call{i}"], 2e-5)
+        made = [frames[None], *(z.unflatten(1, (chunk, n)) for pair in kv for z in pair)]
+        if i == c["num_clean_chunks"] - 1:
+            k0 = torch.cat([seen[0][0], rotate(kv[0][0], rope_of(net, frames, x[i]))], 1) if seen else rotate(kv[0][0], rope_of(net, frames, x[i]))
+            v0 = torch.cat([seen[0][1], kv[0][1]], 1) if seen else kv[0][1]
+            close(k0, want[f"{which}.cache_k0"][:, :k0.shape[1]], 2e-5)
+            close(v0, want[f"{which}.cache_v0"][:, :v0.shape[1]], 2e-5)
+
+
+def test_golden_blockwise_and_teacher_forcing_passes():
+    c, net, given, want = golden_dit("wan_causal")
+    distinct = [i for i, s in enumerate(c["start_frames"]) if i == c["start_frames"].index(s)]
+    x = torch.cat([frames_first(given[f"x{i}"]) for i in distinct], 1)
+    t = torch.cat([given[f"t{i}"] for i in distinct], 1) / 1000
+    f, text, size = x.shape[1], net.text(given["context"]), c["num_frame_per_block"]
+    block = torch.arange(f) // size
+    v, _ = net(x, t, text, rope_of(net, torch.arange(f), x), mask=(block[:, None] >= block[None])[None])
+    close(frames_first(v), want["blockwise"], 2e-5)
+    both = torch.cat([x, frames_first(given["teacher_forcing_noisy"])], 1)
+    levels = torch.cat([torch.zeros(1, f), given["teacher_forcing_t"] / 1000], 1)
+    clean = torch.cat([block[:, None] >= block[None], torch.zeros(f, f, dtype=torch.bool)], 1)
+    noisy = torch.cat([block[:, None] > block[None], block[:, None] == block[None]], 1)
+    v, _ = net(both, levels, text, rope_of(net, torch.arange(f).repeat(2), x), mask=torch.cat([clean, noisy])[None])
+    close(frames_first(v[:, f:]), want["teacher_forcing"], 2e-5)
+
+
+def test_golden_text_encoder_and_position_buckets():
+    c, weights, given, want = golden("umt5")
+    config = TextConfig(c["vocab"], c["dim"], c["dim_attn"], c["dim_ffn"], c["num_heads"], c["num_layers"], c["num_buckets"])
+    net, taps = fill(TextEncoder(config), weights).eval(), {}
+    net.blocks[0].register_forward_hook(lambda m, i, out: taps.update(block0=out))
+    with torch.no_grad():
+        context = net(given["ids"].long(), given["mask"].long())
+    close(context, want["context"], 2e-5)
+    valid = given["mask"].bool()
+    close(taps["block0"][valid], want["block0"][valid], 2e-5)
+    assert torch.equal(bucket(given["rel_offset"].long(), c["num_buckets"]), want["rel_bucket"].long())
+
+
+def test_golden_tiny_autoencoder_encodes_decodes_and_streams():
+    c, weights, given, want = golden("tae")
+    tae = fill(TAE(TAEConfig(c["encoder_width"], tuple(c["decoder_widths"]), c["latent_channels"])), weights).eval()
+    with torch.no_grad():
+        close(tae.run(tae.encoder, given["video"], None)[0], want["encoded"], 1e-4)
+        close(tae.run(tae.decoder, given["latent"], None)[0][:, c["frames_to_trim"]:], want["decoded_raw"], 1e-4)
+        close(tae.decode(given["latent"])[0] * .5 + .5, want["decoded"], 1e-4)
+        past, parts = None, []
+        for z in given["latent"].split(1, dim=1):
+            frames, past = tae.decode(z, past)
+            parts.append(frames * .5 + .5)
+    close(torch.cat(parts, 1), want["decoded"], 1e-4)
+
+
+def test_golden_schedule_noise_and_velocity():
+    """The official scheduler snaps t to a table of 1,000 levels; this project does not, so the test snaps first."""
+    c, _, given, want = golden("flow")
+    shift, n = c["shift"], int(c["num_train_timesteps"])
+    sigmas = torch.tensor(flow.schedule(n, shift), dtype=torch.float64).float()
+    close(sigmas, want["sigmas"], 2e-5)
+    close(sigmas * 1000, want["timesteps"], 2e-2)  # timesteps reach 1000: 2e-5 relative
+    steps = given["denoising_step_list_unwarped"].double()
+    close((flow.shifted(steps / n, shift) * 1000).float(), want["denoising_step_list"].float(), 2e-2)
+    t = sigmas[(sigmas[None] * 1000 - given["t"][:, None]).abs().argmin(1)][:, None]  # (b, 1): snapped
+
+    def one(x):
+        return x[:, None]  # the vectors have no frame axis
+    xt = flow.add_noise(one(given["x0"]), one(given["noise"]), t)
+    close(xt[:, 0], want["xt"], 2e-5)
+    close(flow.x0_from_v(xt, one(given["flow"]), t)[:, 0], want["x0_from_flow"], 2e-5)
+    close((one(given["noise"]) - one(given["x0"]))[:, 0], want["flow_target"], 2e-5)
+    relative = (flow.v_from_x0(xt, one(given["x0"]), t)[:, 0] - want["flow_from_x0"]).abs() / want["flow_from_x0"].abs().clamp(min=1)
+    assert relative.max() <= 2e-5 / t.min()  # dividing by t amplifies rounding
+    k = len(want["euler_step"])
+    ids = (sigmas[None] - t[:k]).abs().argmin(1)
+    next_t = torch.cat([sigmas, torch.zeros(1)])[ids + 1][:, None]
+    step = xt[:k] + flow.over_frames(next_t - t[:k]) * one(given["flow"])[:k]
+    close(step[:, 0], want["euler_step"], 2e-5)
+
+
+def keys(net):
+    return {k: list(v.shape) for k, v in net.state_dict().items()}
+
+
+def test_golden_names_and_shapes_of_the_full_size_networks():
+    with torch.device("meta"):
+        nets = {"keys_1_3B": DiT(DiTConfig()), "keys_umt5_xxl": TextEncoder(TextConfig()), "keys_tae": TAE(TAEConfig())}
+    for name, net in nets.items():
+        assert keys(net) == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
+
+
+# ---- memory and positions ---------------------------------------------------------------------------------------------
+
+def random_dit(seed=0, **small):
+    torch.manual_seed(seed)
+    net = DiT(replace(tiny_dit, **(small or dict(dim=64, ffn_dim=96, heads=2, layers=2))))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=.15)  # no parameter is zero, so nothing can be dropped unseen
+    return net.eval().requires_grad_(False)
+
+
+def random_text(net, b=1):
+    return net.text(torch.randn(b, 20, net.config.text_dim, generator=torch.Generator().manual_seed(5)))
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rollout_predictions(net, text, x0, xt, t, policy):
+    """v of each noised chunk, given the clean chunks before it, through the memory."""
+    roll, out = Rollout(net, text, policy, (2, 4)), []
+    for i in range(x0.shape[1] // CHUNK):
+        at = slice(i * CHUNK, (i + 1) * CHUNK)
+        memory, rope = roll.look()
+        out.append(net(xt[:, at], t[:, at], text, rope, memory)[0])
+        roll.commit(x0[:, at])
+    return torch.cat(out, 1), roll
+
+
+def full_predictions(net, text, x0, xt, t):
+    """The same in one forward: clean frames see older clean ones, noised chunks see older clean chunks and themselves."""
+    f = x0.shape[1]
+    chunk = torch.arange(f) // CHUNK
+    older, own, none = chunk[:, None] > chunk[None], chunk[:, None] == chunk[None], torch.zeros(f, f, dtype=torch.bool)
+    mask = torch.cat([torch.cat([older | own, none], 1), torch.cat([older, own], 1)])[None]
+    rope = table(torch.arange(f).repeat(2), 2, 4, net.config.dim // net.config.heads)
+    return net(torch.cat([x0, xt], 1), torch.cat([torch.zeros_like(t), t], 1), text, rope, mask=mask)[0][:, f:]
+
+
+@pytest.mark.parametrize("preset", ["slowfast", "uniform1", "window", "longlive21"])
+def test_first_7_chunks_of_a_rollout_equal_plain_causal_attention(preset):
+    """Cached rollout == one block-causal forward, to 1e-5 in float32: nothing is forgotten before 21 latents."""
+    net = random_dit()
+    x0, xt, t = noise(2, 21, 16, 4, 8), noise(2, 21, 16, 4, 8, seed=2), torch.rand(2, 21)
+    text = random_text(net, 2)
+    got, _ = rollout_predictions(net, text, x0, xt, t, PRESETS[preset])
+    assert (got - full_predictions(net, text, x0, xt, t)).abs().max() < 1e-5
+
+
+def test_later_chunks_do_forget():
+    """The check above can fail: from the eighth chunk on memory and full attention differ."""
+    net, f = random_dit(), 30
+    x0, xt, t, text = noise(1, f, 16, 4, 8), noise(1, f, 16, 4, 8, seed=2), torch.rand(1, f), None
+    text = random_text(net)
+    got, _ = rollout_predictions(net, text, x0, xt, t, PRESETS["longlive"])
+    assert (got - full_predictions(net, text, x0, xt, t)).abs()[:, -3:].max() > 1e-3
+
+
+def test_future_latents_do_not_change_past_output():
+    net, x0, xt, t = random_dit(), noise(1, 12, 16, 4, 8), noise(1, 12, 16, 4, 8, seed=2), torch.rand(1, 12)
+    text, other = random_text(net), x0.clone()
+    other[:, 9:] += 1
+    a, b = (full_predictions(net, text, x, xt, t) for x in (x0, other))
+    assert torch.equal(a[:, :12], b[:, :12]) and (rollout_predictions(net, text, x0, xt, t, PRESETS["slowfast"])[0] - a).abs().max() < 1e-5
+
+
+def test_memory_holds_at_most_21_latents_unique_and_in_time_order_for_1000_chunks():
+    keep = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < .5
+    for name, policy in PRESETS.items():
+        for i, held in enumerate(plan(policy, keep)):
+            assert held.shape[1] + CHUNK <= min(21, policy.sink + policy.slow + policy.fast), (name, i)
+            if held.shape[1]:
+                assert (held.diff(dim=1) > 0).all() and held.max() == CHUNK * i - 1, (name, i)
+
+
+def test_contexts_after_7_8_and_9_chunks_are_those_of_the_specification():
+    uniform2 = torch.tensor([[i % 2 == 0 for i in range(9)]])
+    before_room = [c[0].tolist() for c in plan(PRESETS["uniform2"], uniform2, new=0)]
+    assert before_room[7] == list(range(21))
+    assert before_room[8] == [*range(15), *range(18, 24)]
+    assert before_room[9] == [0, 1, 2, *range(4, 15), 18, *range(21, 27)]
+    assert plan(PRESETS["infinity"], uniform2)[2][0].tolist() == [0, 4, 5]
+
+
+def test_positions_stay_within_20_for_100000_latents():
+    memory, highest = Memory(PRESETS["slowfast"]), 0
+    for i in range(100_000 // CHUNK):
+        memory.make_room()
+        held, new = bounded(size(memory.read()), CHUNK)
+        highest = max(highest, int(new.max()))
+        memory.push([torch.arange(CHUNK * i, CHUNK * (i + 1))[None]], torch.tensor([i % 4 == 0]))
+    assert highest == 20
+    with pytest.raises(ValueError, match="bounded"):
+        unbounded(torch.zeros(1, 18, dtype=torch.long), 1023, CHUNK)
+
+
+def test_rope_scores_depend_only_on_distance_and_match_complex_rotation_in_float64():
+    d, q, k = 44, noise(1, 1, 1, 44).double(), noise(1, 1, 1, 44, seed=2).double()
+
+    def at(x, time):
+        a = angles(torch.tensor([time]), 1, 1, d).double()
+        z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(a), a)[:, None]
+        assert (torch.view_as_real(z).flatten(-2) - rotate(x, table(torch.tensor([time]), 1, 1, d))).abs().max() < 1e-5
+        return torch.view_as_real(z).flatten(-2)
+    scores = [(at(q, p + 3) * at(k, p)).sum() for p in (0, 7, 17)]
+    assert max(scores) - min(scores) < 1e-5
+    assert abs((at(q, 9) * at(k, 0)).sum() - scores[0]) > 1e-2
+
+
+class Echo:
+    """A stand-in network whose keys are its input: surprisal can be written by hand."""
+    config = replace(tiny_dit, dim=16, heads=1)
+
+    def __call__(self, x, t, text, rope, memory=None, mask=None):
+        k = x.flatten(2).flatten(1, 1)[:, :, None, :16]  # one token a latent
+        return x, [(k, k)]
+
+
+def run_by_hand(similar, **changes):
+    """Chunks whose key turns by 90 degrees where `similar` is False, and stays where it is True -> the rollout."""
+    roll = Rollout(Echo(), [(torch.zeros(1, 1, 1, 16),) * 2], replace(PRESETS["slowfast"], **changes), (1, 1))
+    axis = 0
+    for same in similar:
+        axis += not same
+        roll.look()
+        roll.commit(F.one_hot(torch.tensor([axis % 16] * CHUNK), 16).float()[None, :, :, None, None])
+    return roll
+
+
+def test_hand_made_keys_give_exactly_the_expected_promotions():
+    similar = [False] * 8 + [True, True, True, False, False, False, True, False] + [False] * 4
+    roll = run_by_hand(similar)
+    expected = [i % 2 == 0 and i > 0 and not similar[i] for i in range(20)]
+    assert [bool(k) for k in torch.stack(roll.keeps)[:, 0]] == expected
+    roll.look()  # chunk 20 starts: chunks up to 18 have left fast memory
+    slow = roll.memory.slow[0][0].tolist()
+    kept = [CHUNK * i for i in range(5, 19) if expected[i]]  # dense warm-up holds latents 3..14, then keyframes push in
+    assert slow == list(range(3, 15))[len(kept):] + kept
+    assert roll.memory.sink[0][0].tolist() == [0, 1, 2] and roll.memory.fast[0][0].tolist() == [57, 58, 59]
+
+
+def test_tau_minus_one_keeps_nothing_and_tau_one_keeps_every_tested_change():
+    changing = [False] * 30
+    assert not torch.stack(run_by_hand(changing, tau=-1.0).keeps).any()
+    kept = torch.stack(run_by_hand(changing, tau=1.0).keeps)[:, 0].tolist()
+    assert kept == [i % 2 == 0 and i > 0 for i in range(30)]
+
+
+def test_promotions_are_decided_per_sample():
+    torch.manual_seed(0)
+    roll = Rollout(Echo(), [(torch.zeros(2, 1, 1, 16),) * 2], PRESETS["slowfast"], (1, 1))
+    for i in range(20):
+        roll.look()
+        still, moving = F.one_hot(torch.tensor([[0] * CHUNK, [i % 16] * CHUNK]), 16).float()
+        roll.commit(torch.stack([still, moving])[..., None, None])
+    roll.look()
+    assert roll.memory.slow[0][0].tolist() == list(range(3, 15))
+    assert roll.memory.slow[0][1].tolist() == [*range(9, 15), 18, 24, 30, 36, 42, 48, 54][-12:]
+
+
+def test_slow_memory_holds_keys_of_the_clean_pass():
+    """Every stored key equals the one made by the pass at t = 0, not one of the denoising passes."""
+    net, clean = random_dit(), {}
+    forward = net.forward
+
+    def watch(x, t, *rest):
+        v, kv = forward(x, t, *rest)
+        if (t == 0).all():
+            clean[len(clean)] = kv
+        return v, kv
+    net.forward = watch
+    roll = Rollout(net, random_text(net), replace(PRESETS["slowfast"], tau=1.0), (2, 4))
+    list(generate(roll, [3], 16, Sampler(), (16, 4, 8)))
+    assert len(clean) == 16
+    for part in (roll.memory.sink, roll.memory.slow, roll.memory.fast):
+        for j, frame in enumerate(part[0][0].tolist()):
+            for layer, (k, v) in enumerate(clean[frame // CHUNK]):
+                at = slice(frame % CHUNK * 8, (frame % CHUNK + 1) * 8)
+                assert torch.equal(part[2 + 2 * layer][0, j], k[0, at]) and torch.equal(part[3 + 2 * layer][0, j], v[0, at])
+
+
+def test_reading_memory_twice_gives_the_same_and_changes_nothing():
+    net = random_dit()
+    _, roll = rollout_predictions(net, random_text(net), *(noise(1, 27, 16, 4, 8, seed=s) for s in (1, 2)), torch.rand(1, 27), PRESETS["slowfast"])
+    roll.memory.make_room()
+    a, b = roll.memory.read(), roll.memory.read()
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0][0].tolist() == plan(PRESETS["slowfast"], torch.stack(roll.keeps, 1))[9][0].tolist()
+
+
+# ---- training layout ---------------------------------------------------------------------------------------------------
+
+def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_out():
+    """Several noised copies of one chunk share a clean past, each blind to the others."""
+    net, x0 = random_dit(), noise(1, 15, 16, 4, 8)
+    xt, t, text = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6), random_text(net)
+    src, target = torch.arange(15)[None], torch.full((1, 6), 5)
+    src = torch.cat([src, torch.full((1, 3), -1)], 1)  # three empty places
+    mask = pack_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
+    rope = table(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
+    x = torch.cat([x0, torch.full((1, 3, 16, 4, 8), 9.), xt], 1)
+    got = net(x, torch.cat([torch.zeros(1, 18), t], 1), text, rope, mask=mask)[0][:, 18:]
+    for copy in (slice(0, 3), slice(3, 6)):
+        whole, clean = torch.cat([x0, xt[:, copy]], 1), torch.cat([x0, x0[:, :3]], 1)
+        want = full_predictions(net, text, clean, whole, torch.cat([torch.zeros(1, 15), t[:, copy]], 1))[:, 15:]
+        assert (got[:, copy] - want).abs().max() < 1e-5
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    net, encoder = random_dit().requires_grad_(True), TextEncoder(tiny_text)
+    ids, mask = bytes_to_ids(["Snow. The camera turns left, one turn in 9 seconds."])
+    rope = table(torch.arange(3), 2, 4, 32)
+    net(noise(1, 3, 16, 4, 8), torch.rand(1, 3), net.text(encoder(ids, mask)), rope)[0].square().mean().backward()
+    for name, p in [*net.named_parameters(), *encoder.named_parameters()]:
+        assert p.grad is not None and (p.grad.abs().sum() > 0 or name.endswith("k.bias")), name
+
+
+def test_histories_never_use_held_out_worlds_and_match_the_memory():
+    seeds = seeds_of(8, 0)
+    assert max(seeds) < world.HELD_OUT <= world.HELD_OUT + 10 ** 6
+    h = Histories(seeds)
+    clips, chunk, src = h.draw(np.random.default_rng(0), 64)
+    assert src.shape == (64, 18) and (chunk >= 7).all() and all((s < 3 * n).all() for s, n in zip(src, chunk))
+    assert h.held["uniform2"][0, 30].tolist() == plan(PRESETS["uniform2"], torch.tensor([[i % 2 == 0 for i in range(30)]]))[30][0].tolist()
+
+
+@pytest.fixture
+def small_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "CLIPS", 2)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(train, "STRIP_EVERY", 100)
+    monkeypatch.setattr(train, "PROBE_EVERY", 100)
+
+    def go(*words):
+        monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path), *words])
+        train.main()
+    return go, tmp_path
+
+
+@pytest.mark.parametrize("stage", ["vae", "init"])
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training, monkeypatch):
+    go, out = small_training
+    words = ["--stage", stage, "--updates", "4", "--batch", "2"]
+    go(*words)
+    files = sorted((out / stage).glob("*.safetensors"))
+    want = {f.name: f.read_bytes() for f in files}
+    shutil.rmtree(out / stage / "step_000004")  # as if killed after update 2, whatever the log says
+    for f in files:
+        f.unlink()
+    go(*words)
+    assert want and {f.name: f.read_bytes() for f in (out / stage).glob("*.safetensors")} == want
+
+
+def test_unreadable_checkpoint_is_named_and_the_one_before_is_used(small_training, capsys):
+    go, out = small_training
+    go("--stage", "vae", "--updates", "4", "--batch", "1")
+    want = (out / "vae" / "vae.safetensors").read_bytes()
+    state = out / "vae" / "step_000004" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    (out / "vae" / "part_000009").mkdir()  # a write that was killed
+    go("--stage", "vae", "--updates", "4", "--batch", "1")
+    assert "step_000004" in capsys.readouterr().err
+    assert (out / "vae" / "vae.safetensors").read_bytes() == want
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_and_stops_after_ten(small_training, monkeypatch):
+    go, out = small_training
+    monkeypatch.setattr(world, "clip", lambda *a: np.full((17, 3, 32, 64), np.nan, np.float32))
+    with pytest.raises(SystemExit, match="not finite"):
+        go("--stage", "vae", "--updates", "12", "--batch", "1")
+    torch.manual_seed(0)
+    fresh, saved = TAE(tiny_tae).state_dict(), torch.load(out / "vae" / "step_000008" / "state.pt", weights_only=True)["nets"]
+    assert all(torch.equal(saved["vae." + k], v) for k, v in fresh.items())
+
+
+# ---- sampling with the shipped weights -----------------------------------------------------------------------------------
+
+@functools.cache
+def shipped():
+    dit, facts = load(WEIGHTS / "init_ar.safetensors", DiT, DiTConfig)
+    return (dit, load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)[0], load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0],
+            Sampler(**facts["sampler"]))
+
+
+def shipped_rollout(captions, policy=PRESETS["slowfast"]):
+    dit, encoder, _, sampler = shipped()
+    with torch.no_grad():
+        return Rollout(dit, dit.text(encoder(*bytes_to_ids(captions))), policy, (2, 4), pool=sampler.pool), sampler
+
+
+CAPTIONS = ["Sand. The camera turns left, one turn in 9 seconds.", "Snow. The camera looks 90 degrees to the right and back, every 5 seconds."]
+
+
+def test_batch_equals_single_runs_and_same_seed_gives_the_same_video():
+    """To 1e-4 over 4 chunks in float32, the same promotions; and a repeated run is equal to the bit."""
+    roll, sampler = shipped_rollout(CAPTIONS)
+    both = torch.cat(list(generate(roll, [5, 6], 4, sampler, (16, 4, 8))), 1)
+    for b in (0, 1):
+        one, _ = shipped_rollout(CAPTIONS[b:b + 1])
+        single = torch.cat(list(generate(one, [5 + b], 4, sampler, (16, 4, 8))), 1)
+        assert (single[0] - both[b]).abs().max() < 1e-4
+        assert [bool(k[0]) for k in one.keeps] == [bool(k[b]) for k in roll.keeps]
+    again, _ = shipped_rollout(CAPTIONS[1:])
+    assert torch.equal(single, torch.cat(list(generate(again, [6], 4, sampler, (16, 4, 8))), 1))
+
+
+def test_noise_depends_on_seed_chunk_and_step_alone():
+    a = draw_noise([1, 2], 3, 0, (4,))
+    assert torch.equal(a[1:], draw_noise([2], 3, 0, (4,)))
+    others = [draw_noise([2], 4, 0, (4,)), draw_noise([2], 3, 1, (4,)), draw_noise([2 + 2 ** 32], 3, 0, (4,))]
+    assert not any(torch.equal(a[1:], o) for o in others)
+
+
+def test_streamed_decoding_equals_whole_decoding_in_pieces_of_any_size():
+    tae, z = shipped()[2], noise(1, 12, 16, 4, 8)
+    with torch.no_grad():
+        whole = tae.decode(z)[0]
+        assert whole.shape[1] == 1 + 4 * 11
+        for piece in (1, 2, 3, 5):
+            past, parts = None, []
+            for part in z.split(piece, dim=1):
+                frames, past = tae.decode(part, past)
+                parts.append(frames)
+            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
+
+
+def through_autoencoder(frames):
+    with torch.no_grad():
+        tae = shipped()[2]
+        video = torch.from_numpy(frames)[None] * 2 - 1
+        return (tae.decode(tae.encode(video))[0][0] * .5 + .5).numpy()
+
+
+def run_sample(monkeypatch, tmp_path, *words):
+    monkeypatch.setattr("sys.argv", ["sample.py", "--out", str(tmp_path), *words])
+    config.run(sample.main)
+
+
+def test_sample_writes_exactly_the_frames_asked_for_with_provenance_and_a_memory_picture(monkeypatch, tmp_path, capsys):
+    import imageio.v3 as iio
+    run_sample(monkeypatch, tmp_path, "--seconds", "2.5", "--seed", "4")
+    (mp4,), (png,) = tmp_path.glob("*.mp4"), tmp_path.glob("*.png")
+    frames = iio.imread(mp4, plugin="FFMPEG")
+    assert frames.shape == (40, 256, 512, 3)
+    out = capsys.readouterr().out
+    assert "seed 4" in out and "40 frames in" in out and "peak memory" in out
+    exe = __import__("imageio_ffmpeg").get_ffmpeg_exe()
+    shown = subprocess.run([exe, "-i", mp4], capture_output=True, text=True).stderr
+    assert "AI-generated" in shown and "Grass. The camera" in shown and "init_ar" in shown and "h264" in shown
+    assert iio.imread(png).shape[2] == 3
+
+
+BAD = {"--seconds 0": "above 0", "--seconds -3": "above 0", "--seconds nan": "above 0", "--seconds 1e12": "at most 86400",
+       "--seconds ten": "must be a number", "--prompt ": "prompt is empty", "--memory slofast": "did you mean slowfast",
+       "--secnds 3": "did you mean --seconds", "--device tpu": "unknown", "--device cuda": "not available", "--tau 2": "[-1, 1]",
+       "--steps -1": "at least 1", "--positions unbounded --seconds 300": "bounded", "--ckpt nowhere.safetensors": "no weights",
+       "--prompts nowhere.txt": "cannot read", "--seconds": "needs a value", "--dtype fp8": "unknown",
+       "--ckpt weights/vae.safetensors": "another kind of network"}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gives_one_clear_line_and_exit_code_2(words, monkeypatch, tmp_path, capsys):
+    if words == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a cuda device here")
+    monkeypatch.chdir(HERE)
+    with pytest.raises(SystemExit) as stop:
+        run_sample(monkeypatch, tmp_path, *words.split(" "))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and BAD[words] in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_weights_missing_ffmpeg_and_unwritable_folders_are_told_in_one_line(monkeypatch, tmp_path, capsys):
+    good = (WEIGHTS / "init_ar.safetensors").read_bytes()
+    truncated, empty, wrong = (tmp_path / n for n in ("truncated", "empty", "wrong"))
+    truncated.write_bytes(good[:len(good) // 2])
+    empty.write_bytes(b"")
+    state, c, facts = load_weights(WEIGHTS / "init_ar.safetensors")
+    del state["head.head.bias"]
+    save_weights(wrong, state, DiTConfig(**c), facts)
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    cases = [(["--ckpt", str(truncated)], "cannot read weights"), (["--ckpt", str(empty)], "cannot read weights"),
+             (["--ckpt", str(wrong)], "1 missing (head.head.bias)"), (["--out", str(tmp_path / "file" / "x")], "cannot write")]
+    for words, told in cases + [([], "ffmpeg is missing")]:
+        if told.startswith("ffmpeg"):
+            monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: (_ for _ in ()).throw(RuntimeError("none")))
+        with pytest.raises(SystemExit) as stop:
+            run_sample(monkeypatch, tmp_path / "o", "--seconds", "1", *words)
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and told in error and "\n" not in error
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_an_interrupted_run_leaves_no_half_written_video(monkeypatch, tmp_path):
+    def interrupted(*a, **k):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "to_uint8", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_sample(monkeypatch, tmp_path, "--seconds", "1")
+    assert stop.value.code == 130 and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_outside_the_grammar_is_warned_about_and_goes_on(monkeypatch, tmp_path, capsys):
+    run_sample(monkeypatch, tmp_path, "--seconds", "0.5", "--prompt", "a calm sea")
+    error = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(error) == 1 and "grammar" in error[0] and list(tmp_path.glob("*.mp4"))
+
+
+def peak_gib(tmp_path, seconds):
+    out = subprocess.run([sys.executable, "sample.py", "--seconds", str(seconds), "--out", str(tmp_path)], cwd=HERE, capture_output=True,
+                         text=True, check=True).stdout
+    return float(re.search(r"peak memory ([\d.]+)", out)[1])
+
+
+@pytest.mark.slow
+def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
+    assert peak_gib(tmp_path, 600) <= 1.05 * peak_gib(tmp_path, 60)
+
+
+# ---- the code itself -------------------------------------------------------------------------------------------------
+
+def imports_of(path):
+    tree = ast.parse(path.read_text())
+    names = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    return names | {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_imports_are_acyclic_and_third_party_packages_are_the_six():
+    files = {p.stem: imports_of(p) for p in HERE.glob("*.py") if not p.stem.startswith(("test_", "part_"))}
+    known = set(files)
+    order, left = [], {k: v & known for k, v in files.items()}
+    while left:
+        free = [k for k, v in left.items() if not v - set(order)]
+        assert free, f"a cycle among {sorted(left)}"
+        order += free
+        left = {k: v for k, v in left.items() if k not in free}
+    outside = set().union(*files.values()) - known - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "einops", "safetensors", "imageio", "imageio_ffmpeg", "PIL", "tqdm", "numpy"}
+
+
+@pytest.mark.parametrize("name", ["rope", "memory", "flow", "model", "vae", "text"])
+def test_every_concept_file_runs_on_its_own(name):
+    done = subprocess.run([sys.executable, f"{name}.py"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+# ---- the world and its judge ---------------------------------------------------------------------------------------------------------
+
+def blurred(frames):
+    """Each pixel mixed with its neighbours, 1 2 1, both ways."""
+    x = np.pad(frames, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
+    return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
+
+
+def noised(frames, db=26):
+    noise = np.random.default_rng(7).standard_normal(frames.shape, np.float32)
+    return frames + np.float32(10 ** (-db / 20)) * noise
+
+
+def tinted(frames):
+    """Generated frames drift like this: warmer, darker, and smooth patches of wrong colour."""
+    patches = np.random.default_rng(9).normal(0, .02, (len(frames), 3, 4, 8)).repeat(8, 2).repeat(8, 3)
+    return .9 * frames + np.array([.05, 0, -.02], np.float32)[:, None, None] + patches.astype(np.float32)
+
+
+def judge_errors(through=lambda frames: frames, seeds=range(12), frames=160):
+    """
+    Reads held-out clips after `through`, frames -> frames: where an autoencoder goes to be tested.
+    returns  share of landmarks wholly in view that are read right and readable; all heading errors, columns;
+             share of frames with the right ground; whole-frame and box PSNR, means over frames: the ceiling
+    """
+    right, wrong_by, ground, psnr, box = [], [], [], [], []
+    for seed in seeds:
+        w = world.world(world.HELD_OUT + seed)
+        heading = w.motion.heading(w.start, np.arange(frames))
+        reading = judge(through(clip(world.HELD_OUT + seed, 0, frames)))
+        whole = np.abs(world.offsets(heading)) <= world.WHOLE - .5  # at the very edge a rounded heading may differ
+        right.append((reading.sure == np.array(w.landmarks))[whole])
+        wrong_by.append(np.abs(world.wrap(reading.heading - heading)))
+        ground.append(reading.ground == w.ground)
+        psnr.append(reading.psnr)
+        box.append(reading.box_psnr)
+    right, wrong_by, ground, psnr, box = map(np.concatenate, (right, wrong_by, ground, psnr, box))
+    return right.mean(), wrong_by, ground.mean(), psnr.mean(), np.nanmean(box)
+
+
+def film(headings, landmarks, ground=0):
+    """Frames at these headings; landmarks (8,) or, where they change over time, (f, 8)."""
+    landmarks = np.broadcast_to(landmarks, (len(headings), 8))
+    frames = np.empty((len(headings), 3, 32, 64), np.float32)
+    for row in np.unique(landmarks, axis=0):
+        same = (landmarks == row).all(1)
+        frames[same] = render(panorama(ground, row), np.asarray(headings)[same])
+    return frames
+
+
+STEADY = "Grass. The camera turns right, one turn in 8 seconds."  # 2 columns a frame
+ASIDE = "Grass. The camera looks 180 degrees to the right and back, every 16 seconds."  # 1 column a frame
+SET = np.array([0, 7, 14, 21, 4, 11, 12, 19])
+
+
+def steady(frames, start=0.):
+    return Motion("turn", 1, 8).heading(start, np.arange(frames))
+
+
+def strange(mix, ground):
+    """Confidences of landmarks wholly in view where mix(sheet, a, b) stands, for random pairs a, b of landmarks."""
+    rng, found = np.random.default_rng(3), []
+    sheets = world.sheets(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
+    for _ in range(12):
+        pairs = [rng.choice(24, 2, replace=False) for _ in range(8)]
+        pano = np.concatenate([mix(sheets[:, s], a, b) for s, (a, b) in enumerate(pairs)])
+        reading = judge(render(pano, rng.uniform(0, 256, 24)))
+        found.append(reading.confidence[reading.landmark >= 0])
+    return np.concatenate(found)
+
+
+# ---- the world -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
+def test_any_window_of_a_clip_is_the_same_as_that_part_of_the_whole(kind):
+    whole = clip(11, 0, 200, kind)
+    assert np.array_equal(clip(11, 0, 200, kind), whole)
+    assert np.array_equal(clip(11, 137, 40, kind), whole[137:177])
+
+
+def test_training_and_held_out_seeds_never_give_the_same_world():
+    # Seeds below HELD_OUT and from it on are different numbers, so what could meet is what is drawn from them: start
+    # is a 53-bit uniform and the landmarks one of 24 ** 8, so that two of 2,000 + 2,000 agree with probability 4e-5.
+    train = [world.world(s) for s in range(2000)]
+    held_out = [world.world(world.HELD_OUT + s) for s in range(2000)]
+    assert not {w.landmarks for w in train} & {w.landmarks for w in held_out}
+    assert len({w.start for w in train + held_out}) == 4000
+
+
+def test_motions_are_mixed_as_documented():
+    kinds = [world.world(s).motion.kind for s in range(4000)]
+    shares = [kinds.count(k) / 4000 for k in ("turn", "linger", "aside")]
+    assert np.allclose(shares, (.5, .3, .2), atol=.03)  # 4 standard deviations
+
+
+def test_captions_round_trip_and_fit_in_96_bytes():
+    motions = [Motion("turn", d, s) for d in (-1, 1) for s in range(8, 45)]
+    motions += [Motion("linger", d, s) for d in (-1, 1) for s in range(18, 45)]
+    motions += [Motion("aside", d, s, a) for d in (-1, 1) for a in (90, 135, 180) for s in range(4, 17)]
+    for ground in range(4):
+        for motion in motions:
+            caption = World(ground, (0,) * 8, 0., motion).caption
+            assert world.parse_caption(caption) == (ground, motion)
+            assert len(caption.encode()) <= 96
+    for foreign in ("", "A cat.", STEADY.replace("Grass", "Lava"), STEADY + " Slowly."):
+        assert world.parse_caption(foreign) is None
+
+
+def test_captions_never_tell_the_landmarks():
+    words = " ".join(world.world(s).caption for s in range(300)).lower()
+    assert not any(name in words for name in world.SHAPES + world.COLOURS)
+
+
+@pytest.mark.parametrize("shape", range(4))
+def test_sharpness_does_not_pulse_with_sub_pixel_phase(shape):
+    # Rms difference of neighbouring pixels while a landmark passes one column in steps of 1/64: constant within 10 %
+    # (worst: the square's sides on snow, 9 %), where plain pixel coverage, not softened, pulses by up to 38 %.
+    for colour in range(6):
+        frames = render(panorama(2, [6 * shape + colour] * 8), 16 + np.arange(64) / 64)
+        rms = (np.diff(frames[:, :, 7:25].astype(np.float64), axis=-1) ** 2).mean((1, 2, 3)) ** .5
+        assert rms.max() / rms.min() < 1.10
+
+
+def test_rendering_makes_2000_frames_a_second_on_one_core():
+    clip(5, 0, 16)  # drawings are cached: this is about frames
+    seconds = []
+    for _ in range(3):  # best of 3, for other work may run beside
+        begin = time.perf_counter()
+        clip(5, 0, 960)
+        seconds.append(time.perf_counter() - begin)
+    assert 960 / min(seconds) >= 2000
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("through, ceiling", [(lambda x: x, 40), (noised, 25), (blurred, 22),
+                                              (lambda x: noised(blurred(x)), 21), (tinted, 21)],
+                         ids=["rendered", "26 dB", "blurred", "blurred and 26 dB", "tinted"])
+def test_judge_reads_99_percent_of_landmarks_right_and_headings_within_one_column(through, ceiling):
+    right, wrong_by, ground, psnr, _ = judge_errors(through)
+    assert right >= .99
+    assert wrong_by.max() <= 1
+    assert ground == 1
+    assert psnr >= ceiling
+
+
+def test_judge_reads_every_landmark_on_every_ground_and_in_every_sector():
+    headings = np.arange(8) * 32 + 16
+    for ground in range(4):
+        for a in range(24):
+            reading = judge(film(headings, [a] * 8, ground))
+            assert (reading.sure[np.arange(8), np.arange(8)] == a).all()
+            assert (reading.ground == ground).all()
+
+
+def test_judge_takes_uint8_as_well_as_float():
+    frames = clip(21, 0, 32)
+    a, b = judge(frames), judge((frames * 255).round().astype(np.uint8))
+    assert np.array_equal(a.sure, b.sure) and np.abs(a.heading - b.heading).max() <= 1 / 4
+
+
+def test_landmarks_are_reported_only_when_wholly_in_view_with_two_columns_to_spare():
+    offset = np.arange(-48, 48.)  # sector 3 from one side of the view to the other
+    reading = judge(film(112 - offset, SET))
+    assert np.array_equal(reading.landmark[:, 3] >= 0, np.abs(offset) <= 21)
+    assert (reading.confidence[np.abs(offset) > 21, 3] == 0).all()
+
+
+@pytest.mark.parametrize("ground", [0, 2])
+def test_half_and_half_landmarks_have_low_confidence(ground):
+    found = strange(lambda sheet, a, b: np.concatenate([sheet[a, :128], sheet[b, 128:]]), ground)
+    assert (found < world.READABLE).mean() >= .99 and np.median(found) < .2
+
+
+@pytest.mark.parametrize("ground", [0, 2])
+def test_morphs_at_50_percent_have_low_confidence(ground):
+    found = strange(lambda sheet, a, b: (sheet[a] + sheet[b]) / 2, ground)
+    assert (found < world.READABLE).all() and np.median(found) < .1
+
+
+@pytest.mark.parametrize("ground", [0, 2])
+def test_colours_between_two_classes_have_low_confidence(ground):
+    def mix(sheet, a, b):  # same shape, both colours; where they agree, the next colour
+        return (sheet[a] + sheet[a // 6 * 6 + (b % 6 if b % 6 != a % 6 else (b + 1) % 6)]) / 2
+    found = strange(mix, ground)
+    assert (found < world.READABLE).all() and np.median(found) < .2
+
+
+@pytest.mark.parametrize("fill", ["grey", "noise", "nothing"])
+def test_boxes_without_a_landmark_are_not_readable(fill):
+    rng = np.random.default_rng(4)
+    sub = slice(128 - 9 * world.SUB, 128 + 9 * world.SUB)
+
+    def mix(sheet, a, b):
+        drawn = sheet[a].copy()
+        if fill == "grey":
+            drawn[sub, 6:26] = rng.uniform(0, 1)
+        elif fill == "noise":
+            drawn[sub, 6:26] = rng.uniform(0, 1, (18, 20, 3)).repeat(world.SUB, 0)
+        else:
+            drawn = world.background(1).reshape(8, 256, 32, 3)[0].copy()
+        return drawn
+    assert (strange(mix, 1) < world.READABLE).all()
+
+
+def test_grey_noise_and_frozen_frames_are_told_apart():
+    rng = np.random.default_rng(5)
+    grey = np.full((40, 3, 32, 64), .5, np.float32) * rng.uniform(.2, 1.8, (40, 1, 1, 1)).astype(np.float32)
+    noise = rng.uniform(0, 1, (40, 3, 32, 64)).astype(np.float32)
+    coarse = rng.uniform(0, 1, (40, 3, 4, 8)).repeat(8, 2).repeat(8, 3)
+    assert (judge(grey).kind == "grey").all() and (judge(noised(grey)).kind == "grey").all()
+    assert (judge(noise).kind == "noise").all() and (judge(coarse).kind == "noise").all()
+    assert (judge(np.repeat(clip(8, 0, 1), 40, 0)).kind == "frozen").all()
+    for kind in ("turn", "linger", "aside"):  # also where it lingers, and where it turns back
+        for seed in range(3):
+            assert (judge(noised(clip(seed, 0, 300, kind))).kind == "ok").all()
+
+
+def test_a_still_camera_is_frozen_but_valid_and_still_read():
+    reading = judge(film(np.full(64, 48.), SET))
+    assert (reading.kind == "frozen").all() and (reading.psnr > world.VALID).all()
+    assert (reading.sure[:, 1] == SET[1]).all()
+
+
+def test_a_video_that_stops_is_frozen_from_there_on():
+    heading = np.minimum(np.arange(200), 100) * 1.
+    kind = judge(film(heading, SET)).kind
+    assert (kind[:90] == "ok").all() and (kind[120:] == "frozen").all()
+
+
+def test_validity_is_the_size_of_the_damage_and_in_the_boxes_only_if_it_is_there():
+    frames = film(np.linspace(40, 56, 64), SET)  # sector 1 always in view
+    for db in (30, 26, 22):
+        reading = judge(noised(frames, db))
+        assert abs(reading.psnr.mean() - db) < .3 and abs(reading.box_psnr.mean() - db) < .3
+    above, inside = frames.copy(), frames.copy()
+    above[:, :, :4] = noised(frames, 10)[:, :, :4]
+    inside[:, :, 15:17] = noised(frames, 10)[:, :, 15:17]
+    above, inside = judge(above), judge(inside)
+    assert (above.psnr < 20).all() and (above.box_psnr > 30).all()
+    assert (inside.box_psnr < 22).all() and (inside.psnr > inside.box_psnr).all()
+
+
+def test_a_minute_of_video_is_judged_in_about_a_second():
+    frames = clip(9, 0, 960)
+    judge(frames[:32])
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        judge(frames)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_that_geometry_gives():
+    found = events(judge(noised(film(steady(480), SET))), STEADY)
+    assert len(found) == 3 * 8 and all(e.recall and e.drift and not e.miss for e in found)
+    # out of view over 256 - 2 x 41 columns at 32 a second; within one frame at either end
+    assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
+    share, count = recall_at(found, 174 / 32)
+    assert share == 1 and count == sum(not e.sink for e in found) > 0
+    assert recall_at(found, 20)[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
+def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
+    for seed in range(world.HELD_OUT, world.HELD_OUT + 4):
+        w = world.world(seed, kind)
+        reading = judge(noised(clip(seed, 0, 800, kind)))
+        found = events(reading, w.caption)
+        assert all(e.recall and e.drift and e.read == w.landmarks[e.sector] and not e.miss for e in found)
+        assert abs(turning_rate(reading, w.caption) - 1) < .02
+        assert found or w.motion.seconds > 35 or kind == "aside"
+
+
+def test_a_landmark_swapped_while_out_of_view_is_wrong_exactly_there():
+    landmarks = np.tile(SET, (480, 1))
+    landmarks[120:, 4] = 22  # sector 4 is straight ahead at frame 72 and at 200
+    found = events(judge(film(steady(480), landmarks)), STEADY)
+    wrong = [e for e in found if not e.recall]
+    assert len(wrong) == 1 and wrong[0].sector == 4 and wrong[0].due < 200
+    assert (wrong[0].before, wrong[0].read) == (SET[4], 22)
+    assert [e.drift for e in found if e.sector == 4] == [False] * 3  # and stays away from the first reading
+
+
+def test_a_landmark_that_changes_and_changes_back_is_wrong_twice_but_drifts_once():
+    landmarks = np.tile(SET, (480, 1))
+    landmarks[120:240, 4] = 22
+    mine = [e for e in events(judge(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    assert [e.recall for e in mine] == [False, False, True]
+    assert [e.drift for e in mine] == [False, True, True]
+
+
+def test_what_changes_in_view_is_not_the_absences_fault():
+    landmarks = np.tile(SET, (480, 1))
+    landmarks[200:, 4] = 22  # straight ahead
+    mine = [e for e in events(judge(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    assert [e.recall for e in mine] == [True, True, True]
+    assert [e.drift for e in mine] == [True, False, False]
+
+
+def test_an_unreadable_return_is_wrong():
+    frames = film(steady(240), SET)
+    mush = (film(steady(240), SET) + film(steady(240), np.roll(SET, 1))) / 2
+    frames[128:] = mush[128:]
+    back = [e for e in events(judge(frames), STEADY) if e.due >= 128]
+    assert back and all(e.read == -1 and not e.recall and not e.drift and not e.miss for e in back)
+
+
+def test_a_return_that_the_caption_makes_due_and_that_does_not_come_is_a_miss():
+    heading = steady(480)
+    heading[100:] = heading[100]  # after 200 of 256 columns
+    reading = judge(film(heading, SET))
+    found = events(reading, STEADY)
+    assert found and all(e.miss and e.read == -1 and not e.recall for e in found)
+    assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
+    assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
+    assert all(abs(e.due - e.left - (256 - 41 - 21) / 2) <= 2 for e in found)
+    assert events(reading, "A merry-go-round.") == []
+    assert events(judge(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
+
+
+def test_a_camera_that_should_look_back_and_does_not_is_a_miss_after_the_time_that_looking_back_takes():
+    heading = Motion("aside", 1, 16, 180).heading(40., np.arange(400))
+    found = events(judge(film(heading, SET)), ASIDE)
+    assert found and all(e.recall and e.drift and not e.miss for e in found)
+    heading[128:] = heading[128]  # stays where it should turn back
+    stays = events(judge(film(heading, SET)), ASIDE)
+    assert stays and all(e.miss for e in stays)
+    seconds = {e.sector: e.seconds for e in reversed(found)}  # of each sector's first absence
+    assert all(abs(e.seconds - seconds[e.sector]) < .2 for e in stays)
+
+
+def test_a_return_far_too_late_is_a_miss_and_a_little_late_is_not():
+    late = events(judge(film(steady(600) * .6, SET)), STEADY)
+    assert late and all(e.miss for e in late)
+    slow = events(judge(film(steady(600) * .9, SET)), STEADY)
+    assert slow and all(e.recall and not e.miss for e in slow)
+
+
+def test_landmarks_in_the_first_nine_frames_are_the_sinks():
+    # headings 40 .. 56 in the first 9 frames: sector 1 (middle 48) and, from heading 59 on, too late, sector 2
+    found = events(judge(film(steady(300, start=40.), SET)), STEADY)
+    assert {e.sector for e in found if e.sink} == {1} and {e.sector for e in found} == set(range(8))
+    # a frame more or less decides: at 43 the ninth frame sees heading 59, and 80 - 59 = 21
+    found = events(judge(film(steady(300, start=43.), SET)), STEADY)
+    assert {e.sector for e in found if e.sink} == {1, 2}
+
+
+def test_misread_headings_make_no_visits():
+    reading = judge(film(steady(480), SET))
+    clean = events(reading, STEADY)
+    rng = np.random.default_rng(6)
+    reading.heading += rng.normal(0, .7, 480)
+    for frame in range(20, 470, 40):
+        reading.heading[frame:frame + 4] += rng.uniform(40, 216)
+    reading.heading %= 256
+    noisy = events(reading, STEADY)
+    assert [(e.sector, e.recall, e.miss) for e in noisy] == [(e.sector, e.recall, e.miss) for e in clean]
+    assert abs(turning_rate(reading, STEADY) - 1) < .05
+
+
+def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop():
+    for rate in (1, .5, -1, -.5, 0):
+        assert abs(turning_rate(judge(film(steady(200, start=9.) * rate, SET)), STEADY) - rate) < .02
+    aside = Motion("aside", 1, 16, 180).heading(40., np.arange(512))
+    assert abs(turning_rate(judge(film(aside, SET)), ASIDE) - 1) < .02
+    assert abs(turning_rate(judge(film(80 - aside, SET)), ASIDE) + 1) < .02
+    assert np.isnan(turning_rate(judge(film(aside, SET)), "A cat."))
+
+
+def test_chance_is_the_true_agreement_of_random_worlds():
+    rng, headings = np.random.default_rng(8), np.arange(8) * 32 + 16.
+    fair = [judge(film(headings, rng.integers(24, size=8))) for _ in range(60)]
+    assert abs(chance(fair) - 1 / 24) < .008  # 14,160 pairs
+    blue = [judge(film(headings, rng.integers(4, size=8) * 6 + 4)) for _ in range(40)]  # a model that loves blue
+    assert abs(chance(blue) - 1 / 4) < .03
+    assert chance(fair[:1] * 2) == 1 and np.isnan(chance(fair[:1]))
+
+
+def test_held_is_true_exactly_for_contexts_with_a_latent_that_shows_the_landmark():
+    heading = steady(300)
+    reading = judge(film(heading, SET))
+    event = next(e for e in events(reading, STEADY) if e.sector == 4)  # wholly in view while 123 <= heading <= 165
+    shows = [j for j in range(40) if any(123 <= heading[f] <= 165 for f in range(max(0, 4 * j - 3), 4 * j + 1))]
+    assert [j for j in range(40) if held(event, reading, [j])] == shows
+    assert not held(event, reading, []) and held(event, reading, [0, 1, shows[0]])
+
+
+def test_chunks_are_nine_frames_and_then_twelve():
+    chunks = [world.chunk_of(f) for f in range(33)]
+    assert chunks == [0] * 9 + [1] * 12 + [2] * 12
