@@ -23,8 +23,9 @@ import world
 from memory import CHUNK, PRESETS, plan
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
-LATENTS = CHUNKS * CHUNK
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
+BACK = 12                       # windows in which a landmark comes back are drawn so many times as often
+LESSON_CHUNKS = 27              # of a lesson clip
 SHARD = 64                      # clips a file
 
 
@@ -33,36 +34,44 @@ def frames_of(latents):
     return 1 + 4 * (latents - 1)
 
 
-def seeds_of(clips, seed):
-    """World seeds of a training run's clips; never held-out ones."""
-    return [int(s) for s in np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)]
+def training_worlds(clips, seed):
+    """The worlds of a training run's clips as (seed, kind, seconds); never held-out ones."""
+    return [(int(s), None, None) for s in np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)]
+
+
+def lesson_worlds(clips, seed):
+    """Worlds for the first lessons in remembering: steady turns of 8 to 16 s, so all comes back within 12 keyframes."""
+    seeds = np.random.default_rng([seed, 0x1E55]).integers(world.HELD_OUT, size=clips)
+    return [(int(s), "turn", 8 + int(s) % 9) for s in seeds]
 
 
 @torch.no_grad()
-def encode_world(tae, seeds, latents, device, kind=None):
-    """Clips of the small world from their first frame -> latents (b, n, 16, 4, 8) float32, encoded in bf16 autocast."""
-    video = np.stack([world.clip(s, 0, frames_of(latents), kind) for s in seeds])
+def encode_world(tae, which, latents, device):
+    """which (seed, kind, seconds): a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 autocast."""
+    seed, kind, seconds = which
+    video = torch.from_numpy(world.clip(seed, 0, frames_of(latents), kind, seconds)[None])
     with torch.autocast(device.type, torch.bfloat16):
-        return tae.encode(torch.from_numpy(video).to(device) * 2 - 1).float()
+        return tae.encode(video.to(device) * 2 - 1).float()
 
 
-def latent_cache(folder, tae, clips, seed, device):
+def latent_cache(folder, tae, worlds, latents, device):
     """
-    Encodes the clips of a training run into `folder` unless they lie there already, and reads them.
-    returns  latents (clips, 123, 16, 4, 8) bfloat16 on the CPU, world seeds
-    The folder's name carries the autoencoder's fingerprint: another autoencoder never meets these latents.
+    Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them.
+    returns  (clips, latents, 16, 4, 8) bfloat16 on the CPU
+    The folder's name carries a fingerprint of autoencoder and worlds: others never meet these latents.
     """
-    print_of = hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in tae.parameters())).hexdigest()[:8]
-    folder, seeds = Path(folder) / f"latents_{print_of}_{seed}", seeds_of(clips, seed)
+    mark = hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in tae.parameters()))
+    mark.update(repr((worlds[0], worlds[-1], latents)).encode())
+    folder = Path(folder) / f"latents_{mark.hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:05d}.safetensors" for i in range(0, clips, SHARD)]
+    files = [folder / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=all(f.exists() for f in files))):
         if not file.exists():
-            batch = seeds[i * SHARD:(i + 1) * SHARD]
-            z = torch.cat([encode_world(tae, batch[j:j + 1], LATENTS, device).bfloat16().cpu() for j in range(len(batch))])
+            batch = worlds[i * SHARD:(i + 1) * SHARD]
+            z = torch.cat([encode_world(tae, w, latents, device).bfloat16().cpu() for w in batch])
             save_file({"latents": z}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
-    return torch.cat([load_file(f)["latents"] for f in files])[:clips], seeds
+    return torch.cat([load_file(f)["latents"] for f in files])
 
 
 class Histories:
@@ -74,40 +83,63 @@ class Histories:
     LAYOUTS = ("longlive", "longlive21", "infinity", "window")          # the ablations' layouts
     OTHER = 0.15                                                        # share of samples that use those
 
-    def __init__(self, seeds):
-        frames = np.arange(frames_of(LATENTS))
-        heading = np.stack([w.motion.heading(w.start, frames) for w in map(world.world, seeds)])   # (b, frames)
+    def __init__(self, worlds, chunks=CHUNKS):
+        self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
+        heading = np.stack([w.motion.heading(w.start, frames) for w in (world.world(*x) for x in worlds)])   # (b, frames)
         chunk = ((frames + 3) // 4) // CHUNK
-        self.moved = moved = np.stack([np.abs(heading[:, chunk == i][:, -1] - heading[:, chunk == i][:, 0]) for i in range(CHUNKS)], 1)
+        parts = [heading[:, chunk == i] for i in range(chunks)]
+        self.moved = moved = np.stack([np.abs(p[:, -1] - p[:, 0]) for p in parts], 1)                   # (b, chunks)
         middle = np.arange(world.SECTORS) * world.SECTOR + world.SECTOR // 2
-        away = np.abs((middle - heading[..., None] + world.COLUMNS / 2) % world.COLUMNS - world.COLUMNS / 2)
-        seen = np.stack([(away[:, chunk == i] < world.WIDTH / 2 + world.HALF).any(1) for i in range(CHUNKS)], 1)  # (b, chunks, 8)
+        seen = np.stack([(np.abs(world.wrap(middle - p[..., None])) <= world.GONE).any(1) for p in parts], 1)  # (b, chunks, 8)
         before = np.cumsum(seen, 1) - seen > 0
         back = np.zeros(seen.shape[:2], bool)
         back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         back[:, :7] = False
-        self.weight = np.where(back, 5.0, 1.0)                          # windows in which a landmark comes back: 5 times
-        even = np.arange(CHUNKS) % 2 == 0
+        self.weight = np.where(back, float(BACK), 1.0)
+        self.heading = heading[:, ::4]                                  # of each latent's last frame
+        even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}
         plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy())) for rule, keep in self.keep.items()}
-        plans |= {name: plan(PRESETS[name], torch.zeros(len(seeds), CHUNKS - 1, dtype=torch.bool)) for name in self.LAYOUTS}
-        self.held = {name: np.stack([np.pad(p.numpy(), ((0, 0), (0, 18 - p.shape[1])), constant_values=-1) for p in contexts], 1)
+        never = torch.zeros(len(worlds), chunks - 1, dtype=torch.bool)
+        plans |= {name: plan(PRESETS[name], never) for name in self.LAYOUTS}
+
+        def padded(held):
+            return np.pad(held.numpy(), ((0, 0), (0, 18 - held.shape[1])), constant_values=-1)
+        self.held = {name: np.stack([padded(held) for held in contexts], 1)
                      for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
 
-    def draw(self, rng, batch):
-        """-> clip numbers (b,), target chunks (b,) >= 7, frame numbers held (b, 18), -1 where nothing is"""
-        clips = rng.integers(len(self.weight), size=batch)
-        p = self.weight[clips, 7:] / self.weight[clips, 7:].sum(1, keepdims=True)
-        target = np.array([7 + rng.choice(CHUNKS - 7, p=row) for row in p])
-        names = [str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER else self.RULES)) for _ in clips]
-        return clips, target, np.stack([self.held[name][c, n] for name, c, n in zip(names, clips, target)])
+    def draw(self, rng, batch, slots=12):
+        """
+        -> clip numbers (b,), target chunks (b,) >= 7, frame numbers held (b, 18), -1 where nothing is.
+        slots < 12: an easier lesson. Only so many of slow memory's twelve are shown, and one of them, 2 s old or older,
+        shows what comes into view; pasts without such a latent are not drawn.
+        """
+        drawn, name = [], None
+        while len(drawn) < batch:
+            name = name or str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER else self.RULES))
+            c = rng.integers(len(self.weight))
+            n = 7 + rng.choice(self.chunks - 7, p=self.weight[c, 7:] / self.weight[c, 7:].sum())
+            row = self.held[name][c, n]
+            if slots < 12 and name in self.RULES:
+                now = self.heading[c, CHUNK * n + 2]
+                ahead = now + world.WIDTH / 4 * np.sign(now - self.heading[c, CHUNK * n])  # half a view ahead
+                off = np.abs(world.wrap(self.heading[c, row[3:15]] - ahead)) + 1e3 * (row[3:15] > CHUNK * n - 8)
+                if off.min() > 12:
+                    continue
+                shown = np.argsort(np.where(np.arange(12) == off.argmin(), -1, rng.random(12)))[:slots]
+                few = np.concatenate([row[:3], row[3 + np.sort(shown)], row[15:]])
+                row = np.pad(few, (0, 18 - len(few)), constant_values=-1)
+            drawn.append((c, n, row))
+            name = None
+        return [np.stack(x) for x in zip(*drawn)]
 
 
 if __name__ == "__main__":
-    seeds = seeds_of(256, 0)
-    h = Histories(seeds)
+    worlds = training_worlds(256, 0)
+    h = Histories(worlds)
     for i in range(3):
-        print(world.world(seeds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
+        print(world.world(*worlds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
     share = (h.weight[:, 7:] > 1).mean()
-    print(f"a landmark comes back in {share:.0%} of windows; those are {share * 5 / (share * 5 + 1 - share):.0%} of draws")
+    drawn = share * BACK / (share * BACK + 1 - share)
+    print(f"a landmark comes back in {share:.0%} of windows; those are {drawn:.0%} of draws")

@@ -43,20 +43,20 @@ class Config:
 
 
 @torch.no_grad()
-def continuations(dit, encoder, tae, seeds, kind, given, chunks, policy, sampler, device, noise=0, positions="bounded"):
+def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, noise=0, positions="bounded"):
     """
-    Real first chunks of the worlds of `seeds`, then the model's own.
+    Real first chunks of the worlds of `which`, a list of (seed, kind, seconds), then the model's own.
     returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
     """
-    worlds = [world.world(s, kind) for s in seeds]
-    history = torch.cat([encode_world(tae, [s], given * CHUNK, device, kind) for s in seeds]) if given else None
+    worlds = [world.world(*w) for w in which]
+    history = torch.cat([encode_world(tae, w, given * CHUNK, device) for w in which]) if given else None
     ids, mask = (z.to(device) for z in bytes_to_ids([w.caption for w in worlds], dit.config.text_len))
     latent = (dit.config.channels, world.HEIGHT // 8, world.WIDTH // 8)
     grid = latent[1] // dit.config.patch, latent[2] // dit.config.patch
     roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, positions, sampler.pool)
     video, past = tae.decode(history) if given else (None, None)
     frames = [video] if given else []
-    for z in generate(roll, [noise + s for s in seeds], chunks, sampler, latent, history=history):
+    for z in generate(roll, [noise + w[0] for w in which], chunks, sampler, latent, history=history):
         video, past = tae.decode(z, past)
         frames.append(video)
     frames = (torch.cat(frames, 1) * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -85,14 +85,15 @@ def main():
     best = {}  # the autoencoder's own picture of the true worlds: the ceiling of validity
     for s in tqdm(seeds, desc="autoencoder"):
         with torch.no_grad():
-            frames = tae.decode(encode_world(tae, [s], 2 * GIVEN * CHUNK, device))[0][0]
+            frames = tae.decode(encode_world(tae, (s, None, None), 2 * GIVEN * CHUNK, device))[0][0]
         r = world.judge((frames * .5 + .5).clamp(0, 1).cpu().numpy())
         best[s] = r.psnr.mean(), np.nanmean(r.box_psnr)
     for name in ("slowfast", "longlive"):
         policy, events[name], readings[name] = replace(PRESETS[name], tau=sampler.tau), [], []
         for at in tqdm(range(0, videos, 16), desc=name):
             part = seeds[at:at + 16]
-            frames, keeps = continuations(dit, encoder, tae, part, None, GIVEN, chunks, policy, sampler, device)
+            which = [(s, None, None) for s in part]
+            frames, keeps = continuations(dit, encoder, tae, which, GIVEN, chunks, policy, sampler, device)
             for s, video, keep in zip(part, frames, keeps):
                 caption, r = world.world(s).caption, world.judge(video)
                 found = returns(r, caption, keep, policy, GIVEN)
@@ -104,7 +105,8 @@ def main():
                 rows.append({"policy": name, "seed": s, "caption": caption, "events": len(found),
                              "recalled": sum(e.recall for e, _ in found), "held": sum(h for _, h in found),
                              "turning": world.turning_rate(r, caption), "ceiling": best[s][0], "box_ceiling": best[s][1],
-                             **{f"psnr_{10 * i}": p for i, p in enumerate(psnr)}, **{f"box_{10 * i}": p for i, p in enumerate(box)}})
+                             **{f"psnr_{10 * i}": p for i, p in enumerate(psnr)},
+                             **{f"box_{10 * i}": p for i, p in enumerate(box)}})
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with open(Path(cfg.out) / "evaluate.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys())
@@ -112,7 +114,8 @@ def main():
         writer.writerows(rows)
 
     own = list(range(len([k for k in rows[0] if k.startswith("psnr")])))
-    print(f"\n{videos} held-out worlds, {GIVEN * .75:.1f} s real, then {chunks * .75:.1f} s of the model's own; {time.time() - started:.0f} s")
+    print(f"\n{videos} held-out worlds, {GIVEN * .75:.1f} s real, then {chunks * .75:.1f} s of the model's own; "
+          f"took {time.time() - started:.0f} s")
     print("\nrecall of landmarks outside the sink, by seconds of absence (right / events; ceiling: the policy still held it)")
     for name in events:
         print(f"  {name:9} chance {world.chance(readings[name]):.0%}")

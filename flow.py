@@ -96,7 +96,8 @@ class Rollout:
             src = held[0] if held else torch.zeros(1, 0, dtype=torch.long, device=self.text[0][0].device)
             return [table(p, *self.grid, d) for p in unbounded(src, CHUNK * self.chunk, CHUNK)]
         if size(held) not in self.tables:
-            self.tables[size(held)] = [table(p.to(self.text[0][0].device), *self.grid, d) for p in bounded(size(held), CHUNK)]
+            device = self.text[0][0].device
+            self.tables[size(held)] = [table(p.to(device), *self.grid, d) for p in bounded(size(held), CHUNK)]
         return self.tables[size(held)]
 
     def look(self):

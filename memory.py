@@ -32,7 +32,9 @@ class Policy:
     def decide(self, chunk, similarity):
         """similarity (b,) of this chunk's keys to the chunk before -> (b,) bool: will its first latent be kept?"""
         tested = chunk % self.interval == 0
-        return (similarity < self.tau) & tested if self.keep == "surprisal" else torch.full_like(similarity, tested, dtype=torch.bool)
+        if self.keep == "surprisal":
+            return (similarity < self.tau) & tested
+        return torch.full_like(similarity, tested, dtype=torch.bool)
 
 
 PRESETS = {  # --memory: sizes and keep rules of the paper's comparison (table 1.5 of its section 4); positions are separate

@@ -110,9 +110,9 @@ class Mp4:
         except OSError as error:
             raise BadInput(f"cannot write to {path.parent}: {error.strerror}") from None
         scale = f"scale=iw*{SCALE}:ih*{SCALE}:flags=neighbor"
-        self.pipe = imageio_ffmpeg.write_frames(str(self.part), (world.WIDTH, world.HEIGHT), fps=FPS, codec="libx264", quality=None,
-                                                macro_block_size=1, output_params=["-crf", "16", "-preset", "veryfast", "-vf", scale,
-                                                                                   "-metadata", f"comment={comment}"])
+        self.pipe = imageio_ffmpeg.write_frames(
+            str(self.part), (world.WIDTH, world.HEIGHT), fps=FPS, codec="libx264", quality=None, macro_block_size=1,
+            output_params=["-crf", "16", "-preset", "veryfast", "-vf", scale, "-metadata", f"comment={comment}"])
         self.pipe.send(None)
 
     def write(self, frames):
@@ -154,18 +154,17 @@ def memory_picture(path, shots, roll, tae, prompt, b):
     for i, (second, frame) in enumerate(shots):
         thumb(frame, left + i * (w + gap), 30)
         pen.text((left + i * (w + gap), 32 + h), f"{second:.0f} s", "black")
-    # how surprising each chunk was: 1 - similarity, on a square-root scale because most chunks resemble the one before
-    top, high = 150, 200
-    wide = (across - left - gap) / len(sims)
+    top, high = 140, 190  # how surprising each chunk was: 1 - similarity, the threshold at a third of the height or lower
+    wide, most = (across - left - gap) / len(sims), max(3 * (1 - policy.tau), 1.05 * (1 - min(sims)), 1e-6)
 
     def level(sim):
-        return top + high - min(1, max(0, (1 - sim) / 2)) ** .5 * high
+        return top + high - max(0, 1 - sim) / most * high
 
     kept_at = {int(i) for i in held[0][b].tolist()}
     for i, (sim, keep) in enumerate(zip(sims, keeps)):
         x = left + i * wide
-        tested = policy.keep == "surprisal" and i % policy.interval == 0
-        colour = (200, 60, 40) if keep and policy.slow else (150, 150, 150) if tested or policy.keep != "surprisal" else (215, 215, 215)
+        tested = policy.slow and i % policy.interval == 0
+        colour = (200, 60, 40) if keep and tested else (150, 150, 150) if tested else (215, 215, 215)
         pen.rectangle([x + 1, level(sim), x + max(2, wide - 1), top + high], fill=colour)
         if policy.slow and CHUNK * i in kept_at:
             pen.ellipse([x + wide / 2 - 3, top + high + 4, x + wide / 2 + 3, top + high + 10], fill=(200, 60, 40))
@@ -173,9 +172,9 @@ def memory_picture(path, shots, roll, tae, prompt, b):
     pen.text((gap, top), "surprisal", "black")
     if policy.keep == "surprisal":
         pen.line([left, level(policy.tau), across, level(policy.tau)], fill=(30, 60, 200))
-        pen.text((gap, level(policy.tau) - 6), f"tau {policy.tau:.3f}", (30, 60, 200))
-    pen.text((left, top + high + 14), "red: kept, its first latent goes to slow memory when it leaves fast; grey: tested, or not; pale: not "
-             "tested; dot: still held at the end", "black")
+        pen.text((gap, level(policy.tau) - 6), f"1 - {policy.tau:.4f}", (30, 60, 200))
+    pen.text((left, top + high + 14), "each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory when it "
+             "leaves fast; grey: tested, not kept; pale: not tested; dot: still held at the end", "black")
     top += high + 46
     pen.text((gap, top), "memory\nat the end", "black")
     parts = ["sink"] * size(memory.sink) + ["slow"] * size(memory.slow) + ["fast"] * size(memory.fast)
@@ -184,7 +183,8 @@ def memory_picture(path, shots, roll, tae, prompt, b):
     for i, (part, src, view) in enumerate(zip(parts, held[0][b].tolist(), to_uint8(views))):
         x, y = left + i % columns * (w + gap), top + i // columns * (h + 26)
         thumb(view, x, y)
-        pen.text((x, y + h + 2), f"{part} {max(0, 4 * src - 3) / FPS:.1f} s", {"sink": (0, 120, 60), "slow": (200, 60, 40), "fast": (90, 90, 90)}[part])
+        colour = {"sink": (0, 120, 60), "slow": (200, 60, 40), "fast": (90, 90, 90)}[part]
+        pen.text((x, y + h + 2), f"{part} {max(0, 4 * src - 3) / FPS:.1f} s", colour)
     page.save(path)
 
 
@@ -205,10 +205,12 @@ def main():
 
     jobs = [(p, cfg.seed + k) for p in prompts for k in range(cfg.seeds)]
     names = [re.sub(r"[^a-z0-9]+", "-", p.lower()).strip("-")[:80] or "video" for p, _ in jobs]
-    print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {Path(ckpt).name}, {sampler.steps} steps, memory {cfg.memory}")
+    print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {Path(ckpt).name}, {sampler.steps} steps, "
+          f"memory {cfg.memory}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     first, files = None, []
-    bar = tqdm(total=cfg.seconds * len(jobs), unit=" s of video", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]")
+    bar = tqdm(total=cfg.seconds * len(jobs),
+               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")
     try:
         for at in range(0, len(jobs), 8):  # eight videos side by side
             part, part_names = jobs[at:at + 8], names[at:at + 8]
@@ -243,7 +245,8 @@ def main():
         bar.close()
     wall = time.time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-    print(f"{frames * len(jobs)} frames in {wall:.1f} s: {frames * len(jobs) / wall:.0f} frames/s, first frame after {first:.2f} s, peak memory {peak:.2f} GiB"
+    print(f"{frames * len(jobs)} frames in {wall:.1f} s: {frames * len(jobs) / wall:.0f} frames/s, "
+          f"first frame after {first:.2f} s, peak memory {peak:.2f} GiB"
           + (f", on the device {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if device.type == "cuda" else ""))
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import CHUNKS, LINGERS, Histories, frames_of, latent_cache
+from data import CHUNKS, LESSON_CHUNKS, LINGERS, Histories, frames_of, latent_cache, lesson_worlds, training_worlds
 from evaluate import GIVEN, continuations, returns
 from flow import Rollout, Sampler, add_noise, generate, shifted
 from memory import CHUNK, PRESETS
@@ -54,13 +54,16 @@ class Config:
 
 DEFAULTS = {  # stage: updates, batch, lr, warm-up, EMA decay
     "vae": (2500, 8, 2e-3, 100, 0.99),
-    "init": (3000, 16, 1.5e-3, 100, 0.998),
+    "init": (3300, 16, 1.5e-3, 100, 0.995),
 }
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
-CLIPS = 1024           # training clips in the latent cache
+CLIPS = 2048           # training clips in the latent cache
 COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
-SEQUENTIAL = 0.75      # from this share of the updates on (half of the time) pasts go through the real memory, chunk by chunk
+LESSON_CLIPS = 1600    # and of the lessons, other worlds: a network of 2 M learns a few hundred worlds by heart
+LESSONS = 0.58, 0.80   # up to this share of the updates slow memory shows one latent, the right one; from this one all 12:
+                       # finding one among 12 from the start is not learned in an hour, copying one and then choosing is
+SEQUENTIAL = 0.92      # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 SAMPLER = Sampler(steps=4, shift=SHIFT)
@@ -150,9 +153,14 @@ def main():
 
     elif cfg.stage == "init":  # part ar: flow matching on real pasts; what the 4-step student will be distilled from
         tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
-        latents, seeds = latent_cache(Path(cfg.out) / "cache", tae.to(device, memory_format=torch.channels_last), CLIPS, cfg.seed, device)
-        ids, token_mask = bytes_to_ids([world.world(s).caption for s in seeds], tiny_dit.text_len)
-        histories, grid = Histories(seeds), (latents.shape[-2] // tiny_dit.patch, latents.shape[-1] // tiny_dit.patch)
+        tae = tae.to(device, memory_format=torch.channels_last)
+        grid = world.HEIGHT // 8 // tiny_dit.patch, world.WIDTH // 8 // tiny_dit.patch
+        sources = []  # all motions, and the lessons: latents, ids, token mask, histories of each
+        for worlds, chunks in ((training_worlds(CLIPS, cfg.seed), CHUNKS),
+                               (lesson_worlds(LESSON_CLIPS, cfg.seed), LESSON_CHUNKS)):
+            latents = latent_cache(Path(cfg.out) / "cache", tae, worlds, chunks * CHUNK, device)
+            captions = [world.world(*w).caption for w in worlds]
+            sources.append((latents, *bytes_to_ids(captions, tiny_dit.text_len), Histories(worlds, chunks)))
         torch.manual_seed(cfg.seed)
         dit, encoder = DiT(tiny_dit).initialise().to(device), TextEncoder(tiny_text).to(device)
         nets = torch.nn.ModuleDict({"init_ar": dit, "text": encoder})
@@ -169,7 +177,7 @@ def main():
             level = torch.rand(len(x0), 1) * CONTEXT_NOISE * torch.rand(x0.shape[:2])
             return add_noise(x0, torch.randn_like(x0), level.to(device))
 
-        def packed_loss(clips, text, src, target, positions, own, copies):
+        def packed_loss(latents, clips, text, src, target, positions, own, copies):
             """src (b, p) past frames; target (b, f) frame numbers of all copies; positions (b, p + f)"""
             past = latents[clips[:, None], src.clamp(min=0)].to(device).float()
             x0 = latents[clips[:, None], target].to(device).float()
@@ -180,18 +188,22 @@ def main():
             return F.mse_loss(dit(x, at, text, rope, mask=mask)[0][:, src.shape[1]:], v)
 
         def loss_at(rng, done):
-            clips, chunk, src = histories.draw(rng, batch)
-            clips, chunk, src, kind = *map(torch.from_numpy, (clips, chunk, src)), rng.random()
+            kind, same = rng.random(), torch.arange(COPIES).repeat_interleave(CHUNK)
+            slots = 1 + int(11 * min(1, max(0, (done - LESSONS[0]) / (LESSONS[1] - LESSONS[0]))))
+            lesson = slots < 12 and 0.2 <= kind < 0.84
+            latents, ids, token_mask, histories = sources[lesson]
+            clips, chunk, src = map(torch.from_numpy, histories.draw(rng, batch, slots if lesson else 12))
             with autocast:
                 text = dit.text(encoder(ids[clips].to(device), token_mask[clips].to(device)))
                 if kind < 0.2:     # the first 7 chunks: plain block-causal training, clean half and noised half
                     src = target = torch.arange(7 * CHUNK).expand(batch, -1)
-                    loss = packed_loss(clips, text, src, target, torch.cat([src, target], 1), target[0] // CHUNK, 7)
+                    positions = torch.cat([src, target], 1)
+                    loss = packed_loss(latents, clips, text, src, target, positions, target[0] // CHUNK, 7)
                 elif done < SEQUENTIAL:  # a long past at once: the latents a policy holds, packed
                     target = (chunk[:, None] * CHUNK + torch.arange(CHUNK)).repeat(1, COPIES)
                     new = (src >= 0).sum(1, keepdim=True) + torch.arange(CHUNK).repeat(COPIES)
                     positions = torch.cat([torch.arange(src.shape[1]).expand(batch, -1), new], 1)
-                    loss = packed_loss(clips, text, src, target, positions, torch.arange(COPIES).repeat_interleave(CHUNK), COPIES)
+                    loss = packed_loss(latents, clips, text, src, target, positions, same, COPIES)
                 else:              # the real memory, chunk after chunk; some chunks are supervised on the way
                     other = rng.random() < histories.OTHER
                     policy = PRESETS[str(rng.choice(histories.LAYOUTS)) if other else "slowfast"]
@@ -200,7 +212,6 @@ def main():
                     roll = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], policy, grid)
                     length, loss = int(rng.integers(12, CHUNKS)), 0
                     supervised = set(rng.choice(np.arange(7, length + 1), 3, replace=False).tolist())
-                    same = torch.arange(COPIES).repeat_interleave(CHUNK)
                     for i in range(length + 1):
                         x0 = latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float()
                         memory, rope = roll.look()
@@ -213,27 +224,30 @@ def main():
                             roll.commit(clean(x0), keep[:, i].to(device))
             return loss, {"kind": 0 if kind < 0.2 else 1 if done < SEQUENTIAL else 2}
 
-        soon = [s for s in range(world.HELD_OUT, world.HELD_OUT + 400) if world.world(s, "turn").motion.seconds < 10][:16]
+        soon = [(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(16)]
 
         def probe(nets):
-            """16 held-out worlds that turn once in 8 or 9 s: 10 s of each are given, returns fall due after 5.4 or 6.1 s."""
-            policy = PRESETS["slowfast"]
-            frames, keeps = continuations(nets["init_ar"], nets["text"], tae, soon, "turn", GIVEN, 5, policy, SAMPLER, device)
+            """16 held-out worlds that turn once in 8 or 9 s: 10 s of each are given, returns are due after 5.4 or 6.1 s."""
+            policy = PRESETS["uniform2"]  # tau is calibrated at the end
+            frames, keeps = continuations(nets["init_ar"], nets["text"], tae, soon, GIVEN, 5, policy, SAMPLER, device)
             readings, found, psnr = [world.judge(f) for f in frames], [], []
-            for s, r, keep in zip(soon, readings, keeps):
-                found += returns(r, world.world(s, "turn").caption, keep, policy, GIVEN)
+            for w, r, keep in zip(soon, readings, keeps):
+                found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
                 psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
-            return {"recall": float(np.mean([e.recall for e, _ in found] or [0])), "ceiling": float(np.mean([h for _, h in found] or [0])),
-                    "chance": world.chance(readings), "returns": len(found), "validity": float(np.mean(psnr))}
+            return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
+                    "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings), "returns": len(found), "validity": float(np.mean(psnr))}
 
         @torch.no_grad()
         def calibrate(nets):
             """
-            tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video;
-            keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering ones.
+            tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real
+            video; keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer
+            lingering chunks.
             """
-            turn = [i for i, s in enumerate(seeds) if (m := world.world(s).motion).kind == "turn" and m.seconds >= 40][:16]
-            linger = [i for i, s in enumerate(seeds) if world.world(s).motion.kind == "linger"][:16]
+            latents, ids, token_mask, histories = sources[0]
+            motions = [world.world(*w).motion for w in training_worlds(CLIPS, cfg.seed)]
+            turn = [i for i, m in enumerate(motions) if m.kind == "turn" and m.seconds >= 40][:16]
+            linger = [i for i, m in enumerate(motions) if m.kind == "linger"][:16]
             tested, choices = torch.arange(CHUNKS) % 2 == 0, []
             for pool in ("mean", "token"):
                 sims = {}
@@ -245,7 +259,8 @@ def main():
                             roll.look()
                             roll.commit(latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float(),
                                         torch.from_numpy(histories.keep["moving"][clips, i]).to(device))
-                    sims[name] = torch.stack(roll.sims, 1).cpu()[:, 2:], tested[2:], torch.from_numpy(histories.moved[clips][:, 2:])
+                    moved = torch.from_numpy(histories.moved[clips])
+                    sims[name] = torch.stack(roll.sims, 1).cpu()[:, 2:], tested[2:], moved[:, 2:]
                 sim, at, _ = sims["turn"]
                 tau = sim[:, at].quantile(.95).item()
                 slow = (sim[:, at] < tau).float().mean().item()
@@ -261,19 +276,24 @@ def main():
             worlds = [world.world(world.HELD_OUT + i) for i in range(4)]
             i, m = (z.to(device) for z in bytes_to_ids([w.caption for w in worlds], tiny_dit.text_len))
             roll = Rollout(nets["init_ar"], nets["init_ar"].text(nets["text"](i, m)), PRESETS["slowfast"], grid)
-            z = torch.cat(list(generate(roll, range(4), 20, SAMPLER, latents.shape[2:])), 1)
+            z = torch.cat(list(generate(roll, range(4), 20, SAMPLER, sources[0][0].shape[2:])), 1)
             write_strip(path, list((tae.decode(z)[0][:, ::12] * .5 + .5).cpu().numpy()))
 
     # ---- the loop: one for all stages ---------------------------------------------------------------------------------
     ema = copy.deepcopy(nets).requires_grad_(False)
     params = [p for p in nets.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(.9, .95), weight_decay=.01)
+    matrices = [p for n, p in nets.named_parameters() if "blocks" in n and p.ndim == 2 and "embedding" not in n]
+    others = [p for p in params if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(.9, .95), weight_decay=.01)]
+    if matrices:  # Muon for the transformers' matrices: the same lr means the same size of step
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
     step, saved = 0, load_checkpoint(out, device)
     if saved:
         step = saved["step"]
         nets.load_state_dict(saved["nets"])
         ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
     stop = []  # the signal that asks for an end; the update under way is finished first
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
@@ -283,23 +303,25 @@ def main():
         started = time.time()
         rng = np.random.default_rng([cfg.seed, step])
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        for group in optimizer.param_groups:
+        for group in [g for o in optimizers for g in o.param_groups]:
             group["lr"] = lr * min(1, (step + 1) / warmup) * (.55 + .45 * math.cos(math.pi * step / updates))
         loss, numbers = loss_at(rng, step / updates)
-        optimizer.zero_grad()
+        nets.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if torch.isfinite(norm) and torch.isfinite(loss):
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             bad = 0
             with torch.no_grad():  # a short average at first, or the start would linger
-                torch._foreach_lerp_(list(ema.parameters()), list(nets.parameters()), 1 - min(decay, (step + 1) / (step + 10)))
+                toward = 1 - min(decay, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(ema.parameters()), list(nets.parameters()), toward)
         else:
             bad += 1  # weights unchanged
         step += 1
         if cfg.stage != "vae" and (step % PROBE_EVERY == 0 or step == updates):
             numbers |= probe(ema)
-        numbers = {"step": step, "loss": loss.item(), "grad": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+        numbers = {"step": step, "loss": loss.item(), "grad": norm.item(), "lr": optimizers[0].param_groups[0]["lr"],
                    "skipped": bad, "seconds": time.time() - started, **numbers}
         log.write(json.dumps({k: round(v, 6) for k, v in numbers.items()}) + "\n")
         bar.set_postfix({k: f"{numbers[k]:.3g}" for k in numbers if k not in ("step", "lr", "seconds", "skipped")})
@@ -309,7 +331,8 @@ def main():
                              f"the last good checkpoint is in {out}")
         if step % SAVE_EVERY == 0 or step == updates or stop:
             log.flush()
-            save_checkpoint(out, step, {"nets": nets.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+            save_checkpoint(out, step, {"nets": nets.state_dict(), "ema": ema.state_dict(),
+                                        "optimizers": [o.state_dict() for o in optimizers]})
         if step % STRIP_EVERY == 0 or step == updates:
             strip(ema, out / f"strip_{step:06d}.png")
     if stop:
@@ -320,8 +343,10 @@ def main():
         found = calibrate(ema)
         kept = found.pop("kept")
         sampler |= found
-        print(f"tau {found['tau']:.4f} ({found['pool']}), tested chunks kept:", ", ".join(f"{k} {v:.0%}" for k, v in kept.items()))
-    facts = {"stage": cfg.stage, "seed": cfg.seed, "updates": updates, "batch": batch, "lr": lr, "sampler": sampler, "kept": kept}
+        print(f"tau {found['tau']:.4f} ({found['pool']}), tested chunks kept:",
+              ", ".join(f"{k} {v:.0%}" for k, v in kept.items()))
+    facts = {"stage": cfg.stage, "seed": cfg.seed, "updates": updates, "batch": batch, "lr": lr, "sampler": sampler,
+             "kept": kept}
     for name, net in ema.items():
         save_weights(out / f"{name}.safetensors", net.state_dict(), net.config, facts)
         print(f"wrote {out / name}.safetensors")

@@ -100,28 +100,31 @@ class World:
         return f"{GROUNDS[self.ground].capitalize()}. {self.motion.words()}"
 
 
-def world(seed, kind=None):
-    """The world of an integer seed. kind fixes the motion programme (None: steady 50 %, linger 30 %, look aside 20 %)."""
+def world(seed, kind=None, seconds=None):
+    """
+    The world of an integer seed. kind fixes the motion programme (None: steady 50 %, linger 30 %, look aside 20 %),
+    seconds its period.
+    """
     rng = np.random.default_rng([int(seed), 0x3C0])
     ground, landmarks, start = rng.integers(4), rng.integers(24, size=SECTORS), rng.uniform(0, COLUMNS)
     drawn = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
     kind, direction = kind or str(drawn), int(rng.choice([-1, 1]))
     if kind == "turn":
-        motion = Motion(kind, direction, int(rng.integers(8, 45)))
+        motion = Motion(kind, direction, seconds or int(rng.integers(8, 45)))
     elif kind == "linger":
-        motion = Motion(kind, direction, int(rng.integers(18, 45)))
+        motion = Motion(kind, direction, seconds or int(rng.integers(18, 45)))
     else:
         degrees = int(rng.choice([90, 135, 180]))
-        motion = Motion(kind, direction, degrees * 2 // 45 + int(rng.integers(9)), degrees)  # 32 columns a second at most
+        motion = Motion(kind, direction, seconds or degrees * 2 // 45 + int(rng.integers(9)), degrees)  # 32 columns a second at most
     return World(int(ground), tuple(int(a) for a in landmarks), float(start), motion)
 
 
-def clip(seed, start, frames, kind=None):
+def clip(seed, start, frames, kind=None, seconds=None):
     """
-    Frames [start, start + frames) of the world of a seed, without rendering the rest.
+    Frames [start, start + frames) of world(seed, kind, seconds), without rendering the rest.
     returns  (f, 3, 32, 64) float32 in [0, 1]
     """
-    w = world(seed, kind)
+    w = world(seed, kind, seconds)
     return render(panorama(w.ground, w.landmarks), w.motion.heading(w.start, np.arange(start, start + frames)))
 
 
@@ -220,13 +223,13 @@ def render(pano, headings):
 
 
 # ---- the judge: what each frame shows --------------------------------------------------------------------------------
-# What no landmark covers tells ground and heading; a landmark is then the nearest of its 24 drawings; a frame is as
-# valid as it is close to the nearest one that render() draws (at headings in steps of 1 / SUB column).
+# What no landmark covers tells ground and heading; a landmark is then the nearest of its 24 drawings; a frame
+# is as valid as it is close to the nearest one that render() draws (at headings in steps of 1 / SUB column).
 
 WHOLE = WIDTH // 2 - HALF - 2  # |middle - heading| up to here: wholly in view with 2 columns to spare
 GONE = WIDTH // 2 + HALF       # ... and beyond this: no pixel of it in view
 READABLE = .5  # confidence from which a reading counts: the best drawing is at most half as far as any other.
-               # Rendered clips, blurred and at 26 dB: > .65; morphs, halves, mixed colours, no landmark: < .40
+               # Rendered clips, blurred and at 26 dB: > .65; morphs, halves, mixed colours, nothing: < .40
 VALID = 17     # dB; plain grey, the most flattering level, reaches 16.3
 PLAIN = .07    # standard deviation of a frame's pixels: rendered > .15, grey at 26 dB .05
 STILL = 1      # columns within a second either way; the slowest caption moves 2
@@ -237,10 +240,10 @@ class Reading:
     heading: np.ndarray     # (f,) columns in [0, 256)
     ground: np.ndarray      # (f,) index into GROUNDS
     landmark: np.ndarray    # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view
-    confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / to the next best; 0 where not wholly in view
+    confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / to the next best; 0 if not wholly in view
     psnr: np.ndarray        # (f,) dB, peak 1, against the nearest renderable frame
-    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view, nan where there is none
-    kind: np.ndarray        # (f,) "ok", "frozen" (valid, but the camera stands), or not valid: "grey", "noise"
+    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view, nan if there is none
+    kind: np.ndarray        # (f,) "ok", "frozen" (valid, but the camera stands); not valid: "grey", "noise"
 
     @property
     def sure(self):
@@ -311,8 +314,8 @@ def sheets(ground):
 @lru_cache(maxsize=None)
 def compass(ground):
     """
-    Finds the nearest heading by one product: over what no landmark covers, |x - b|^2 = x^2 - 2 x b + b^2, with
-    x^2 and b left out in the boxes. A view is two periods of boxes wide, so every heading counts as many columns.
+    Finds the nearest heading by one product: over what no landmark covers, |x - b|^2 = x^2 - 2 x b + b^2, x^2
+    and b left out in the boxes. A view is two periods of boxes wide: every heading counts as many columns.
     returns  (256 * SUB, 64 * 22), (256 * SUB,)
     """
     column = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
@@ -326,8 +329,8 @@ def compass(ground):
 
 def uncovered(x):
     """
-    (f, 64, 32 * 3) -> (f, 64 * 22): per column the mean of the sky's top, the ground's rows, the mean of the sky
-    between landmarks, and its square. A mean weighs as much as its rows.
+    (f, 64, 32 * 3) -> (f, 64 * 22): per column the mean of the sky's top, the ground's rows, the mean of the
+    sky between landmarks, and its square. A mean weighs as much as its rows.
     """
     x = x.reshape(len(x), WIDTH, HEIGHT, 3)
     top, between = x[:, :, :TOP].mean(2), x[:, :, TOP:HORIZON].mean(2)
@@ -370,8 +373,8 @@ def compare(x, i, drawings):
 
 
 # ---- events: what came back ------------------------------------------------------------------------------------------
-# A landmark was read, then no pixel of it was in view, then it is due back. The last reading before the absence and
-# the first one after it are compared, so that what changes while in view is not blamed on the absence.
+# A landmark was read, then no pixel of it was in view, then it is due back. The last reading before the
+# absence and the first one after it are compared: what changes while in view is not blamed on the absence.
 
 @dataclass
 class Event:
@@ -436,8 +439,8 @@ def events(reading, caption):
 
 def due_back(motion, heading, left, sector):
     """
-    A landmark left at frame `left`: frames until it is wholly in view again, and those without a pixel of it, if
-    the camera goes on as the motion does from that heading and direction; inf if the motion never has those.
+    A landmark left at frame `left`: frames until it is wholly in view again, and those without a pixel of it,
+    if the camera goes on as the motion does from that heading and direction; inf if it never has those.
     """
     t = np.linspace(0, 2 * motion.seconds * FPS, 4097)
     path = motion.heading(heading[0], t)
@@ -479,13 +482,13 @@ def chance(readings):
 
 
 def chunk_of(frame):
-    """The chunk that draws a frame: latent 0 is frame 0, latent j is frames 4j - 3 .. 4j, a chunk 3 latents."""
+    """The chunk that draws a frame: latent 0 is frame 0, latent j frames 4j - 3 .. 4j, a chunk 3 latents."""
     return (frame + 3) // 4 // 3
 
 
 def held(event, reading, context):
     """
-    The ceiling: did a latent that was held when chunk_of(event.back) started show the landmark wholly in view?
+    The ceiling: did a latent held when chunk_of(event.back) started show the landmark wholly in view?
     context  latent indices
     """
     whole = np.abs(offsets(track(reading.heading))[:, event.sector]) <= WHOLE
