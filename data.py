@@ -109,11 +109,11 @@ class Histories:
         self.held = {name: np.stack([padded(held) for held in contexts], 1)
                      for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
 
-    def draw(self, rng, batch, slots=12):
+    def draw(self, rng, batch, slots=None):
         """
         -> clip numbers (b,), target chunks (b,) >= 7, frame numbers held (b, 18), -1 where nothing is.
-        slots < 12: an easier lesson. Only so many of slow memory's twelve are shown, and one of them, 2 s old or older,
-        shows what comes into view; pasts without such a latent are not drawn.
+        slots: a lesson. So many of slow memory's twelve latents are shown, and one of them, 2 s old or older, shows what
+        comes into view; pasts without such a latent are not drawn.
         """
         drawn, name = [], None
         while len(drawn) < batch:
@@ -121,7 +121,7 @@ class Histories:
             c = rng.integers(len(self.weight))
             n = 7 + rng.choice(self.chunks - 7, p=self.weight[c, 7:] / self.weight[c, 7:].sum())
             row = self.held[name][c, n]
-            if slots < 12 and name in self.RULES:
+            if slots and name in self.RULES:
                 now = self.heading[c, CHUNK * n + 2]
                 ahead = now + world.WIDTH / 4 * np.sign(now - self.heading[c, CHUNK * n])  # half a view ahead
                 off = np.abs(world.wrap(self.heading[c, row[3:15]] - ahead)) + 1e3 * (row[3:15] > CHUNK * n - 8)

@@ -117,8 +117,11 @@ class Mp4:
 
     def write(self, frames):
         """(f, h, w, 3) uint8; frames past the asked length are dropped"""
-        for frame in frames[:self.left]:
-            self.pipe.send(np.ascontiguousarray(frame))
+        try:
+            for frame in frames[:self.left]:
+                self.pipe.send(np.ascontiguousarray(frame))
+        except OSError as error:
+            raise BadInput(f"ffmpeg stopped writing {self.path} ({error.strerror}): is the disk full?") from None
         self.left -= min(self.left, len(frames))
 
     def close(self):

@@ -54,16 +54,16 @@ class Config:
 
 DEFAULTS = {  # stage: updates, batch, lr, warm-up, EMA decay
     "vae": (2500, 8, 2e-3, 100, 0.99),
-    "init": (3300, 16, 1.5e-3, 100, 0.995),
+    "init": (8000, 16, 1.5e-3, 100, 0.995),
 }
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 CLIPS = 2048           # training clips in the latent cache
 COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
 LESSON_CLIPS = 1600    # and of the lessons, other worlds: a network of 2 M learns a few hundred worlds by heart
-LESSONS = 0.58, 0.80   # up to this share of the updates slow memory shows one latent, the right one; from this one all 12:
-                       # finding one among 12 from the start is not learned in an hour, copying one and then choosing is
-SEQUENTIAL = 0.92      # from this share of the updates on pasts go through the real memory, chunk by chunk
+LESSON = 0.36          # up to this share of the updates lessons show one latent of slow memory, the one that shows what
+                       # comes back; then 1, 4 or all 12: finding one among 12 from the start is not learned in an hour
+SEQUENTIAL = 0.90      # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 SAMPLER = Sampler(steps=4, shift=SHIFT)
@@ -189,10 +189,10 @@ def main():
 
         def loss_at(rng, done):
             kind, same = rng.random(), torch.arange(COPIES).repeat_interleave(CHUNK)
-            slots = 1 + int(11 * min(1, max(0, (done - LESSONS[0]) / (LESSONS[1] - LESSONS[0]))))
-            lesson = slots < 12 and 0.2 <= kind < 0.84
+            lesson = 0.2 <= kind < 0.84 and done < SEQUENTIAL
+            slots = None if not lesson else 1 if done < LESSON else int(rng.choice([1, 4, 12, 12]))
             latents, ids, token_mask, histories = sources[lesson]
-            clips, chunk, src = map(torch.from_numpy, histories.draw(rng, batch, slots if lesson else 12))
+            clips, chunk, src = map(torch.from_numpy, histories.draw(rng, batch, slots))
             with autocast:
                 text = dit.text(encoder(ids[clips].to(device), token_mask[clips].to(device)))
                 if kind < 0.2:     # the first 7 chunks: plain block-causal training, clean half and noised half
