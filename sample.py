@@ -211,14 +211,15 @@ def main():
     print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {Path(ckpt).name}, {sampler.steps} steps, "
           f"memory {cfg.memory}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    first, files = None, []
-    bar = tqdm(total=cfg.seconds * len(jobs),
-               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")
+    first, files, bar = None, [], None
     try:
         for at in range(0, len(jobs), 8):  # eight videos side by side
             part, part_names = jobs[at:at + 8], names[at:at + 8]
             files = [Mp4(Path(cfg.out) / f"{n}-{seed}.mp4", frames, json.dumps(
                 {"AI-generated": True, "prompt": p, "seed": seed, "model": Path(ckpt).name})) for n, (p, seed) in zip(part_names, part)]
+            bar = bar if bar is not None else tqdm(
+                total=cfg.seconds * len(jobs),
+                bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")
             ids, mask = (z.to(device) for z in bytes_to_ids([p for p, _ in part], dit.config.text_len))
             grid = world.HEIGHT // 8 // dit.config.patch, world.WIDTH // 8 // dit.config.patch
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -245,7 +246,8 @@ def main():
     finally:
         for file in files:
             file.abandon()
-        bar.close()
+        if bar is not None:
+            bar.close()
     wall = time.time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
     print(f"{frames * len(jobs)} frames in {wall:.1f} s: {frames * len(jobs) / wall:.0f} frames/s, "

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import CHUNKS, LESSON_CHUNKS, LINGERS, Histories, frames_of, latent_cache, lesson_worlds, training_worlds
+from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Histories, encode_world, frames_of, latent_cache, lesson_worlds,
+                  training_worlds)
 from evaluate import GIVEN, continuations, returns
 from flow import Rollout, Sampler, add_noise, generate, shifted
 from memory import CHUNK, PRESETS
@@ -244,29 +245,23 @@ def main():
             video; keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer
             lingering chunks.
             """
-            latents, ids, token_mask, histories = sources[0]
-            motions = [world.world(*w).motion for w in training_worlds(CLIPS, cfg.seed)]
-            turn = [i for i, m in enumerate(motions) if m.kind == "turn" and m.seconds >= 40][:16]
-            linger = [i for i, m in enumerate(motions) if m.kind == "linger"][:16]
-            tested, choices = torch.arange(CHUNKS) % 2 == 0, []
+            worlds = [(s, "turn", 40 + s % 5) for s in range(8)] + [(s, "linger", None) for s in range(8)]
+            x0, paths = torch.cat([encode_world(tae, w, CHUNKS * CHUNK, device) for w in worlds]), Histories(worlds)
+            ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
+            text = nets["init_ar"].text(nets["text"](ids.to(device), mask.to(device)))
+            at = torch.arange(CHUNKS)[None] % 2 == 0
+            at = at & (torch.arange(CHUNKS) > 1)                    # tested chunks that have one before them
+            turns, lingers = torch.arange(16)[:, None] < 8, torch.from_numpy(paths.moved) < LINGERS
+            choices = []
             for pool in ("mean", "token"):
-                sims = {}
-                for name, clips in (("turn", turn), ("linger", linger)):
-                    with autocast:
-                        text = nets["init_ar"].text(nets["text"](ids[clips].to(device), token_mask[clips].to(device)))
-                        roll = Rollout(nets["init_ar"], text, PRESETS["slowfast"], grid, pool=pool)
-                        for i in range(CHUNKS):
-                            roll.look()
-                            roll.commit(latents[clips, i * CHUNK:(i + 1) * CHUNK].to(device).float(),
-                                        torch.from_numpy(histories.keep["moving"][clips, i]).to(device))
-                    moved = torch.from_numpy(histories.moved[clips])
-                    sims[name] = torch.stack(roll.sims, 1).cpu()[:, 2:], tested[2:], moved[:, 2:]
-                sim, at, _ = sims["turn"]
-                tau = sim[:, at].quantile(.95).item()
-                slow = (sim[:, at] < tau).float().mean().item()
-                sim, at, moved = sims["linger"]
-                kept = {"slow turns": slow, "lingering": (sim < tau)[at & (moved < LINGERS)].float().mean().item(),
-                        "between": (sim < tau)[at & (moved >= LINGERS)].float().mean().item()}
+                roll = Rollout(nets["init_ar"], text, PRESETS["slowfast"], grid, pool=pool)
+                for i in range(CHUNKS):
+                    roll.look()
+                    roll.commit(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
+                sims = torch.stack(roll.sims, 1).cpu()
+                tau = sims[at & turns].quantile(.95).item()
+                kept = {name: (sims < tau)[at & which].float().mean().item() for name, which in
+                        (("slow turns", turns), ("lingering", ~turns & lingers), ("between", ~turns & ~lingers))}
                 choices.append((kept["lingering"], {"tau": tau, "pool": pool, "kept": kept}))
             return min(choices, key=lambda c: c[0])[1]
 
