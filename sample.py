@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import frames_of
 from flow import Rollout, Sampler, generate
 from memory import CHUNK, PRESETS, size
 from model import DiT, DiTConfig, load

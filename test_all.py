@@ -278,10 +278,10 @@ def test_future_latents_do_not_change_past_output():
 def test_memory_holds_at_most_21_latents_unique_and_in_time_order_for_1000_chunks():
     keep = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < .5
     for name, policy in PRESETS.items():
-        for i, held in enumerate(plan(policy, keep)):
-            assert held.shape[1] + CHUNK <= min(21, policy.sink + policy.slow + policy.fast), (name, i)
-            if held.shape[1]:
-                assert (held.diff(dim=1) > 0).all() and held.max() == CHUNK * i - 1, (name, i)
+        for i, context in enumerate(plan(policy, keep)):
+            assert context.shape[1] + CHUNK <= min(21, policy.sink + policy.slow + policy.fast), (name, i)
+            if context.shape[1]:
+                assert (context.diff(dim=1) > 0).all() and context.max() == CHUNK * i - 1, (name, i)
 
 
 def test_contexts_after_7_8_and_9_chunks_are_those_of_the_specification():
