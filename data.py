@@ -115,7 +115,7 @@ class Histories:
         slots: a lesson. So many of slow memory's twelve latents are shown, and one of them, 2 s old or older, shows what
         comes into view; pasts without such a latent are not drawn.
         """
-        drawn, name = [], None
+        drawn, name, misses = [], None, 0
         while len(drawn) < batch:
             name = name or str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER else self.RULES))
             c = rng.integers(len(self.weight))
@@ -126,6 +126,9 @@ class Histories:
                 ahead = now + world.WIDTH / 4 * np.sign(now - self.heading[c, CHUNK * n])  # half a view ahead
                 off = np.abs(world.wrap(self.heading[c, row[3:15]] - ahead)) + 1e3 * (row[3:15] > CHUNK * n - 8)
                 if off.min() > 12:
+                    misses += 1
+                    if misses > 10_000 * batch:
+                        raise ValueError("no clip has a past that holds what comes into view: give more lesson clips")
                     continue
                 shown = np.argsort(np.where(np.arange(12) == off.argmin(), -1, rng.random(12)))[:slots]
                 few = np.concatenate([row[:3], row[3 + np.sort(shown)], row[15:]])

@@ -114,7 +114,7 @@ def main():
         writer.writerows(rows)
 
     own = list(range(len([k for k in rows[0] if k.startswith("psnr")])))
-    print(f"\n{videos} held-out worlds, {GIVEN * .75:.1f} s real, then {chunks * .75:.1f} s of the model's own; "
+    print(f"\n{videos} held-out worlds, {frames_of(GIVEN * CHUNK) / world.FPS:.1f} s real, then {chunks * .75:.1f} s of the model's own; "
           f"took {time.time() - started:.0f} s")
     print("\nrecall of landmarks outside the sink, by seconds of absence (right / events; ceiling: the policy still held it)")
     for name in events:

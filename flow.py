@@ -61,7 +61,8 @@ def draw_noise(seeds, chunk, step, shape, device="cpu"):
     is in its batch, on its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
     returns  (b, *shape) float32
     """
-    draws = [np.random.Generator(np.random.Philox(key=[int(seed), chunk << 8 | step])).standard_normal(shape, np.float32)
+    place = (step >> 8) << 40 | chunk << 8 | step & 255  # one number for (chunk, step), however many steps
+    draws = [np.random.Generator(np.random.Philox(key=[int(seed), place])).standard_normal(shape, np.float32)
              for seed in seeds]
     return torch.from_numpy(np.stack(draws)).to(device)
 

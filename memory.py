@@ -37,7 +37,7 @@ class Policy:
         return torch.full_like(similarity, tested, dtype=torch.bool)
 
 
-PRESETS = {  # --memory: sizes and keep rules of the paper's comparison (table 1.5 of its section 4); positions are separate
+PRESETS = {  # --memory: sizes and keep rules of the paper's comparison; positions are a separate switch
     "slowfast": Policy(3, 12, 6, "surprisal"),
     "uniform1": Policy(3, 12, 6, "uniform", interval=1),
     "uniform2": Policy(3, 12, 6, "uniform", interval=2),

@@ -47,8 +47,8 @@ class Config:
     seed: int = 0              # of the noise
     memory: str = "slowfast"   # slowfast | uniform1 | uniform2 | window | longlive | longlive21 | infinity
     positions: str = "bounded"  # bounded | unbounded
-    tau: float = math.nan      # surprisal threshold in [-1, 1] (default: the weights' own)
-    steps: int = 0             # denoising steps (default: the weights' own)
+    tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
+    steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student
     out: str = "out"           # folder for the videos
     device: str = ""           # cuda | mps | cpu (default: the best there is)
@@ -59,10 +59,10 @@ def check(cfg):
     """The options that can be wrong before anything is loaded -> list of prompts."""
     if not (math.isfinite(cfg.seconds) and 0 < cfg.seconds <= 86400):
         raise BadInput(f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}")
-    if not math.isnan(cfg.tau) and not -1 <= cfg.tau <= 1:
+    if cfg.tau is not None and not -1 <= cfg.tau <= 1:
         raise BadInput(f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau:g}")
-    if cfg.steps < 0 or cfg.seeds < 1 or cfg.seed < 0:
-        raise BadInput("--steps and --seeds must be at least 1, --seed at least 0")
+    if (cfg.steps is not None and cfg.steps < 1) or cfg.seeds < 1 or not 0 <= cfg.seed < 2 ** 63:
+        raise BadInput("--steps and --seeds must be at least 1, --seed from 0 to 2^63 - 1")
     one_of("--memory", cfg.memory, PRESETS)
     one_of("--positions", cfg.positions, ("bounded", "unbounded"))
     one_of("--dtype", cfg.dtype or "fp32", ("bf16", "fp32"))
@@ -202,11 +202,14 @@ def main():
     tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
     dit, encoder, tae = dit.to(device), encoder.to(device), tae.to(device, memory_format=torch.channels_last)
     sampler = Sampler(**facts["sampler"])
-    sampler = replace(sampler, steps=cfg.steps or sampler.steps, tau=sampler.tau if math.isnan(cfg.tau) else cfg.tau)
+    sampler = replace(sampler, steps=cfg.steps or sampler.steps, tau=sampler.tau if cfg.tau is None else cfg.tau)
     policy = replace(PRESETS[cfg.memory], tau=sampler.tau)
 
     jobs = [(p, cfg.seed + k) for p in prompts for k in range(cfg.seeds)]
-    names = [re.sub(r"[^a-z0-9]+", "-", p.lower()).strip("-")[:80] or "video" for p, _ in jobs]
+    names = []  # a prompt given twice, or two alike in their first 120 letters, must not share a file
+    for p, seed in jobs:
+        name = f"{re.sub(r'[^a-z0-9]+', '-', p.lower()).strip('-')[:120] or 'video'}-{seed}"
+        names.append(name if name not in names else f"{name}-{len(names)}")
     print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {Path(ckpt).name}, {sampler.steps} steps, "
           f"memory {cfg.memory}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -214,8 +217,8 @@ def main():
     try:
         for at in range(0, len(jobs), 8):  # eight videos side by side
             part, part_names = jobs[at:at + 8], names[at:at + 8]
-            files = [Mp4(Path(cfg.out) / f"{n}-{seed}.mp4", frames, json.dumps(
-                {"AI-generated": True, "prompt": p, "seed": seed, "model": Path(ckpt).name})) for n, (p, seed) in zip(part_names, part)]
+            about = [{"AI-generated": True, "prompt": p, "seed": s, "model": Path(ckpt).name} for p, s in part]
+            files = [Mp4(Path(cfg.out) / f"{n}.mp4", frames, json.dumps(a)) for n, a in zip(part_names, about)]
             bar = bar if bar is not None else tqdm(
                 total=cfg.seconds * len(jobs),
                 bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")

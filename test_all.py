@@ -519,7 +519,7 @@ def test_batch_equals_single_runs_and_same_seed_gives_the_same_video():
 def test_noise_depends_on_seed_chunk_and_step_alone():
     a = draw_noise([1, 2], 3, 0, (4,))
     assert torch.equal(a[1:], draw_noise([2], 3, 0, (4,)))
-    others = [draw_noise([2], 4, 0, (4,)), draw_noise([2], 3, 1, (4,)), draw_noise([2 + 2 ** 32], 3, 0, (4,))]
+    others = [draw_noise([2], 4, 0, (4,)), draw_noise([2], 2, 256, (4,)), draw_noise([2], 3, 1, (4,)), draw_noise([2 + 2 ** 32], 3, 0, (4,))]
     assert not any(torch.equal(a[1:], o) for o in others)
 
 
@@ -586,7 +586,7 @@ def test_sample_writes_exactly_the_frames_asked_for_with_provenance_and_a_memory
 BAD = {"--seconds 0": "above 0", "--seconds -3": "above 0", "--seconds nan": "above 0", "--seconds 1e12": "at most 86400",
        "--seconds ten": "must be a number", "--prompt ": "prompt is empty", "--memory slofast": "did you mean slowfast",
        "--secnds 3": "did you mean --seconds", "--device tpu": "unknown", "--device cuda": "not available", "--tau 2": "[-1, 1]",
-       "--steps -1": "at least 1", "--positions unbounded --seconds 300": "bounded", "--ckpt nowhere.safetensors": "no weights",
+       "--steps -1": "at least 1", "--steps 0": "at least 1", "--tau nan": "[-1, 1]", "--seed 99999999999999999999": "2^63", "--positions unbounded --seconds 300": "bounded", "--ckpt nowhere.safetensors": "no weights",
        "--prompts nowhere.txt": "cannot read", "--seconds": "needs a value", "--dtype fp8": "unknown",
        "--ckpt weights/vae.safetensors": "another kind of network"}
 
@@ -638,6 +638,14 @@ def test_a_prompt_outside_the_grammar_is_warned_about_and_goes_on(monkeypatch, t
     run_sample(monkeypatch, tmp_path, "--seconds", "0.5", "--prompt", "a calm sea")
     error = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(error) == 1 and "grammar" in error[0] and list(tmp_path.glob("*.mp4"))
+
+
+def test_prompts_that_begin_alike_or_repeat_get_files_of_their_own(monkeypatch, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    long = "Snow. The camera turns right, lingering at the compass points, one turn in {} seconds."
+    prompts.write_text("\n".join([long.format(27), long.format(28), long.format(28)]))
+    run_sample(monkeypatch, tmp_path / "o", "--seconds", "0.5", "--prompts", str(prompts))
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == len(list((tmp_path / "o").glob("*.png"))) == 3
 
 
 def peak_gib(tmp_path, seconds):

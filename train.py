@@ -236,7 +236,8 @@ def main():
                 found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
                 psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
             return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
-                    "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings), "returns": len(found), "validity": float(np.mean(psnr))}
+                    "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings),
+                    "returns": len(found), "validity": float(np.mean(psnr))}
 
         @torch.no_grad()
         def calibrate(nets):
