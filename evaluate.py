@@ -52,7 +52,7 @@ def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, devi
     history = torch.cat([encode_world(tae, w, given * CHUNK, device) for w in which]) if given else None
     ids, mask = (z.to(device) for z in bytes_to_ids([w.caption for w in worlds], dit.config.text_len))
     latent = (dit.config.channels, world.HEIGHT // 8, world.WIDTH // 8)
-    grid = latent[1] // dit.config.patch, latent[2] // dit.config.patch
+    grid = latent[1] // dit.config.patch[0], latent[2] // dit.config.patch[1]
     roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, positions, sampler.pool)
     video, past = tae.decode(history) if given else (None, None)
     frames = [video] if given else []

@@ -38,7 +38,7 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     text_dim: int = 4096  # width of the text encoder's features
     text_len: int = 512   # text positions, padded with zeros and attended
     channels: int = 16    # latent channels, in and out
-    patch: int = 2        # latent pixels a token is wide and high
+    patch: tuple = (2, 2)  # latent pixels a token is high and wide
 
 
 tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96)
@@ -137,7 +137,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head = nn.Linear(c.dim, c.channels * c.patch ** 2)
+        self.head = nn.Linear(c.dim, c.channels * c.patch[0] * c.patch[1])
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, e):
@@ -150,7 +150,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         c = self.config = config
-        self.patch_embedding = nn.Conv3d(c.channels, c.dim, (1, c.patch, c.patch), (1, c.patch, c.patch))
+        self.patch_embedding = nn.Conv3d(c.channels, c.dim, (1, *c.patch), (1, *c.patch))
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
@@ -197,8 +197,9 @@ class DiT(nn.Module):
                  keys after norm_k and before rotation
         source: Wan 2.1 (modulation order shift, scale, gate; head uses the embedding, blocks its projection)
         """
-        f, h, p = x.shape[1], x.shape[3] // self.config.patch, self.config.patch
-        tokens = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
+        f, (p, q) = x.shape[1], self.config.patch
+        h = x.shape[3] // p
+        tokens = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
         weight = self.patch_embedding.weight
         x = F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()  # (b, n, c)
         e, e6 = self.time(t)
@@ -212,7 +213,7 @@ class DiT(nn.Module):
             x, made = block(x, e6, text[i], rope, memory and memory[i], mask)  # (b, n, c)
             kv.append(made)
         v = self.head(x, e).float()
-        return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=p), kv
+        return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

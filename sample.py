@@ -223,7 +223,7 @@ def main():
                 total=cfg.seconds * len(jobs),
                 bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")
             ids, mask = (z.to(device) for z in bytes_to_ids([p for p, _ in part], dit.config.text_len))
-            grid = world.HEIGHT // 8 // dit.config.patch, world.WIDTH // 8 // dit.config.patch
+            grid = world.HEIGHT // 8 // dit.config.patch[0], world.WIDTH // 8 // dit.config.patch[1]
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, cfg.positions, sampler.pool)
                 empty = dit.text(encoder(*(z.to(device) for z in bytes_to_ids([""] * len(part), dit.config.text_len))))

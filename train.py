@@ -155,7 +155,7 @@ def main():
     elif cfg.stage == "init":  # part ar: flow matching on real pasts; what the 4-step student will be distilled from
         tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
         tae = tae.to(device, memory_format=torch.channels_last)
-        grid = world.HEIGHT // 8 // tiny_dit.patch, world.WIDTH // 8 // tiny_dit.patch
+        grid = world.HEIGHT // 8 // tiny_dit.patch[0], world.WIDTH // 8 // tiny_dit.patch[1]
         sources = []  # all motions, and the lessons: latents, ids, token mask, histories of each
         for worlds, chunks in ((training_worlds(CLIPS, cfg.seed), CHUNKS),
                                (lesson_worlds(LESSON_CLIPS, cfg.seed), LESSON_CHUNKS)):
