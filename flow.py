@@ -107,11 +107,13 @@ class Rollout:
         returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens
         """
         self.memory.make_room(CHUNK)
-        held = self.memory.read()
-        old, new = self.rope(held)
-        keys, values = held[2::2], held[3::2]  # cells: frame numbers, latents, then keys and values of each layer
-        self.view = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(keys, values)] or None, new
+        self.view = self.view_of(self.memory.read())
         return self.view
+
+    def view_of(self, held):
+        """Memory cells (frame numbers, latents, then keys and values of each layer) -> what look() returns"""
+        old, new = self.rope(held)
+        return [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held[2::2], held[3::2])] or None, new
 
     @torch.no_grad()
     def commit(self, x0, keep=None):

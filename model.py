@@ -96,18 +96,22 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x, rope, memory, mask):
+    def forward(self, x, rope, memory, mask, prefix):
         """
         x       (b, n, c)
         rope    cos, sin of the n tokens (rope.table)
         memory  None, or keys (rotated already) and values (b, s, k, d) that stand before the n tokens
+        prefix  the first so many tokens see each other only, the others see everything: two calls, no mask
         returns (b, n, c), and this call's own un-rotated keys and values
         """
         k, v = self.keys_values(x)
-        keys, values = rotate(k, rope), v
+        q, keys, values = rotate(self.queries(x), rope), rotate(k, rope), v
         if memory is not None:
             keys, values = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(memory, (keys, v)))
-        return self.o(attend(rotate(self.queries(x), rope), keys, values, mask)), (k, v)
+        y = attend(q[:, prefix:], keys, values, mask)
+        if prefix:
+            y = torch.cat([attend(q[:, :prefix], keys[:, :prefix], values[:, :prefix]), y], dim=1)
+        return self.o(y), (k, v)
 
 
 class CrossAttention(Attention):
@@ -124,11 +128,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
-    def forward(self, x, e, text, rope, memory, mask):
+    def forward(self, x, e, text, rope, memory, mask, prefix):
         """x (b, n, c) float32; e (b, f, 6, c) float32: shift, scale, gate for attention, then for the MLP, per frame"""
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (e + self.modulation.float()).unsqueeze(3).unbind(2)  # (b, f, 1, c) each
-        y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask)
+        y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
         x = gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)).to(dtype), text)
         return gated(x, self.ffn(modulate(x, shift2, scale2).to(dtype)), gate2), kv
@@ -185,7 +189,7 @@ class DiT(nn.Module):
             e = self.time_embedding(wave.to(self.time_embedding[0].weight.dtype))
             return e.float(), rearrange(self.time_projection(e), "b f (s c) -> b f s c", s=6).float()
 
-    def forward(self, x, t, text, rope, memory=None, mask=None):
+    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0):
         """
         x        (b, f, c, h, w) noised latents
         t        (b, f)          noise level of each frame, 0 clean .. 1 noise
@@ -193,6 +197,7 @@ class DiT(nn.Module):
         rope     cos, sin of the tokens of x (rope.table over its latents' positions)
         memory   None, or one (keys, values) pair a layer, each (b, s, k, d), keys rotated: seen by all tokens of x
         mask     None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
+        prefix   so many frames in front are context: they see each other only, the frames after them see all
         returns  v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
                  keys after norm_k and before rotation
         source: Wan 2.1 (modulation order shift, scale, gate; head uses the embedding, blocks its projection)
@@ -210,7 +215,7 @@ class DiT(nn.Module):
                 mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
         kv = []
         for i, block in enumerate(self.blocks):
-            x, made = block(x, e6, text[i], rope, memory and memory[i], mask)  # (b, n, c)
+            x, made = block(x, e6, text[i], rope, memory and memory[i], mask, prefix * (x.shape[1] // f))  # (b, n, c)
             kv.append(made)
         v = self.head(x, e).float()
         return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import config
+import dmd
+import erft
 import flow
 import sample
 import train
@@ -64,7 +66,7 @@ def golden(name):
 def golden_dit(name):
     c, weights, given, want = golden(name)
     config = DiTConfig(c["dim"], c["ffn_dim"], c["num_heads"], c["num_layers"], c["freq_dim"], c["text_dim"], c["text_len"],
-                       c["in_dim"], c["patch_size"][-1])
+                       c["in_dim"], tuple(c["patch_size"][1:]))
     return c, fill(DiT(config), weights).eval().requires_grad_(False), given, want
 
 
@@ -78,8 +80,8 @@ def frames_first(x):
 
 
 def rope_of(net, time, x):
-    p = net.config.patch
-    return table(time, x.shape[-2] // p, x.shape[-1] // p, net.config.dim // net.config.heads)
+    p, q = net.config.patch
+    return table(time, x.shape[-2] // p, x.shape[-1] // q, net.config.dim // net.config.heads)
 
 
 def test_golden_bidirectional_dit_and_its_inner_taps():
@@ -396,6 +398,195 @@ def test_reading_memory_twice_gives_the_same_and_changes_nothing():
     roll.memory.make_room()
     a, b = roll.memory.read(), roll.memory.read()
     assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0][0].tolist() == plan(PRESETS["slowfast"], torch.stack(roll.keeps, 1))[9][0].tolist()
+
+
+# ---- distillation and the teacher ---------------------------------------------------------------------------------------
+
+def test_golden_dmd_gradient_loss_and_critic():
+    c, _, given, want = golden("flow")
+    given = {k[4:]: v for k, v in given.items() if k.startswith("dmd.")}
+    want = {k.removeprefix("dmd."): v for k, v in want.items()}
+    n, x = c["num_train_timesteps"], given["generated"]
+    t = flow.shifted(given["t_raw"].double() / n, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
+    close((t * n).float(), want["t"].float(), 2e-2)
+    assert torch.equal(dmd.score_level(given["t_raw"].double() / n, c["timestep_shift"]), t)
+    sigmas = torch.tensor(flow.schedule(int(n), c["shift"]), dtype=torch.float64).float()
+    t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]  # the official table of 1,000 levels
+    close(flow.add_noise(x, given["noise"], t), want["noisy"], 2e-5)
+    mask = given["mask"] > .5
+
+    def check(w_fake, suffix):
+        real = flow.guide(given["x0_real_cond"], given["x0_real_uncond"], 1 + c["real_guidance_scale"])
+        fake = flow.guide(given["x0_fake_cond"], given["x0_fake_uncond"], 1 + w_fake)
+        if not w_fake:  # theirs is cond when it is 0
+            fake = given["x0_fake_cond"]
+        grad, _ = dmd.dmd_gradient(x, fake, real)
+        close(grad, want[f"grad{suffix}"], 2e-5)
+        for m, name in ((None, suffix), (mask, "_masked")) if not suffix else ((None, suffix),):
+            leaf = x.clone().requires_grad_()
+            loss = dmd.dmd_loss(leaf, grad, m)
+            loss.backward()
+            assert abs(loss.item() / want[f"loss{name}"].item() - 1) <= 1e-5
+            close(leaf.grad, want[f"dloss_dgenerated{name}"], 2e-5)
+    check(c["fake_guidance_scale"], "")
+    check(c["fakecfg_scale"], "_fakecfg")
+    close(dmd.dmd_gradient(x, x, x)[0], want["grad_all_equal"], 0)
+    v = flow.v_from_x0(want["noisy"], given["x0_fake_cond"], t)
+    assert abs(dmd.critic_loss(v, x, given["noise"]).item() / want["critic.loss"].item() - 1) <= 1e-5
+
+
+def student_trace(net, text, chunks=9, target=4, exit_step=1, policy=PRESETS["slowfast"]):
+    shape = (3, net.config.channels, 4, 4)
+
+    def fresh(chunk, step):
+        return draw_noise([1, 2], chunk, step, shape)
+    return dmd.rollout(Rollout(net, text, policy, (2, 2)), flow.schedule(4, 5.), exit_step, fresh, chunks, target), fresh
+
+
+def test_rollout_follows_algorithm_1():
+    net = random_dit()
+    text, calls = random_text(net, 2), []
+    net.register_forward_pre_hook(lambda module, args: calls.append((args[1][0, 0].item(), torch.is_grad_enabled())))
+    trace, _ = student_trace(net, text)
+    levels = flow.schedule(4, 5.)
+    before, inside = [*levels, 0.], [*levels[:2], 0.]  # every chunk before the target in full, then up to the exit; clean pass
+    assert [t for t, _ in calls] == pytest.approx(before * 5 + inside * 4) and not any(g for _, g in calls)
+    held = plan(PRESETS["slowfast"], torch.stack(trace.roll.keeps, 1).cpu(), new=0)[5]
+    assert trace.context.shape[1] == held.shape[1] == 15 and trace.x.shape[1] == 12
+    assert size(trace.cells) == 15 + 12  # what is kept for the backward pass does not grow with the rollout
+    assert size(student_trace(net, text, 20)[0].cells) == size(student_trace(net, text, 30)[0].cells) == 21 + 12
+
+
+@pytest.mark.parametrize("chunks", [4, 9, 13])
+def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
+    net = random_dit().requires_grad_()
+    features = noise(2, net.config.text_len, net.config.text_dim)
+    with torch.no_grad():
+        trace, fresh = student_trace(net, net.text(features), chunks, policy=replace(PRESETS["slowfast"], tau=1.))
+    g, levels = noise(*trace.x.shape, seed=3), flow.schedule(4, 5.)
+    dmd.backward(trace, lambda: net.text(features), g)
+    two_pass = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    text = net.text(features)
+    roll, xs = Rollout(net, [(k.detach(), v.detach()) for k, v in text], replace(PRESETS["slowfast"], tau=1.), (2, 2)), []
+    for i in range(chunks):
+        memory, rope = roll.look()
+        inside = i >= chunks - 4
+
+        def predict(x, t):
+            with torch.set_grad_enabled(inside and t[0, 0].item() == pytest.approx(levels[1])):
+                return net(x, t, text, rope, memory)[0]
+        x0 = flow.denoise(predict, fresh(i, 0), levels[:2] if inside else levels, lambda step: fresh(i, step))
+        roll.commit(x0.detach())
+        xs += [x0] * inside
+    x = torch.cat(xs, 1)
+    close(x.detach(), trace.x, 1e-5)
+    x.backward(g)
+    for (name, p), again in zip(net.named_parameters(), two_pass):
+        assert (p.grad - again).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
+        assert again.abs().sum() > 0, name
+
+
+def test_rollouts_grow_linearly():
+    assert [dmd.longest(s, 14, 40, 500) for s in (0, 10, 250, 500, 900)] == [14, 14, 27, 40, 40]
+
+
+def test_teacher_equal_to_critic_gives_no_gradient_and_different_ones_do():
+    net, other = random_dit(), random_dit(1)
+    text, grid = random_text(net, 2), (2, 2)
+    x, context, e = noise(2, 6, 16, 4, 4), noise(2, 3, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
+    t = torch.tensor([.3, .8])
+
+    def x0_of(n):
+        return dmd.scores(lambda xt, at: erft.score(n, context, xt, at, text, grid), x, t, e)
+    with torch.no_grad():
+        assert dmd.dmd_gradient(x, x0_of(net), x0_of(net))[0].abs().max() == 0
+        assert dmd.dmd_gradient(x, x0_of(other), x0_of(net))[0].abs().mean() > .01
+
+
+def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
+    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: m and s arrive, and KL only falls on the way."""
+    torch.manual_seed(0)
+    m, s, kl = torch.tensor(-1., requires_grad=True), torch.tensor(1.5, requires_grad=True), []
+    optimizer = torch.optim.SGD([m, s], lr=.05)
+    for _ in range(300):
+        x = (m + s * torch.randn(4096)).view(-1, 1, 1, 1, 1)
+        t, e = dmd.score_level(torch.rand(len(x)), 1.), torch.randn_like(x)
+
+        def posterior(mean, std):
+            def predict(xt, at):
+                at = at[..., None, None, None]
+                gain = (1 - at) * std ** 2 / ((1 - at) ** 2 * std ** 2 + at ** 2)
+                return (xt - (mean + gain * (xt - (1 - at) * mean))) / at
+            return predict
+        fake, real = (dmd.scores(posterior(*z), x.detach(), t, e) for z in ((m.detach(), s.detach()), (1., .5)))
+        optimizer.zero_grad()
+        dmd.dmd_loss(x, dmd.dmd_gradient(x.detach(), fake, real)[0]).backward()
+        optimizer.step()
+        kl.append((torch.log(.5 / s) + (s ** 2 + (m - 1) ** 2) / (2 * .25) - .5).item())
+    assert abs(m.item() - 1) < .05 and abs(s.item() - .5) < .05 and kl[-1] < .01
+    assert all(after <= before + .02 for before, after in zip(kl, kl[10:]))
+
+
+def test_context_frames_see_only_context_and_the_target_sees_all():
+    net = random_dit()
+    text = random_text(net, 1)
+    context, xt, t = noise(1, 5, 16, 4, 4), noise(1, 6, 16, 4, 4, seed=2), torch.full((1, 6), .6)
+    rope, level = table(torch.arange(11), 2, 2, net.config.dim // net.config.heads), torch.cat([torch.zeros(1, 5), t], 1)
+    mask = torch.ones(1, 11, 11, dtype=torch.bool)
+    mask[:, :5, 5:] = False
+    want = net(torch.cat([context, xt], 1), level, text, rope, mask=mask)[0][:, 5:]
+    close(erft.score(net, context, xt, t, text, (2, 2)), want, 1e-5)
+
+
+def small_bank(n=4):
+    bank, rng = erft.ErrorBank((16, 4, 4), size=n), np.random.default_rng(5)
+    x0 = noise(2, 6, 16, 4, 4)
+    for t in (.1, .5, .9):
+        bank.push(rng, torch.full((2,), t), *erft.errors_of(x0 + noise(2, 6, 16, 4, 4, seed=8), x0, torch.full((2,), t)),
+                  torch.tensor([True, True]))
+    return bank
+
+
+def test_error_bank_identities_levels_and_bounds():
+    v, v_star, x0, t = noise(2, 3, 16, 4, 4), noise(2, 3, 16, 4, 4, seed=2), noise(2, 3, 16, 4, 4, seed=4), torch.tensor([.2, .7])
+    at = t[:, None].expand(2, 3)
+    e = x0 + v_star
+    xt = flow.add_noise(x0, e, at)
+    error_x, error_noise = erft.errors_of(v, v_star, t)
+    close(error_x, flow.x0_from_v(xt, v, at) - x0, 1e-5)       # -t (v - v*) is the error of predicted latents ...
+    close(error_noise, xt + (1 - at)[..., None, None, None] * v - e, 1e-5)   # ... and (1 - t)(v - v*) that of predicted noise
+    bank = small_bank()
+    assert bank.bucket(torch.tensor([1., .02, .625])).tolist() == [0, 49, 37]
+    filled = bank.count.nonzero().tolist()
+    assert {level for _, level in filled} == set(bank.bucket(torch.tensor([.1, .5, .9])).tolist())
+    assert bank.count.max() == 4 and bank.errors.shape[2] == 4  # two samples of two chunks: full, then replaced
+    again = erft.ErrorBank((16, 4, 4), size=4)
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.errors, bank.errors) and torch.equal(again.count, bank.count)
+
+
+def test_error_injection_is_off_at_p_0_rare_in_the_sink_and_never_in_the_target():
+    bank, x = small_bank(), torch.zeros(512, 21, 16, 4, 4)
+    x0, t = torch.zeros(512, 6, 16, 4, 4), torch.full((512,), .5)
+    assert all(torch.equal(a, b) for a, b in zip(bank.inject(np.random.default_rng(0), x, x0, x0, t, p=0)[:3], (x, x0, x0)))
+    context, latent, e, chosen = bank.inject(np.random.default_rng(0), x, x0, x0, t)
+    hit = (context != 0).flatten(2).any(2).float()
+    assert abs(chosen.float().mean() - .5) < .07 and not hit[~chosen].any()
+    assert abs(hit[chosen][:, 3:].mean() - .9) < .05 and abs(hit[chosen][:, :3].mean() - .45) < .07
+    assert abs((latent[chosen] != 0).flatten(1).any(1).float().mean() - .9) < .05
+    assert (e != 0).flatten(1).any(1).float().mean() < .03
+    net = random_dit()
+    text, given = random_text(net, 2), (noise(2, 3, 16, 4, 4), noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3))
+    t = torch.tensor([.5, .9])
+    with torch.no_grad():
+        plain, _ = erft.teacher_loss(net, bank, np.random.default_rng(1), *given, t, text, (2, 2), p=0)
+        empty, _ = erft.teacher_loss(net, erft.ErrorBank((16, 4, 4)), np.random.default_rng(1), *given, t, text, (2, 2), p=1)
+        loss, (_, error_x, _, _) = erft.teacher_loss(net, bank, np.random.default_rng(1), *given, t, text, (2, 2), p=1)
+        at = t[:, None].expand(2, 6)
+        v = erft.score(net, given[0], flow.add_noise(given[1], given[2], at), at, text, (2, 2))
+    assert torch.equal(plain, (v - (given[2] - given[1])).pow(2).mean((1, 2, 3, 4))) and torch.equal(plain, empty)
+    assert not torch.equal(loss, plain)
 
 
 # ---- training layout ---------------------------------------------------------------------------------------------------
