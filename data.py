@@ -47,9 +47,8 @@ def lesson_worlds(clips, seed):
 
 @torch.no_grad()
 def encode_world(tae, which, latents, device):
-    """which (seed, kind, seconds): a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 autocast."""
-    seed, kind, seconds = which
-    video = torch.from_numpy(world.clip(seed, 0, frames_of(latents), kind, seconds)[None])
+    """which, what world() takes: a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 autocast."""
+    video = torch.from_numpy(world.clip(which[0], 0, frames_of(latents), *which[1:])[None])
     with torch.autocast(device.type, torch.bfloat16):
         return tae.encode(video.to(device) * 2 - 1).float()
 
@@ -112,15 +111,15 @@ class Histories:
         self.held = {name: np.stack([padded(held) for held in contexts], 1)
                      for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
 
-    def draw(self, rng, batch, ahead=1):
+    def draw(self, rng, batch, ahead=1, clips=None):
         """
         -> clip numbers (b,), target chunks (b,) >= 7 with `ahead` chunks from there on, and the frame numbers that memory
-        holds then (b, 18 or 21), -1 where nothing is
+        holds then (b, 18 or 21), -1 where nothing is. clips: only the first so many, and only full memories
         """
         drawn = []
         for _ in range(batch):
-            name = str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER and ahead == 1 else self.RULES))
-            c, last = rng.integers(len(self.weight)), self.chunks - ahead + 1
+            name = str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER and ahead == 1 and not clips else self.RULES))
+            c, last = rng.integers(clips or len(self.weight)), self.chunks - ahead + 1
             n = 7 + rng.choice(last - 7, p=self.weight[c, 7:last] / self.weight[c, 7:last].sum())
             drawn.append((c, n, self.held[name][c, n]))
         return [np.stack(x) for x in zip(*drawn)]

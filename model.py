@@ -43,7 +43,7 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     recompute: bool = False  # training: keep only the blocks' inputs, and run each again in the backward pass
 
 
-tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96)
+tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96, patch=(4, 1))
 
 
 class RMSNorm(nn.Module):

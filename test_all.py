@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -626,44 +627,98 @@ def test_histories_never_use_held_out_worlds_and_match_the_memory():
     assert h.held["uniform2"][0, 30].tolist() == plan(PRESETS["uniform2"], torch.tensor([[i % 2 == 0 for i in range(30)]]))[30][0].tolist()
 
 
+SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
+STAGES = ["vae", "init", "base", "teacher", "1", "2"]
+AS_SMALL = {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "ODE_CLIPS": 2,
+            "ODE_CHUNKS": 9, "FIRST": 8, "LAST": 10, "RAMP": .6, "SEQUENTIAL": .5, "CRITIC_PASSES": 2, "tiny_dit": SMALL,
+            "MIX": {.3: (.2, .2, .2, .2, .2), .6: (.5, .5, 0, 0, 0), 1: (1, 0, 0, 0, 0)},
+            "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}}
+
+
+def small_weights(out):
+    """Random networks in the places where each stage looks for those of the stage before it."""
+    for i, name in enumerate(("init_ar", "init_ode", "base", "teacher", "stage1")):
+        net = random_dit(i, **{k: getattr(SMALL, k) for k in ("dim", "ffn_dim", "heads", "layers")})
+        save_weights(out / name / f"{name}.safetensors", net.state_dict(), SMALL, {"sampler": {"steps": 4, "tau": .9}})
+
+
 @pytest.fixture
 def small_training(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "CLIPS", 2)
-    monkeypatch.setattr(train, "LESSON_CLIPS", 2)
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    monkeypatch.setattr(train, "STRIP_EVERY", 100)
-    monkeypatch.setattr(train, "PROBE_EVERY", 100)
+    for name, value in AS_SMALL.items():
+        monkeypatch.setattr(train, name, value)
 
-    def go(*words):
-        monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path), *words])
+    def go(*words, out=tmp_path):
+        small_weights(out)
+        monkeypatch.setattr("sys.argv", ["train.py", "--out", str(out), *words])
         train.main()
     return go, tmp_path
 
 
-@pytest.mark.parametrize("stage", ["vae", "init"])
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training, monkeypatch):
+def results(out, stage):
+    """{file: bytes} of what a stage wrote"""
+    return {f.name: f.read_bytes() for part in train.PARTS[stage] for f in sorted((out / part).glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training):
     go, out = small_training
     words = ["--stage", stage, "--updates", "4", "--batch", "2"]
     go(*words)
-    files = sorted((out / stage).glob("*.safetensors"))
-    want = {f.name: f.read_bytes() for f in files}
-    shutil.rmtree(out / stage / "step_000004")  # as if killed after update 2, whatever the log says
-    for f in files:
-        f.unlink()
+    want = results(out, stage)
+    for part in train.PARTS[stage]:
+        shutil.rmtree(out / part / "step_000004")  # as if killed after update 2, whatever the log says
+        for f in (out / part).glob("*.safetensors"):
+            f.unlink()
     go(*words)
-    assert want and {f.name: f.read_bytes() for f in (out / stage).glob("*.safetensors")} == want
+    assert want and results(out, stage) == want
+
+
+def test_a_signal_saves_and_ends_with_its_code_and_the_run_goes_on_as_if_nothing_had_been(small_training, monkeypatch):
+    go, out = small_training
+    words = ["--stage", "2", "--updates", "3", "--batch", "2"]
+    go(*words, out=out / "whole")
+    backward, calls = dmd.backward, []
+
+    def killed(*a):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM)) if not calls else None
+        backward(*a)
+    monkeypatch.setattr(dmd, "backward", killed)
+    with pytest.raises(SystemExit) as stopped:
+        go(*words)
+    assert stopped.value.code == 143 and [f.name for f in (out / "stage2").glob("step_*")] == ["step_000001"]
+    go(*words)
+    assert results(out, "2") == results(out / "whole", "2")
+
+
+def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training, monkeypatch):
+    go, out = small_training
+    words = ["--stage", "vae", "--updates", "4", "--batch", "1"]
+    save, calls = torch.save, []
+
+    def cut(state, path):
+        calls.append(path)
+        save(state, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        go(*words)
+    assert {f.name for f in (out / "vae").glob("*_00*")} == {"step_000002", "part_000004"}
+    monkeypatch.setattr(torch, "save", save)
+    go(*words)
+    go(*words, out=out / "whole")
+    assert results(out, "vae") == results(out / "whole", "vae")
 
 
 def test_unreadable_checkpoint_is_named_and_the_one_before_is_used(small_training, capsys):
     go, out = small_training
     go("--stage", "vae", "--updates", "4", "--batch", "1")
-    want = (out / "vae" / "vae.safetensors").read_bytes()
-    state = out / "vae" / "step_000004" / "state.pt"
+    want = results(out, "vae")
+    state = out / "vae" / "step_000004" / "state_0.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    (out / "vae" / "part_000009").mkdir()  # a write that was killed
     go("--stage", "vae", "--updates", "4", "--batch", "1")
-    assert "step_000004" in capsys.readouterr().err
-    assert (out / "vae" / "vae.safetensors").read_bytes() == want
+    assert "step_000004" in capsys.readouterr().err and results(out, "vae") == want
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight_and_stops_after_ten(small_training, monkeypatch):
@@ -672,8 +727,83 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_stops_after_ten(small_t
     with pytest.raises(SystemExit, match="not finite"):
         go("--stage", "vae", "--updates", "12", "--batch", "1")
     torch.manual_seed(0)
-    fresh, saved = TAE(tiny_tae).state_dict(), torch.load(out / "vae" / "step_000008" / "state.pt", weights_only=True)["nets"]
-    assert all(torch.equal(saved["vae." + k], v) for k, v in fresh.items())
+    saved = torch.load(out / "vae" / "step_000008" / "state_0.pt", weights_only=True)["nets"]["vae"]
+    assert all(torch.equal(saved[i], p) for i, p in enumerate(TAE(tiny_tae).parameters()))
+
+
+ALONE = """
+import json, sys
+sys.path.insert(0, {here!r})
+import train, test_all
+for name, value in test_all.AS_SMALL.items():
+    setattr(train, name, value)
+sys.argv = ["train.py"] + {words!r}
+train.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one_that_accumulates_two_batches(stage, small_training, tmp_path):
+    go, out = small_training
+    words = ["--stage", stage, "--updates", "2", "--batch", "2", "--dtype", "fp32"]
+    go(*words, "--accumulate", "2")
+    want, both = results(out, stage), out / "both"
+    small_weights(both)
+    shutil.copytree(out / "cache", both / "cache") if (out / "cache").exists() else None
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE.format(here=str(HERE), words=["--out", str(both), *words]))
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", script],
+                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for part in train.PARTS[stage]:
+        one = torch.load(out / part / "step_000002" / "state_0.pt")["nets"]
+        two = [torch.load(both / part / "step_000002" / f"state_{r}.pt")["nets"] for r in (0, 1)]
+        for net in one:
+            for i, p in one[net].items():
+                parts = [t[net][i] for t in two]
+                q = parts[0] if parts[0].shape == p.shape else torch.cat(parts)
+                assert (p - q).norm() <= 1e-6 * p.norm() + 1e-9, (part, net, i)
+    assert want.keys() == results(both, stage).keys()
+
+
+def test_critic_updates_leave_the_student_alone_and_the_reverse(small_training, monkeypatch):
+    """Who is moved by each optimizer step, and who has a gradient at that moment."""
+    go, out = small_training
+    step, seen = torch.optim.AdamW.step, []
+
+    def watched(self, *a):
+        mine = [p for g in self.param_groups for p in g["params"]]
+        everyone.update({id(p): p for p in mine})
+        before = {i: p.detach().clone() for i, p in everyone.items()}
+        step(self, *a)
+        moved = {i for i, p in everyone.items() if not torch.equal(p, before[i])}
+        graded = {i for i, p in everyone.items() if p.grad is not None and p.grad.abs().sum() > 0}
+        seen.append((moved, graded, {id(p) for p in mine}))
+    everyone = {}
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    go("--stage", "1", "--updates", "2", "--batch", "2")
+    critic, student = seen[0][2], seen[2][2]
+    assert [s[2] == critic for s in seen] == [True, True, False] * 2 and not critic & student
+    for moved, graded, mine in seen:
+        assert moved <= mine and graded == mine  # every trainable parameter of the one, none of the other
+
+
+def test_training_that_cannot_fit_is_refused_before_it_starts(small_training, monkeypatch, capsys):
+    go, out = small_training
+    monkeypatch.setattr(train, "room", lambda device: .001)
+    with pytest.raises(config.BadInput, match="GiB"):
+        go("--stage", "1", "--updates", "1", "--batch", "2")
+    assert "activations" in capsys.readouterr().out and not list((out / "stage1").glob("step_*"))
+
+
+def test_shares_of_the_wrong_kind_and_unknown_stages_are_told_in_one_line(small_training):
+    go, _ = small_training
+    for words in (["--stage", "3"], ["--stage", "1", "--accumulate", "0"], ["--stage", "teacher", "--errors", "2"],
+                  ["--stage", "2", "--teacher-context", "maybe"], ["--stage", "2", "--init", "nowhere.safetensors"]):
+        with pytest.raises(config.BadInput) as told:
+            go(*words)
+        assert "\n" not in str(told.value)
 
 
 # ---- sampling with the shipped weights -----------------------------------------------------------------------------------

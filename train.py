@@ -76,7 +76,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
     "vae": ["vae"], "init": ["init_ar", "init_ode"], "base": ["base"], "teacher": ["teacher"], "1": ["stage1"], "2": ["stage2"]}
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
-    "init_ar": (6000, 16, 1.5e-3, 100, .995),
+    "init_ar": (5000, 16, 1.5e-3, 100, .995),
     "init_ode": (800, 16, 2e-4, 50, .99),
     "base": (5000, 16, 1.5e-3, 100, .995),
     "teacher": (3000, 16, 7e-4, 100, .995),
@@ -88,11 +88,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 COMPASS = 0.7          # stage vae: from this share of the updates on the sky counts four times and channels are decorrelated:
                        # else 3 % of the latents' variance tells the heading, and no network looks it up
-CLIPS = 2048           # training clips in the latent cache
+CLIPS = 1024           # training clips in the latent cache
 COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
 LESSON_CLIPS = 1600    # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-LESSONS = 0.5          # share of the draws that are from those
-SEQUENTIAL = 0.90      # from this share of the updates on pasts go through the real memory, chunk by chunk
+LESSONS = 0.7          # share of the draws that are from those at first, and of all motions later
+TWINS = 640            # lessons that have a twin: the same motion past other landmarks
+MIX = {                # init_ar: until which share of the updates, and how often a pack is of which kind
+    # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
+    .3: (.15, .255, .2975, .2975, 0), .6: (.10, .30, 0, .10, .50), 1: (.15, .60, .05, .05, .15)}
+# With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
+# that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
+SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 SAMPLER = Sampler(steps=4, shift=SHIFT)
@@ -433,16 +439,18 @@ def train(cfg, part, device):
         torch.manual_seed(cfg.seed)
         dit, encoder = DiT(tiny_dit).initialise().to(device), TextEncoder(tiny_text).to(device)
         nets, sources = {"init_ar": dit, "text": encoder}, [clips(False), clips(True)]
+        twins = latent_cache(Path(cfg.out) / "cache", tae, [(*w, 1) for w in sources[1][3][:TWINS]], LESSON_CHUNKS * CHUNK,
+                             device, rank)
         histories = [Histories(s[3], n) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
 
         def choose(shared, done):
-            lost, gap = (.35, .35) if done < .6 else (.1, .15)
+            mix = next(mix for until, mix in MIX.items() if done < until)
             sequential = done >= SEQUENTIAL and shared.random() < .8
-            kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost"], p=[
-                .15, .85 * (1 - lost - gap), .85 * gap, .85 * lost]))
+            kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix))
             length = int(shared.integers(12, CHUNKS))
             other = shared.random() < Histories.OTHER
-            return {"kind": kind, "gap": int(shared.integers(1, 3)) if kind == "gap" else 0, "lesson": kind != "sequential" and shared.random() < LESSONS, "length": length,
+            lesson = kind == "twin" or kind != "sequential" and shared.random() < (LESSONS if done < .6 else 1 - LESSONS)
+            return {"kind": kind, "lesson": lesson, "gap": int(shared.integers(1, 3)) if kind == "gap" else 0, "length": length,
                     "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
                     "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
 
@@ -450,7 +458,7 @@ def train(cfg, part, device):
             (latents, ids, token_mask, _), paths = sources[chosen["lesson"]], histories[chosen["lesson"]]
             same, kind = torch.arange(COPIES).repeat_interleave(CHUNK), chosen["kind"]
             gap = chosen["gap"]
-            which, chunk, src = map(torch.from_numpy, paths.draw(rng, batch, 1 + gap))
+            which, chunk, src = map(torch.from_numpy, paths.draw(rng, batch, 1 + gap, TWINS if kind == "twin" else None))
             with autocast:
                 text = dit.text(encoder(ids[which].to(device), token_mask[which].to(device)))
                 if kind == "first":  # the first 7 chunks: plain block-causal training, clean half and noised half
@@ -464,6 +472,8 @@ def train(cfg, part, device):
                     src = forget(rng, src, CHUNK * gap) if gap else src
                     target = chunk_of(chunk + gap).repeat(1, COPIES)
                     past, x0 = (latents[which[:, None], s].to(device).float() for s in (src.clamp(min=0), target))
+                    if kind == "twin":
+                        past[:, -CHUNK:] = twins[which[:, None], src[:, -CHUNK:]].to(device).float()
                     xt, t, v = noised(x0, COPIES)
                     loss = F.mse_loss(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v)
                 else:  # the real memory, chunk after chunk; some chunks are supervised on the way
@@ -517,7 +527,7 @@ def train(cfg, part, device):
             print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
 
         def choose(shared, done):
-            return {"lesson": shared.random() < LESSONS, "text": shared.random() >= DROP,
+            return {"lesson": shared.random() < .5, "text": shared.random() >= DROP,
                     "context": part == "teacher" and shared.random() >= DROP, "lost": shared.random() < .3 * (done < .5)}
 
         def loss_of(rng, chosen):
@@ -738,7 +748,7 @@ def train(cfg, part, device):
             with torch.no_grad():  # a short average at first, or the start would linger
                 toward = 1 - min(decay, (step + 1) / (step + 10))
                 for name, some in average.items():
-                    torch._foreach_lerp_(some, [p.detach() for p in nets[name].parameters()], toward)
+                    torch._foreach_lerp_([local(a) for a in some], [local(p.detach()) for p in nets[name].parameters()], toward)
         if bank:
             for seed, found in gathered(recycled, processes):
                 bank.push(np.random.default_rng([seed, 1]), *found)
@@ -746,7 +756,7 @@ def train(cfg, part, device):
         step += 1
         asked = all_sum(torch.tensor([float(len(stop))]))
         ending = asked.item() > 0
-        if part != "vae" and (step % PROBE_EVERY == 0 or step == updates):
+        if part != "vae" and step % PROBE_EVERY == 0:
             refresh()
             numbers |= probe(shown) if rank == 0 and part != "base" else {}
         numbers |= {"lr": groups[part][2][0].param_groups[0]["lr"], "skipped": bad, "seconds": time.time() - started}

@@ -100,10 +100,10 @@ class World:
         return f"{GROUNDS[self.ground].capitalize()}. {self.motion.words()}"
 
 
-def world(seed, kind=None, seconds=None):
+def world(seed, kind=None, seconds=None, twin=0):
     """
     The world of an integer seed. kind fixes the motion programme (None: steady 50 %, linger 30 %, look aside 20 %),
-    seconds its period.
+    seconds its period; twin > 0 is the same place and motion with other landmarks.
     """
     rng = np.random.default_rng([int(seed), 0x3C0])
     ground, landmarks, start = rng.integers(4), rng.integers(24, size=SECTORS), rng.uniform(0, COLUMNS)
@@ -116,15 +116,17 @@ def world(seed, kind=None, seconds=None):
     else:
         degrees = int(rng.choice([90, 135, 180]))
         motion = Motion(kind, direction, seconds or degrees * 2 // 45 + int(rng.integers(9)), degrees)  # 32 columns a second at most
+    if twin:
+        landmarks = np.random.default_rng([int(seed), 0x3C0, twin]).integers(24, size=SECTORS)
     return World(int(ground), tuple(int(a) for a in landmarks), float(start), motion)
 
 
-def clip(seed, start, frames, kind=None, seconds=None):
+def clip(seed, start, frames, kind=None, seconds=None, twin=0):
     """
-    Frames [start, start + frames) of world(seed, kind, seconds), without rendering the rest.
+    Frames [start, start + frames) of world(seed, kind, seconds, twin), without rendering the rest.
     returns  (f, 3, 32, 64) float32 in [0, 1]
     """
-    w = world(seed, kind, seconds)
+    w = world(seed, kind, seconds, twin)
     return render(panorama(w.ground, w.landmarks), w.motion.heading(w.start, np.arange(start, start + frames)))
 
 
