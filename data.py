@@ -99,6 +99,7 @@ class Histories:
         back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         back[:, :7] = False
         self.weight = np.where(back, float(BACK), 1.0)
+        self.heading = torch.from_numpy(heading[:, ::4])                # at each latent's last frame, unwrapped
         even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}

@@ -95,7 +95,7 @@ LESSONS = 0.7          # share of the draws that are from those at first, and of
 TWINS = 640            # lessons that have a twin: the same motion past other landmarks
 MIX = {                # init_ar: until which share of the updates, and how often a pack is of which kind
     # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
-    .3: (.15, .255, .2975, .2975, 0), .6: (.10, .30, 0, .10, .50), 1: (.15, .60, .05, .05, .15)}
+    .3: (.15, .255, .2975, .2975, 0), .75: (.10, .30, 0, .10, .50), 1: (.15, .65, .05, .05, .10)}
 # With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
 # that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
 SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
@@ -411,7 +411,7 @@ def train(cfg, part, device):
 
     if part == "vae":
         torch.manual_seed(cfg.seed)
-        tae = TAE(tiny_tae).to(device, memory_format=torch.channels_last)
+        tae = TAE(tiny_tae).to(device, memory_format=torch.contiguous_format if dist.is_initialized() else torch.channels_last)
         nets = {"vae": tae}
 
         def choose(shared, done):
@@ -449,7 +449,7 @@ def train(cfg, part, device):
             kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix))
             length = int(shared.integers(12, CHUNKS))
             other = shared.random() < Histories.OTHER
-            lesson = kind == "twin" or kind != "sequential" and shared.random() < (LESSONS if done < .6 else 1 - LESSONS)
+            lesson = kind == "twin" or kind != "sequential" and shared.random() < (LESSONS if done < .75 else 1 - LESSONS)
             return {"kind": kind, "lesson": lesson, "gap": int(shared.integers(1, 3)) if kind == "gap" else 0, "length": length,
                     "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
                     "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
@@ -470,10 +470,17 @@ def train(cfg, part, device):
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
+                    if kind == "twin":  # keyframes of the last half turn would show the view too, at a known distance
+                        here = paths.heading[which, CHUNK * chunk - 1, None]
+                        near = (paths.heading[which[:, None], src] - here).abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
+                        near[:, :CHUNK] = near[:, -CHUNK:] = False
+                        src = src.masked_fill(near, -1)
+                        src = src.gather(1, (src < 0).long().argsort(stable=True, dim=1))
                     target = chunk_of(chunk + gap).repeat(1, COPIES)
                     past, x0 = (latents[which[:, None], s].to(device).float() for s in (src.clamp(min=0), target))
                     if kind == "twin":
-                        past[:, -CHUNK:] = twins[which[:, None], src[:, -CHUNK:]].to(device).float()
+                        false = twins[which[:, None], src.clamp(min=0)].to(device).float()
+                        past = torch.where((src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(device), false, past)
                     xt, t, v = noised(x0, COPIES)
                     loss = F.mse_loss(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v)
                 else:  # the real memory, chunk after chunk; some chunks are supervised on the way
