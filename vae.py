@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from config import BadInput
+
 
 @dataclass
 class TAEConfig:
@@ -165,7 +167,7 @@ class CausalConv(nn.Conv3d):
     def forward(self, x, state):
         past, keep = state.popleft(), 3 - self.stride[0]
         x = F.pad(x, (0, 0, 0, 0, keep, 0)) if past is None else torch.cat([past, x], dim=2)
-        state.append(x[:, :, -keep:])
+        state.append(x[:, :, -keep:].clone())  # a view would hold all of x
         return super().forward(x)
 
 
@@ -257,12 +259,13 @@ class Coder(nn.Module):
         self.order = (self.middle, self.upsamples) if up else (self.downsamples, self.middle)
 
     def forward(self, x, past):
-        """x (b, c, f, h, w): a video's first piece is one frame; past: None there, else what the last call returned."""
-        state = deque(past or [None] * sum(isinstance(m, CausalConv) for m in self.modules()))
+        """x (b, c, f, h, w): a video's first piece is one frame; past: None there, else what the last call returned, used up."""
+        past = past or [None] * sum(isinstance(m, CausalConv) for m in self.modules())
+        state = past if isinstance(past, deque) else deque(past)
         x = self.conv1(x, state)
         for layers in (*self.order, self.head):
             x = through(layers, x, state)
-        return x, list(state)
+        return x, state
 
 
 class WanVAE(nn.Module):
@@ -285,13 +288,24 @@ class WanVAE(nn.Module):
         return (torch.cat(latents, dim=1) - mean) / std
 
     def decode(self, latents, past=None):
-        """latents (b, n, 16, h, w), past as in TAE.decode -> video (b, 4n - 3 or 4n, 3, 8h, 8w) float32 in [-1, 1], past"""
+        """latents (b, n, 16, h, w), past as TAE.decode's, but used up -> video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], past"""
         mean, std = scaling(latents.device)
         z, frames = self.conv2(rearrange(latents * std + mean, "b f c h w -> b c f h w").to(self.conv2.weight.dtype)), []
         for piece in z.split(1, dim=2):
             x, past = self.decoder(piece, past)
             frames.append(rearrange(x, "b c f h w -> b f c h w").float())
         return torch.cat(frames, dim=1).clamp(-1, 1), past
+
+
+def public_vae(kind, state, path):
+    """Wan's autoencoder ("wan") or the TAE ("tae") of a public state dict's widths, on the meta device."""
+    try:
+        with torch.device("meta"):
+            if kind == "wan":
+                return WanVAE(WanVAEConfig(state["encoder.conv1.weight"].shape[0]))
+            return TAE(TAEConfig(len(state["encoder.0.weight"]), tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))))
+    except KeyError as key:
+        raise BadInput(f"{path} is not the autoencoder {kind!r}: it has no {key}") from None
 
 
 if __name__ == "__main__":
