@@ -126,7 +126,7 @@ class Rollout:
     def run(self, x, t, text=None, tables=None):
         """One pass over the new chunk, after look(): x (b, 3, c, h, w), t (b, 3); tables: net.time(t) if it is made already."""
         p, held = self.memory.policy, sum(size(part) for part in self.memory.parts())
-        net = self.compiled if self.compiled and held + CHUNK == p.sink + p.slow + p.fast else self.net
+        net = self.compiled if self.compiled is not None and held + CHUNK == p.sink + p.slow + p.fast else self.net
         return net(x, t, text or self.text, self.view[1], self.view[0], *(() if tables is None else (None, 0, tables)))
 
     @torch.no_grad()

@@ -12,10 +12,12 @@ References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 
 (one timestep per frame). Tested against both on golden vectors.
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B model.
 """
+import ctypes
 import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -355,9 +357,13 @@ def take(net, state, path, device, dtype):
     names = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(state.items()))
     print(f"{Path(path).name}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
           f"sha256 of names and shapes {hashlib.sha256(names.encode()).hexdigest()[:12]}")
-    own = net.state_dict()
-    ready = {k: v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if k in own and v.shape == own[k].shape else v
-             for k, v in state.items()}
+    own, ready = net.state_dict(), {}
+    for k, v in state.items():
+        fits = k in own and v.shape == own[k].shape
+        ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
+        if fits and sys.platform == "linux":  # pages of the file that were read count as this process's memory: hand them back
+            start = -(-v.data_ptr() // 4096) * 4096
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
     return fill(net, ready, str(path)).eval().requires_grad_(False)
 
 

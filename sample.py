@@ -104,7 +104,7 @@ def check(cfg):
         raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
     told = bool(cfg.wan)
     for p in prompts:
-        for _, text in segments(p, cfg.seconds):
+        for _, text in segments(p, math.inf if cfg.save_state else cfg.seconds):  # a saved video may go on to a later switch
             if not told and world.parse_caption(text) is None:
                 print(f"warning: outside the small world's grammar, so anything may come: {text[:60]!r}; it is {world.GRAMMAR}",
                       file=sys.stderr)
@@ -112,7 +112,7 @@ def check(cfg):
     return prompts
 
 
-def segments(prompt, seconds):
+def segments(prompt, end=math.inf):
     """'a | 20: b' -> [(0.0, 'a'), (20.0, 'b')]: which text holds from which second on"""
     if len(prompt) > 4000:
         raise BadInput(f"a prompt of {len(prompt)} characters: 4000 are the most, and 512 tokens hold about 2000")
@@ -129,9 +129,9 @@ def segments(prompt, seconds):
             raise BadInput(f"cannot read the prompt switch {part.strip()[:40]!r}: write 'a text | 20: the text from 20 s on'") from None
     if not all(text for _, text in found):
         raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
-    times = [at for at, _ in found] + [seconds]
+    times = [at for at, _ in found] + [end]
     if not all(a < b for a, b in zip(times, times[1:])):
-        raise BadInput(f"prompt switches must come one after another, before the end at {seconds:g} s: {prompt[:60]!r}")
+        raise BadInput(f"prompt switches must come one after another, before the end at {end:g} s: {prompt[:60]!r}")
     return found
 
 
@@ -387,8 +387,8 @@ def estimate(m, policy, b):
     pixels, wide = m.width * m.height * b * size, next(iter(m.vaes.values()))
     weights = sum(p.numel() * p.element_size() for net in (m.dit, wide) for p in net.parameters())
     # decoding: at full resolution Wan's VAE remembers 2 frames before each of 7 convolutions, as much again at the coarser
-    # ones, and works on about 6 feature maps of 4 frames; the TAE on about 4 of 12 frames
-    decoding = pixels * (wide.config.dim * (2 * 14 + 6 * 4) if isinstance(wide, WanVAE) else wide.config.decoder[-1] * 4 * 12)
+    # ones, and works on about 10 feature maps of a frame; the TAE on about 4 of 12 frames
+    decoding = pixels * (wide.config.dim * (2 * 14 + 10) if isinstance(wide, WanVAE) else wide.config.decoder[-1] * 4 * 12)
     return {"weights": weights, "memory": c.layers * c.dim * size * (tokens * (3 * held - 3) + 2 * c.text_len * b),
             "pass": tokens * (3 * (c.ffn_dim * size + 16 * c.dim * 4) + 2 * held * c.dim * size), "decoding": decoding}
 
@@ -482,7 +482,7 @@ def main():
     prompts = check(cfg)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     started, frames = time.time(), frames_in(cfg.seconds)
-    done = 12 * state["chunk"] - 3 - len(state["spare"]) if state else 0  # frames that lie in the first part's file
+    done = 12 * state["chunk"] - 3 - state["spare"].shape[1] if state else 0  # frames that lie in the first part's file
     if state and frames <= done:
         raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     if cfg.save_state:
@@ -491,7 +491,7 @@ def main():
             Path(f"{cfg.save_state}.part").touch()
         except OSError as error:
             raise BadInput(f"cannot write to {cfg.save_state}: {error.strerror}") from None
-    texts = sorted({text for p in prompts for _, text in segments(p, cfg.seconds)})
+    texts = sorted({text for p in prompts for _, text in segments(p)})
     m = (tiny_models(cfg, device) if not cfg.wan else random_models(cfg, device, dtype) if cfg.wan.startswith("random")
          else wan_models(cfg, texts, device, dtype))
     m.sampler = replace(m.sampler, steps=cfg.steps or m.sampler.steps, tau=m.sampler.tau if cfg.tau is None else cfg.tau)
@@ -527,7 +527,7 @@ def main():
             given = history.shape[1] // CHUNK
         try:
             while jobs:
-                parts = [segments(p, cfg.seconds) for p, _ in jobs[:together]]
+                parts = [segments(p) for p, _ in jobs[:together]]
                 turns = [chunk_at(second) for second, _ in parts[0]]
                 alike = next((i for i, s in enumerate(parts) if [chunk_at(second) for second, _ in s] != turns), len(parts))
                 part, part_names, jobs, names = jobs[:alike], names[:alike], jobs[alike:], names[alike:]
@@ -537,7 +537,7 @@ def main():
                 files = [Mp4(Path(cfg.out) / f"{n}.mp4", frames - done, json.dumps(a), m.width, m.height, m.scale)
                          for n, a in zip(part_names, about)]
                 bar = bar if bar is not None else tqdm(
-                    total=cfg.seconds * (len(part) + len(jobs)), initial=done / FPS,
+                    total=frames / FPS * (len(part) + len(jobs)), initial=done / FPS,
                     bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]")
                 p, q = m.dit.config.patch
                 latent = (m.dit.config.channels, m.height // 8, m.width // 8)
@@ -546,7 +546,7 @@ def main():
                 roll = Rollout(m.dit, texts.pop(0), policy, (latent[1] // p, latent[2] // q), cfg.positions, m.sampler.pool, compiled)
                 decoder, shots, made, source = Decoder(vae, device), [[] for _ in part], done, ()
                 if state:
-                    decoder.past, source = restore(roll, state, device), [state["spare"].numpy()]
+                    decoder.past, source = restore(roll, state, device), [state["spare"].numpy()] * (state["spare"].numel() > 0)
                     shots = [[(second, frame.numpy()) for second, frame in state["shots"]]]
                     roll.text = texts.get(max((turn for turn in texts if turn < roll.chunk), default=None), roll.text)
                 past = history if history is None else history.expand(len(part), -1, -1, -1, -1)

@@ -256,15 +256,18 @@ class Coder(nn.Module):
         self.middle = nn.Sequential(ResidualBlock(deep, deep), FrameAttention(deep), ResidualBlock(deep, deep))
         self.add_module("upsamples" if up else "downsamples", nn.Sequential(*layers))
         self.head = nn.Sequential(ChannelNorm(at), nn.SiLU(), CausalConv(at, 3 if up else 2 * c.channels))
-        self.order = (self.middle, self.upsamples) if up else (self.downsamples, self.middle)
+        last = 1 + max(i for i, layer in enumerate(layers) if isinstance(layer, Resample) and layer.time_conv)
+        self.order = (*self.middle, *layers[:last]) if up else (*layers, *self.middle, *self.head)
+        self.late = (*layers[last:], *self.head) if up else ()  # the widest maps, frame by frame: a third of the memory
+        self.slots = [sum(isinstance(m, CausalConv) for layer in part for m in layer.modules()) for part in (self.order, self.late)]
 
     def forward(self, x, past):
         """x (b, c, f, h, w): a video's first piece is one frame; past: None there, else what the last call returned, used up."""
-        past = past or [None] * sum(isinstance(m, CausalConv) for m in self.modules())
-        state = past if isinstance(past, deque) else deque(past)
-        x = self.conv1(x, state)
-        for layers in (*self.order, self.head):
-            x = through(layers, x, state)
+        state = past if isinstance(past, deque) else deque(past or [None] * (1 + sum(self.slots)))
+        x = through(self.order, self.conv1(x, state), state)
+        late = deque(state.popleft() for _ in range(self.slots[1]))
+        x = torch.cat([through(self.late, frame, late) for frame in x.split(1, dim=2)], dim=2)
+        state.extend(late)
         return x, state
 
 
