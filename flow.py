@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from memory import CHUNK, Memory, join, similarity, size, summary
+from memory import CHUNK, Memory, similarity, size, summary
 from rope import bounded, rotate, table, unbounded
 
 
@@ -92,16 +92,18 @@ class Rollout:
         self.memory, self.chunk, self.before, self.tables = Memory(policy), 0, None, {}
         self.sims, self.keeps = [], []  # one (b,) a chunk, on the device: what the memory decided and why
 
-    def rope(self, held):
-        """Tables for the held latents and the new chunk; bounded ones depend only on how many are held: made once."""
-        d = self.net.config.dim // self.net.config.heads
+    def rope(self, src, new=None):
+        """
+        Tables for the held latents and for the three after them: src (b, f), new (b, 3) frame numbers, None = the next chunk.
+        Bounded ones depend only on how many are held: made once.
+        """
+        d, n, device = self.net.config.dim // self.net.config.heads, src.shape[1], self.text[0][0].device
         if self.positions == "unbounded":
-            src = held[0] if held else torch.zeros(1, 0, dtype=torch.long, device=self.text[0][0].device)
-            return [table(p, *self.grid, d) for p in unbounded(src, CHUNK * self.chunk, CHUNK)]
-        if size(held) not in self.tables:
-            device = self.text[0][0].device
-            self.tables[size(held)] = [table(p.to(device), *self.grid, d) for p in bounded(size(held), CHUNK)]
-        return self.tables[size(held)]
+            at = unbounded(src.to(device), CHUNK * self.chunk, CHUNK) if new is None else (src.to(device), new)
+            return [table(p, *self.grid, d) for p in at]
+        if n not in self.tables:
+            self.tables[n] = [table(p.to(device), *self.grid, d) for p in bounded(n, CHUNK)]
+        return self.tables[n]
 
     def look(self):
         """
@@ -113,13 +115,13 @@ class Rollout:
         self.view = self.view_of(*self.memory.parts())
         return self.view
 
-    def view_of(self, *parts):
+    def view_of(self, *parts, new=None):
         """
         Lists of memory cells (frame numbers, latents, then keys and values of each layer) -> what look() returns; values
-        stay in their parts, uncopied.
+        stay in their parts, uncopied. new: frame numbers of the chunk that looks, None = the next one.
         """
         parts = [p for p in parts if p]
-        old, new = self.rope([torch.cat([p[0] for p in parts], dim=1)] if parts else [])
+        old, new = self.rope(torch.cat([p[0] for p in parts], dim=1) if parts else torch.zeros(1, 0, dtype=torch.long), new)
         cells = [[z.flatten(1, 2) for z in layer] for layer in list(zip(*parts))[2:]]
         return [(rotate(torch.cat(k, dim=1), old), v) for k, v in zip(cells[::2], cells[1::2])] or None, new
 
@@ -135,17 +137,18 @@ class Rollout:
         The prompt changes, between two chunks: what is held is encoded anew under text (net.text of the new prompt), at
         t = 0, three latents after another, each seeing those before it. Which frames are held does not change.
         """
-        self.text, d = text, self.net.config.dim // self.net.config.heads
-        frames, latents = self.memory.read()[:2]
-        cells, place = [], frames if self.positions == "unbounded" else torch.arange(size([frames]), device=frames.device)
-        for x0, new in zip(latents.split(CHUNK, dim=1), place.split(CHUNK, dim=-1)):
-            old = table(place[..., :size(cells)], *self.grid, d)
-            memory = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(cells[::2], cells[1::2])] or None
-            _, kv = self.net(x0, torch.zeros(x0.shape[:2], device=x0.device), text, table(new, *self.grid, d), memory)
-            cells = join(cells, [z.unflatten(1, (x0.shape[1], -1)) for pair in kv for z in pair])
-        for i, cell in enumerate(cells):
-            self.memory.rewrite(i + 2, cell)
-        self.before = summary([k[:, -CHUNK:].flatten(1, 2) for k in cells[::2]], self.pool)  # the last chunk's, under the new text
+        self.text, parts, (frames, latents) = text, [], self.memory.read()[:2]
+        for part in self.memory.parts():
+            del part[2:]  # the old keys and values make place for the new
+        for x0, src in zip(latents.split(CHUNK, dim=1), frames.split(CHUNK, dim=1)):
+            self.view = self.view_of(*parts, new=src)
+            _, kv = self.run(x0, torch.zeros(x0.shape[:2], device=x0.device))
+            parts.append([src, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)])
+        self.before = summary([k for k, _ in kv], self.pool)  # of the last chunk, under the new text
+        for i in range(2, len(parts[0])):
+            self.memory.rewrite(i, torch.cat([part[i] for part in parts], dim=1))
+            for part in parts:
+                part[i] = None
 
     @torch.no_grad()
     def commit(self, x0, keep=None, tables=None):

@@ -88,9 +88,9 @@ class Memory:
         return [torch.cat(c, dim=1) for c in zip(*self.parts())]
 
     def rewrite(self, i, cell):
-        """Another cell number i, for all that is held, in the order of read()."""
+        """Puts another cell number i in place, for all that is held, in the order of read()."""
         for part, piece in zip(self.parts(), cell.split([size(part) for part in self.parts()], dim=1)):
-            part[i] = piece
+            part[i:i + 1] = [piece]
 
 
 def size(cells):

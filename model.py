@@ -340,22 +340,20 @@ def dit_config(state, folder, path):
         c = {}
     except ValueError:
         raise BadInput(f"{folder}/config.json is not JSON: fetch it again") from None
-    full, dim = DiTConfig(), first.shape[0]
-
-    def width(name, axis, default):
-        return state[name].shape[axis] if name in state else default
-    layers = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    return DiTConfig(c.get("dim", dim), c.get("ffn_dim", width("blocks.0.ffn.0.weight", 0, full.ffn_dim)),
-                     c.get("num_heads", max(1, dim // 128)), c.get("num_layers", full.layers if dim == full.dim else layers),
-                     c.get("freq_dim", width("time_embedding.0.weight", 1, full.freq_dim)),
-                     width("text_embedding.0.weight", 1, full.text_dim), c.get("text_len", full.text_len),
-                     patch=tuple(first.shape[-2:]))
+    try:
+        shape, dim = {k: v.shape for k, v in state.items()}, first.shape[0]
+        layers = 30 if dim == 1536 else len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+        return DiTConfig(c.get("dim", dim), c.get("ffn_dim", shape["blocks.0.ffn.0.weight"][0]), c.get("num_heads", max(1, dim // 128)),
+                         c.get("num_layers", layers), shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
+                         c.get("text_len", 512), patch=tuple(first.shape[-2:]))
+    except KeyError as key:
+        raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None
 
 
 def take(net, state, path, device, dtype):
     """A net built on the meta device gets its weights, tensor by tensor in the type they stay in; prints a fingerprint."""
     names = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(state.items()))
-    print(f"{Path(path).name}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
+    print(f"{path}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
           f"sha256 of names and shapes {hashlib.sha256(names.encode()).hexdigest()[:12]}")
     own, ready = net.state_dict(), {}
     for k, v in state.items():

@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import unicodedata
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -196,33 +195,32 @@ class Decoder:
     Latents to uint8 frames (b, f, h, w, 3) on the host. On cuda it works on a stream of its own, beside the next chunk, so
     that frames come out one chunk late. vae None: waits for the latents and hands them out, for timing.
     """
-    def __init__(self, vae, device, past=None):
-        self.vae, self.past, self.side = vae, past, torch.cuda.Stream() if device.type == "cuda" else None
+    def __init__(self, vae, device):
+        self.vae, self.past, self.side = vae, None, torch.cuda.Stream() if vae and device.type == "cuda" else None
 
     def decode(self, z):
-        past, self.past = self.past, None
+        past, self.past = self.past, None  # WanVAE's is used up
         video, self.past = self.vae.decode(z, past)
         return to_uint8(video)
 
     def frames(self, chunks):
-        late = deque()
+        late = []
         for z in chunks:
-            if self.vae is None or self.side is None:
-                yield (z.cpu() if self.vae is None else self.decode(z)).numpy()
+            if self.side is None:
+                yield (self.decode(z) if self.vae else z).cpu().numpy()
                 continue
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):
                 z.record_stream(self.side)
                 late.append((self.decode(z).to("cpu", non_blocking=True), self.side.record_event()))  # .to() pins its copy
-            if len(late) > 1:
-                yield self.wait(*late.popleft())
-        for one in late:
-            yield self.wait(*one)
+            yield from self.arrived(late, 1)
+        yield from self.arrived(late, 0)
 
-    @staticmethod
-    def wait(frames, done):
-        done.synchronize()
-        return frames.numpy()
+    def arrived(self, late, under_way):
+        while len(late) > under_way:
+            frames, event = late.pop(0)
+            event.synchronize()
+            yield frames.numpy()
 
 
 def read_clip(path, width, height, most):
@@ -322,62 +320,56 @@ def tiny_models(cfg, device):
     return Models(dit, {"tae": tae}, features, Sampler(**facts["sampler"]), Path(ckpt).name)
 
 
-def wan_size(cfg, device):
-    """width, height, and the dim and layers of random weights"""
-    random, small = cfg.wan.startswith("random"), cfg.wan.startswith("random") and device.type == "cpu"
+def numbers(name, text):
     try:
-        width, height = map(int, (cfg.size or ("192x128" if small else "832x480")).split("x"))
-        dim, layers = map(int, ((cfg.wan.partition(":")[2] if random else "") or ("512x8" if small else "1536x30")).split("x"))
+        a, b = map(int, text.split("x"))
+        return a, b
     except ValueError:
-        raise BadInput(f"cannot read --size {cfg.size} or --wan {cfg.wan}: each is two whole numbers with an x between") from None
-    if width % 16 or height % 16 or min(width, height, dim, layers) < 1 or dim % min(dim, 128) or dim % 16:
-        raise BadInput(f"--size {width}x{height} and DIMxLAYERS {dim}x{layers}: sides and dim must be multiples of 16, dim of 128 above that")
-    return width, height, dim, layers
-
-
-def random_models(cfg, device, dtype):
-    """Networks of Wan's form with random weights, full-size or smaller: to time, not to look at."""
-    width, height, dim, layers = wan_size(cfg, device)
-    torch.manual_seed(0)
-    config, w = DiTConfig(dim, dim * 35 // 6, max(1, dim // 128), layers), max(4, dim // 16)
-    with torch.device("meta"):
-        nets = {"dit": DiT(config), "wan": WanVAE(WanVAEConfig(w)), "tae": TAE(TAEConfig(w * 2 // 3, (w * 8 // 3, w * 4 // 3, w * 2 // 3, w * 2 // 3)))}
-    nets = {k: take(net, {name: torch.randn(z.shape, device=device) * .02 for name, z in net.state_dict().items()}, k, device, dtype)
-            for k, net in nets.items() if cfg.bench or k in ("dit", cfg.vae or "wan")}
-
-    def features(texts):
-        return torch.zeros(len(texts), 1, config.text_dim, device=device)
-    return Models(nets.pop("dit"), nets, features, Sampler(), "random weights", width, height, 1)
+        raise BadInput(f"{name} {text!r} must be two whole numbers with an x between, as 832x480") from None
 
 
 def wan_models(cfg, texts, device, dtype):
-    """The raw Wan directory; the text encoder has come and gone before the rest is read."""
-    folder, ckpt, kinds = Path(cfg.wan), Path(cfg.ckpt or Path(cfg.wan) / DIT), [cfg.vae or "wan"]
-    kinds += [k for k in VAES if cfg.bench and k not in kinds and (folder / VAES[k]).exists()]
-    lacks = [f for f in ([] if cfg.ckpt else [DIT]) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
-    get = [f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"] if set(lacks) - {VAES["tae"]} else []
-    if VAES["tae"] in lacks:
-        get.append(f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth")
-    if lacks:
-        raise BadInput(f"{folder} lacks {', '.join(lacks)}: {' && '.join(get)}")
-    if not cfg.ckpt:
-        print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
-    width, height, _, _ = wan_size(cfg, device)
-    state, facts = read_public(ckpt)
-    config = dit_config(state, folder, ckpt)
-    roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 20e9
-    known = encode_prompts(texts, folder / T5, folder / TOKENIZER, Path(cfg.out) / "text",
-                           device if roomy else torch.device("cpu"), config.text_len)
-    with torch.device("meta"):
-        dit = DiT(config)
-    dit, vaes = take(dit, state, ckpt, device, dtype), {}
-    for kind in kinds:
-        state, _ = read_public(folder / VAES[kind])
-        vaes[kind] = take(public_vae(kind, state, folder / VAES[kind]), state, VAES[kind], device, dtype)
+    """The raw Wan directory, or random weights of its form; the text encoder has come and gone before the rest is read."""
+    random, _, form = cfg.wan.partition(":")
+    small, config, facts, kinds = random == "random" and device.type == "cpu", DiTConfig(), {}, [cfg.vae or "wan"]
+    width, height = numbers("--size", cfg.size or ("192x128" if small else "832x480"))
+    if width % 16 or height % 16 or min(width, height) < 16:
+        raise BadInput(f"--size {width}x{height}: both must be multiples of 16")
+    if random == "random":
+        dim, layers = numbers("--wan random:", form or ("512x8" if small else "1536x30"))
+        if min(dim, layers) < 1 or dim % (128 if dim > 128 else 16):
+            raise BadInput(f"--wan random:{dim}x{layers}: dim must be a multiple of 128, or of 16 below that")
+        config, w = DiTConfig(dim, dim * 35 // 6, max(1, dim // 128), layers), max(4, dim // 16)
+        folder, ckpt, kinds = Path("random"), Path("random weights"), kinds + [k for k in VAES if cfg.bench and k not in kinds]
+        with torch.device("meta"):
+            nets = {DIT: DiT(config), "wan": WanVAE(WanVAEConfig(w)), "tae": TAE(TAEConfig(w * 2 // 3, (w * 8 // 3, w * 4 // 3, w * 2 // 3, w * 2 // 3)))}
+        torch.manual_seed(0)
+        states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()} for k in (DIT, *kinds)}
+        known = {t: torch.zeros(1, config.text_dim) for t in texts}
+    else:
+        folder, ckpt = Path(cfg.wan), Path(cfg.ckpt or Path(cfg.wan) / DIT)
+        kinds += [k for k in VAES if cfg.bench and k not in kinds and (folder / VAES[k]).exists()]
+        lacks = [f for f in [DIT] * (not cfg.ckpt) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
+        get = [f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"] * bool(set(lacks) - {VAES["tae"]})
+        get += [f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"] * (VAES["tae"] in lacks)
+        if lacks:
+            raise BadInput(f"{folder} lacks {', '.join(lacks)}: {' && '.join(get)}")
+        if not cfg.ckpt:
+            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
+        state, facts = read_public(ckpt)
+        config = dit_config(state, folder, ckpt)
+        texts = texts + [""] * (Sampler(**facts.get("sampler", {})).guidance != 1)
+        roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 20e9
+        known = encode_prompts(texts, folder / T5, folder / TOKENIZER, Path(cfg.out) / "text",
+                               device if roomy else torch.device("cpu"), config.text_len)
+        states = {DIT: state, **{k: read_public(folder / VAES[k])[0] for k in kinds}}
+        with torch.device("meta"):
+            nets = {DIT: DiT(config), **{k: public_vae(k, states[k], folder / VAES[k]) for k in kinds}}
+    dit, *vaes = (take(nets[k], states.pop(k), ckpt if k == DIT else folder / VAES[k], device, dtype) for k in (DIT, *kinds))
 
     def features(texts):
         return pad_sequence([known[t] for t in texts], batch_first=True).to(device)
-    return Models(dit, vaes, features, Sampler(**facts.get("sampler", {})), ckpt.name, width, height, 1)
+    return Models(dit, dict(zip(kinds, vaes)), features, Sampler(**facts.get("sampler", {})), ckpt.name, width, height, 1)
 
 
 def estimate(m, policy, b):
@@ -409,19 +401,18 @@ def bench(cfg, m, policy, device, dtype, compiled):
     work = (steps + 1) * flops(c, m.height // 8, m.width // 8, policy.sink + policy.slow + policy.fast - CHUNK)
     rate, how = PEAK, "790 TFLOP/s, an H100's large bf16 product"
     if device.type != "cuda":
-        x, spent = torch.randn(2048, 2048, device=device, dtype=dtype), []
+        x, spent = torch.randn(2048, 2048, device=device, dtype=dtype), [time.perf_counter()]
         for _ in range(5):
-            started = time.perf_counter()
             x @ x
-            spent.append(time.perf_counter() - started)
-        rate = 2 * 2048 ** 3 / min(spent)
+            spent.append(time.perf_counter())
+        rate = 2 * 2048 ** 3 / min(b - a for a, b in zip(spent, spent[1:]))
         how = f"{rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
-    print(f"a chunk: {work / 1e12:.2f} TFLOP in {steps + 1} passes, so at most {12 * rate / work:.1f} frames/s at {how}")
-    print(f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} {'at the end':>11}")
+    print(f"a chunk: {work / 1e12:.4f} TFLOP in {steps + 1} passes, so at most {12 * rate / work:.1f} frames/s at {how}\n"
+          f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} {'at the end':>11}")
     latent, grid = (c.channels, m.height // 8, m.width // 8), (m.height // 8 // c.patch[0], m.width // 8 // c.patch[1])
     for name, vae in {"DiT only": None, **{f"with {k}": v for k, v in m.vaes.items()}}.items():
         for n in (2 if compiled is None else 9, chunks):  # the first time to warm up
-            roll = Rollout(m.dit, m.dit.text(m.features(["bench"])), policy, grid, cfg.positions, m.sampler.pool, compiled)
+            roll = Rollout(m.dit, m.dit.text(m.features([segments(cfg.prompt)[0][1]])), policy, grid, cfg.positions, m.sampler.pool, compiled)
             at, used = [time.perf_counter()], []
             for _ in Decoder(vae, device).frames(generate(roll, [cfg.seed], n, m.sampler, latent)):
                 at.append(time.perf_counter())
@@ -436,22 +427,21 @@ def bench(cfg, m, policy, device, dtype, compiled):
 # ---- stop and go on ------------------------------------------------------------------------------------------------------
 
 KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")  # options that make a video
+ROLL, MEMORY = ("chunk", "before", "sims", "keeps"), ("sink", "slow", "fast", "marks", "full")
 
 
 def save_state(path, cfg, roll, decoder, spare, shots):
-    """All that going on needs, written whole; noise is keyed by (seed, chunk, step), so the chunk is the random state."""
-    memory, part = roll.memory, Path(f"{path}.part")
-    torch.save({"options": {k: v for k, v in asdict(cfg).items() if k in KEPT}, "chunk": roll.chunk, "before": roll.before,
-                "sims": roll.sims, "keeps": roll.keeps, "parts": [memory.sink, memory.slow, memory.fast], "marks": memory.marks,
-                "full": memory.full, "past": list(decoder.past), "spare": torch.from_numpy(spare), "second": cfg.seconds,
-                "shots": [(second, torch.from_numpy(frame)) for second, frame in shots]}, part)
-    os.replace(part, path)
+    """All that going on needs, written whole. Noise is keyed by (seed, chunk, step), so the chunk is the random state."""
+    torch.save({"options": {k: v for k, v in asdict(cfg).items() if k in KEPT}, "roll": {k: vars(roll)[k] for k in ROLL},
+                "memory": {k: vars(roll.memory)[k] for k in MEMORY}, "past": list(decoder.past), "spare": torch.from_numpy(spare),
+                "shots": [(second, torch.from_numpy(frame)) for second, frame in shots]}, f"{path}.part")
+    os.replace(f"{path}.part", path)
 
 
 def load_state(cfg, device):
     """-> cfg with the options of the saved video, the state"""
     try:
-        state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+        state = torch.load(cfg.resume, map_location=device, weights_only=True)
         options, default = state["options"], asdict(Config())
     except FileNotFoundError:
         raise BadInput(f"no state at {cfg.resume}: check the path") from None
@@ -461,15 +451,6 @@ def load_state(cfg, device):
         if name in KEPT and value not in (default[name], options[name]):
             raise BadInput(f"{cfg.resume} was made with --{name} {options[name]}, not {value}: leave the option out")
     return replace(cfg, **options), state
-
-
-def restore(roll, state, device):
-    def there(z):
-        return z.to(device) if torch.is_tensor(z) else type(z)(map(there, z)) if isinstance(z, (list, tuple)) else z
-    memory = roll.memory
-    (memory.sink, memory.slow, memory.fast), memory.marks, memory.full = there(state["parts"]), there(state["marks"]), state["full"]
-    roll.chunk, roll.before, roll.sims, roll.keeps = state["chunk"], there(state["before"]), there(state["sims"]), there(state["keeps"])
-    return there(state["past"])
 
 
 # ---- videos --------------------------------------------------------------------------------------------------------------
@@ -482,18 +463,18 @@ def main():
     prompts = check(cfg)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     started, frames = time.time(), frames_in(cfg.seconds)
-    done = 12 * state["chunk"] - 3 - state["spare"].shape[1] if state else 0  # frames that lie in the first part's file
+    done = 12 * state["roll"]["chunk"] - 3 - state["spare"].shape[1] if state else 0  # frames that lie in the first part's file
     if state and frames <= done:
         raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     if cfg.save_state:
         try:
             Path(cfg.save_state).parent.mkdir(parents=True, exist_ok=True)
             Path(f"{cfg.save_state}.part").touch()
+            Path(f"{cfg.save_state}.part").unlink()
         except OSError as error:
             raise BadInput(f"cannot write to {cfg.save_state}: {error.strerror}") from None
     texts = sorted({text for p in prompts for _, text in segments(p)})
-    m = (tiny_models(cfg, device) if not cfg.wan else random_models(cfg, device, dtype) if cfg.wan.startswith("random")
-         else wan_models(cfg, texts, device, dtype))
+    m = wan_models(cfg, texts, device, dtype) if cfg.wan else tiny_models(cfg, device)
     m.sampler = replace(m.sampler, steps=cfg.steps or m.sampler.steps, tau=m.sampler.tau if cfg.tau is None else cfg.tau)
     policy, compiled = replace(PRESETS[cfg.memory], tau=m.sampler.tau), torch.compile(m.dit, dynamic=False) if cfg.compile else None
     jobs = [(p, cfg.seed + k) for p in prompts for k in range(cfg.seeds)]
@@ -546,8 +527,10 @@ def main():
                 roll = Rollout(m.dit, texts.pop(0), policy, (latent[1] // p, latent[2] // q), cfg.positions, m.sampler.pool, compiled)
                 decoder, shots, made, source = Decoder(vae, device), [[] for _ in part], done, ()
                 if state:
-                    decoder.past, source = restore(roll, state, device), [state["spare"].numpy()] * (state["spare"].numel() > 0)
-                    shots = [[(second, frame.numpy()) for second, frame in state["shots"]]]
+                    vars(roll).update(state["roll"])
+                    vars(roll.memory).update(state["memory"])
+                    decoder.past, source = state["past"], [state["spare"].cpu().numpy()] * (state["spare"].numel() > 0)
+                    shots = [[(second, frame.cpu().numpy()) for second, frame in state["shots"]]]
                     roll.text = texts.get(max((turn for turn in texts if turn < roll.chunk), default=None), roll.text)
                 past = history if history is None else history.expand(len(part), -1, -1, -1, -1)
 

@@ -1517,8 +1517,8 @@ def test_a_raw_directory_goes_through_to_an_mp4(raw, monkeypatch, tmp_path, caps
     with monkeypatch.context() as patch:  # prompts are known now: the encoder is not even opened
         patch.setattr("text.read_public", None)
         again, _ = frames_of_run(patch, out, *words)
-        tae, _ = frames_of_run(patch, out, *words, "--vae", "tae")
-    assert np.array_equal(frames, again) and tae.shape == frames.shape and not np.array_equal(tae, frames)
+        tae, half = (frames_of_run(patch, out, *words, "--vae", "tae", "--dtype", dtype)[0] for dtype in ("fp32", "bf16"))
+    assert np.array_equal(frames, again) and tae.shape == half.shape == frames.shape and not np.array_equal(tae, frames)
     bf16, _ = frames_of_run(monkeypatch, out, *words, "--dtype", "bf16")
     assert bf16.shape == frames.shape and not np.array_equal(bf16, frames)
 
@@ -1626,7 +1626,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
     cases = {pt("lora.pt", {"generator_lora": {"base_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 64)}}): "is a LoRA",
              pt("14B.pt", {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)}): "14B",
              pt("i2v.pt", {**state, "patch_embedding.weight": torch.zeros(64, 36, 1, 2, 2)}): "image-to-video",
-             pt("other.pt", {"conv.weight": torch.zeros(3)}): "no Wan DiT", pt("none.pt", {"step": 3}): "holds no weights",
+             pt("other.pt", {"conv.weight": torch.zeros(3)}): "no Wan DiT: it has no patch_embedding.weight", pt("none.pt", {"step": 3}): "holds no weights",
              pt("fewer.pt", {k: v for k, v in state.items() if "blocks.1" not in k}): "27 missing (blocks.1.",
              pt("more.pt", {**state, "extra": torch.zeros(1), "head.head.bias": torch.zeros(3)}): "1 unexpected (extra); 1 misshapen (head.head.bias)",
              pt("code.pt", {"model": Code()}): "cannot read", str(tmp_path / "half.pt"): "half downloaded", str(tmp_path / "empty.pt"): "half downloaded",
@@ -1731,4 +1731,4 @@ def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
     rows = re.findall(r"^(DiT only|with wan|with tae) +([\d.]+) +([\d.]+)% +([\d.]+) s", out, re.M)
     assert [r[0] for r in rows] == ["DiT only", "with wan", "with tae"] and all(float(r[1]) > 0 for r in rows)
     work = 2 * flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
-    assert f"{work / 1e12:.2f} TFLOP in 2 passes" in out and not list(tmp_path.rglob("*.mp4"))
+    assert f"{work / 1e12:.4f} TFLOP in 2 passes" in out and not list(tmp_path.rglob("*.mp4"))

@@ -100,7 +100,7 @@ class TAE(nn.Module):
         returns  (b, f', c', h', w'), past
         """
         b, last = x.shape[0], []
-        x = rearrange(x, "b f c h w -> (b f) c h w")
+        x = rearrange(x, "b f c h w -> (b f) c h w").to(next(layers.parameters()).dtype)
         for layer in layers:
             if isinstance(layer, MemBlock):
                 x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
@@ -132,7 +132,7 @@ class TAE(nn.Module):
         returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], and the state to go on with
         """
         video, state = self.run(self.decoder, latents, past)
-        video = video.clamp(0, 1) * 2 - 1
+        video = video.float().clamp(0, 1) * 2 - 1
         return (video[:, 3:] if past is None else video), state
 
 
