@@ -126,9 +126,9 @@ class Rollout:
         return [(rotate(torch.cat(k, dim=1), old), v) for k, v in zip(cells[::2], cells[1::2])] or None, new
 
     def run(self, x, t, text=None, tables=None):
-        """One pass over the new chunk, after look(): x (b, 3, c, h, w), t (b, 3); tables: net.time(t) if it is made already."""
-        p, held = self.memory.policy, sum(size(part) for part in self.memory.parts())
-        net = self.compiled if self.compiled is not None and held + CHUNK == p.sink + p.slow + p.fast else self.net
+        """One pass over the new chunk, after look(): x (b, 3, c, h, w), t (b, 3); tables: net.time(t) if made already."""
+        p, seen = self.memory.policy, CHUNK + sum(size(part) for part in self.memory.parts())
+        net = self.compiled if self.compiled is not None and seen == p.sink + p.slow + p.fast else self.net
         return net(x, t, text or self.text, self.view[1], self.view[0], *(() if tables is None else (None, 0, tables)))
 
     @torch.no_grad()

@@ -70,9 +70,9 @@ class Memory:
                 self.slow = join(self.slow, oldest)
                 self.full = size(self.slow) == p.slow
             elif p.slow and first:
-                for i, (c, o) in enumerate(zip(self.slow, oldest)):  # per sample, without asking the device; cell by cell, because
-                    shifted = torch.cat([c[:, 1:], o], dim=1)        # a second slow memory beside the first is 3.5 GB of Wan
-                    self.slow[i] = torch.where(keep.view(-1, *[1] * (c.ndim - 1)), shifted, c)
+                for i, (c, o) in enumerate(zip(self.slow, oldest)):  # cell by cell: a second slow memory is 3.5 GB of Wan
+                    shifted = torch.cat([c[:, 1:], o], dim=1)
+                    self.slow[i] = torch.where(keep.view(-1, *[1] * (c.ndim - 1)), shifted, c)  # without asking the device
 
     def push(self, cells, keep):
         """cells: list of (b, 3, ...) of one finished chunk, from the clean pass, detached; keep (b,) from decide()."""

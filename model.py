@@ -265,7 +265,10 @@ def load_weights(path):
 
 
 def fill(net, state, name="weights"):
-    """Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors. Nets on meta take over."""
+    """
+    Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors. A net on the meta device
+    takes the tensors themselves, types and all.
+    """
     own, wrong = net.state_dict(), []
     for kind, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
                        ("misshapen", {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})):
@@ -309,10 +312,11 @@ def read_public(path):
     except FileNotFoundError:
         raise BadInput(f"no weights at {path}: check the path") from None
     except Exception as error:  # torch.load raises whatever the damage makes it meet
-        raise BadInput(f"cannot read weights {path} ({(str(error).strip() or type(error).__name__).splitlines()[0][:150]}): "
-                       "damaged or half downloaded? fetch it again") from None
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise BadInput(f"cannot read weights {path} ({why}): damaged or half downloaded? fetch it again") from None
     whole = whole if isinstance(whole, dict) else {}
-    inner = next((whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]), whole)
+    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
+    inner = inner[0] if inner else whole
     if any("lora" in k.lower() for k in (*whole, *inner)):
         raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
     state = {}
@@ -343,8 +347,9 @@ def dit_config(state, folder, path):
     try:
         shape, dim = {k: v.shape for k, v in state.items()}, first.shape[0]
         layers = 30 if dim == 1536 else len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-        return DiTConfig(c.get("dim", dim), c.get("ffn_dim", shape["blocks.0.ffn.0.weight"][0]), c.get("num_heads", max(1, dim // 128)),
-                         c.get("num_layers", layers), shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
+        return DiTConfig(c.get("dim", dim), c.get("ffn_dim", shape["blocks.0.ffn.0.weight"][0]),
+                         c.get("num_heads", max(1, dim // 128)), c.get("num_layers", layers),
+                         shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
                          c.get("text_len", 512), patch=tuple(first.shape[-2:]))
     except KeyError as key:
         raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None

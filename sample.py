@@ -103,10 +103,11 @@ def check(cfg):
         raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
     told = bool(cfg.wan)
     for p in prompts:
-        for _, text in segments(p, math.inf if cfg.save_state else cfg.seconds):  # a saved video may go on to a later switch
+        # a saved video may go on to a later switch
+        for _, text in segments(p, math.inf if cfg.save_state else cfg.seconds):
             if not told and world.parse_caption(text) is None:
-                print(f"warning: outside the small world's grammar, so anything may come: {text[:60]!r}; it is {world.GRAMMAR}",
-                      file=sys.stderr)
+                print(f"warning: outside the small world's grammar, so anything may come: {text[:60]!r}; it is "
+                      f"{world.GRAMMAR}", file=sys.stderr)
                 told = True
     return prompts
 
@@ -125,7 +126,8 @@ def segments(prompt, end=math.inf):
         try:
             found.append((float(at), text.strip()))
         except ValueError:
-            raise BadInput(f"cannot read the prompt switch {part.strip()[:40]!r}: write 'a text | 20: the text from 20 s on'") from None
+            raise BadInput(f"cannot read the prompt switch {part.strip()[:40]!r}: write 'a text | 20: the text from 20 s "
+                           "on'") from None
     if not all(text for _, text in found):
         raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
     times = [at for at, _ in found] + [end]
@@ -235,8 +237,8 @@ def read_clip(path, width, height, most):
     except (OSError, RuntimeError, ValueError, StopIteration) as error:
         raise BadInput(f"cannot read the clip {path} ({str(error).strip().splitlines()[-1][:100]})") from None
     if len(frames) < 9 or len(frames) >= most:
-        raise BadInput(f"the clip {path} has {'more than ' * (len(frames) > most)}{min(len(frames), most)} frames at 16 a second: "
-                       f"it takes 9 or more, and less than --seconds ({most})")
+        count = f"more than {most}" if len(frames) > most else len(frames)
+        raise BadInput(f"the clip {path} has {count} frames at 16 a second: 9 or more are needed, fewer than --seconds gives")
     return np.stack(frames[(len(frames) + 3) % 12:])
 
 
@@ -339,19 +341,22 @@ def wan_models(cfg, texts, device, dtype):
         dim, layers = numbers("--wan random:", form or ("512x8" if small else "1536x30"))
         if min(dim, layers) < 1 or dim % (128 if dim > 128 else 16):
             raise BadInput(f"--wan random:{dim}x{layers}: dim must be a multiple of 128, or of 16 below that")
-        config, w = DiTConfig(dim, dim * 35 // 6, max(1, dim // 128), layers), max(4, dim // 16)
+        config, w = DiTConfig(dim, dim * 35 // 6, max(1, dim // 128), layers), 96 if dim >= 1536 else max(4, dim // 64)
         folder, ckpt, kinds = Path("random"), Path("random weights"), kinds + [k for k in VAES if cfg.bench and k not in kinds]
         with torch.device("meta"):
-            nets = {DIT: DiT(config), "wan": WanVAE(WanVAEConfig(w)), "tae": TAE(TAEConfig(w * 2 // 3, (w * 8 // 3, w * 4 // 3, w * 2 // 3, w * 2 // 3)))}
+            nets = {DIT: DiT(config), "wan": WanVAE(WanVAEConfig(w)),
+                    "tae": TAE(TAEConfig(w * 2 // 3, tuple(w * i // 3 for i in (8, 4, 2, 2))))}
         torch.manual_seed(0)
-        states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()} for k in (DIT, *kinds)}
+        states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()}
+                  for k in (DIT, *kinds)}
         known = {t: torch.zeros(1, config.text_dim) for t in texts}
     else:
         folder, ckpt = Path(cfg.wan), Path(cfg.ckpt or Path(cfg.wan) / DIT)
         kinds += [k for k in VAES if cfg.bench and k not in kinds and (folder / VAES[k]).exists()]
         lacks = [f for f in [DIT] * (not cfg.ckpt) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
         get = [f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"] * bool(set(lacks) - {VAES["tae"]})
-        get += [f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"] * (VAES["tae"] in lacks)
+        if VAES["tae"] in lacks:
+            get.append(f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth")
         if lacks:
             raise BadInput(f"{folder} lacks {', '.join(lacks)}: {' && '.join(get)}")
         if not cfg.ckpt:
@@ -362,6 +367,7 @@ def wan_models(cfg, texts, device, dtype):
         roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 20e9
         known = encode_prompts(texts, folder / T5, folder / TOKENIZER, Path(cfg.out) / "text",
                                device if roomy else torch.device("cpu"), config.text_len)
+        torch.cuda.empty_cache()
         states = {DIT: state, **{k: read_public(folder / VAES[k])[0] for k in kinds}}
         with torch.device("meta"):
             nets = {DIT: DiT(config), **{k: public_vae(k, states[k], folder / VAES[k]) for k in kinds}}
@@ -385,10 +391,14 @@ def estimate(m, policy, b):
             "pass": tokens * (3 * (c.ffn_dim * size + 16 * c.dim * 4) + 2 * held * c.dim * size), "decoding": decoding}
 
 
-def peak(device):
-    """Most memory used so far, in GiB: (of the process, on the device or None)"""
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-    return process, torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+def peak():
+    """Most host memory used so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def peak_line(device):
+    return f"peak memory {peak():.2f} GiB" + (
+        f", on the device {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if device.type == "cuda" else "")
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
@@ -408,33 +418,36 @@ def bench(cfg, m, policy, device, dtype, compiled):
         rate = 2 * 2048 ** 3 / min(b - a for a, b in zip(spent, spent[1:]))
         how = f"{rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
     print(f"a chunk: {work / 1e12:.4f} TFLOP in {steps + 1} passes, so at most {12 * rate / work:.1f} frames/s at {how}\n"
-          f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} {'at the end':>11}")
-    latent, grid = (c.channels, m.height // 8, m.width // 8), (m.height // 8 // c.patch[0], m.width // 8 // c.patch[1])
+          f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} "
+          f"{'at the end':>11}")
+    latent = (c.channels, m.height // 8, m.width // 8)
+    grid, text = (latent[1] // c.patch[0], latent[2] // c.patch[1]), m.dit.text(m.features([segments(cfg.prompt)[0][1]]))
     for name, vae in {"DiT only": None, **{f"with {k}": v for k, v in m.vaes.items()}}.items():
         for n in (2 if compiled is None else 9, chunks):  # the first time to warm up
-            roll = Rollout(m.dit, m.dit.text(m.features([segments(cfg.prompt)[0][1]])), policy, grid, cfg.positions, m.sampler.pool, compiled)
+            roll = Rollout(m.dit, text, policy, grid, cfg.positions, m.sampler.pool, compiled)
             at, used = [time.perf_counter()], []
             for _ in Decoder(vae, device).frames(generate(roll, [cfg.seed], n, m.sampler, latent)):
                 at.append(time.perf_counter())
-                used.append(torch.cuda.memory_allocated() / 2 ** 30 if device.type == "cuda" else peak(device)[0])
+                used.append(torch.cuda.memory_allocated() / 2 ** 30 if device.type == "cuda" else peak())
         each = [b - a for a, b in zip(at, at[1:])]
         fps = 12 / median(each[10:])
         print(f"{name:16}{fps:9.2f} {fps * work / 12 / rate:6.1%} {each[0]:10.2f} s {median(each[10:15]):10.3f} s "
-              f"{median(each[-5:]):6.3f} s {used[10]:16.2f} {used[-1]:11.2f}")
-    print("peak memory: " + ", ".join(f"{z:.2f} GiB {where}" for z, where in zip(peak(device), ("of the process", "on the device")) if z))
+              f"{median(each[-5:]):6.3f} s {used[10]:16.2f} {used[-1]:11.2f}", flush=True)
+    print(peak_line(device))
 
 
 # ---- stop and go on ------------------------------------------------------------------------------------------------------
 
-KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")  # options that make a video
+# options that make a video, and what of its rollout and memory goes on
+KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")
 ROLL, MEMORY = ("chunk", "before", "sims", "keeps"), ("sink", "slow", "fast", "marks", "full")
 
 
 def save_state(path, cfg, roll, decoder, spare, shots):
     """All that going on needs, written whole. Noise is keyed by (seed, chunk, step), so the chunk is the random state."""
     torch.save({"options": {k: v for k, v in asdict(cfg).items() if k in KEPT}, "roll": {k: vars(roll)[k] for k in ROLL},
-                "memory": {k: vars(roll.memory)[k] for k in MEMORY}, "past": list(decoder.past), "spare": torch.from_numpy(spare),
-                "shots": [(second, torch.from_numpy(frame)) for second, frame in shots]}, f"{path}.part")
+                "memory": {k: vars(roll.memory)[k] for k in MEMORY}, "past": list(decoder.past),
+                "spare": torch.from_numpy(spare), "shots": [(second, torch.from_numpy(frame)) for second, frame in shots]}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
@@ -446,7 +459,8 @@ def load_state(cfg, device):
     except FileNotFoundError:
         raise BadInput(f"no state at {cfg.resume}: check the path") from None
     except Exception as error:  # torch.load raises whatever the damage makes it meet
-        raise BadInput(f"cannot read the state {cfg.resume} ({(str(error) or type(error).__name__).splitlines()[0][:100]})") from None
+        why = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise BadInput(f"cannot read the state {cfg.resume} ({why})") from None
     for name, value in asdict(cfg).items():
         if name in KEPT and value not in (default[name], options[name]):
             raise BadInput(f"{cfg.resume} was made with --{name} {options[name]}, not {value}: leave the option out")
@@ -463,7 +477,7 @@ def main():
     prompts = check(cfg)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     started, frames = time.time(), frames_in(cfg.seconds)
-    done = 12 * state["roll"]["chunk"] - 3 - state["spare"].shape[1] if state else 0  # frames that lie in the first part's file
+    done = 12 * state["roll"]["chunk"] - 3 - state["spare"].shape[1] if state else 0  # frames in the first part's file
     if state and frames <= done:
         raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     if cfg.save_state:
@@ -476,13 +490,15 @@ def main():
     texts = sorted({text for p in prompts for _, text in segments(p)})
     m = wan_models(cfg, texts, device, dtype) if cfg.wan else tiny_models(cfg, device)
     m.sampler = replace(m.sampler, steps=cfg.steps or m.sampler.steps, tau=m.sampler.tau if cfg.tau is None else cfg.tau)
-    policy, compiled = replace(PRESETS[cfg.memory], tau=m.sampler.tau), torch.compile(m.dit, dynamic=False) if cfg.compile else None
+    policy = replace(PRESETS[cfg.memory], tau=m.sampler.tau)
+    compiled = torch.compile(m.dit, dynamic=False) if cfg.compile else None
     jobs = [(p, cfg.seed + k) for p in prompts for k in range(cfg.seeds)]
     names = []  # a prompt given twice, or two alike in their first 120 letters, must not share a file
     for p, seed in jobs:
         name = f"{re.sub(r'[^a-z0-9]+', '-', p.lower()).strip('-')[:120] or 'video'}-{seed}{f'-from-{done}' if done else ''}"
         names.append(name if name not in names else f"{name}-{len(names)}")
-    print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {m.name}, {m.sampler.steps} steps, memory {cfg.memory}")
+    print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {m.name}, {m.sampler.steps} steps, "
+          f"memory {cfg.memory}")
     together = 8 if not cfg.wan else 1  # videos side by side
     if cfg.wan:
         needs = estimate(m, policy, together)
@@ -513,7 +529,7 @@ def main():
                 alike = next((i for i, s in enumerate(parts) if [chunk_at(second) for second, _ in s] != turns), len(parts))
                 part, part_names, jobs, names = jobs[:alike], names[:alike], jobs[alike:], names[alike:]
                 if any(0 < turn < given for turn in turns):
-                    raise BadInput(f"the prompt switches inside the clip, which is {given * .75:g} s long: {part[0][0][:60]!r}")
+                    raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: {part[0][0][:60]!r}")
                 about = [{"AI-generated": True, "prompt": p, "seed": s, "model": m.name} for p, s in part]
                 files = [Mp4(Path(cfg.out) / f"{n}.mp4", frames - done, json.dumps(a), m.width, m.height, m.scale)
                          for n, a in zip(part_names, about)]
@@ -524,7 +540,8 @@ def main():
                 latent = (m.dit.config.channels, m.height // 8, m.width // 8)
                 texts = {turn: m.dit.text(m.features([s[i][1] for s in parts[:alike]])) for i, turn in enumerate(turns)}
                 empty = m.dit.text(m.features([""] * len(part))) if m.sampler.guidance != 1 else None
-                roll = Rollout(m.dit, texts.pop(0), policy, (latent[1] // p, latent[2] // q), cfg.positions, m.sampler.pool, compiled)
+                grid = latent[1] // p, latent[2] // q
+                roll = Rollout(m.dit, texts.pop(0), policy, grid, cfg.positions, m.sampler.pool, compiled)
                 decoder, shots, made, source = Decoder(vae, device), [[] for _ in part], done, ()
                 if state:
                     vars(roll).update(state["roll"])
@@ -535,7 +552,8 @@ def main():
                 past = history if history is None else history.expand(len(part), -1, -1, -1, -1)
 
                 def chunks():
-                    todo = generate(roll, [s for _, s in part], chunks_of(frames) - max(given, roll.chunk), m.sampler, latent, empty, past, texts)
+                    count = chunks_of(frames) - max(given, roll.chunk)
+                    todo = generate(roll, [s for _, s in part], count, m.sampler, latent, empty, past, texts)
                     for z in chain(() if past is None else past.split(CHUNK, dim=1), todo):
                         yield z
                         if stop and roll.chunk:
@@ -567,10 +585,9 @@ def main():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if cfg.save_state:
                 Path(f"{cfg.save_state}.part").unlink(missing_ok=True)
-    wall, (process, on_device) = time.time() - started, peak(device)
-    count = frames * len(prompts) * cfg.seeds - done
-    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, first frame after {first:.2f} s, peak memory {process:.2f} GiB"
-          + (f", on the device {on_device:.2f} GiB" if on_device else ""))
+    wall, count = time.time() - started, frames * len(prompts) * cfg.seeds - done
+    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, first frame {first:.2f} s after loading, "
+          f"{peak_line(device)}")
 
 
 if __name__ == "__main__":

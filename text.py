@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -177,22 +178,27 @@ def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
         words.no_padding()
         s, _ = read_public(weights)
         try:
-            (vocab, dim), (buckets, heads) = s["token_embedding.weight"].shape, s["blocks.0.pos_embedding.embedding.weight"].shape
-            config = TextConfig(vocab, dim, s["blocks.0.attn.q.weight"].shape[0], s["blocks.0.ffn.fc1.weight"].shape[0], heads,
+            vocab, dim = s["token_embedding.weight"].shape
+            buckets, heads = s["blocks.0.pos_embedding.embedding.weight"].shape
+            config = TextConfig(vocab, dim, len(s["blocks.0.attn.q.weight"]), len(s["blocks.0.ffn.fc1.weight"]), heads,
                                 24 if dim == 4096 else len({k.split(".")[1] for k in s if k.startswith("blocks.")}), buckets)
         except (KeyError, ValueError):
             raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
         with torch.device("meta"):
             encoder = TextEncoder(config)
         encoder = take(encoder, s, weights, device, torch.bfloat16)
-        cache.mkdir(parents=True, exist_ok=True)
         for p in new:
             ids = words.encode(clean(p), add_special_tokens=False).ids
             if len(ids) >= length:
                 print(f"warning: {len(ids) + 1} tokens, cut after {length}: {p[:60]!r}", file=sys.stderr)
             ids = torch.tensor([ids[:length - 1] + [1]], device=device)  # 1 ends a text; no row is padded, the DiT pads
-            save_file({"features": encoder(ids, torch.ones_like(ids))[0].cpu()}, files[p].with_suffix(".part"))
-            os.replace(files[p].with_suffix(".part"), files[p])
+            features = encoder(ids, torch.ones_like(ids))[0].cpu()
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                save_file({"features": features}, files[p].with_suffix(".part"))
+                os.replace(files[p].with_suffix(".part"), files[p])
+            except (OSError, SafetensorError) as error:
+                raise BadInput(f"cannot write to {cache}: {error}") from None
     return {p: load_file(files[p])["features"] for p in prompts}
 
 

@@ -138,8 +138,10 @@ class TAE(nn.Module):
 
 # ---- Wan's autoencoder ------------------------------------------------------------------------------------------------
 
-MEAN = (-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508, .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921)
-STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+MEAN = (-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508, .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503,
+        -.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251,
+       1.9160)
 
 
 @dataclass
@@ -259,10 +261,10 @@ class Coder(nn.Module):
         last = 1 + max(i for i, layer in enumerate(layers) if isinstance(layer, Resample) and layer.time_conv)
         self.order = (*self.middle, *layers[:last]) if up else (*layers, *self.middle, *self.head)
         self.late = (*layers[last:], *self.head) if up else ()  # the widest maps, frame by frame: a third of the memory
-        self.slots = [sum(isinstance(m, CausalConv) for layer in part for m in layer.modules()) for part in (self.order, self.late)]
+        self.slots = [sum(isinstance(m, CausalConv) for m in nn.ModuleList(p).modules()) for p in (self.order, self.late)]
 
     def forward(self, x, past):
-        """x (b, c, f, h, w): a video's first piece is one frame; past: None there, else what the last call returned, used up."""
+        """x (b, c, f, h, w), at the start of a video one frame; past: None there, else what the last call returned, used up"""
         state = past if isinstance(past, deque) else deque(past or [None] * (1 + sum(self.slots)))
         x = through(self.order, self.conv1(x, state), state)
         late = deque(state.popleft() for _ in range(self.slots[1]))
@@ -291,7 +293,7 @@ class WanVAE(nn.Module):
         return (torch.cat(latents, dim=1) - mean) / std
 
     def decode(self, latents, past=None):
-        """latents (b, n, 16, h, w), past as TAE.decode's, but used up -> video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], past"""
+        """latents (b, n, 16, h, w), past as TAE.decode's but used up -> video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], past"""
         mean, std = scaling(latents.device)
         z, frames = self.conv2(rearrange(latents * std + mean, "b f c h w -> b c f h w").to(self.conv2.weight.dtype)), []
         for piece in z.split(1, dim=2):
@@ -306,7 +308,8 @@ def public_vae(kind, state, path):
         with torch.device("meta"):
             if kind == "wan":
                 return WanVAE(WanVAEConfig(state["encoder.conv1.weight"].shape[0]))
-            return TAE(TAEConfig(len(state["encoder.0.weight"]), tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))))
+            wide = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
+            return TAE(TAEConfig(len(state["encoder.0.weight"]), wide))
     except KeyError as key:
         raise BadInput(f"{path} is not the autoencoder {kind!r}: it has no {key}") from None
 
