@@ -364,7 +364,7 @@ def take(net, state, path, device, dtype):
     for k, v in state.items():
         fits = k in own and v.shape == own[k].shape
         ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
-        if fits and sys.platform == "linux":  # pages of the file that were read count as this process's memory: hand them back
+        if fits and v.is_cpu and sys.platform == "linux":  # pages of the file that were read count as this process's memory: hand them back
             start = -(-v.data_ptr() // 4096) * 4096
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
     return fill(net, ready, str(path)).eval().requires_grad_(False)
