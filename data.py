@@ -54,9 +54,10 @@ def encode_world(tae, which, latents, device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
-def latent_cache(folder, tae, worlds, latents, device):
+def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
-    Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them.
+    Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them. With
+    several processes the first encodes, the others wait.
     returns  (clips, latents, 16, 4, 8) bfloat16 on the CPU
     The folder's name carries a fingerprint of autoencoder and worlds: others never meet these latents.
     """
@@ -65,12 +66,14 @@ def latent_cache(folder, tae, worlds, latents, device):
     folder = Path(folder) / f"latents_{mark.hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
-    for i, file in enumerate(tqdm(files, desc="encoding clips", disable=all(f.exists() for f in files))):
-        if not file.exists():
+    for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
+        if rank == 0 and not file.exists():
             batch = worlds[i * SHARD:(i + 1) * SHARD]
             z = torch.cat([encode_world(tae, w, latents, device).bfloat16().cpu() for w in batch])
             save_file({"latents": z}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
 
 
@@ -83,7 +86,8 @@ class Histories:
     LAYOUTS = ("longlive", "longlive21", "infinity", "window")          # the ablations' layouts
     OTHER = 0.15                                                        # share of samples that use those
 
-    def __init__(self, worlds, chunks=CHUNKS):
+    def __init__(self, worlds, chunks=CHUNKS, room=CHUNK):
+        """room: latents that memory makes room for before it is looked at; 0 = a teacher's context, 21 latents"""
         self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
         heading = np.stack([w.motion.heading(w.start, frames) for w in (world.world(*x) for x in worlds)])   # (b, frames)
         chunk = ((frames + 3) // 4) // CHUNK
@@ -96,45 +100,29 @@ class Histories:
         back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         back[:, :7] = False
         self.weight = np.where(back, float(BACK), 1.0)
-        self.heading = heading[:, ::4]                                  # of each latent's last frame
         even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}
-        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy())) for rule, keep in self.keep.items()}
+        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy()), room) for rule, keep in self.keep.items()}
         never = torch.zeros(len(worlds), chunks - 1, dtype=torch.bool)
-        plans |= {name: plan(PRESETS[name], never) for name in self.LAYOUTS}
+        plans |= {name: plan(PRESETS[name], never, room) for name in self.LAYOUTS}
 
         def padded(held):
-            return np.pad(held.numpy(), ((0, 0), (0, 18 - held.shape[1])), constant_values=-1)
+            return np.pad(held.numpy(), ((0, 0), (0, 21 - room - held.shape[1])), constant_values=-1)
         self.held = {name: np.stack([padded(held) for held in contexts], 1)
                      for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
 
-    def draw(self, rng, batch, slots=None):
+    def draw(self, rng, batch, ahead=1):
         """
-        -> clip numbers (b,), target chunks (b,) >= 7, frame numbers held (b, 18), -1 where nothing is.
-        slots: a lesson. So many of slow memory's twelve latents are shown, and one of them, 2 s old or older, shows what
-        comes into view; pasts without such a latent are not drawn.
+        -> clip numbers (b,), target chunks (b,) >= 7 with `ahead` chunks from there on, and the frame numbers that memory
+        holds then (b, 18 or 21), -1 where nothing is
         """
-        drawn, name, misses = [], None, 0
-        while len(drawn) < batch:
-            name = name or str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER else self.RULES))
-            c = rng.integers(len(self.weight))
-            n = 7 + rng.choice(self.chunks - 7, p=self.weight[c, 7:] / self.weight[c, 7:].sum())
-            row = self.held[name][c, n]
-            if slots and name in self.RULES:
-                now = self.heading[c, CHUNK * n + 2]
-                ahead = now + world.WIDTH / 4 * np.sign(now - self.heading[c, CHUNK * n])  # half a view ahead
-                off = np.abs(world.wrap(self.heading[c, row[3:15]] - ahead)) + 1e3 * (row[3:15] > CHUNK * n - 8)
-                if off.min() > 12:
-                    misses += 1
-                    if misses > 10_000 * batch:
-                        raise ValueError("no clip has a past that holds what comes into view: give more lesson clips")
-                    continue
-                shown = np.argsort(np.where(np.arange(12) == off.argmin(), -1, rng.random(12)))[:slots]
-                few = np.concatenate([row[:3], row[3 + np.sort(shown)], row[15:]])
-                row = np.pad(few, (0, 18 - len(few)), constant_values=-1)
-            drawn.append((c, n, row))
-            name = None
+        drawn = []
+        for _ in range(batch):
+            name = str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER and ahead == 1 else self.RULES))
+            c, last = rng.integers(len(self.weight)), self.chunks - ahead + 1
+            n = 7 + rng.choice(last - 7, p=self.weight[c, 7:last] / self.weight[c, 7:last].sum())
+            drawn.append((c, n, self.held[name][c, n]))
         return [np.stack(x) for x in zip(*drawn)]
 
 

@@ -13,8 +13,8 @@ Leaves out: a similarity rule for replacement (random here), errors of whole rol
 import numpy as np
 import torch
 
-from flow import add_noise, schedule
-from memory import CHUNK
+from flow import add_noise, denoise, draw_noise, schedule
+from memory import CHUNK, PRESETS, plan
 from rope import table
 
 TARGET = 21                    # latents a teacher denoises at once
@@ -33,6 +33,22 @@ def score(net, context, xt, t, text, grid):
     rope = table(torch.arange(n + xt.shape[1], device=xt.device), *grid, config.dim // config.heads)
     level = torch.cat([torch.zeros(context.shape[:2], device=t.device), t], dim=1)
     return net(torch.cat([context, xt], dim=1), level, text, rope, prefix=n)[0][:, n:]
+
+
+@torch.no_grad()
+def extend(net, history, text, grid, sampler, seeds, keep=None):
+    """
+    The teacher goes on: 21 latents after a history, all at once.
+    history  (b, 3m, c, h, w), m = 0: from text alone; keep (b, m) bool: which chunks memory kept (default: every second)
+    returns  (b, 21, c, h, w)
+    """
+    b, m = len(history), history.shape[1] // CHUNK
+    keep = torch.arange(m).expand(b, -1) % 2 == 0 if keep is None else keep
+    src = plan(PRESETS["slowfast"], keep, new=0)[-1].to(history.device)
+    context = history[torch.arange(b)[:, None], src]
+    noise = draw_noise(seeds, m, 0, (TARGET, *history.shape[2:]), history.device)
+    return denoise(lambda x, t: score(net, context, x, t, text, grid), noise, schedule(sampler.steps, sampler.shift), None,
+                   renoise=False)
 
 
 class ErrorBank:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import world
 from config import parse, pick_device, run
 from data import encode_world, frames_of
+from erft import extend
 from flow import Rollout, Sampler, generate
 from memory import CHUNK, PRESETS, plan
 from model import DiT, DiTConfig, load
@@ -61,6 +62,23 @@ def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, devi
         frames.append(video)
     frames = (torch.cat(frames, 1) * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
     return frames, torch.stack(roll.keeps, 1).cpu()
+
+
+@torch.no_grad()
+def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, device, shuffle=False):
+    """
+    Real first chunks of the worlds of `which`, then 21 latents at a time from the teacher, as continuations().
+    shuffle: each world goes on from the next one's past, which the teacher should show
+    """
+    worlds = [world.world(*w) for w in which]
+    z = torch.cat([encode_world(tae, w, given * CHUNK, device) for w in which])
+    ids, mask = (x.to(device) for x in bytes_to_ids([w.caption for w in worlds], dit.config.text_len))
+    grid, text = (z.shape[3] // dit.config.patch[0], z.shape[4] // dit.config.patch[1]), dit.text(encoder(ids, mask))
+    for _ in range(blocks):
+        past = torch.cat([z[1:], z[:1]]) if shuffle else z
+        z = torch.cat([z, extend(dit, past, text, grid, sampler, [w[0] for w in which])], 1)
+    frames = (tae.decode(z)[0] * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return frames, torch.arange(z.shape[1] // CHUNK).expand(len(z), -1) % 2 == 0
 
 
 def returns(reading, caption, keep, policy, given):

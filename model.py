@@ -27,6 +27,7 @@ from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import BadInput
@@ -44,6 +45,7 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     text_len: int = 512   # text positions, padded with zeros and attended
     channels: int = 16    # latent channels, in and out
     patch: tuple = (2, 2)  # latent pixels a token is high and wide
+    recompute: bool = False  # training: keep only the blocks' inputs, and run each again in the backward pass
 
 
 tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96)
@@ -228,7 +230,9 @@ class DiT(nn.Module):
                 mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
         kv = []
         for i, block in enumerate(self.blocks):
-            x, made = block(x, e6[i], text[i], rope, memory and memory[i], mask, prefix * (x.shape[1] // f))  # (b, n, c)
+            given = x, e6[i], text[i], rope, memory and memory[i], mask, prefix * (x.shape[1] // f)
+            again = self.config.recompute and torch.is_grad_enabled()  # safe: the forward is pure
+            x, made = checkpoint(block, *given, use_reentrant=False) if again else block(*given)  # (b, n, c)
             kv.append(made)
         v = self.head(x, e).float()
         return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
