@@ -111,7 +111,7 @@ def test_golden_causal_dit_with_cache(which):
     x = [frames_first(given[f"x{i}"]) for i in range(len(c["start_frames"]))]
     chunk, n = x[0].shape[1], c["frame_seqlen"]
     policy = Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink)
-    memory, text = Memory(policy), net.text(given["context"])
+    memory, text, made = Memory(policy), net.text(given["context"]), None
     for i, start in enumerate(c["start_frames"]):
         again = i > 0 and start == c["start_frames"][i - 1]
         if not again:
