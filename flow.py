@@ -64,7 +64,8 @@ def draw_noise(seeds, chunk, step, shape, device="cpu"):
     place = (step >> 8) << 40 | chunk << 8 | step & 255  # one number for (chunk, step), however many steps
     draws = [np.random.Generator(np.random.Philox(key=[int(seed), place])).standard_normal(shape, np.float32)
              for seed in seeds]
-    return torch.from_numpy(np.stack(draws)).to(device)
+    noise = torch.from_numpy(np.stack(draws))
+    return (noise.pin_memory() if torch.device(device).type == "cuda" else noise).to(device, non_blocking=True)  # no waiting
 
 
 @dataclass(frozen=True)
@@ -84,46 +85,79 @@ class Rollout:
     net        a DiT; text: net.text(features), (b, ...)
     grid       latent rows and columns after patching
     positions  "bounded" (0..20 for ever) or "unbounded" (absolute, up to 1,024 latents)
+    compiled   None, or a compiled net: used when memory is full, because from then on no shape changes any more
     """
-    def __init__(self, net, text, policy, grid, positions="bounded", pool="mean"):
-        self.net, self.text, self.grid, self.pool, self.positions = net, text, grid, pool, positions
+    def __init__(self, net, text, policy, grid, positions="bounded", pool="mean", compiled=None):
+        self.net, self.text, self.grid, self.pool, self.positions, self.compiled = net, text, grid, pool, positions, compiled
         self.memory, self.chunk, self.before, self.tables = Memory(policy), 0, None, {}
         self.sims, self.keeps = [], []  # one (b,) a chunk, on the device: what the memory decided and why
 
-    def rope(self, held):
-        """Tables for the held latents and the new chunk; bounded ones depend only on how many are held: made once."""
-        d = self.net.config.dim // self.net.config.heads
+    def rope(self, src, new=None):
+        """
+        Tables for the held latents and for the three after them: src (b, f), new (b, 3) frame numbers, None = the next chunk.
+        Bounded ones depend only on how many are held: made once.
+        """
+        d, n, device = self.net.config.dim // self.net.config.heads, src.shape[1], self.text[0][0].device
         if self.positions == "unbounded":
-            src = held[0] if held else torch.zeros(1, 0, dtype=torch.long, device=self.text[0][0].device)
-            return [table(p, *self.grid, d) for p in unbounded(src, CHUNK * self.chunk, CHUNK)]
-        if size(held) not in self.tables:
-            device = self.text[0][0].device
-            self.tables[size(held)] = [table(p.to(device), *self.grid, d) for p in bounded(size(held), CHUNK)]
-        return self.tables[size(held)]
+            at = unbounded(src.to(device), CHUNK * self.chunk, CHUNK) if new is None else (src.to(device), new)
+            return [table(p, *self.grid, d) for p in at]
+        if n not in self.tables:
+            self.tables[n] = [table(p.to(device), *self.grid, d) for p in bounded(n, CHUNK)]
+        return self.tables[n]
 
     def look(self):
         """
         Make room, read, rotate: what the next chunk sees.
         returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens
         """
+        self.view = None  # the last chunk's rotated keys make place for this chunk's
         self.memory.make_room(CHUNK)
-        self.view = self.view_of(self.memory.read())
+        self.view = self.view_of(*self.memory.parts())
         return self.view
 
-    def view_of(self, held):
-        """Memory cells (frame numbers, latents, then keys and values of each layer) -> what look() returns"""
-        old, new = self.rope(held)
-        return [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held[2::2], held[3::2])] or None, new
+    def view_of(self, *parts, new=None):
+        """
+        Lists of memory cells (frame numbers, latents, then keys and values of each layer) -> what look() returns; values
+        stay in their parts, uncopied. new: frame numbers of the chunk that looks, None = the next one.
+        """
+        parts = [p for p in parts if p]
+        old, new = self.rope(torch.cat([p[0] for p in parts], dim=1) if parts else torch.zeros(1, 0, dtype=torch.long), new)
+        cells = [[z.flatten(1, 2) for z in layer] for layer in list(zip(*parts))[2:]]
+        return [(rotate(torch.cat(k, dim=1), old), v) for k, v in zip(cells[::2], cells[1::2])] or None, new
+
+    def run(self, x, t, text=None, tables=None):
+        """One pass over the new chunk, after look(): x (b, 3, c, h, w), t (b, 3); tables: net.time(t) if made already."""
+        p, seen = self.memory.policy, CHUNK + sum(size(part) for part in self.memory.parts())
+        net = self.compiled if self.compiled is not None and seen == p.sink + p.slow + p.fast else self.net
+        return net(x, t, text or self.text, self.view[1], self.view[0], *(() if tables is None else (None, 0, tables)))
 
     @torch.no_grad()
-    def commit(self, x0, keep=None):
+    def recache(self, text):
+        """
+        The prompt changes, between two chunks: what is held is encoded anew under text (net.text of the new prompt), at
+        t = 0, three latents after another, each seeing those before it. Which frames are held does not change.
+        """
+        self.text, parts, (frames, latents) = text, [], self.memory.read()[:2]
+        for part in self.memory.parts():
+            del part[2:]  # the old keys and values make place for the new
+        for x0, src in zip(latents.split(CHUNK, dim=1), frames.split(CHUNK, dim=1)):
+            self.view = self.view_of(*parts, new=src)
+            _, kv = self.run(x0, torch.zeros(x0.shape[:2], device=x0.device))
+            parts.append([src, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)])
+        self.before = summary([k for k, _ in kv], self.pool)  # of the last chunk, under the new text
+        for i in range(2, len(parts[0])):
+            self.memory.rewrite(i, torch.cat([part[i] for part in parts], dim=1))
+            for part in parts:
+                part[i] = None
+
+    @torch.no_grad()
+    def commit(self, x0, keep=None, tables=None):
         """
         Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w); keep (b,) bool
-        replaces the policy's own decision.
+        replaces the policy's own decision; tables: net.time(0) if it is made already.
         """
         b = len(x0)
-        memory, rope = self.view
-        _, kv = self.net(x0, torch.zeros(b, CHUNK, device=x0.device), self.text, rope, memory)
+        _, kv = self.run(x0, torch.zeros(b, CHUNK, device=x0.device), tables=tables)
         now = summary([k for k, _ in kv], self.pool)
         sim = torch.ones(b, device=x0.device) if self.before is None else similarity(now, self.before)
         keep = self.memory.policy.decide(self.chunk, sim) if keep is None else keep
@@ -136,7 +170,7 @@ class Rollout:
 
 def denoise(predict, x, levels, fresh, renoise=True):
     """
-    predict  x_t (b, 3, c, h, w), t -> v
+    predict  x_t (b, 3, c, h, w), t (b, 3) -> v
     levels   noise levels from schedule(); x is pure noise at levels[0]
     fresh    step number -> noise of x's shape, for re-noising
     returns  x0 (b, 3, c, h, w) float32
@@ -151,33 +185,39 @@ def denoise(predict, x, levels, fresh, renoise=True):
 
 
 @torch.no_grad()
-def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None):
+def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None, texts=None):
     """
     Generator: one finished chunk of latents at a time.
-    roll     a fresh Rollout
+    roll     a Rollout, fresh or under way
     seeds    one a video
     chunks   how many to make, after the history
     latent   (c, h, w) of one latent
     uncond   net.text of the empty prompt, for guidance != 1
     history  None, or real latents (b, 3m, c, h, w) that are committed first
+    texts    None, or number of a chunk -> net.text of the prompt that holds from there on
     yields   x0 (b, 3, c, h, w)
     """
     levels, device = schedule(sampler.steps, sampler.shift), roll.text[0][0].device
+    tables = {t: roll.net.time(torch.full((len(seeds), CHUNK), t, device=device)) for t in (*levels, 0.)}  # once a video
     for x0 in (history.split(CHUNK, dim=1) if history is not None else ()):
         roll.look()
-        roll.commit(x0)
+        roll.commit(x0, tables=tables[0.])
     for _ in range(chunks):
-        memory, rope = roll.look()
+        if texts and roll.chunk in texts:
+            roll.recache(texts[roll.chunk])
+        roll.look()
+        step = iter(levels)
 
         def fresh(step):
             return draw_noise(seeds, roll.chunk, step, (CHUNK, *latent), device)
 
         def predict(x, t):
-            v = roll.net(x, t, roll.text, rope, memory)[0]
-            return v if sampler.guidance == 1 else guide(v, roll.net(x, t, uncond, rope, memory)[0], sampler.guidance)
+            known = tables[next(step)]
+            v = roll.run(x, t, tables=known)[0]
+            return v if sampler.guidance == 1 else guide(v, roll.run(x, t, uncond, known)[0], sampler.guidance)
 
         x0 = denoise(predict, fresh(0), levels, fresh, sampler.renoise)
-        roll.commit(x0)
+        roll.commit(x0, tables=tables[0.])
         yield x0
 
 

@@ -70,18 +70,27 @@ class Memory:
                 self.slow = join(self.slow, oldest)
                 self.full = size(self.slow) == p.slow
             elif p.slow and first:
-                self.slow = [torch.where(keep.view(-1, *[1] * (c.ndim - 1)), torch.cat([c[:, 1:], o], dim=1), c)
-                             for c, o in zip(self.slow, oldest)]  # per sample, without asking the device
+                for i, (c, o) in enumerate(zip(self.slow, oldest)):  # cell by cell: a second slow memory is 3.5 GB of Wan
+                    shifted = torch.cat([c[:, 1:], o], dim=1)
+                    self.slow[i] = torch.where(keep.view(-1, *[1] * (c.ndim - 1)), shifted, c)  # without asking the device
 
     def push(self, cells, keep):
         """cells: list of (b, 3, ...) of one finished chunk, from the clean pass, detached; keep (b,) from decide()."""
         self.fast = join(self.fast, cells)
         self.marks += [(i == 0, keep) for i in range(cells[0].shape[1])]
 
+    def parts(self):
+        """What is held, as sink | slow | fast, each a list of cells; parts that hold nothing are left out."""
+        return [part for part in (self.sink, self.slow, self.fast) if size(part)]
+
     def read(self):
         """All that is held, as cells (b, f, ...), sink | slow | fast; an empty list before the first push."""
-        held = [part for part in (self.sink, self.slow, self.fast) if size(part)]
-        return [torch.cat(c, dim=1) for c in zip(*held)]
+        return [torch.cat(c, dim=1) for c in zip(*self.parts())]
+
+    def rewrite(self, i, cell):
+        """Puts another cell number i in place, for all that is held, in the order of read()."""
+        for part, piece in zip(self.parts(), cell.split([size(part) for part in self.parts()], dim=1)):
+            part[i:i + 1] = [piece]
 
 
 def size(cells):
@@ -98,8 +107,9 @@ def summary(keys, pool="mean"):
     returns  (layers, b, p, k d) float32: pool "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one
              mean per place of the frame (p = n / 3), which sees a small turn that the mean over the frame hides
     """
-    x = torch.stack(keys).flatten(-2).float()
-    return x.mean(2, keepdim=True) if pool == "mean" else x.unflatten(2, (CHUNK, -1)).mean(2)
+    def pooled(x):  # layer by layer: all of them at once in float32 would be 0.9 GB of Wan
+        return x.mean(1, keepdim=True) if pool == "mean" else x.unflatten(1, (CHUNK, -1)).mean(1)
+    return torch.stack([pooled(k.flatten(-2).float()) for k in keys])
 
 
 def similarity(now, before):

@@ -12,8 +12,12 @@ References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 
 (one timestep per frame). Tested against both on golden vectors.
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B model.
 """
+import ctypes
+import hashlib
 import json
 import os
+import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import BadInput
 from rope import rotate
@@ -102,14 +107,17 @@ class SelfAttention(Attention):
         """
         x       (b, n, c)
         rope    cos, sin of the n tokens (rope.table)
-        memory  None, or keys (rotated already) and values (b, s, k, d) that stand before the n tokens
+        memory  None, or keys (rotated already) and values (b, s, k, d) that stand before the n tokens; values may be a list
+                of parts, so that a memory of several need not be copied together twice
         prefix  the first so many tokens see each other only, the others see everything: two calls, no mask
         returns (b, n, c), and this call's own un-rotated keys and values
         """
         k, v = self.keys_values(x)
         q, keys, values = rotate(self.queries(x), rope), rotate(k, rope), v
         if memory is not None:
-            keys, values = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(memory, (keys, v)))
+            old = memory[1] if isinstance(memory[1], list) else [memory[1]]
+            keys = torch.cat([memory[0].to(k.dtype), keys], dim=1)
+            values = torch.cat([*(z.to(v.dtype) for z in old), v], dim=1)
         y = attend(q[:, prefix:], keys, values, mask)
         if prefix:
             y = torch.cat([attend(q[:, :prefix], keys[:, :prefix], values[:, :prefix]), y], dim=1)
@@ -133,7 +141,7 @@ class Block(nn.Module):
     def forward(self, x, e, text, rope, memory, mask, prefix):
         """x (b, n, c) float32; e (b, f, 6, c) float32: shift, scale, gate for attention, then for the MLP, per frame"""
         dtype = self.ffn[0].weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (e + self.modulation.float()).unsqueeze(3).unbind(2)  # (b, f, 1, c) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = e.unsqueeze(3).unbind(2)  # (b, f, 1, c) each
         y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
         x = gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)).to(dtype), text)
@@ -147,8 +155,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, e):
-        """x (b, n, c), e (b, f, c) the time embedding itself, not its projection"""
-        shift, scale = (e[:, :, None] + self.modulation.float()).unsqueeze(3).unbind(2)  # (b, f, 1, c) each
+        """x (b, n, c), e (b, f, 2, c) float32: shift, scale"""
+        shift, scale = e.unsqueeze(3).unbind(2)  # (b, f, 1, c) each
         return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
 
 
@@ -182,16 +190,20 @@ class DiT(nn.Module):
         return [block.cross_attn.keys_values(x) for block in self.blocks]
 
     def time(self, t):
-        """t (b, f) noise levels in [0, 1] -> embedding (b, f, c) and its six modulations (b, f, 6, c), float32"""
+        """
+        t (b, f) noise levels in [0, 1] -> one table (b, f, 6, c) a block and the head's (b, f, 2, c), float32: all that the
+        noise level means to the network. The head's is of the embedding itself, the blocks' of its projection.
+        """
         half = self.config.freq_dim // 2
         freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
         angle = 1000 * t.double()[..., None] * freq  # never in bf16: 937.5 would become 936
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
             e = self.time_embedding(wave.to(self.time_embedding[0].weight.dtype))
-            return e.float(), rearrange(self.time_projection(e), "b f (s c) -> b f s c", s=6).float()
+            e6 = rearrange(self.time_projection(e), "b f (s c) -> b f s c", s=6).float()
+        return [e6 + block.modulation.float() for block in self.blocks], e.float()[:, :, None] + self.head.modulation.float()
 
-    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0):
+    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, tables=None):
         """
         x        (b, f, c, h, w) noised latents
         t        (b, f)          noise level of each frame, 0 clean .. 1 noise
@@ -200,6 +212,7 @@ class DiT(nn.Module):
         memory   None, or one (keys, values) pair a layer, each (b, s, k, d), keys rotated: seen by all tokens of x
         mask     None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
         prefix   so many frames in front are context: they see each other only, the frames after them see all
+        tables   None, or self.time(t), where the same t returns again and again
         returns  v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
                  keys after norm_k and before rotation
         source: Wan 2.1 (modulation order shift, scale, gate; head uses the embedding, blocks its projection)
@@ -209,7 +222,7 @@ class DiT(nn.Module):
         tokens = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
         weight = self.patch_embedding.weight
         x = F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()  # (b, n, c)
-        e, e6 = self.time(t)
+        e6, e = self.time(t) if tables is None else tables
         if mask is not None:
             spread = x.shape[1] // f
             mask = repeat(mask, "b f g -> b 1 (f n) (g m)", n=spread, m=spread)
@@ -217,7 +230,7 @@ class DiT(nn.Module):
                 mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
         kv = []
         for i, block in enumerate(self.blocks):
-            given = x, e6, text[i], rope, memory and memory[i], mask, prefix * (x.shape[1] // f)
+            given = x, e6[i], text[i], rope, memory and memory[i], mask, prefix * (x.shape[1] // f)
             again = self.config.recompute and torch.is_grad_enabled()  # safe: the forward is pure
             x, made = checkpoint(block, *given, use_reentrant=False) if again else block(*given)  # (b, n, c)
             kv.append(made)
@@ -256,7 +269,10 @@ def load_weights(path):
 
 
 def fill(net, state, name="weights"):
-    """Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors."""
+    """
+    Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors. A net on the meta device
+    takes the tensors themselves, types and all.
+    """
     own, wrong = net.state_dict(), []
     for kind, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
                        ("misshapen", {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})):
@@ -264,7 +280,7 @@ def fill(net, state, name="weights"):
             wrong.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
     if wrong:
         raise BadInput(f"{name} do not fit the model: {'; '.join(wrong)}")
-    net.load_state_dict(state)
+    net.load_state_dict(state, assign=next(iter(own.values())).is_meta)
     return net
 
 
@@ -278,12 +294,105 @@ def load(path, build, make_config):
     return fill(net, state, str(path)).eval().requires_grad_(False), facts
 
 
+# ---- public files: the raw Wan directory and students trained from it --------------------------------------------------
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # left in names by training code
+FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
+
+
+def read_public(path):
+    """
+    A public weights file, .safetensors or .pt / .pth, mapped from disk rather than read; pickles hold tensors only.
+    returns  state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)
+    Raises BadInput for missing, truncated and foreign files, and for LoRAs.
+    """
+    path, facts = Path(path), {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:
+                whole, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+        else:
+            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise BadInput(f"no weights at {path}: check the path") from None
+    except Exception as error:  # torch.load raises whatever the damage makes it meet
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise BadInput(f"cannot read weights {path} ({why}): damaged or half downloaded? fetch it again") from None
+    whole = whole if isinstance(whole, dict) else {}
+    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
+    inner = inner[0] if inner else whole
+    if any("lora" in k.lower() for k in (*whole, *inner)):
+        raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
+    state = {}
+    for k, v in inner.items():
+        for wrapper in WRAPPERS:
+            k = k.replace(wrapper, "")
+        state[k.removeprefix("model.")] = v
+    if not state or not all(torch.is_tensor(v) for v in state.values()):
+        raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
+    return state, facts.get("facts", {})
+
+
+def dit_config(state, folder, path):
+    """DiTConfig of a raw DiT: config.json where there is one, else the shapes; refuses 14B and image-to-video models."""
+    first = state.get("patch_embedding.weight", torch.empty(0))
+    if first.ndim != 5:
+        raise BadInput(f"{path} is no Wan DiT: it has no patch_embedding.weight")
+    if first.shape[0] == 5120:
+        raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
+    if first.shape[1] != 16 or any(k.startswith("img_emb") for k in state):
+        raise BadInput(f"{path} is an image-to-video model ({first.shape[1]} input channels): only text-to-video is supported")
+    try:
+        c = json.loads((Path(folder) / "config.json").read_text())
+    except FileNotFoundError:
+        c = {}
+    except ValueError:
+        raise BadInput(f"{folder}/config.json is not JSON: fetch it again") from None
+    try:
+        shape, dim = {k: v.shape for k, v in state.items()}, first.shape[0]
+        layers = 30 if dim == 1536 else len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+        return DiTConfig(c.get("dim", dim), c.get("ffn_dim", shape["blocks.0.ffn.0.weight"][0]),
+                         c.get("num_heads", max(1, dim // 128)), c.get("num_layers", layers),
+                         shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
+                         c.get("text_len", 512), patch=tuple(first.shape[-2:]))
+    except KeyError as key:
+        raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None
+
+
+def take(net, state, path, device, dtype):
+    """A net built on the meta device gets its weights, tensor by tensor in the type they stay in; prints a fingerprint."""
+    names = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(state.items()))
+    print(f"{path}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
+          f"sha256 of names and shapes {hashlib.sha256(names.encode()).hexdigest()[:12]}")
+    own, ready = net.state_dict(), {}
+    for k, v in state.items():
+        fits = k in own and v.shape == own[k].shape
+        ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
+        if fits and v.is_cpu and sys.platform == "linux":  # pages of the file that were read count as this process's memory: hand them back
+            start = -(-v.data_ptr() // 4096) * 4096
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
+    return fill(net, ready, str(path)).eval().requires_grad_(False)
+
+
+def flops(config, h, w, held):
+    """Floating-point operations of one pass over 3 latents (h, w) that sees `held` latents before them; counted, not run."""
+    from rope import table
+    (p, q), d = config.patch, config.dim // config.heads
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
+        net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
+        text = [(torch.empty(1, config.text_len, config.heads, d),) * 2] * config.layers
+        net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, table(torch.arange(3), h // p, w // q, d),
+            [(old, old)] * config.layers if held else None)
+    return count.get_total_flops()
+
+
 if __name__ == "__main__":
     from rope import table
     for name, config in (("Wan2.1-T2V-1.3B", DiTConfig()), ("tiny", tiny_dit)):
         with torch.device("meta"):
             net = DiT(config)
         print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters in {len(net.state_dict())} tensors")
+    print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {flops(DiTConfig(), 60, 104, 18) / 1e12:.1f} TFLOP")
     torch.manual_seed(0)
     net, x = DiT(tiny_dit), torch.randn(1, 6, 16, 4, 8)
     with torch.no_grad():

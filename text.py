@@ -7,17 +7,28 @@ id = byte + 2, 1 ends a caption, 0 pads.
 
     python text.py             # encodes a caption with an untrained tiny encoder
 
-References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and shapes of its 242 tensors). Tested on golden
-vectors of the official code.
-Leaves out so far: the SentencePiece tokenizer and prompt cleaning of the full-size encoder.
+References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and shapes of its 242 tensors, cleaning of prompts).
+Tested on golden vectors of the official code.
+Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
+import hashlib
+import html
+import importlib
 import math
+import os
+import re
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from config import BadInput
+from model import read_public, take
 
 
 @dataclass
@@ -128,6 +139,67 @@ def bytes_to_ids(captions, length=96):
         b = list(caption.encode("utf-8")[:length - 1])
         row[:len(b) + 1] = torch.tensor([x + 2 for x in b] + [1])
     return ids, (ids > 0).long()
+
+
+# ---- the full-size encoder's prompts -----------------------------------------------------------------------------------
+
+def need(package):
+    """A package that only the full-size model uses."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BadInput(f"{package} is missing: pip install -r requirements-wan.txt") from None
+
+
+def clean(prompt):
+    """Wan's cleaning: broken Unicode mended, full-width forms to ASCII, HTML entities resolved twice, white space single."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(need("ftfy").fix_text(prompt)))).strip()
+
+
+@torch.no_grad()
+def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
+    """
+    prompts    distinct texts; weights, tokenizer: paths of the UMT5 encoder and its tokenizer.json
+    cache      folder that keeps each prompt's features, named by a hash of the cleaned text and of the two files' facts
+    returns    {prompt: features (m, dim) bfloat16 of its m <= length tokens, on the CPU}; the encoder is loaded only if a
+               prompt is new, and gone on return
+    """
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, length) for f in (weights, tokenizer)]
+    files = {p: cache / (hashlib.sha256(repr((clean(p), facts)).encode()).hexdigest()[:32] + ".safetensors") for p in prompts}
+    new = [p for p in prompts if not files[p].exists()]
+    if new:
+        try:
+            words = need("tokenizers").Tokenizer.from_file(str(tokenizer))
+        except BadInput:
+            raise
+        except Exception as error:  # the package raises bare Exceptions
+            raise BadInput(f"cannot read {tokenizer} ({str(error)[:100]}): fetch it again") from None
+        words.no_truncation()
+        words.no_padding()
+        s, _ = read_public(weights)
+        try:
+            vocab, dim = s["token_embedding.weight"].shape
+            buckets, heads = s["blocks.0.pos_embedding.embedding.weight"].shape
+            config = TextConfig(vocab, dim, len(s["blocks.0.attn.q.weight"]), len(s["blocks.0.ffn.fc1.weight"]), heads,
+                                24 if dim == 4096 else len({k.split(".")[1] for k in s if k.startswith("blocks.")}), buckets)
+        except (KeyError, ValueError):
+            raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
+        with torch.device("meta"):
+            encoder = TextEncoder(config)
+        encoder = take(encoder, s, weights, device, torch.bfloat16)
+        for p in new:
+            ids = words.encode(clean(p), add_special_tokens=False).ids
+            if len(ids) >= length:
+                print(f"warning: {len(ids) + 1} tokens, cut after {length}: {p[:60]!r}", file=sys.stderr)
+            ids = torch.tensor([ids[:length - 1] + [1]], device=device)  # 1 ends a text; no row is padded, the DiT pads
+            features = encoder(ids, torch.ones_like(ids))[0].cpu()
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                save_file({"features": features}, files[p].with_suffix(".part"))
+                os.replace(files[p].with_suffix(".part"), files[p])
+            except (OSError, SafetensorError) as error:
+                raise BadInput(f"cannot write to {cache}: {error}") from None
+    return {p: load_file(files[p])["features"] for p in prompts}
 
 
 if __name__ == "__main__":
