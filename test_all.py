@@ -1098,6 +1098,14 @@ def test_training_and_held_out_seeds_never_give_the_same_world():
     assert len({w.start for w in train + held_out}) == 4000
 
 
+def test_a_twin_is_the_same_world_with_other_landmarks():
+    for seed in range(20):
+        one, two = world.world(seed), world.world(seed, twin=1)
+        assert (one.ground, one.start, one.motion) == (two.ground, two.start, two.motion) and one.landmarks != two.landmarks
+    assert np.array_equal(clip(3, 0, 5, None, None, 1), render(panorama(world.world(3, twin=1).ground, world.world(3, twin=1).landmarks),
+                          world.world(3).motion.heading(world.world(3).start, np.arange(5))))
+
+
 def test_motions_are_mixed_as_documented():
     kinds = [world.world(s).motion.kind for s in range(4000)]
     shares = [kinds.count(k) / 4000 for k in ("turn", "linger", "aside")]

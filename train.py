@@ -411,7 +411,7 @@ def train(cfg, part, device):
 
     if part == "vae":
         torch.manual_seed(cfg.seed)
-        tae = TAE(tiny_tae).to(device, memory_format=torch.contiguous_format if dist.is_initialized() else torch.channels_last)
+        tae = TAE(tiny_tae).to(device, memory_format=torch.channels_last)
         nets = {"vae": tae}
 
         def choose(shared, done):
@@ -675,9 +675,10 @@ def train(cfg, part, device):
             continue
         matrices = [] if student_passes else [p for net in some for n, p in net.named_parameters()
                                               if "blocks" in n and p.ndim == 2 and "embedding" not in n]
-        if dist.is_initialized():  # Muon looks at whole matrices: they stay whole, and their gradients are averaged below
+        uncut = list(nets["vae"].parameters()) if part == "vae" else matrices  # Muon looks at whole matrices: they stay whole
+        if dist.is_initialized() and part != "vae":
             for net in some:
-                fully_shard(net, ignored_params=set(matrices))
+                fully_shard(net, ignored_params=set(uncut))
                 if isinstance(net, DiT):
                     register_fsdp_forward_method(net, "text")
         params = [p for net in some for p in net.parameters() if p.requires_grad]
@@ -686,7 +687,7 @@ def train(cfg, part, device):
         optimizers = [torch.optim.AdamW([p for p in params if id(p) not in whole], lr=rate, betas=betas, weight_decay=.01)]
         if matrices:  # Muon for the transformers' matrices: the same lr means the same size of step
             optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
-        groups[name] = params, matrices, optimizers, rate
+        groups[name] = params, uncut, optimizers, rate
     average = {name: [p.detach().clone() for p in net.parameters()] for name, net in nets.items() if name != "critic"}
 
     def refresh():
@@ -727,7 +728,7 @@ def train(cfg, part, device):
         passes.append((part, loss_of))
         chosen = [choose(np.random.default_rng([cfg.seed, step]), step / updates) for _ in range(cfg.accumulate)]
         for k, (name, loss_function) in enumerate(passes):
-            params, matrices, optimizers, rate = groups[name]
+            params, uncut, optimizers, rate = groups[name]
             for net in nets.values():
                 net.zero_grad()
             for micro in range(cfg.accumulate):
@@ -738,7 +739,7 @@ def train(cfg, part, device):
                     (loss / cfg.accumulate).backward()
                     found["critic_loss" if name == "critic" else "loss"] = loss.item()
                 numbers |= found
-            for p in matrices if processes > 1 else ():
+            for p in uncut if processes > 1 else ():  # the others' gradients are averaged as they are cut
                 p.grad = all_sum(p.grad) / processes
             norm = clip_gradients(params, 1.0)
             for group in [g for o in optimizers for g in o.param_groups]:
