@@ -44,9 +44,11 @@ class Config:
 
 
 @torch.no_grad()
-def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, noise=0, positions="bounded"):
+def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, noise=0, positions="bounded", test=""):
     """
-    Real first chunks of the worlds of `which`, a list of (seed, kind, seconds), then the model's own.
+    Real first chunks of the worlds of `which`, a list of what world() takes, then the model's own.
+    test     "swap": the first half and the second exchange their slow memories before going on; "pack": what memory holds is
+             encoded anew before every chunk, as in packed training
     returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
     """
     worlds = [world.world(*w) for w in which]
@@ -57,7 +59,14 @@ def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, devi
     roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, positions, sampler.pool)
     video, past = tae.decode(history) if given else (None, None)
     frames = [video] if given else []
-    for z in generate(roll, [noise + w[0] for w in which], chunks, sampler, latent, history=history):
+    for x0 in history.split(CHUNK, dim=1) if given else ():
+        roll.look()
+        roll.commit(x0)
+    if test == "swap":
+        roll.memory.make_room(CHUNK)
+        roll.memory.slow = [torch.cat(c.chunk(2)[::-1]) for c in roll.memory.slow]
+    again = {n: roll.text for n in range(given, given + chunks)} if test == "pack" else None
+    for z in generate(roll, [noise + w[0] for w in which], chunks, sampler, latent, texts=again):
         video, past = tae.decode(z, past)
         frames.append(video)
     frames = (torch.cat(frames, 1) * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -88,6 +97,28 @@ def returns(reading, caption, keep, policy, given):
     return [(e, world.held(e, reading, contexts[min(world.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
 
 
+def gates(dit, encoder, tae, sampler, device, pairs=24):
+    """
+    Held-out worlds that turn once in 8 or 9 s, and their twins with other landmarks: 10 s are given, 4 s are the model's own.
+    returns  dict: recall as it is, and with what memory holds encoded in one pack; share of returns that follow the other
+             world's memory when slow memories were exchanged, and that stay with their own; chance; number of returns
+    """
+    which = [(world.HELD_OUT + i, "turn", 8 + i % 2, twin) for twin in (0, 1) for i in range(pairs)]
+    found = {}
+    for test in ("", "pack", "swap"):
+        frames, keeps = continuations(dit, encoder, tae, which, GIVEN, 5, PRESETS["uniform2"], sampler, device, test=test)
+        readings = [world.judge(f) for f in frames]
+        found[test] = [(e, w) for w, r, k in zip(which, readings, keeps)
+                       for e, _ in returns(r, world.world(*w).caption, k, PRESETS["uniform2"], GIVEN)]
+        found.setdefault("chance", world.chance(readings))
+
+    def follows(other):
+        return [e.read == world.world(*w[:3], 1 - w[3] if other else w[3]).landmarks[e.sector] for e, w in found["swap"]
+                if world.world(*w[:3], 0).landmarks[e.sector] != world.world(*w[:3], 1).landmarks[e.sector]]
+    return {"recall": np.mean([e.recall for e, _ in found[""]]), "packed": np.mean([e.recall for e, _ in found["pack"]]),
+            "follows": np.mean(follows(True)), "stays": np.mean(follows(False)), "chance": found["chance"], "n": len(found[""])}
+
+
 def main():
     cfg = parse(Config)
     device = pick_device(cfg.device)
@@ -99,6 +130,10 @@ def main():
     videos, chunks = (16, 27) if cfg.quick else (64, 67)
     seeds = [world.HELD_OUT + cfg.seed + i for i in range(videos)]
     started, rows, events, readings = time.time(), [], {}, {}
+
+    g = gates(dit, encoder, tae, sampler, device)
+    print(f"48 worlds that turn once in 8 or 9 s, {g['n']} returns: recall {g['recall']:.0%}, chance {g['chance']:.0%}; memory encoded "
+          f"as one pack {g['packed']:.0%}; slow memories exchanged: {g['follows']:.0%} follow the memory, {g['stays']:.0%} do not")
 
     best = {}  # the autoencoder's own picture of the true worlds: the ceiling of validity
     for s in tqdm(seeds, desc="autoencoder"):

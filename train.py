@@ -76,7 +76,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
     "vae": ["vae"], "init": ["init_ar", "init_ode"], "base": ["base"], "teacher": ["teacher"], "1": ["stage1"], "2": ["stage2"]}
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
-    "init_ar": (5000, 16, 1.5e-3, 100, .995),
+    "init_ar": (6500, 16, 1.5e-3, 100, .995),
     "init_ode": (800, 16, 2e-4, 50, .99),
     "base": (5000, 16, 1.5e-3, 100, .995),
     "teacher": (3000, 16, 7e-4, 100, .995),
@@ -95,7 +95,7 @@ LESSONS = 0.7          # share of the draws that are from those at first, and of
 TWINS = 640            # lessons that have a twin: the same motion past other landmarks
 MIX = {                # init_ar: until which share of the updates, and how often a pack is of which kind
     # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
-    .3: (.15, .255, .2975, .2975, 0), .75: (.10, .30, 0, .10, .50), 1: (.15, .65, .05, .05, .10)}
+    .3: (.15, .255, .2975, .2975, 0), .75: (.10, .30, 0, .10, .50), 1: (.12, .53, 0, .05, .30)}
 # With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
 # that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
 SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
