@@ -1607,14 +1607,14 @@ TWO = "Sand. The camera turns left, one turn in 9 seconds. | {}: Snow. The camer
 
 
 def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_ground(monkeypatch, tmp_path):
-    switch, seconds = 3, "5"
+    switch, seconds = 4, "8"
     with_switch, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", seconds, "--prompt", TWO.format(switch))
     without, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", seconds, "--prompt", TWO.split(" |")[0])
     first = sample.chunk_at(switch) * 12 - 3
-    assert switch * 16 <= first < switch * 16 + 12 and len(with_switch) == len(without) == 80
+    assert switch * 16 <= first < switch * 16 + 12 and len(with_switch) == len(without) == 128
     assert np.array_equal(with_switch[:first], without[:first]) and not np.array_equal(with_switch[first:], without[first:])
     grounds = judge(with_switch).ground
-    assert (grounds[:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
+    assert (grounds[first - 24:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
 
 
 @pytest.fixture
@@ -1715,8 +1715,10 @@ def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeyp
 @pytest.mark.parametrize("full_size", [False, True])
 def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
     """The film starts with the clip as the autoencoder sees it, and what comes after depends on it."""
-    run_sample(monkeypatch, tmp_path / "clip", "--seconds", "2.1", "--seed", "9")
-    (clip_file,) = (tmp_path / "clip").glob("*.mp4")
+    clip_file = tmp_path / "clip.mp4"
+    file = sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8)
+    file.write((clip(world.HELD_OUT, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+    file.close()
     words = ["--continue", str(clip_file), *(["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else []), "--seconds", "4"]
     film, _ = frames_of_run(monkeypatch, tmp_path / "o", *words)
     size = (32, 32) if full_size else (64, 32)
@@ -1724,7 +1726,8 @@ def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
     assert len(film) == 64 and len(source) == 33 and source.shape[2:0:-1] == size
     if not full_size:
         error = (film[:33].astype(float) - source).std()
-        assert error < 20 and (film[33].astype(float) - film[32]).std() < 20  # no jump where the model takes over
+        steps = np.diff(film.astype(float), axis=0).std((1, 2, 3))
+        assert error < 16 and steps[32] < 2 * np.median(steps)  # no jump where the model takes over
         plain, _ = frames_of_run(monkeypatch, tmp_path / "o", "--seconds", "4")
         assert not np.array_equal(plain[33:], film[33:])
 
