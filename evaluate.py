@@ -132,8 +132,8 @@ def main():
     started, rows, events, readings = time.time(), [], {}, {}
 
     g = gates(dit, encoder, tae, sampler, device)
-    print(f"48 worlds that turn once in 8 or 9 s, {g['n']} returns: recall {g['recall']:.0%}, chance {g['chance']:.0%}; memory encoded "
-          f"as one pack {g['packed']:.0%}; slow memories exchanged: {g['follows']:.0%} follow the memory, {g['stays']:.0%} do not")
+    print(f"48 worlds that turn once in 8 or 9 s, {g['n']} returns: recall {g['recall']:.0%}, chance {g['chance']:.0%}; memory "
+          f"encoded as one pack {g['packed']:.0%}; slow memories exchanged: {g['follows']:.0%} follow the memory, {g['stays']:.0%} do not")
 
     best = {}  # the autoencoder's own picture of the true worlds: the ceiling of validity
     for s in tqdm(seeds, desc="autoencoder"):

@@ -73,7 +73,8 @@ class Config:
 
 
 PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
-    "vae": ["vae"], "init": ["init_ar", "init_ode"], "base": ["base"], "teacher": ["teacher"], "1": ["stage1"], "2": ["stage2"]}
+    "vae": ["vae"], "init": ["init_ar", "init_ode"], "base": ["base"], "teacher": ["teacher"], "1": ["stage1"],
+    "2": ["stage2"]}
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
     "init_ar": (6500, 16, 1.5e-3, 100, .995),
@@ -289,7 +290,8 @@ def ode_paths(folder, dit, features, sampler, grid, latent, device, seed, rank):
              chunk's past, -1 = nothing; captions
     """
     mark = hashlib.sha256(b"".join(p.cpu().float().numpy().tobytes() for p in dit.parameters())).hexdigest()[:8]
-    captions = [world.world(int(s)).caption for s in np.random.default_rng([seed, 0x0DE]).integers(world.HELD_OUT, size=ODE_CLIPS)]
+    seeds = np.random.default_rng([seed, 0x0DE]).integers(world.HELD_OUT, size=ODE_CLIPS)
+    captions = [world.world(int(s)).caption for s in seeds]
     every, files = 16 // sampler.steps, []
     for at in tqdm(range(0, ODE_CLIPS, 32), desc="paths of the causal model", disable=rank > 0):
         files.append(Path(folder) / f"paths_{mark}_{at:05d}.safetensors")
@@ -391,8 +393,8 @@ def train(cfg, part, device):
     def chunk_of(n):
         return n[:, None] * CHUNK + torch.arange(CHUNK)
 
-    # each part sets: nets, name -> what is trained and saved; passes, a list of (which net, its loss, how often an update);
-    # choose(shared, done), drawn once an update for all processes; loss(rng, chosen) -> loss or None, numbers to log
+    # each part sets: nets, name -> what is trained and saved; choose(shared, done), drawn once an update for all processes;
+    # loss_of(rng, chosen) -> loss or None (then it has gone backward itself), numbers to log
     if part != "vae":
         tae = shipped("vae", TAE, TAEConfig).to(memory_format=torch.channels_last)
 
@@ -432,8 +434,8 @@ def train(cfg, part, device):
             unit = mean.square().mean() + (z.T @ z / len(z) - torch.eye(z.shape[1], device=device)).square().sum(1).mean()
             if not late:  # unit variance a channel
                 unit = mean.square().mean() + (z.std(0) - 1).square().mean()
-            return mse + 3 * late * sky + .02 * unit, {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item()),
-                                                      "unit": unit.item()}
+            return mse + 3 * late * sky + .02 * unit, {
+                "psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item()), "unit": unit.item()}
 
     elif part == "init_ar":  # flow matching on real pasts: the causal model that the student will be distilled from
         torch.manual_seed(cfg.seed)
@@ -450,7 +452,8 @@ def train(cfg, part, device):
             length = int(shared.integers(12, CHUNKS))
             other = shared.random() < Histories.OTHER
             lesson = kind == "twin" or kind != "sequential" and shared.random() < (LESSONS if done < .75 else 1 - LESSONS)
-            return {"kind": kind, "lesson": lesson, "gap": int(shared.integers(1, 3)) if kind == "gap" else 0, "length": length,
+            gap = int(shared.integers(1, 3)) if kind == "gap" else 0
+            return {"kind": kind, "lesson": lesson, "gap": gap, "length": length,
                     "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
                     "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
 
@@ -472,7 +475,8 @@ def train(cfg, part, device):
                     src = forget(rng, src, CHUNK * gap) if gap else src
                     if kind == "twin":  # keyframes of the last half turn would show the view too, at a known distance
                         here = paths.heading[which, CHUNK * chunk - 1, None]
-                        near = (paths.heading[which[:, None], src] - here).abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
+                        far = world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
+                        near = (paths.heading[which[:, None], src] - here).abs() < far
                         near[:, :CHUNK] = near[:, -CHUNK:] = False
                         src = src.masked_fill(near, -1)
                         src = src.gather(1, (src < 0).long().argsort(stable=True, dim=1))
@@ -480,7 +484,8 @@ def train(cfg, part, device):
                     past, x0 = (latents[which[:, None], s].to(device).float() for s in (src.clamp(min=0), target))
                     if kind == "twin":
                         false = twins[which[:, None], src.clamp(min=0)].to(device).float()
-                        past = torch.where((src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(device), false, past)
+                        last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(device)
+                        past = torch.where(last, false, past)
                     xt, t, v = noised(x0, COPIES)
                     loss = F.mse_loss(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v)
                 else:  # the real memory, chunk after chunk; some chunks are supervised on the way
@@ -606,8 +611,8 @@ def train(cfg, part, device):
             trace, context, text = rollout(rng, chosen)
             t, noise = noise_of(trace.x)
             with torch.no_grad(), autocast:
-                fake, real = (dmd.scores(lambda xt, at: erft.score(net, context, xt, at, net.text(text), grid), trace.x, t, noise)
-                              for net in (critic, teacher))
+                fake, real = (dmd.scores(lambda xt, at: erft.score(net, context, xt, at, net.text(text), grid),
+                                         trace.x, t, noise) for net in (critic, teacher))
             gradient, norm = dmd.dmd_gradient(trace.x, fake, real)
             with autocast:
                 dmd.backward(trace, lambda: student.text(text), gradient / gradient.numel() / cfg.accumulate)
@@ -663,7 +668,8 @@ def train(cfg, part, device):
                     batch, grid[0] * grid[1], processes, tiny_dit.recompute)
     if rank == 0:
         print(f"{part}: {updates} updates of {batch} x {cfg.accumulate} x {processes} clips; needs about "
-              + ", ".join(f"{k} {v:.2f}" for k, v in need.items()) + f" = {sum(need.values()):.2f} GiB of {room(device):.0f} a device")
+              + ", ".join(f"{k} {v:.2f}" for k, v in need.items())
+              + f" = {sum(need.values()):.2f} GiB of {room(device):.0f} a device")
     if sum(need.values()) > room(device):
         raise BadInput(f"{part} needs about {sum(need.values()):.0f} GiB a device and {room(device):.0f} are there: "
                        "use more processes or a smaller --batch")
@@ -756,7 +762,8 @@ def train(cfg, part, device):
             with torch.no_grad():  # a short average at first, or the start would linger
                 toward = 1 - min(decay, (step + 1) / (step + 10))
                 for name, some in average.items():
-                    torch._foreach_lerp_([local(a) for a in some], [local(p.detach()) for p in nets[name].parameters()], toward)
+                    now = [local(p.detach()) for p in nets[name].parameters()]
+                    torch._foreach_lerp_([local(a) for a in some], now, toward)
         if bank:
             for seed, found in gathered(recycled, processes):
                 bank.push(np.random.default_rng([seed, 1]), *found)
