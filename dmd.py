@@ -82,17 +82,17 @@ def rollout(roll, levels, exit_step, fresh, chunks, target):
     chunks   length of the rollout; the last `target` of them are the target
     returns  Trace
     """
-    text, context, cells, xs, exits = roll.text, None, [], [], []
+    context, cells, xs, exits = None, [], [], []
     for i in range(chunks):
         if i == chunks - target:
             cells = roll.memory.read()
             context = cells[1] if cells else fresh(0, 0)[:, :0]
-        memory, rope = roll.look()
+        roll.look()
         held, seen = roll.memory.read(), []
 
         def predict(x, t):
             seen[:] = x, t
-            return roll.net(x, t, text, rope, memory)[0]
+            return roll.run(x, t)[0]
 
         inside = i >= chunks - target
         x0 = denoise(predict, fresh(i, 0), levels[:exit_step + 1] if inside else levels, lambda step: fresh(i, step))
@@ -145,8 +145,8 @@ if __name__ == "__main__":
 
         noise = torch.randn_like(x)
         fake, real = (scores(closed_form(m), x.detach(), t, noise) for m in (mean.detach(), 2.))
-        grad = (dmd_loss(x, dmd_gradient(x.detach(), fake, real)[0]) * x.numel()).backward()
-        mean.data -= .001 * mean.grad / len(x) * 20
+        dmd_loss(x, dmd_gradient(x.detach(), fake, real)[0]).backward()
+        mean.data -= .02 * mean.grad
         mean.grad = None
         if update % 50 == 0:
             print(f"update {update:3d}: student mean {mean.item():.2f} (teacher 2), KL {(mean.item() - 2) ** 2 / 2:.3f}")

@@ -59,14 +59,13 @@ def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, devi
     roll = Rollout(dit, dit.text(encoder(ids, mask)), policy, grid, positions, sampler.pool)
     video, past = tae.decode(history) if given else (None, None)
     frames = [video] if given else []
-    for x0 in history.split(CHUNK, dim=1) if given else ():
-        roll.look()
-        roll.commit(x0)
+    seeds = [noise + w[0] for w in which]
+    list(generate(roll, seeds, 0, sampler, latent, history=history))
     if test == "swap":
         roll.memory.make_room(CHUNK)
         roll.memory.slow = [torch.cat(c.chunk(2)[::-1]) for c in roll.memory.slow]
     again = {n: roll.text for n in range(given, given + chunks)} if test == "pack" else None
-    for z in generate(roll, [noise + w[0] for w in which], chunks, sampler, latent, texts=again):
+    for z in generate(roll, seeds, chunks, sampler, latent, texts=again):
         video, past = tae.decode(z, past)
         frames.append(video)
     frames = (torch.cat(frames, 1) * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()

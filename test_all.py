@@ -768,6 +768,19 @@ def test_two_processes_equal_one_that_accumulates_two_batches(stage, small_train
     assert want.keys() == results(both, stage).keys()
 
 
+@pytest.mark.parametrize("which", ["critic", "student"])
+def test_a_critic_or_a_student_that_breaks_alone_stops_the_run_after_ten(which, small_training, monkeypatch):
+    go, out = small_training
+    if which == "critic":
+        loss = dmd.critic_loss
+        monkeypatch.setattr(dmd, "critic_loss", lambda *a: loss(*a) * float("inf"))
+    else:
+        backward = dmd.backward
+        monkeypatch.setattr(dmd, "backward", lambda trace, text, gradient: backward(trace, text, gradient * float("nan")))
+    with pytest.raises(SystemExit, match="not finite"):
+        go("--stage", "1", "--updates", "12", "--batch", "1")
+
+
 def test_critic_updates_leave_the_student_alone_and_the_reverse(small_training, monkeypatch):
     """Who is moved by each optimizer step, and who has a gradient at that moment."""
     go, out = small_training

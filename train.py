@@ -84,7 +84,7 @@ DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "stage1": (200, 16, 5e-5, 1, .95),
     "stage2": (250, 12, 3e-5, 1, .95),
 }
-BEFORE = {"init_ode": "init_ar", "teacher": "base", "stage1": "init_ode", "stage2": "stage1"}  # what a part starts from
+BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "base", "stage1": "init_ode", "stage2": "stage1"}  # what a part starts from
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 COMPASS = 0.7          # stage vae: from this share of the updates on the sky counts four times and channels are decorrelated:
@@ -230,7 +230,7 @@ def gathered(some, processes):
 
 def estimate(part, nets, trained, frames, batch, tokens, processes, recompute):
     """
-    GiB that a part of training needs on each device, before anything is allocated for it.
+    GiB that a part of training needs on each device, told before optimizers, averages and passes take theirs.
     nets     all networks, trained: those with gradients, optimizer state and an average; frames: most in one pass
     returns  dict of GiB; a rough model: 34 activations of the width a token and layer, or the block inputs alone
     """
@@ -300,12 +300,12 @@ def ode_paths(folder, dit, features, sampler, grid, latent, device, seed, rank):
         part, xs = captions[at:at + 32], []
         roll = Rollout(dit, dit.text(features(part)), replace(PRESETS["slowfast"], tau=sampler.tau), grid, pool=sampler.pool)
         for i in range(ODE_CHUNKS):
-            memory, rope = roll.look()
+            roll.look()
             seen = []
 
             def predict(x, t):
                 seen.append(x)
-                return dit(x, t, roll.text, rope, memory)[0]
+                return roll.run(x, t)[0]
             noise = draw_noise(range(at, at + len(part)), i, 0, (CHUNK, *latent), device)
             x0 = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
             roll.commit(x0)
@@ -355,16 +355,11 @@ def train(cfg, part, device):
     latent = (tiny_dit.channels, world.HEIGHT // 8, world.WIDTH // 8)
     sampler, bank, frozen = SAMPLER, None, []
 
-    def start(name):
-        """Weights by name: from this --out if they were trained there, else the shipped ones -> network, facts"""
-        own = Path(cfg.out) / name / f"{name}.safetensors"
-        net, facts = load(own if own.exists() else WEIGHTS / f"{name}.safetensors", DiT, DiTConfig)
+    def ready(name, given="", build=DiT, make_config=DiTConfig, folder=""):
+        """The file given, else what this --out has trained under that name, else what ships -> network, facts"""
+        own = Path(cfg.out) / (folder or name) / f"{name}.safetensors"
+        net, facts = load(given or (own if own.exists() else WEIGHTS / f"{name}.safetensors"), build, make_config)
         return net.to(device), facts
-
-    def shipped(name, build, make_config):
-        own = [p for p in (Path(cfg.out) / "init_ar" / f"{name}.safetensors", Path(cfg.out) / name / f"{name}.safetensors")
-               if p.exists()]
-        return load(own[0] if own else WEIGHTS / f"{name}.safetensors", build, make_config)[0].to(device)
 
     def noised(x0, copies):
         """x0 (b, f, ...) at `copies` noise levels each, spread evenly over 0..1 -> x_t, t, v, all with f * copies frames."""
@@ -396,7 +391,7 @@ def train(cfg, part, device):
     # each part sets: nets, name -> what is trained and saved; choose(shared, done), drawn once an update for all processes;
     # loss_of(rng, chosen) -> loss or None (then it has gone backward itself), numbers to log
     if part != "vae":
-        tae = shipped("vae", TAE, TAEConfig).to(memory_format=torch.channels_last)
+        tae = ready("vae", "", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
 
         def clips(lessons):
             """-> latents, caption ids, token mask, worlds: of all motions, or of the lessons"""
@@ -405,7 +400,7 @@ def train(cfg, part, device):
             latents = latent_cache(Path(cfg.out) / "cache", tae, worlds, n, device, rank)
             return latents, *bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len), worlds
     if part not in ("vae", "init_ar"):
-        encoder = shipped("text", TextEncoder, TextConfig)
+        encoder = ready("text", "", TextEncoder, TextConfig, "init_ar")[0]
 
         def features(captions):
             with torch.no_grad():
@@ -506,7 +501,7 @@ def train(cfg, part, device):
             return loss, {f"loss_{kind}": loss.item()}
 
     elif part == "init_ode":  # regression to the causal model's own paths at the four levels that the student will use
-        dit, facts = load(cfg.init, DiT, DiTConfig) if cfg.init else start("init_ar")
+        dit, facts = ready(BEFORE[part], cfg.init)
         sampler = replace(Sampler(**facts["sampler"]), renoise=True)
         paths = ode_paths(Path(cfg.out) / "cache", dit, features, sampler, grid, latent, device, cfg.seed, rank)
         nets = {"init_ode": dit.requires_grad_()}
@@ -530,12 +525,12 @@ def train(cfg, part, device):
             return loss, {}
 
     elif part in ("base", "teacher"):  # bidirectional, 21 latents: from text, or after a context
-        dit, _ = load(cfg.init, DiT, DiTConfig) if cfg.init else start("init_ar" if part == "base" else "base")
+        dit, _ = ready(BEFORE[part], cfg.init)
         nets, sources = {part: dit.requires_grad_()}, [clips(False), clips(True)]
         histories = [Histories(s[3], n, room=0) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
         sampler = Sampler(steps=16, shift=SHIFT, renoise=False)
         bank, recycled = erft.ErrorBank(latent, shift=SHIFT) if part == "teacher" else None, []
-        if bank:
+        if bank and rank == 0:
             print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
 
         def choose(shared, done):
@@ -565,9 +560,9 @@ def train(cfg, part, device):
             return loss.mean(), {"errors": float(bank.count.sum())}
 
     else:  # DMD: stage 1 in the first 5 s, stage 2 behind long rollouts of the student's own
-        student, facts = load(cfg.init, DiT, DiTConfig) if cfg.init else start(BEFORE[part])
+        student, facts = ready(BEFORE[part], cfg.init)
         first = part == "stage1"
-        teacher = load(cfg.teacher, DiT, DiTConfig)[0].to(device) if cfg.teacher else start("base" if first else "teacher")[0]
+        teacher = ready("base" if first else "teacher", cfg.teacher)[0]
         critic = copy.deepcopy(teacher).requires_grad_()
         nets, frozen = {part: student.requires_grad_(), "critic": critic}, [teacher]
         sampler = Sampler(**facts["sampler"])
@@ -576,7 +571,7 @@ def train(cfg, part, device):
         def choose(shared, done):
             most = TARGET if first else dmd.longest(done, FIRST, LAST, RAMP)
             return {"r": int(shared.integers(len(levels))),
-                    "L": most if first else int(shared.integers(FIRST, most + 1)), "done": {}}
+                    "L": most if first else int(shared.integers(FIRST, most + 1))}
 
         def rollout(rng, chosen):
             """One rollout an update and batch: it serves five critic updates, with fresh t and noise, and the student's."""
@@ -674,7 +669,7 @@ def train(cfg, part, device):
         raise BadInput(f"{part} needs about {sum(need.values()):.0f} GiB a device and {room(device):.0f} are there: "
                        "use more processes or a smaller --batch")
     shown = {name: copy.deepcopy(net).eval().requires_grad_(False) for name, net in nets.items()}  # the average, whole
-    groups = {}  # what one optimizer step moves: name -> parameters, optimizers, how often an update
+    groups = {}  # what one optimizer step moves: name -> parameters, those that stay whole, optimizers, rate
     for name, members in (("critic", ["critic"]), (part, [n for n in nets if n != "critic"])):
         some = [nets[m] for m in members if m in nets]
         if not some:
@@ -733,10 +728,12 @@ def train(cfg, part, device):
         passes = [("critic", critic_loss)] * CRITIC_PASSES if student_passes else []
         passes.append((part, loss_of))
         chosen = [choose(np.random.default_rng([cfg.seed, step]), step / updates) for _ in range(cfg.accumulate)]
+        fine = True
         for k, (name, loss_function) in enumerate(passes):
             params, uncut, optimizers, rate = groups[name]
             for net in nets.values():
                 net.zero_grad()
+            total = 0.
             for micro in range(cfg.accumulate):
                 rng = np.random.default_rng([cfg.seed, step, rank * cfg.accumulate + micro, k])
                 torch.manual_seed(int(rng.integers(2 ** 62)))
@@ -744,6 +741,7 @@ def train(cfg, part, device):
                 if loss is not None:
                     (loss / cfg.accumulate).backward()
                     found["critic_loss" if name == "critic" else "loss"] = loss.item()
+                    total += loss.item()
                 numbers |= found
             for p in uncut if processes > 1 else ():  # the others' gradients are averaged as they are cut
                 p.grad = all_sum(p.grad) / processes
@@ -751,14 +749,14 @@ def train(cfg, part, device):
             for group in [g for o in optimizers for g in o.param_groups]:
                 fall = 1 if student_passes else .55 + .45 * math.cos(math.pi * step / updates)
                 group["lr"] = rate * min(1, (step + 1) / warmup) * fall
-            if torch.isfinite(norm):  # the norm of all gradients, the same everywhere
+            if math.isfinite(all_sum(torch.tensor([norm.item() + total])).item()):  # of all processes: the same everywhere
                 for optimizer in optimizers:
                     optimizer.step()
-                bad = 0
             else:
-                bad += 1  # weights unchanged
+                fine = False  # weights unchanged
             numbers["critic_grad" if name == "critic" else "grad"] = norm.item()
-        if not bad:
+        bad = 0 if fine else bad + 1
+        if fine:
             with torch.no_grad():  # a short average at first, or the start would linger
                 toward = 1 - min(decay, (step + 1) / (step + 10))
                 for name, some in average.items():
