@@ -24,7 +24,7 @@ from memory import CHUNK, PRESETS, plan
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-BACK = 12                       # windows in which a landmark comes back are drawn so many times as often
+BACK = 12                       # windows in which a landmark comes back, or the camera turns back, are drawn so many times as often
 LESSON_CHUNKS = 27              # of a lesson clip
 SHARD = 64                      # clips a file
 
@@ -79,7 +79,7 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
 class Histories:
     """
     Which past a clip's chunks are trained with, for every clip and keep rule at once.
-    headings are closed form, so "lingering" and "a landmark comes back" are known without looking at a frame.
+    Headings are closed form, so "lingering" and "a landmark comes back" are known without looking at a frame.
     """
     RULES = ("uniform2", "uniform1", "moving")                          # slow memory: a third each
     LAYOUTS = ("longlive", "longlive21", "infinity", "window")          # the ablations' layouts
@@ -97,6 +97,8 @@ class Histories:
         before = np.cumsum(seen, 1) - seen > 0
         back = np.zeros(seen.shape[:2], bool)
         back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
+        ahead = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
+        back |= np.stack([(ahead[:, chunk == i] != ahead[:, np.argmax(chunk == i) - 1, None]).any(1) for i in range(chunks)], 1)
         back[:, :7] = False
         self.weight = np.where(back, float(BACK), 1.0)
         self.heading = torch.from_numpy(heading[:, ::4])                # at each latent's last frame, unwrapped

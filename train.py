@@ -77,7 +77,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
     "2": ["stage2"]}
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
-    "init_ar": (6500, 16, 1.5e-3, 100, .995),
+    "init_ar": (10000, 16, 1.5e-3, 100, .995),
     "init_ode": (800, 16, 2e-4, 50, .99),
     "base": (5000, 16, 1.5e-3, 100, .995),
     "teacher": (3000, 16, 7e-4, 100, .995),
@@ -92,11 +92,10 @@ COMPASS = 0.7          # stage vae: from this share of the updates on the sky co
 CLIPS = 1024           # training clips in the latent cache
 COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
 LESSON_CLIPS = 1600    # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-LESSONS = 0.7          # share of the draws that are from those at first, and of all motions later
-TWINS = 640            # lessons that have a twin: the same motion past other landmarks
-MIX = {                # init_ar: until which share of the updates, and how often a pack is of which kind
+TWINS = 640            # clips of each set that have a twin: the same motion past other landmarks
+MIX = {                # init_ar: until which share of the updates, how often a pack is of which kind, and from a lesson
     # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
-    .3: (.15, .255, .2975, .2975, 0), .75: (.10, .30, 0, .10, .50), 1: (.12, .53, 0, .05, .30)}
+    .2: (.15, .255, .2975, .2975, 0, .7), .65: (.10, .30, 0, .10, .50, .7), 1: (.10, .60, 0, .05, .25, .2)}
 # With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
 # that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
 SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
@@ -436,17 +435,17 @@ def train(cfg, part, device):
         torch.manual_seed(cfg.seed)
         dit, encoder = DiT(tiny_dit).initialise().to(device), TextEncoder(tiny_text).to(device)
         nets, sources = {"init_ar": dit, "text": encoder}, [clips(False), clips(True)]
-        twins = latent_cache(Path(cfg.out) / "cache", tae, [(*w, 1) for w in sources[1][3][:TWINS]], LESSON_CHUNKS * CHUNK,
-                             device, rank)
+        twins = [latent_cache(Path(cfg.out) / "cache", tae, [(*w, 1) for w in s[3][:TWINS]], s[0].shape[1], device, rank)
+                 for s in sources]
         histories = [Histories(s[3], n) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
 
         def choose(shared, done):
             mix = next(mix for until, mix in MIX.items() if done < until)
             sequential = done >= SEQUENTIAL and shared.random() < .8
-            kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix))
+            kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix[:-1]))
             length = int(shared.integers(12, CHUNKS))
             other = shared.random() < Histories.OTHER
-            lesson = kind == "twin" or kind != "sequential" and shared.random() < (LESSONS if done < .75 else 1 - LESSONS)
+            lesson = kind != "sequential" and shared.random() < mix[-1]
             gap = int(shared.integers(1, 3)) if kind == "gap" else 0
             return {"kind": kind, "lesson": lesson, "gap": gap, "length": length,
                     "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
@@ -468,7 +467,7 @@ def train(cfg, part, device):
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
-                    if kind == "twin":  # keyframes of the last half turn would show the view too, at a known distance
+                    if kind == "twin" and chosen["lesson"]:  # keyframes of the last half turn would show the view too, at a known distance
                         here = paths.heading[which, CHUNK * chunk - 1, None]
                         far = world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
                         near = (paths.heading[which[:, None], src] - here).abs() < far
@@ -478,7 +477,7 @@ def train(cfg, part, device):
                     target = chunk_of(chunk + gap).repeat(1, COPIES)
                     past, x0 = (latents[which[:, None], s].to(device).float() for s in (src.clamp(min=0), target))
                     if kind == "twin":
-                        false = twins[which[:, None], src.clamp(min=0)].to(device).float()
+                        false = twins[chosen["lesson"]][which[:, None], src.clamp(min=0)].to(device).float()
                         last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(device)
                         past = torch.where(last, false, past)
                     xt, t, v = noised(x0, COPIES)
