@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 import config
 import dmd
 import erft
+import evaluate
 import flow
 import sample
 import train
@@ -1424,6 +1425,76 @@ def test_held_is_true_exactly_for_contexts_with_a_latent_that_shows_the_landmark
 def test_chunks_are_nine_frames_and_then_twelve():
     chunks = [world.chunk_of(f) for f in range(33)]
     assert chunks == [0] * 9 + [1] * 12 + [2] * 12
+
+
+# ---- the miniature's numbers --------------------------------------------------------------------------------------------
+
+def lines_of(videos, events, **more):
+    """CSV lines as evaluate.measure makes them: `events` a list of [absence, right, as at first, held, due] for each video"""
+    return [{"events": events[i % len(events)], "map": [i] * 8, **more} for i in range(videos)]
+
+
+def test_recall_is_right_over_events_within_a_tenth_and_its_interval_is_over_videos():
+    rows = lines_of(4, [[[6., 1, 1, 1, 3.], [6.7, 1, 1, 1, 3.]], [[5.5, 0, 0, 1, 30.], [6.5, 1, 0, 0, 3.]]])
+    assert evaluate.recalled(rows, 6) == [(1, 1), (1, 2), (1, 1), (1, 2)]                  # 6.7 s is not within a tenth
+    assert evaluate.recalled(rows, 6, what=3) == [(1, 1), (1, 2), (1, 1), (1, 2)]
+    assert evaluate.recalled(rows, 6, until=20) == [(1, 1), (1, 1), (1, 1), (1, 1)]
+    mean, low, high = evaluate.ratio(evaluate.recalled(rows, 6))
+    assert mean == pytest.approx(4 / 6) and low == .5 and high == 1                        # all of one kind, all of the other
+    assert np.isnan(evaluate.ratio([(0, 0)])).all()
+
+
+def test_better_is_paired_over_videos():
+    rng = np.random.default_rng(0)
+    hard = rng.random(64)  # videos differ far more than the two policies do
+    theirs = [(h, 1) for h in hard]
+    assert evaluate.better([(h + .05, 1) for h in hard], theirs) == "yes"
+    assert evaluate.better([(h - .05, 1) for h in hard], theirs) == "no"
+    assert evaluate.better([(h + e, 1) for h, e in zip(hard, rng.normal(0, .1, 64))], theirs) == "not significant"
+    assert evaluate.better([], theirs) == "no data"
+
+
+def test_context_length_is_where_recall_is_half_way_to_chance():
+    falls = {1: 1, 2: 1, 3: 1, 4.5: 1, 6: 0, 9: 0}
+    rows = lines_of(24, [[[s, right, right, 1, 1.] for s, right in falls.items()]])
+    assert evaluate.chance(rows) == 0                                                      # no two videos show the same
+    assert evaluate.context_length(rows) == pytest.approx(5.25)
+    assert evaluate.context_length(lines_of(24, [[[s, 1, 1, 1, 1.] for s in falls]])) is None
+
+
+def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
+    which = evaluate.reach_worlds(13)
+    assert len({w[0] for w in which}) == 13 and all(w[0] >= world.HELD_OUT for w in which)
+    for w, seconds in list(zip(which, evaluate.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
+        found = events(judge(clip(w[0], 0, 1005)), world.world(*w).caption)
+        assert recall_at(found, seconds) == (1., recall_at(found, seconds)[1]) and recall_at(found, seconds)[1] > 0
+
+
+def test_one_video_becomes_one_line_and_a_spoilt_one_shows_it():
+    w, keep = world.world(world.HELD_OUT + 3, "turn", 12), torch.ones(1, 84, dtype=torch.bool)[0]
+    frames = (clip(world.HELD_OUT + 3, 0, 1005, "turn", 12) * 255).round().astype(np.uint8)
+    good = evaluate.measure(frames, w.caption, keep, PRESETS["slowfast"], 0)
+    assert min(good["psnr"]) > 40 and max(good["sky"]) < 1 and max(good["floor"]) < 1
+    assert good["agreement"][1:] == [1.] * 5 and good["jumps"] == good["snaps"] == good["reversals"] == good["frozen"] == 0
+    assert good["map"] == list(w.landmarks) and abs(good["turning"] - 1) < .01 and all(e[1] for e in good["events"])
+    again = np.concatenate([frames[:500], frames[:505]])                                   # the scene snaps to the first view
+    bad = evaluate.measure(again, w.caption, keep, PRESETS["slowfast"], 0)
+    assert bad["jumps"] == bad["snaps"] == 1
+    back = evaluate.measure(np.concatenate([frames[:500], frames[498::-1]]), w.caption, keep, PRESETS["slowfast"], 0)
+    assert back["reversals"] == 1 and abs(back["turning"]) < 1
+    dark = evaluate.measure((frames * .8).astype(np.uint8), w.caption, keep, PRESETS["slowfast"], 0)
+    assert min(dark["sky"]) > 5 and min(dark["floor"]) > 3
+
+
+def test_videos_are_made_once_and_all_tables_come_from_the_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--quick", "--memory", "infinity", "--worlds", "2", "--out", str(tmp_path)])
+    evaluate.main()
+    first, text = (tmp_path / "evaluate_quick.csv").read_text(), (tmp_path / "evaluate_quick.md").read_text()
+    assert len(first.splitlines()) == 5 and "| infinity | bounded |" in text
+    monkeypatch.setattr(evaluate, "make", lambda *a: pytest.fail("made again"))
+    evaluate.main()
+    assert (tmp_path / "evaluate_quick.csv").read_text() == first
+    assert (tmp_path / "evaluate_quick.md").read_text().splitlines()[:-1] == text.splitlines()[:-1]      # the last tells the time
 
 
 # ---- the full-size model -------------------------------------------------------------------------------------------------
