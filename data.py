@@ -1,32 +1,50 @@
 """
-Training clips as latents, encoded once and kept on disk.
+Training clips as latents, encoded once and kept on disk: those of the small world, or a folder of videos.
 
 The autoencoder is frozen after its own stage, so every later stage trains on latents: a folder of safetensors shards, each
 written whole, so that a stopped run goes on with the shard it stopped at. Batches of clips with a past are drawn here too:
 which latents a memory policy would hold (memory.plan), and how often windows in which a landmark comes back are drawn.
 
     python data.py             # prints what the policies hold for one clip, and how windows are weighted
+    python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # clips with a .txt caption beside each -> shards
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own policy).
-Leaves out so far: folders of real videos.
+Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
+import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import sample
 import world
+from config import BadInput, parse, pick_device, run
 from memory import CHUNK, PRESETS, plan
+from text import encode_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
 BACK = 12                       # windows in which a landmark comes back, or the camera turns back, are drawn so many times as often
 LESSON_CHUNKS = 27              # of a lesson clip
 SHARD = 64                      # clips a file
+PAST, AHEAD = (7, 27), 7        # folders of videos: chunks of a past (5 to 20 s), and of what follows
+
+
+@dataclass
+class Config:
+    videos: str = ""  # folder of clips to encode, at any depth, each with its caption in a .txt of the same name
+    out: str = "out"  # folder for the shards, DIR of train.py --data DIR; run again to go on
+    wan: str = ""     # a raw Wan2.1-T2V-1.3B folder: its autoencoder and text encoder (default: the shipped tiny ones)
+    size: str = ""    # with --wan: WIDTHxHEIGHT in pixels (default 832x480; else 64x32); smaller clips are skipped
+    device: str = ""  # cuda | mps | cpu (default: the best there is)
 
 
 def frames_of(latents):
@@ -128,7 +146,126 @@ class Histories:
         return [np.stack(x) for x in zip(*drawn)]
 
 
-if __name__ == "__main__":
+# ---- the full size, and folders of videos --------------------------------------------------------------------------------
+
+def wan_models(cfg, device, ckpt=""):
+    """What sample.py --wan makes of the raw folder, with float32 weights; ckpt: another DiT. cfg: wan, size, out"""
+    ckpt = str(ckpt or Path(cfg.wan) / sample.DIT)
+    return sample.wan_models(sample.Config(wan=cfg.wan, size=cfg.size, out=cfg.out, ckpt=ckpt), [], device, torch.float32)
+
+
+def wan_text(cfg, device, texts, rank=0, processes=1):
+    """
+    Wan's text features, in files under out/text: those of `texts` are made now where they are new, a share on each process.
+    returns  list of texts -> (b, m, text_dim), zero where padded; reads only what is asked for
+    """
+    if cfg.wan.startswith("random"):
+        return lambda some: torch.zeros(len(some), 1, 4096, device=device)
+    files = [Path(cfg.wan) / name for name in (sample.T5, sample.TOKENIZER)] + [Path(cfg.out) / "text"]
+    mine = sorted(set(texts))[rank::processes]
+    for i in tqdm(range(0, len(mine), 4096), desc="text features", disable=rank > 0):
+        encode_prompts(mine[i:i + 4096], *files, device)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+    def features(some):
+        known = encode_prompts(sorted(set(some)), *files, torch.device("cpu"))
+        return pad_sequence([known[t] for t in some], batch_first=True).to(device)
+    return features
+
+
+def read_video(path, width, height):
+    """The first 25 s of a video at 16 frames a second, scaled and cropped -> (1 + 4 (n - 1), h, w, 3) uint8, n whole chunks"""
+    import imageio_ffmpeg
+    logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
+    fit = f"fps={sample.FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
+    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
+    try:
+        source = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", fit])
+        w, h = next(source)["source_size"]
+        frames = [np.frombuffer(frame, np.uint8) for frame, _ in zip(source, range(most))]
+        source.close()
+    except (OSError, RuntimeError, ValueError, StopIteration):
+        raise BadInput("cannot be read as a video") from None
+    if w < width or h < height or len(frames) < least:
+        raise BadInput(f"{w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {width}x{height}, {least / sample.FPS:.1f} s")
+    return np.stack(frames[:(len(frames) + 3) // 12 * 12 - 3]).reshape(-1, height, width, 3)
+
+
+@torch.no_grad()
+def encode_videos(cfg, device):
+    """A shard a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
+    files = sorted(f for f in Path(cfg.videos).rglob("*") if f.is_file() and f.suffix != ".txt")
+    captions = {f: t.read_text("utf-8", "replace").strip() for f in files if (t := f.with_suffix(".txt")).is_file()}
+    if not captions:
+        raise BadInput(f"--videos {cfg.videos} holds no video with a caption in a .txt of the same name")
+    skipped = [f"{f}: no caption in a .txt beside it" for f in files if f not in captions]
+    shards = {f: Path(cfg.out) / "clips" / f"{f.relative_to(cfg.videos)}.safetensors" for f in captions}
+    new = [f for f in captions if not shards[f].exists()]
+    features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
+    m = wan_models(cfg, device) if cfg.wan else sample.tiny_models(sample.Config(), device)
+    vae, features = next(iter(m.vaes.values())), features or m.features
+    for file in tqdm(new, desc="encoding clips"):
+        try:
+            video = torch.from_numpy(read_video(file, m.width, m.height)).to(device).movedim(-1, 1)[None]
+        except BadInput as error:
+            skipped.append(f"{file}: {error}")
+            continue
+        with torch.autocast(device.type, torch.bfloat16):
+            made = {"latents": vae.encode(video / 127.5 - 1), "text": features([captions[file]])}
+        shards[file].parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v[0].bfloat16().cpu() for k, v in made.items()}, part := shards[file].with_suffix(".part"),
+                  {"caption": captions[file]})
+        os.replace(part, shards[file])
+    print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
+
+
+class Clips:
+    """
+    What encode_videos wrote, read when it is drawn: clips[which, frames], with clip numbers (b, 1) and numbers of their
+    latents (b, f), is what the tensor of latent_cache would give, and draw() is that of Histories.
+    """
+    def __init__(self, folder, latent, room=0):
+        """latent (c, h, w) that the model takes; room: latents that memory makes room for before it is looked at"""
+        self.files, self.chunks, self.captions = sorted((Path(folder) / "clips").rglob("*.safetensors")), [], []
+        if not self.files:
+            raise BadInput(f"--data {folder} holds no encoded clips: python data.py --videos DIR --out {folder}")
+        for file in self.files:
+            with safe_open(file, "pt") as f:
+                n, *shape = f.get_slice("latents").get_shape()
+                self.captions.append(f.metadata()["caption"])
+            if shape != list(latent):
+                raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: see --wan and --size of data.py")
+            self.chunks.append(n // CHUNK)
+        self.held = plan(PRESETS["uniform2"], torch.arange(PAST[1])[None] % 2 == 0, room)  # after each number of chunks
+
+    def draw(self, rng, batch, ahead=1):
+        which = rng.integers(len(self.files), size=batch)
+        chunk = np.array([rng.integers(PAST[0], min(PAST[1], self.chunks[c] - ahead) + 1) for c in which])
+        return which, chunk, np.stack([self.held[n][0].numpy() for n in chunk])
+
+    def __getitem__(self, at):
+        return torch.stack([load_file(self.files[c])["latents"][frames] for c, frames in zip(at[0][:, 0], at[1])])
+
+    def text(self, which):
+        return pad_sequence([load_file(self.files[c])["text"] for c in which], batch_first=True)
+
+
+def read_prompts(path):
+    """A UTF-8 file, one prompt a line"""
+    try:
+        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the prompts --data {path}: {error}") from None
+    if not prompts:
+        raise BadInput(f"--data {path} holds no prompts: write one a line")
+    return prompts
+
+
+def main():
+    cfg = parse(Config)
+    if cfg.videos:
+        return encode_videos(cfg, pick_device(cfg.device))
     worlds = training_worlds(256, 0)
     h = Histories(worlds)
     for i in range(3):
@@ -136,3 +273,7 @@ if __name__ == "__main__":
     share = (h.weight[:, 7:] > 1).mean()
     drawn = share * BACK / (share * BACK + 1 - share)
     print(f"a landmark comes back in {share:.0%} of windows; those are {drawn:.0%} of draws")
+
+
+if __name__ == "__main__":
+    run(main)

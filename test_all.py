@@ -7,6 +7,7 @@ One test per claim, on the CPU, with the shipped weights and the golden vectors 
 """
 import ast
 import functools
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import config
+import data
 import dmd
 import erft
 import evaluate
@@ -844,6 +846,112 @@ def test_shares_of_the_wrong_kind_and_unknown_stages_are_told_in_one_line(small_
         with pytest.raises(config.BadInput) as told:
             go(*words)
         assert "\n" not in str(told.value)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder of two good clips of 32 frames a second, and of all that must be skipped."""
+    import imageio.v3 as iio
+    folder = tmp_path / "videos"
+    (folder / "more").mkdir(parents=True)
+    for i, (name, seconds, scale) in enumerate([("good", 10.7, 1), ("more/good", 13.2, 2), ("short", 9, 1), ("mute", 1, 1)]):
+        film = clip(i, 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
+        iio.imwrite(folder / f"{name}.mp4", (film * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
+        (folder / f"{name}.txt").write_text(world.world(i).caption) if name != "mute" else None
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "broken.txt").write_text("a calm sea")
+    return folder
+
+
+def run_script(script, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", [script.__file__, *map(str, words)])
+    config.run(script.main)
+
+
+def test_videos_become_shards_and_a_stopped_run_goes_on_with_the_next_clip(videos, monkeypatch, tmp_path, capsys):
+    words, out = ["--videos", videos, "--out", tmp_path / "data"], tmp_path / "data" / "clips"
+    run_script(data, monkeypatch, *words)
+    told = capsys.readouterr().out
+    first, second = out / "good.mp4.safetensors", out / "more" / "good.mp4.safetensors"
+    assert sorted(out.rglob("*.*")) == [first, second] and "2 clips are in" in told and "3 skipped" in told
+    assert "short.mp4: 64x32, 9.0 s" in told and "broken.mp4: cannot be read" in told and "mute.mp4: no caption" in told
+    want, when = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()
+    run_script(data, monkeypatch, *words)
+    assert second.read_bytes() == want and first.stat().st_mtime_ns == when
+    clips = data.Clips(tmp_path / "data", (16, 4, 8))
+    assert clips.chunks == [14, 17] and clips.captions == [world.world(i).caption for i in (0, 1)]
+    which, chunk, src = map(torch.from_numpy, clips.draw(np.random.default_rng(0), 64, 7))
+    assert set(chunk[which == 0].tolist()) == {7} and set(chunk[which == 1].tolist()) == {7, 8, 9, 10}
+    keep = torch.arange(10)[None] % 2 == 0
+    assert all(s.tolist() == plan(PRESETS["uniform2"], keep[:, :n], 0)[-1][0].tolist() for s, n in zip(src, chunk))
+    real = data.encode_world(shipped()[2], (0, None, None), 42, torch.device("cpu"))[0]
+    assert (clips[torch.tensor([[0]]), torch.arange(42)[None]][0] - real).std() < .3 * real.std()  # h264 came between
+    assert clips.text(which[:2]).shape == (2, 96, 64)
+
+
+def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):
+    go, out = small_training
+    run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
+    (out / "prompts.txt").write_text("\n".join(world.world(i).caption for i in range(3)))
+    for stage, source in (("base", "data"), ("teacher", "data"), ("1", "prompts.txt")):
+        go("--stage", stage, "--updates", "2", "--batch", "2", "--data", str(out / source))
+        assert results(out, stage)
+
+
+def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(raw, videos, small_training, monkeypatch):
+    """All full-size stages on a small directory of Wan's form; what is guided and how, and that text is encoded once."""
+    out, prompts, weights = raw.parent / "out", raw.parent / "prompts.txt", []
+    size, student = ["--wan", raw, "--size", "32x32", "--out"], ["--init", raw.parent / "student.pt"]
+    prompts.write_text("a calm sea\n\na storm rises\n")
+    run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
+    train_words = [*size, out, "--updates", "2", "--data"]
+    guide, decode = train.guide, WanVAE.decode
+    monkeypatch.setattr(train, "guide", lambda cond, uncond, w: weights.append(w) or guide(cond, uncond, w))
+    monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))  # strips take half the time
+    random = ["--wan", "random:32x1", "--size", "32x32", "--out", raw.parent / "random"]
+    run_script(data, monkeypatch, *random, "--videos", videos)  # ar from the clips, then ode from their captions
+    run_script(train, monkeypatch, *random, "--data", raw.parent / "random", "--stage", "init", "--updates", "2")
+    assert len(results(raw.parent / "random", "init")) == 2
+    run_script(train, monkeypatch, *train_words, raw.parent / "data", "--stage", "teacher")
+    assert len(list((out / "text").iterdir())) == 3  # nothing, the negative prompt, the strip's caption: the rest is in shards
+    run_script(train, monkeypatch, *train_words, prompts, "--stage", "init", *student)
+    run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
+    want = results(out, "1")
+    shutil.rmtree(out / "stage1" / "step_000002")
+    monkeypatch.setattr("text.read_public", None)  # all text is known
+    run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
+    assert results(out, "1") == want
+    monkeypatch.setattr(WanVAE, "decode", decode)
+    run_script(train, monkeypatch, *train_words, prompts, "--stage", "2")
+    assert weights == [4.] * 3 + [6.] * 2
+    before, now = (load_weights(out / p / f"{p}.safetensors") for p in ("init_ode", "stage2"))
+    assert now[1]["dim"] == 64 and now[2]["sampler"]["shift"] == 5 and now[2]["lr"] == 2e-6 and before[0].keys() == now[0].keys()
+    assert list((out / "stage2").glob("strip_*.png")) and all(v.isfinite().all() for v in now[0].values())
+    assert hashlib.sha256(train.NEGATIVE.encode()).hexdigest().startswith("ce96e0324e4b54ce")
+
+
+def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_training, monkeypatch, tmp_path, capsys):
+    empty, prompts = tmp_path / "empty.txt", tmp_path / "p.txt"
+    empty.write_text("\n")
+    prompts.write_text("a storm\n")
+    wan = ["--out", tmp_path / "o", "--wan", raw, "--size", "32x32"]
+    run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path / "data")
+    for script, words, told in [
+            (train, [*wan, "--stage", "base"], "Wan2.1 is the base"), (train, [*wan, "--stage", "vae"], "Wan2.1 is the base"),
+            (train, [*wan, "--stage", "1"], "needs --data"), (train, [*wan, "--stage", "1", "--data", empty], "holds no prompts"),
+            (train, ["--stage", "1", "--data", videos / "gone"], "cannot read"), (train, ["--stage", "1", "--size", "8x8"], "needs"),
+            (train, ["--stage", "init", "--data", prompts], "small world's own"),
+            (train, [*wan, "--stage", "teacher", "--data", prompts], "holds no encoded clips"),
+            (train, [*wan, "--stage", "teacher", "--data", tmp_path / "data"], "holds latents [16, 4, 8]"),
+            (train, [*wan, "--stage", "1", "--data", prompts], "needs init_ode"),
+            (train, ["--wan", tmp_path, "--stage", "teacher", "--data", prompts], "hf download"),
+            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--vidoes", "x"], "did you mean --videos")]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, monkeypatch, *words)
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and told in error, (words, error)
 
 
 # ---- sampling with the shipped weights -----------------------------------------------------------------------------------

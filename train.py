@@ -9,6 +9,7 @@ Trains every network of the project, one stage at a time, top to bottom.
     python train.py --stage 2          # contextual DMD: its long videos go on as the teacher would
 
     torchrun --nproc_per_node 8 train.py --stage 2    # the same on 8 devices: a batch each, networks sharded over them
+    ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # the same at full size (stages teacher, init, 1, 2)
 
 Run the same command again to go on after a stop: everything random in update n is drawn from (seed, n, which batch), so a
 resumed run is the uninterrupted run, and two processes are one that accumulates two batches. Each part of a stage writes
@@ -44,10 +45,10 @@ import dmd
 import erft
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Histories, encode_world, frames_of, latent_cache, lesson_worlds,
-                  training_worlds)
+from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, encode_world, frames_of, latent_cache, lesson_worlds,
+                  read_prompts, training_worlds, wan_models, wan_text)
 from evaluate import GIVEN, continuations, returns, teacher_continuations
-from flow import Rollout, Sampler, add_noise, denoise, draw_noise, generate, schedule, shifted, v_from_x0
+from flow import Rollout, Sampler, add_noise, denoise, draw_noise, generate, guide, schedule, shifted, v_from_x0
 from memory import CHUNK, PRESETS, plan
 from model import DiT, DiTConfig, load, save_weights, tiny_dit
 from rope import table
@@ -67,6 +68,9 @@ class Config:
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
     teacher_context: str = "memory"  # stage 2: memory | none: teacher and critic score without the student's context
     errors: float = 0.5   # stage teacher: share of samples that get errors injected; 0 is plain fine-tuning
+    data: str = ""        # base, teacher: a folder that data.py wrote; 1, 2: a file, one prompt a line (default: small world)
+    wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: train at full size, with --data
+    size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
     device: str = ""      # cuda | mps | cpu (default: the best there is)
     dtype: str = "bf16"   # bf16 | fp32: autocast of the forward pass; weights and optimizer are float32
@@ -84,6 +88,13 @@ DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "stage1": (200, 16, 5e-5, 1, .95),
     "stage2": (250, 12, 3e-5, 1, .95),
 }
+FULL = {  # the same with --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8)
+    "init_ar": (5000, 1, 1e-5, 100, .995), "init_ode": (3000, 1, 2e-6, 1, .99), "teacher": (8000, 1, 1e-5, 100, .995),
+    "stage1": (120, 1, 2e-6, 1, .99), "stage2": (100, 1, 2e-6, 1, .99)}
+GUIDANCE = {"stage1": 4., "stage2": 6.}  # with --wan: of the real score (written 3 and 5 where it is cond + w (cond - uncond))
+NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
+            "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+            "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "base", "stage1": "init_ode", "stage2": "stage1"}  # what a part starts from
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
@@ -227,7 +238,7 @@ def gathered(some, processes):
     return sum(parts, [])
 
 
-def estimate(part, nets, trained, frames, batch, tokens, processes, recompute):
+def estimate(part, nets, trained, frames, batch, tokens, processes):
     """
     GiB that a part of training needs on each device, told before optimizers, averages and passes take theirs.
     nets     all networks, trained: those with gradients, optimizer state and an average; frames: most in one pass
@@ -236,12 +247,12 @@ def estimate(part, nets, trained, frames, batch, tokens, processes, recompute):
     def count(some):
         return sum(p.numel() for n in some for p in n.parameters())
     dit = next((n.config for n in trained if isinstance(n, DiT)), None)
-    found = {"parameters": 4 * count(nets) / processes, "gradients": 4 * count(trained) / processes,
-             "optimizer and average": 12 * count(trained) / processes}
+    found = {"parameters": 4 * count(nets), "gradients": 4 * count(trained) / processes,  # parameters are gathered for a pass
+             "optimizer and average": (12 / processes + 4) * count(trained)}
     if dit:
         width = dit.dim * tokens * batch
-        found["memory (keys, values)"] = 2 * 2 * dit.layers * width * (39 if part.startswith("stage") else 0)
-        found["activations"] = 2 * frames * width * (34 * (1 if recompute else dit.layers) + 2 * dit.layers)
+        found["memory (keys, values)"] = (4 + 2) * dit.layers * width * (39 if part.startswith("stage") else 0)
+        found["activations"] = 2 * frames * width * (34 * (1 if dit.recompute else dit.layers) + 2 * dit.layers)
     return {k: v / 2 ** 30 for k, v in found.items()}
 
 
@@ -282,23 +293,22 @@ def calibrate(shown, tae, grid, device):
 
 
 @torch.no_grad()
-def ode_paths(folder, dit, features, sampler, grid, latent, device, seed, rank):
+def ode_paths(folder, dit, captions, features, sampler, grid, latent, device, chunks, together, rank, processes):
     """
     Videos of the causal model's own in 16 Euler steps, with what each chunk was at the student's noise levels; on disk.
+    Made `together` at a time, each process its share.
     returns  dict: x (n, latents, levels + 1, c, h, w) bf16, the last is x0; held (n, chunks, 18) frame numbers of each
              chunk's past, -1 = nothing; captions
     """
     mark = hashlib.sha256(b"".join(p.cpu().float().numpy().tobytes() for p in dit.parameters())).hexdigest()[:8]
-    seeds = np.random.default_rng([seed, 0x0DE]).integers(world.HELD_OUT, size=ODE_CLIPS)
-    captions = [world.world(int(s)).caption for s in seeds]
     every, files = 16 // sampler.steps, []
-    for at in tqdm(range(0, ODE_CLIPS, 32), desc="paths of the causal model", disable=rank > 0):
+    for at in tqdm(range(0, len(captions), together), desc="paths of the causal model", disable=rank > 0):
         files.append(Path(folder) / f"paths_{mark}_{at:05d}.safetensors")
-        if files[-1].exists() or rank > 0:
+        if files[-1].exists() or at // together % processes != rank:
             continue
-        part, xs = captions[at:at + 32], []
+        part, xs = captions[at:at + together], []
         roll = Rollout(dit, dit.text(features(part)), replace(PRESETS["slowfast"], tau=sampler.tau), grid, pool=sampler.pool)
-        for i in range(ODE_CHUNKS):
+        for i in range(chunks):
             roll.look()
             seen = []
 
@@ -309,8 +319,9 @@ def ode_paths(folder, dit, features, sampler, grid, latent, device, seed, rank):
             x0 = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
             roll.commit(x0)
             xs.append(torch.stack([*seen[::every], x0], 2).bfloat16().cpu())
-        held = plan(roll.memory.policy, torch.stack(roll.keeps, 1).cpu())[:ODE_CHUNKS]
+        held = plan(roll.memory.policy, torch.stack(roll.keeps, 1).cpu())[:chunks]
         save = {"x": torch.cat(xs, 1), "held": torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)}
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
         save_file(save, files[-1].with_suffix(".part"))
         os.replace(files[-1].with_suffix(".part"), files[-1])
     all_sum(torch.zeros(1))
@@ -327,6 +338,12 @@ def main():
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
     if cfg.updates < 0 or cfg.batch < 0 or cfg.lr < 0 or cfg.accumulate < 1 or not 0 <= cfg.errors <= 1:
         raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, --errors from 0 to 1")
+    if cfg.wan and cfg.stage in ("vae", "base"):
+        raise BadInput(f"--stage {cfg.stage} is not for --wan: Wan2.1 is the base model, and brings its autoencoder")
+    if cfg.size and not cfg.wan or cfg.data and not cfg.wan and cfg.stage in ("vae", "init"):
+        raise BadInput("--size needs --wan, and so does --data with the stages vae and init: they are the small world's own")
+    if cfg.wan and not cfg.data:
+        raise BadInput("--wan needs --data: a folder that data.py wrote for teacher and init, for 1 and 2 a file of prompts")
     device = pick_device(cfg.device)
     if "RANK" in os.environ:  # torchrun started this process
         if device.type == "cuda":
@@ -345,31 +362,39 @@ def main():
 
 def train(cfg, part, device):
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    updates, batch, lr, warmup, decay = DEFAULTS[part]
+    updates, batch, lr, warmup, decay = (FULL if cfg.wan else DEFAULTS)[part]
     updates, batch, lr = cfg.updates or updates, cfg.batch or batch, cfg.lr or lr
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
     out = Path(cfg.out) / part
     out.mkdir(parents=True, exist_ok=True)
-    grid = world.HEIGHT // 8 // tiny_dit.patch[0], world.WIDTH // 8 // tiny_dit.patch[1]
-    latent = (tiny_dit.channels, world.HEIGHT // 8, world.WIDTH // 8)
-    sampler, bank, frozen = SAMPLER, None, []
+    latent, patch = (tiny_dit.channels, world.HEIGHT // 8, world.WIDTH // 8), tiny_dit.patch
+    sampler, bank, frozen, film, prompts = Sampler() if cfg.wan else SAMPLER, None, [], None, []
+    shift, context_noise, ramp, critic_lr, beta, clip, save_every = (
+        (5., 0., 1., .2, .999, 2., max(1, min(SAVE_EVERY, updates // 6))) if cfg.wan else
+        (SHIFT, CONTEXT_NOISE, RAMP, CRITIC_LR, .99, 1., SAVE_EVERY))
 
     def ready(name, given="", build=DiT, make_config=DiTConfig, folder=""):
         """The file given, else what this --out has trained under that name, else what ships -> network, facts"""
         own = Path(cfg.out) / (folder or name) / f"{name}.safetensors"
+        if cfg.wan:
+            if not (given or own.exists() or name == "base" or cfg.wan.startswith("random")):
+                raise BadInput(f"{part} with --wan needs {name}: give a file by --init or --teacher, or train it in this --out")
+            m = wan_models(cfg, device, given or (own if own.exists() else ""))
+            m.dit.config.recompute = True
+            return m.dit, {"sampler": asdict(m.sampler), "vae": m.vaes["wan"], "latent": (16, m.height // 8, m.width // 8)}
         net, facts = load(given or (own if own.exists() else WEIGHTS / f"{name}.safetensors"), build, make_config)
         return net.to(device), facts
 
     def noised(x0, copies):
         """x0 (b, f, ...) at `copies` noise levels each, spread evenly over 0..1 -> x_t, t, v, all with f * copies frames."""
         u = (torch.rand(len(x0), copies) + torch.rand(len(x0), copies).argsort(1)) / copies
-        t = shifted(u, SHIFT).repeat_interleave(x0.shape[1] // copies, 1).to(device)
+        t = shifted(u, shift).repeat_interleave(x0.shape[1] // copies, 1).to(device)
         noise = torch.randn(x0.shape, device=device)
         return add_noise(x0, noise, t), t, noise - x0
 
     def clean(x0):
         """A past as the model will meet it: with a little noise, still called t = 0."""
-        level = torch.rand(len(x0), 1) * CONTEXT_NOISE * torch.rand(x0.shape[:2])
+        level = torch.rand(len(x0), 1) * context_noise * torch.rand(x0.shape[:2])
         return add_noise(x0, torch.randn_like(x0), level.to(device))
 
     def packed(net, text, past, src, target, positions, own, xt, t):
@@ -389,16 +414,32 @@ def train(cfg, part, device):
 
     # each part sets: nets, name -> what is trained and saved; choose(shared, done), drawn once an update for all processes;
     # loss_of(rng, chosen) -> loss or None (then it has gone backward itself), numbers to log
-    if part != "vae":
+    if cfg.data and part not in ("init_ar", "base", "teacher") and not Path(cfg.data).is_dir():
+        prompts = read_prompts(cfg.data)
+    if part in BEFORE or cfg.wan:
+        start, facts = ready(BEFORE.get(part, "base"), cfg.init)
+    if cfg.wan:
+        tae, latent, patch = facts["vae"], facts["latent"], start.config.patch
+    elif part != "vae":
         tae = ready("vae", "", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
-
+    grid = latent[1] // patch[0], latent[2] // patch[1]
+    if cfg.data and not prompts:
+        film = Clips(cfg.data, latent, CHUNK if part == "init_ar" else 0)
+        prompts = film.captions
+    if cfg.wan:
+        few = prompts[:1] if part in ("init_ar", "teacher") else prompts  # the others' features lie beside their latents
+        features = wan_text(cfg, device, ["", NEGATIVE, *few], rank, processes)
+    if part != "vae":
         def clips(lessons):
-            """-> latents, caption ids, token mask, worlds: of all motions, or of the lessons"""
+            """-> latents, their clips' numbers -> text features, worlds: of all motions, or of the lessons; or --data's"""
+            if film:
+                return film, lambda which: film.text(which).to(device), None
             worlds, n = ((lesson_worlds(LESSON_CLIPS, cfg.seed), LESSON_CHUNKS * CHUNK) if lessons else
                          (training_worlds(CLIPS, cfg.seed), CHUNKS * CHUNK))
             latents = latent_cache(Path(cfg.out) / "cache", tae, worlds, n, device, rank)
-            return latents, *bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len), worlds
-    if part not in ("vae", "init_ar"):
+            ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
+            return latents, lambda which: encoder(ids[which].to(device), mask[which].to(device)), worlds
+    if part not in ("vae", "init_ar") and not cfg.wan:
         encoder = ready("text", "", TextEncoder, TextConfig, "init_ar")[0]
 
         def features(captions):
@@ -433,15 +474,16 @@ def train(cfg, part, device):
 
     elif part == "init_ar":  # flow matching on real pasts: the causal model that the student will be distilled from
         torch.manual_seed(cfg.seed)
-        dit, encoder = DiT(tiny_dit).initialise().to(device), TextEncoder(tiny_text).to(device)
-        nets, sources = {"init_ar": dit, "text": encoder}, [clips(False), clips(True)]
-        twins = [latent_cache(Path(cfg.out) / "cache", tae, [(*w, 1) for w in s[3][:TWINS]], s[0].shape[1], device, rank)
-                 for s in sources]
-        histories = [Histories(s[3], n) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
+        dit = start.requires_grad_() if cfg.wan else DiT(tiny_dit).initialise().to(device)
+        encoder = None if cfg.wan else TextEncoder(tiny_text).to(device)
+        nets, sources = {"init_ar": dit} | ({} if cfg.wan else {"text": encoder}), [clips(False), clips(True)]
+        twins = [None if film else latent_cache(Path(cfg.out) / "cache", tae, [(*w, 1) for w in s[2][:TWINS]], s[0].shape[1],
+                                                device, rank) for s in sources]
+        histories = [film or Histories(s[2], n) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
 
         def choose(shared, done):
-            mix = next(mix for until, mix in MIX.items() if done < until)
-            sequential = done >= SEQUENTIAL and shared.random() < .8
+            mix = (.15, .85, 0, 0, 0, 0) if film else next(mix for until, mix in MIX.items() if done < until)
+            sequential = not film and done >= SEQUENTIAL and shared.random() < .8
             kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix[:-1]))
             length = int(shared.integers(12, CHUNKS))
             other = shared.random() < Histories.OTHER
@@ -452,12 +494,12 @@ def train(cfg, part, device):
                     "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
 
         def loss_of(rng, chosen):
-            (latents, ids, token_mask, _), paths = sources[chosen["lesson"]], histories[chosen["lesson"]]
+            (latents, told, _), paths = sources[chosen["lesson"]], histories[chosen["lesson"]]
             same, kind = torch.arange(COPIES).repeat_interleave(CHUNK), chosen["kind"]
             gap = chosen["gap"]
-            which, chunk, src = map(torch.from_numpy, paths.draw(rng, batch, 1 + gap, TWINS if kind == "twin" else None))
+            which, chunk, src = map(torch.from_numpy, paths.draw(rng, batch, 1 + gap, *[TWINS] * (kind == "twin")))
             with autocast:
-                text = dit.text(encoder(ids[which].to(device), token_mask[which].to(device)))
+                text = dit.text(told(which))
                 if kind == "first":  # the first 7 chunks: plain block-causal training, clean half and noised half
                     src = target = torch.arange(7 * CHUNK).expand(batch, -1)
                     x0 = latents[which[:, None], src].to(device).float()
@@ -467,7 +509,7 @@ def train(cfg, part, device):
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
-                    if kind == "twin" and chosen["lesson"]:  # keyframes of the last half turn would show the view too, at a known distance
+                    if kind == "twin" and chosen["lesson"]:  # keyframes of the last half turn show the view too, at a known distance
                         here = paths.heading[which, CHUNK * chunk - 1, None]
                         far = world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
                         near = (paths.heading[which[:, None], src] - here).abs() < far
@@ -500,9 +542,12 @@ def train(cfg, part, device):
             return loss, {f"loss_{kind}": loss.item()}
 
     elif part == "init_ode":  # regression to the causal model's own paths at the four levels that the student will use
-        dit, facts = ready(BEFORE[part], cfg.init)
-        sampler = replace(Sampler(**facts["sampler"]), renoise=True)
-        paths = ode_paths(Path(cfg.out) / "cache", dit, features, sampler, grid, latent, device, cfg.seed, rank)
+        sampler, dit, chunks = replace(Sampler(**facts["sampler"]), renoise=True), start, TARGET if cfg.wan else ODE_CHUNKS
+        seeds = np.random.default_rng([cfg.seed, 0x0DE]).integers(len(prompts) or world.HELD_OUT, size=ODE_CLIPS)
+        captions = [prompts[s] if prompts else world.world(int(s)).caption for s in seeds]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(cfg.wan)):
+            paths = ode_paths(Path(cfg.out) / "cache", dit, captions, features, sampler, grid, latent, device, chunks,
+                              1 if cfg.wan else 32, rank, processes)
         nets = {"init_ode": dit.requires_grad_()}
         levels = torch.tensor(schedule(sampler.steps, sampler.shift))
 
@@ -510,7 +555,7 @@ def train(cfg, part, device):
             return None
 
         def loss_of(rng, chosen):
-            which, chunk = (torch.from_numpy(rng.integers(n, size=batch)) for n in (len(paths["x"]), ODE_CHUNKS))
+            which, chunk = (torch.from_numpy(rng.integers(n, size=batch)) for n in (len(paths["x"]), chunks))
             src, target = paths["held"][which, chunk], chunk_of(chunk)
             past = paths["x"][which[:, None], src.clamp(min=0), -1].to(device).float()
             x = paths["x"][which[:, None], target].to(device).float()  # (b, 3, levels + 1, ...)
@@ -524,11 +569,10 @@ def train(cfg, part, device):
             return loss, {}
 
     elif part in ("base", "teacher"):  # bidirectional, 21 latents: from text, or after a context
-        dit, _ = ready(BEFORE[part], cfg.init)
-        nets, sources = {part: dit.requires_grad_()}, [clips(False), clips(True)]
-        histories = [Histories(s[3], n, room=0) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
-        sampler = Sampler(steps=16, shift=SHIFT, renoise=False)
-        bank, recycled = erft.ErrorBank(latent, shift=SHIFT) if part == "teacher" else None, []
+        nets, sources, dit = {part: start.requires_grad_()}, [clips(False), clips(True)], start
+        histories = [film or Histories(s[2], n, room=0) for s, n in zip(sources, (CHUNKS, LESSON_CHUNKS))]
+        sampler = Sampler(steps=50 if cfg.wan else 16, shift=shift, renoise=False)
+        bank, recycled = erft.ErrorBank(latent, shift=shift) if part == "teacher" else None, []
         if bank and rank == 0:
             print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
 
@@ -537,17 +581,17 @@ def train(cfg, part, device):
                     "context": part == "teacher" and shared.random() >= DROP, "lost": shared.random() < .3 * (done < .5)}
 
         def loss_of(rng, chosen):
-            latents, ids, token_mask, worlds = sources[chosen["lesson"]]
+            latents, told, _ = sources[chosen["lesson"]]
             which, chunk, src = map(torch.from_numpy, histories[chosen["lesson"]].draw(rng, batch, TARGET))
             if not chosen["context"]:
                 src, chunk = src[:, :0], torch.zeros_like(chunk)
-            elif chosen["lost"]:
+            elif chosen["lost"] and not cfg.wan:
                 src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow]
             context, x0 = (latents[which[:, None], s].to(device).float() for s in
                            (src, chunk[:, None] * CHUNK + torch.arange(erft.TARGET)))
-            t, noise = shifted(torch.rand(batch), SHIFT).to(device), torch.randn(x0.shape, device=device)
+            t, noise = shifted(torch.rand(batch), shift).to(device), torch.randn(x0.shape, device=device)
             with autocast:
-                text = dit.text(features([world.world(*worlds[i]).caption if chosen["text"] else "" for i in which]))
+                text = dit.text(told(which) if chosen["text"] else features([""] * batch))
                 if bank is None:
                     at = t[:, None].expand(x0.shape[:2])
                     v = erft.score(dit, context, add_noise(x0, noise, at), at, text, grid)
@@ -559,8 +603,7 @@ def train(cfg, part, device):
             return loss.mean(), {"errors": float(bank.count.sum())}
 
     else:  # DMD: stage 1 in the first 5 s, stage 2 behind long rollouts of the student's own
-        student, facts = ready(BEFORE[part], cfg.init)
-        first = part == "stage1"
+        student, first = start, part == "stage1"
         teacher = ready("base" if first else "teacher", cfg.teacher)[0]
         critic = copy.deepcopy(teacher).requires_grad_()
         nets, frozen = {part: student.requires_grad_(), "critic": critic}, [teacher]
@@ -568,16 +611,17 @@ def train(cfg, part, device):
         levels, policy = schedule(sampler.steps, sampler.shift), replace(PRESETS["slowfast"], tau=sampler.tau)
 
         def choose(shared, done):
-            most = TARGET if first else dmd.longest(done, FIRST, LAST, RAMP)
+            most = TARGET if first else dmd.longest(done, FIRST, LAST, ramp)
             return {"r": int(shared.integers(len(levels))),
                     "L": most if first else int(shared.integers(FIRST, most + 1))}
 
         def rollout(rng, chosen):
             """One rollout an update and batch: it serves five critic updates, with fresh t and noise, and the student's."""
             if "trace" not in chosen:
-                worlds = [world.world(int(s)) for s in rng.integers(world.HELD_OUT, size=batch)]
-                seeds = rng.integers(2 ** 62, size=batch)
-                chosen["kinds"], chosen["features"] = [w.motion.kind for w in worlds], features([w.caption for w in worlds])
+                which = rng.integers(len(prompts) or world.HELD_OUT, size=batch)
+                worlds, seeds = [] if prompts else [world.world(int(s)) for s in which], rng.integers(2 ** 62, size=batch)
+                chosen["kinds"] = [w.motion.kind for w in worlds] or ["prompt"] * batch
+                chosen["features"] = features([w.caption for w in worlds] or [prompts[i] for i in which])
                 with torch.no_grad(), autocast:
                     roll = Rollout(student, student.text(chosen["features"]), policy, grid, pool=sampler.pool)
                     chosen["trace"] = dmd.rollout(roll, levels, chosen["r"], lambda chunk, step: draw_noise(
@@ -607,6 +651,10 @@ def train(cfg, part, device):
             with torch.no_grad(), autocast:
                 fake, real = (dmd.scores(lambda xt, at: erft.score(net, context, xt, at, net.text(text), grid),
                                          trace.x, t, noise) for net in (critic, teacher))
+                if cfg.wan:
+                    away = teacher.text(features([NEGATIVE] * batch))
+                    real = guide(real, dmd.scores(lambda xt, at: erft.score(teacher, context, xt, at, away, grid), trace.x, t,
+                                                  noise), GUIDANCE[part])
             gradient, norm = dmd.dmd_gradient(trace.x, fake, real)
             with autocast:
                 dmd.backward(trace, lambda: student.text(text), gradient / gradient.numel() / cfg.accumulate)
@@ -639,19 +687,19 @@ def train(cfg, part, device):
 
     @torch.no_grad()
     def strip(shown, path):
-        """vae: a held-out clip and its copy; else four held-out captions from text alone, 20 chunks or 21 latents each."""
+        """vae: a held-out clip and its copy; else 20 chunks or 21 latents from text alone: four held-out captions, or a prompt"""
         if part == "vae":
             video = torch.from_numpy(world.clip(world.HELD_OUT, 0, 129)[None]).to(device) * 2 - 1
             rows = video, shown["vae"].decode(shown["vae"].encode(video))[0]
         else:
-            text_encoder, net = shown["text"] if "text" in shown else encoder, shown[part]
-            text = net.text(text_encoder(*(z.to(device) for z in bytes_to_ids(
-                [world.world(world.HELD_OUT + i).caption for i in range(4)], tiny_dit.text_len))))
+            n, net = 1 if cfg.wan else 4, shown[part]
+            text = net.text(features(prompts[:1]) if cfg.wan else shown.get("text", encoder)(*(z.to(device) for z in bytes_to_ids(
+                [world.world(world.HELD_OUT + i).caption for i in range(n)], tiny_dit.text_len))))
             if part in ("base", "teacher"):
-                z = erft.extend(net, torch.zeros(4, 0, *latent, device=device), text, grid, sampler, range(4))
+                z = erft.extend(net, torch.zeros(n, 0, *latent, device=device), text, grid, sampler, range(n))
             else:
                 roll = Rollout(net, text, replace(PRESETS["slowfast"], tau=sampler.tau), grid, pool=sampler.pool)
-                z = torch.cat(list(generate(roll, range(4), 20, sampler, latent)), 1)
+                z = torch.cat(list(generate(roll, range(n), 20, sampler, latent)), 1)
             rows = tae.decode(z)[0].split(1)
         write_strip(path, [(v[0, ::12] * .5 + .5).cpu().numpy() for v in rows])
 
@@ -659,7 +707,7 @@ def train(cfg, part, device):
     student_passes = part.startswith("stage")
     trained = list(nets.values())
     need = estimate(part, trained + frozen, trained, 42 if student_passes or part == "teacher" else 60,
-                    batch, grid[0] * grid[1], processes, tiny_dit.recompute)
+                    batch, grid[0] * grid[1], processes)
     if rank == 0:
         print(f"{part}: {updates} updates of {batch} x {cfg.accumulate} x {processes} clips; needs about "
               + ", ".join(f"{k} {v:.2f}" for k, v in need.items())
@@ -667,14 +715,14 @@ def train(cfg, part, device):
     if sum(need.values()) > room(device):
         raise BadInput(f"{part} needs about {sum(need.values()):.0f} GiB a device and {room(device):.0f} are there: "
                        "use more processes or a smaller --batch")
-    shown = {name: copy.deepcopy(net).eval().requires_grad_(False) for name, net in nets.items()}  # the average, whole
+    shown = {n: copy.deepcopy(net).eval().requires_grad_(False) for n, net in nets.items() if n != "critic"}  # averages, whole
     groups = {}  # what one optimizer step moves: name -> parameters, those that stay whole, optimizers, rate
     for name, members in (("critic", ["critic"]), (part, [n for n in nets if n != "critic"])):
         some = [nets[m] for m in members if m in nets]
         if not some:
             continue
-        matrices = [] if student_passes else [p for net in some for n, p in net.named_parameters()
-                                              if "blocks" in n and p.ndim == 2 and "embedding" not in n]
+        matrices = [] if student_passes or cfg.wan else [p for net in some for n, p in net.named_parameters()
+                                                         if "blocks" in n and p.ndim == 2 and "embedding" not in n]
         uncut = list(nets["vae"].parameters()) if part == "vae" else matrices  # Muon looks at whole matrices: they stay whole
         if dist.is_initialized() and part != "vae":
             for net in some:
@@ -683,7 +731,7 @@ def train(cfg, part, device):
                     register_fsdp_forward_method(net, "text")
         params = [p for net in some for p in net.parameters() if p.requires_grad]
         whole = {id(p) for p in matrices}
-        rate, betas = (lr * (CRITIC_LR if name == "critic" else 1), (0., .99)) if student_passes else (lr, (.9, .95))
+        rate, betas = (lr * (critic_lr if name == "critic" else 1), (0., beta)) if student_passes else (lr, (.9, .95))
         optimizers = [torch.optim.AdamW([p for p in params if id(p) not in whole], lr=rate, betas=betas, weight_decay=.01)]
         if matrices:  # Muon for the transformers' matrices: the same lr means the same size of step
             optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
@@ -744,7 +792,7 @@ def train(cfg, part, device):
                 numbers |= found
             for p in uncut if processes > 1 else ():  # the others' gradients are averaged as they are cut
                 p.grad = all_sum(p.grad) / processes
-            norm = clip_gradients(params, 1.0)
+            norm = clip_gradients(params, clip if student_passes else 1.0)
             for group in [g for o in optimizers for g in o.param_groups]:
                 fall = 1 if student_passes else .55 + .45 * math.cos(math.pi * step / updates)
                 group["lr"] = rate * min(1, (step + 1) / warmup) * fall
@@ -768,7 +816,7 @@ def train(cfg, part, device):
         step += 1
         asked = all_sum(torch.tensor([float(len(stop))]))
         ending = asked.item() > 0
-        if part != "vae" and step % PROBE_EVERY == 0:
+        if part != "vae" and not cfg.wan and step % PROBE_EVERY == 0:
             refresh()
             numbers |= probe(shown) if rank == 0 and part != "base" else {}
         numbers |= {"lr": groups[part][2][0].param_groups[0]["lr"], "skipped": bad, "seconds": time.time() - started}
@@ -779,7 +827,7 @@ def train(cfg, part, device):
         if bad >= BAD_IN_A_ROW:
             raise SystemExit(f"stopped: {bad} updates in a row had a loss or gradient that is not finite; "
                              f"the last good checkpoint is in {out}")
-        if step % SAVE_EVERY == 0 or step == updates or ending:
+        if step % save_every == 0 or step == updates or ending:
             if log:
                 log.flush()
             save_checkpoint(out, step, state(), rank)
@@ -793,7 +841,7 @@ def train(cfg, part, device):
         sys.exit(130 if signal.SIGINT in stop else 143)
     refresh()
     facts, kept = {}, {}
-    if part == "init_ar":
+    if part == "init_ar" and not cfg.wan:
         found = calibrate(shown, tae, grid, device)
         kept = found.pop("kept")
         sampler = replace(sampler, **found)
