@@ -32,7 +32,7 @@ from text import encode_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-BACK = 12                       # windows in which a landmark comes back, or the camera turns back, are drawn so many times as often
+BACK = 12                       # windows in which a landmark or the camera turns back are drawn so many times as often
 LESSON_CHUNKS = 27              # of a lesson clip
 SHARD = 64                      # clips a file
 PAST, AHEAD = (7, 27), 7        # folders of videos: chunks of a past (5 to 20 s), and of what follows

@@ -95,7 +95,8 @@ GUIDANCE = {"stage1": 4., "stage2": 6.}  # with --wan: of the real score (writte
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
             "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "base", "stage1": "init_ode", "stage2": "stage1"}  # what a part starts from
+BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "base", "stage1": "init_ode",
+          "stage2": "stage1"}  # what a part starts from
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 COMPASS = 0.7          # stage vae: from this share of the updates on the sky counts four times and channels are decorrelated:
@@ -426,9 +427,6 @@ def train(cfg, part, device):
     if cfg.data and not prompts:
         film = Clips(cfg.data, latent, CHUNK if part == "init_ar" else 0)
         prompts = film.captions
-    if cfg.wan:
-        few = prompts[:1] if part in ("init_ar", "teacher") else prompts  # the others' features lie beside their latents
-        features = wan_text(cfg, device, ["", NEGATIVE, *few], rank, processes)
     if part != "vae":
         def clips(lessons):
             """-> latents, their clips' numbers -> text features, worlds: of all motions, or of the lessons; or --data's"""
@@ -439,7 +437,10 @@ def train(cfg, part, device):
             latents = latent_cache(Path(cfg.out) / "cache", tae, worlds, n, device, rank)
             ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
             return latents, lambda which: encoder(ids[which].to(device), mask[which].to(device)), worlds
-    if part not in ("vae", "init_ar") and not cfg.wan:
+    if cfg.wan:
+        few = prompts[:1] if part in ("init_ar", "teacher") else prompts  # the others' features lie beside their latents
+        features = wan_text(cfg, device, ["", NEGATIVE, *few], rank, processes)
+    elif part not in ("vae", "init_ar"):
         encoder = ready("text", "", TextEncoder, TextConfig, "init_ar")[0]
 
         def features(captions):
@@ -509,7 +510,7 @@ def train(cfg, part, device):
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
-                    if kind == "twin" and chosen["lesson"]:  # keyframes of the last half turn show the view too, at a known distance
+                    if kind == "twin" and chosen["lesson"]:  # keyframes of the last half turn show the view, a known way off
                         here = paths.heading[which, CHUNK * chunk - 1, None]
                         far = world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
                         near = (paths.heading[which[:, None], src] - here).abs() < far
