@@ -853,6 +853,7 @@ def train(cfg, part, device):
     for name in average if rank == 0 else ():
         save_weights(out / f"{name}.safetensors", shown[name].state_dict(), shown[name].config, facts)
         print(f"wrote {out / name}.safetensors")
+    all_sum(torch.zeros(1))  # the next part reads what the first process wrote
 
 
 if __name__ == "__main__":
