@@ -51,6 +51,7 @@ class Config:
     quick: bool = False  # 16 worlds and 30 s instead of 64 and 62.8 s, and the main rows only
     memory: str = ""     # only the rows of this preset
     worlds: int = 0      # number of held-out worlds a set (default: 64; 16 with --quick)
+    minutes: float = 0.  # make videos for so long, then tables of what is there; run again to go on (default: to the end)
     ckpt: str = ""       # the student (default: the newest stage that ships)
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
@@ -248,7 +249,7 @@ def measure(frames, caption, keep, policy, given):
 def make_rows(cfg, todo, nets, marks, device):
     """Makes what is not in the CSV yet, 16 videos at a time -> all lines, by job: list of dicts in the order of seeds"""
     number, chunks = cfg.worlds or (16 if cfg.quick else 64), 41 if cfg.quick else 84
-    out, rows = Path(cfg.out), {}
+    out, rows, started = Path(cfg.out), {}, time.time()
     path = out / ("evaluate_quick.csv" if cfg.quick else "evaluate.csv")
     (out / "strips").mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
@@ -267,6 +268,9 @@ def make_rows(cfg, todo, nets, marks, device):
         if fresh:
             writer.writerow(["mark", "weights", "memory", "positions", "worlds", "seed", "caption", "found"])
         for job, which in tqdm(batches, desc="videos, 16 at a time", disable=not batches):
+            if 0 < cfg.minutes < (time.time() - started) / 60:
+                print("stopped by --minutes: run again for the other videos")
+                break
             frames, keeps, policy, given = make(job, nets, which, chunks, device)
             for w, video, keep in zip(which, frames, keeps):
                 caption = world.world(*w).caption
@@ -650,8 +654,8 @@ def main():
     device, started, out = pick_device(cfg.device), time.time(), Path(cfg.out)
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
-    if cfg.worlds < 0:
-        raise BadInput(f"--worlds must be above 0, not {cfg.worlds}")
+    if cfg.worlds < 0 or not 0 <= cfg.minutes < 1e6:
+        raise BadInput(f"--worlds and --minutes must be above 0, not {cfg.worlds}, {cfg.minutes}")
     files = {w: WEIGHTS / f"{w}.safetensors" for w in ("base", "teacher", "teacher_plain", "init_ar", "init_ode", "stage1",
                                                        "stage2_none", "stage2")}
     files = {w: f for w, f in files.items() if f.exists()}
