@@ -174,7 +174,8 @@ def jobs(student, quick, memory):
     if quick:
         rows = (memory,) if memory else ("slowfast", "uniform2", "longlive")
         return [(student, m, "bounded", worlds) for m in rows for worlds in ("reach", "real")]
-    ours = [(student, m, "bounded", worlds) for m in ("slowfast", "longlive") for worlds in ("real", "text", "reach")]
+    ours = [(student, m, "bounded", worlds) for worlds in ("real", "text", "reach") for m in ("slowfast", "longlive")]
+    ours.insert(2, ("vae", "copy", "own", "few"))
     models = [(w, "slowfast", "bounded", "text") for w in ("init_ar", "init_ode", "stage1", "stage2", "stage2_none")]
     models += [(w, "teacher", "own", worlds) for w, worlds in (("base", "first"), ("teacher", "prefix"), ("teacher", "student's"),
                                                                ("teacher", "text"), ("teacher_plain", "text"))]
@@ -186,12 +187,16 @@ def jobs(student, quick, memory):
     return [j for j in dict.fromkeys(ours + models + others + unbounded) if not memory or j[1] == memory]
 
 
+@torch.no_grad()
 def make(job, nets, which, chunks, device):
     """
     The videos of one batch of a job. nets: name of weights -> (dit, sampler), and "text", "vae"
     returns  frames (b, f, 3, 32, 64) uint8, keep (b, chunks) bool, policy, number of chunks that were given
     """
     weights, memory, positions, worlds = job
+    if weights == "vae":  # true worlds, encoded and decoded: the ceiling of validity
+        z = torch.cat([encode_world(nets["vae"], w, chunks * CHUNK, device) for w in which])
+        return pixels(nets["vae"].decode(z)[0]), torch.ones(len(which), chunks, dtype=torch.bool), PRESETS["uniform2"], 0
     (dit, sampler), encoder, tae = nets[weights], nets["text"], nets["vae"]
     if memory == "teacher":  # 21 latents at a time, what it sees selected by the memory's own plan
         given, blocks = {"first": (0, 1), "text": (0, 6)}.get(worlds, (7, 1))
@@ -260,7 +265,7 @@ def make_rows(cfg, todo, nets, marks, device):
     heldout = [(world.HELD_OUT + cfg.seed + i, None, None) for i in range(number)]
     batches = []
     for job in todo:
-        which = reach_worlds(number) if job[3] == "reach" else heldout[:number // 4] if job[3] == "long" else heldout
+        which = reach_worlds(number) if job[3] == "reach" else heldout[:number // 4] if job[3] in ("long", "few") else heldout
         which = [w for w in which if w[0] not in rows.get(job, {})]
         batches += [(job, which[i:i + BATCH]) for i in range(0, len(which), BATCH)]
     with open(path, "a", newline="") as f:
@@ -387,9 +392,11 @@ def tables(rows, student, nets, device):
           [(m, luck(s), percent(recalled(s, 6, until=20)), percent(recalled(s, 6)), percent(recalled(s, 15)),
             percent(recalled(s)), percent(recalled(s, what=3)), count(recalled(s)), *state(s))
            for m in PRESETS if (s := of(m, "real"))])
-    table("Validity by 10 s after that, dB (landmark boxes)", ["memory", *(f"{t - 10}-{t} s" for t in TIMES[:-1])],
+    table("Validity by 10 s after that, dB (landmark boxes); copy: true worlds through the autoencoder alone",
+          ["memory", *(f"{t - 10}-{t} s" for t in TIMES[:-1])],
           [(m, *(f"{ratio(mean_of(s, 'psnr', i))[0]:.1f} ({ratio(mean_of(s, 'box', i))[0]:.1f})"
-                 for i in range(len(s[0]["psnr"])))) for m in PRESETS if (s := of(m, "real"))])
+                 for i in range(min(5, len(s[0]["psnr"]))))) for m in (*PRESETS, "copy")
+           if (s := of(m, "real") or of("copy", "few", "vae", "own") * (m == "copy"))])
     curves = [(m, p, s) for p in ("bounded", "unbounded") for m in PRESETS if of(m, "reach", positions=p) and (s := both(m, p))]
     table("Figure 1, forgetting: recall in % by seconds of absence (ceiling; returns)",
           ["memory", "positions", "chance", *(f"{s:g} s" for s in ABSENCES), *checks],
@@ -656,7 +663,7 @@ def main():
         one_of("--memory", cfg.memory, PRESETS)
     if cfg.worlds < 0 or not 0 <= cfg.minutes < 1e6:
         raise BadInput(f"--worlds and --minutes must be above 0, not {cfg.worlds}, {cfg.minutes}")
-    files = {w: WEIGHTS / f"{w}.safetensors" for w in ("base", "teacher", "teacher_plain", "init_ar", "init_ode", "stage1",
+    files = {w: WEIGHTS / f"{w}.safetensors" for w in ("vae", "base", "teacher", "teacher_plain", "init_ar", "init_ode", "stage1",
                                                        "stage2_none", "stage2")}
     files = {w: f for w, f in files.items() if f.exists()}
     student = next(w for w in ("stage2", "stage1", "init_ode", "init_ar") if w in files)
@@ -666,6 +673,8 @@ def main():
             "vae": load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0].to(device, memory_format=torch.channels_last)}
     marks = {w: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for w, f in files.items()}
     for w, f in files.items():
+        if w == "vae":
+            continue
         dit, facts = load(f, DiT, DiTConfig)
         nets[w] = dit.to(device), Sampler(**facts["sampler"])
     todo = jobs(student, cfg.quick, cfg.memory)
