@@ -59,7 +59,7 @@ class Config:
     videos: str = ""     # instead of all that: a folder of real videos (mp4, gif) to score
     dino: str = ""       # for them: a folder with DINOv2 (its score), or DINO ViT-B/16 (VBench's subject consistency)
     clip: str = ""       # for them: a folder with CLIP (frame to frame, frame to text; ViT-B/32: VBench's background consistency)
-    prompts: str = ""    # for them: name -> prompt as JSON, or sample.py's own file of lines (default: the file names)
+    prompts: str = ""    # for them: a .json, name -> prompt, or the file of lines that sample.py took (default: the file names)
     vbench: str = ""     # for them: a new folder to lay them out in for VBench's own code
 
 
