@@ -17,6 +17,9 @@ from dataclasses import fields
 import torch
 
 
+STUDENT = "init_ar"  # the weights that sample.py and evaluate.py take unless told otherwise: the best that ships
+
+
 class BadInput(ValueError):
     """The user's input is wrong: the message says what, with the value, and what to do."""
 

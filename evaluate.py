@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from config import BadInput, one_of, parse, pick_device, run
+from config import STUDENT, BadInput, one_of, parse, pick_device, run
 from data import encode_world, frames_of
 from erft import extend
 from flow import Rollout, Sampler, generate
@@ -52,7 +52,7 @@ class Config:
     memory: str = ""     # only the rows of this preset
     worlds: int = 0      # number of held-out worlds a set (default: 64; 16 with --quick)
     minutes: float = 0.  # make videos for so long, then tables of what is there; run again to go on (default: to the end)
-    ckpt: str = ""       # the student (default: the newest stage that ships)
+    ckpt: str = ""       # the student (default: config.STUDENT)
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
@@ -666,7 +666,7 @@ def main():
     files = {w: WEIGHTS / f"{w}.safetensors" for w in ("vae", "base", "teacher", "teacher_plain", "init_ar", "init_ode", "stage1",
                                                        "stage2_none", "stage2")}
     files = {w: f for w, f in files.items() if f.exists()}
-    student = next(w for w in ("stage2", "stage1", "init_ode", "init_ar") if w in files)
+    student = STUDENT
     if cfg.ckpt:
         student, files = Path(cfg.ckpt).stem, files | {Path(cfg.ckpt).stem: Path(cfg.ckpt)}
     nets = {"text": load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)[0].to(device),
