@@ -635,7 +635,7 @@ def test_histories_never_use_held_out_worlds_and_match_the_memory():
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
-AS_SMALL = {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "ODE_CLIPS": 2,
+AS_SMALL = {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "ODE_CLIPS": 2,
             "ODE_CHUNKS": 9, "FIRST": 8, "LAST": 10, "RAMP": .6, "SEQUENTIAL": .5, "CRITIC_PASSES": 2, "tiny_dit": SMALL,
             "MIX": {.3: (.2, .2, .2, .2, .2, .5), .6: (.5, .5, 0, 0, 0, 1), 1: (1, 0, 0, 0, 0, 0)},
             "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}}
@@ -809,6 +809,14 @@ def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_tr
     for name in ("init_ar", "init_ode", "base", "teacher", "stage1", "stage2"):
         net, both = load(out / name / f"{name}.safetensors", DiT, DiTConfig)[0], name in ("base", "teacher")
         assert loss(net, both) < .97 * loss(DiT(net.config).initialise().eval(), both), name
+
+
+def test_gates_are_logged_before_stage_2_and_tell_whether_the_teacher_looks_at_its_context(small_training):
+    go, out = small_training
+    go("--stage", "2", "--updates", "1", "--batch", "1")
+    first = json.loads((out / "stage2" / "log.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and 0 <= first["teacher_recall"] <= 1 and 0 <= first["teacher_shuffled_recall"] <= 1
+    assert first["teacher_loss"] != first["teacher_shuffled_loss"]      # even a random network sees another past
 
 
 def test_critic_updates_leave_the_student_alone_and_the_reverse(small_training, monkeypatch):

@@ -82,8 +82,8 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
     "init_ar": (10000, 16, 1.5e-3, 100, .995),
-    "init_ode": (800, 16, 2e-4, 50, .99),
-    "base": (5000, 16, 1.5e-3, 100, .995),
+    "init_ode": (4400, 16, 2e-4, 50, .99),
+    "base": (3200, 16, 1.5e-3, 100, .995),
     "teacher": (3000, 16, 7e-4, 100, .995),
     "stage1": (200, 16, 5e-5, 1, .95),
     "stage2": (250, 12, 3e-5, 1, .95),
@@ -99,6 +99,7 @@ BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "base", "stage1":
           "stage2": "stage1"}  # what a part starts from
 WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
+PROBED = 16            # held-out worlds whose recall is logged every PROBE_EVERY updates
 COMPASS = 0.7          # stage vae: from this share of the updates on the sky counts four times and channels are decorrelated:
                        # else 3 % of the latents' variance tells the heading, and no network looks it up
 CLIPS = 1024           # training clips in the latent cache
@@ -668,16 +669,18 @@ def train(cfg, part, device):
                           **({"oldest": (chosen["L"] * CHUNK - slow[0][:, 0]).float().mean().item() / 4} if slow else {})}
 
     # ---- what is looked at on the way ---------------------------------------------------------------------------------
-    soon = [(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(16)]
+    soon = [(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(PROBED)]
 
-    def probe(shown):
-        """16 held-out worlds that turn once in 8 or 9 s: 10 s of each are given, returns are due after 5.4 or 6.1 s."""
-        policy, net = PRESETS["uniform2"], shown[part]
-        text_encoder = shown["text"] if "text" in shown else encoder
-        if part == "teacher":
-            frames, keeps = teacher_continuations(net, text_encoder, tae, soon, GIVEN, 1, sampler, device)
-        else:
+    def probe(net, text_encoder, sampler, shuffle=None):
+        """
+        Held-out worlds that turn once in 8 or 9 s: 10 s of each are given, returns are due after 5.4 or 6.1 s.
+        shuffle: None for a causal network; False for a teacher, True if it shall go on from another world's past
+        """
+        policy = PRESETS["uniform2"]
+        if shuffle is None:
             frames, keeps = continuations(net, text_encoder, tae, soon, GIVEN, 5, policy, sampler, device)
+        else:
+            frames, keeps = teacher_continuations(net, text_encoder, tae, soon, GIVEN, 1, sampler, device, shuffle)
         readings, found, psnr = [world.judge(f) for f in frames], [], []
         for w, r, keep in zip(soon, readings, keeps):
             found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
@@ -685,6 +688,20 @@ def train(cfg, part, device):
         return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
                 "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings),
                 "returns": len(found), "validity": float(np.mean(psnr))}
+
+    @torch.no_grad()
+    def gates():
+        """Before Stage 2: does the teacher use its context? Recall and loss, and both with another world's past beside them."""
+        text = teacher.text(features([world.world(*w).caption for w in soon]))
+        z = torch.cat([encode_world(tae, w, (GIVEN + TARGET) * CHUNK, device) for w in soon])
+        src = plan(PRESETS["uniform2"], torch.arange(GIVEN)[None] % 2 == 0, new=0)[-1][0]
+        context, x0, found = z[:, src], z[:, GIVEN * CHUNK:], {}
+        at, eps = torch.full(x0.shape[:2], .7, device=device), draw_noise(range(len(soon)), 0, 0, x0.shape[1:], device)
+        for name, past, shuffle in (("", context, False), ("shuffled_", context.roll(1, 0), True)):
+            v = erft.score(teacher, past, add_noise(x0, eps, at), at, text, grid)
+            numbers = probe(teacher, encoder, Sampler(steps=16, shift=SHIFT, renoise=False), shuffle)
+            found |= {f"teacher_{name}loss": F.mse_loss(v, eps - x0).item(), f"teacher_{name}recall": numbers["recall"]}
+        return found | {"teacher_chance": numbers["chance"]}
 
     @torch.no_grad()
     def strip(shown, path):
@@ -770,6 +787,10 @@ def train(cfg, part, device):
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
     log, bad, ending = open(out / "log.jsonl", "a") if rank == 0 else None, 0, False
+    if part == "stage2" and step == 0 and rank == 0 and not cfg.wan:
+        found = {k: round(v, 4) for k, v in gates().items()}
+        log.write(json.dumps({"step": 0, **found}) + "\n")
+        print("gates:", ", ".join(f"{k} {v}" for k, v in found.items()))
     bar = tqdm(total=updates, initial=step, desc=part, disable=rank > 0)
     while step < updates and not ending:
         started, numbers = time.time(), {"step": step + 1}
@@ -819,7 +840,8 @@ def train(cfg, part, device):
         ending = asked.item() > 0
         if part != "vae" and not cfg.wan and step % PROBE_EVERY == 0:
             refresh()
-            numbers |= probe(shown) if rank == 0 and part != "base" else {}
+            if rank == 0 and part != "base":
+                numbers |= probe(shown[part], shown.get("text", encoder), sampler, False if part == "teacher" else None)
         numbers |= {"lr": groups[part][2][0].param_groups[0]["lr"], "skipped": bad, "seconds": time.time() - started}
         if rank == 0:
             log.write(json.dumps({k: round(v, 6) for k, v in numbers.items()}) + "\n")
