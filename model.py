@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import BadInput
-from rope import rotate
+from rope import rotate, table
 
 
 @dataclass
@@ -253,19 +253,30 @@ def save_weights(path, state, config, facts, dtype=torch.bfloat16):
     os.replace(part, path)
 
 
-def load_weights(path):
-    """-> state dict (float32), config dict, facts dict. Raises BadInput for a missing, truncated or foreign file."""
+def read_file(path, what="weights", pickled=None, device="cpu"):
+    """
+    A safetensors file, or a pickle of tensors (.pt, .pth, or as told), mapped from disk rather than read.
+    returns  its content, and what a weights file of this project says about itself (else {})
+    """
+    path, about = Path(path), {}
     try:
+        if pickled or path.suffix in (".pt", ".pth"):
+            return torch.load(path, map_location=device, weights_only=True, mmap=True), about
         with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {})["about"])
-            state = {k: f.get_tensor(k).float() for k in f.keys()}
-        return state, about["config"], about["facts"]
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
-        raise BadInput(f"no weights at {path}: check the path") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"cannot read weights {path} ({str(error).splitlines()[0]}): fetch or train the file again") from None
-    except KeyError as key:
-        raise BadInput(f"{path} has no {key} in its metadata: it is not a weights file of this project") from None
+        raise BadInput(f"no {what} at {path}: check the path") from None
+    except Exception as error:  # torch.load raises whatever the damage makes it meet
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? fetch it again") from None
+
+
+def load_weights(path):
+    """-> state dict (float32), config dict, facts dict of a file that save_weights wrote."""
+    state, about = read_file(path)
+    if "config" not in about:
+        raise BadInput(f"{path} has no config in its metadata: it is not a weights file of this project")
+    return {k: v.float() for k, v in state.items()}, about["config"], about["facts"]
 
 
 def fill(net, state, name="weights"):
@@ -296,67 +307,47 @@ def load(path, build, make_config):
 
 # ---- public files: the raw Wan directory and students trained from it --------------------------------------------------
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # left in names by training code
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # left in names by training code
 FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
 
 
 def read_public(path):
-    """
-    A public weights file, .safetensors or .pt / .pth, mapped from disk rather than read; pickles hold tensors only.
-    returns  state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)
-    Raises BadInput for missing, truncated and foreign files, and for LoRAs.
-    """
-    path, facts = Path(path), {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                whole, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
-        else:
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise BadInput(f"no weights at {path}: check the path") from None
-    except Exception as error:  # torch.load raises whatever the damage makes it meet
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise BadInput(f"cannot read weights {path} ({why}): damaged or half downloaded? fetch it again") from None
+    """-> state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)"""
+    whole, about = read_file(path)
     whole = whole if isinstance(whole, dict) else {}
-    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
-    inner = inner[0] if inner else whole
+    inner = next((whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]), whole)
     if any("lora" in k.lower() for k in (*whole, *inner)):
         raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
-    state = {}
-    for k, v in inner.items():
-        for wrapper in WRAPPERS:
-            k = k.replace(wrapper, "")
-        state[k.removeprefix("model.")] = v
+    state = {WRAPPERS.sub("", k).removeprefix("model."): v for k, v in inner.items()}
     if not state or not all(torch.is_tensor(v) for v in state.values()):
         raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
-    return state, facts.get("facts", {})
+    return state, about.get("facts", {})
 
 
 def dit_config(state, folder, path):
-    """DiTConfig of a raw DiT: config.json where there is one, else the shapes; refuses 14B and image-to-video models."""
-    first = state.get("patch_embedding.weight", torch.empty(0))
-    if first.ndim != 5:
+    """DiTConfig of a raw DiT, from its shapes and config.json; refuses 14B and image-to-video models."""
+    shape = {k: v.shape for k, v in state.items()}
+    first, file = shape.get("patch_embedding.weight", ()), Path(folder) / "config.json"
+    if len(first) != 5:
         raise BadInput(f"{path} is no Wan DiT: it has no patch_embedding.weight")
-    if first.shape[0] == 5120:
+    if first[0] == 5120:
         raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
-    if first.shape[1] != 16 or any(k.startswith("img_emb") for k in state):
-        raise BadInput(f"{path} is an image-to-video model ({first.shape[1]} input channels): only text-to-video is supported")
+    if first[1] != 16 or any(k.startswith("img_emb") for k in state):
+        raise BadInput(f"{path} is an image-to-video model ({first[1]} input channels): only text-to-video is supported")
     try:
-        c = json.loads((Path(folder) / "config.json").read_text())
-    except FileNotFoundError:
-        c = {}
+        c = json.loads(file.read_text()) if file.exists() else {}
+        layers = 30 if first[0] == 1536 else count_blocks(state)
+        return DiTConfig(first[0], shape["blocks.0.ffn.0.weight"][0], c.get("num_heads", max(1, first[0] // 128)),
+                         c.get("num_layers", layers), shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
+                         c.get("text_len", 512), patch=tuple(first[-2:]))
     except ValueError:
-        raise BadInput(f"{folder}/config.json is not JSON: fetch it again") from None
-    try:
-        shape, dim = {k: v.shape for k, v in state.items()}, first.shape[0]
-        layers = 30 if dim == 1536 else len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-        return DiTConfig(c.get("dim", dim), c.get("ffn_dim", shape["blocks.0.ffn.0.weight"][0]),
-                         c.get("num_heads", max(1, dim // 128)), c.get("num_layers", layers),
-                         shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
-                         c.get("text_len", 512), patch=tuple(first.shape[-2:]))
+        raise BadInput(f"{file} is not JSON: fetch it again") from None
     except KeyError as key:
         raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None
+
+
+def count_blocks(state):
+    return len({k.split(".")[1] for k in state if k.startswith("blocks.")})
 
 
 def take(net, state, path, device, dtype):
@@ -376,7 +367,6 @@ def take(net, state, path, device, dtype):
 
 def flops(config, h, w, held):
     """Floating-point operations of one pass over 3 latents (h, w) that sees `held` latents before them; counted, not run."""
-    from rope import table
     (p, q), d = config.patch, config.dim // config.heads
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
         net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
@@ -387,7 +377,6 @@ def flops(config, h, w, held):
 
 
 if __name__ == "__main__":
-    from rope import table
     for name, config in (("Wan2.1-T2V-1.3B", DiTConfig()), ("tiny", tiny_dit)):
         with torch.device("meta"):
             net = DiT(config)

@@ -1372,7 +1372,7 @@ def test_boxes_without_a_landmark_are_not_readable(fill):
         elif fill == "noise":
             drawn[sub, 6:26] = rng.uniform(0, 1, (18, 20, 3)).repeat(world.SUB, 0)
         else:
-            drawn = world.background(1).reshape(8, 256, 32, 3)[0].copy()
+            drawn = panorama(1, ()).reshape(8, 256, 32, 3)[0].copy()
         return drawn
     assert (strange(mix, 1) < world.READABLE).all()
 
@@ -1940,9 +1940,8 @@ def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeyp
 def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
     """The film starts with the clip as the autoencoder sees it, and what comes after depends on it."""
     clip_file = tmp_path / "clip.mp4"
-    file = sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8)
-    file.write((clip(world.HELD_OUT, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
-    file.close()
+    with sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
+        file.write((clip(world.HELD_OUT, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
     words = ["--continue", str(clip_file), *(["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else []), "--seconds", "4"]
     film, _ = frames_of_run(monkeypatch, tmp_path / "o", *words)
     size = (32, 32) if full_size else (64, 32)
@@ -2023,7 +2022,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
     (["--prompt", "x" * 10000], "10000 characters"), (["--prompt", "a \udcff b"], "U+DCFF"), (["--prompt", "a\0b"], "U+0000"),
     (["--prompt", "a | b"], "prompt switch"), (["--prompt", "a | 9: b | 5: c"], "one after another"), (["--prompt", "a | 99: b"], "before the end"),
     (["--prompt", "a | nan: b"], "one after another"), (["--prompt", "a | 1:"], "prompt is empty"), (["--continue", "nowhere.mp4"], "cannot read the clip"),
-    (["--continue", "empty.mp4"], "cannot read the clip"), (["--resume", "nowhere"], "no state"), (["--resume", "empty.mp4"], "cannot read the state"),
+    (["--continue", "empty.mp4"], "cannot read the clip"), (["--resume", "nowhere"], "no state"), (["--resume", "empty.mp4"], "cannot read state"),
     (["--save-state", "empty.mp4/state"], "cannot write"), (["--save-state", "s", "--seeds", "2"], "one video"), (["--vae", "wan"], "need --wan"),
     (["--wan", "random", "--size", "100x100"], "multiples of 16"), (["--wan", "random", "--size", "big"], "two whole numbers"),
     (["--wan", "nowhere"], "hf download"), (["--wan", "random", "--vae", "tea"], "did you mean tae"), (["--bench", "--seconds", "2"], "12 or more")])
@@ -2089,9 +2088,9 @@ def test_the_estimate_of_a_full_size_run_fits_24_gb_and_with_the_text_encoder_el
         vaes = {"wan": WanVAE(WanVAEConfig()).bfloat16(), "tae": TAE(TAEConfig()).bfloat16()}
         text = sum(p.numel() * 2 for p in TextEncoder(TextConfig()).parameters())
     for kind, vae in vaes.items():
-        m = sample.Models(dit, {kind: vae}, None, Sampler(), "", 832, 480)
-        total = sum(sample.estimate(m, PRESETS["slowfast"], 1).values())
-        print(kind, {k: round(v / 1e9, 2) for k, v in sample.estimate(m, PRESETS["slowfast"], 1).items()})
+        needs = sample.estimate(sample.Models(dit, {kind: vae}, None, Sampler(), "", 832, 480), 1)
+        total = sum(needs.values())
+        print(kind, {k: round(v / 1e9, 2) for k, v in needs.items()})
         assert 6.04e9 + 2.8e9 < total < 16e9 and text < 12e9
 
 

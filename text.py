@@ -21,14 +21,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import BadInput
-from model import read_public, take
+from model import RMSNorm, count_blocks, read_public, take
 
 
 @dataclass
@@ -45,15 +44,6 @@ class TextConfig:  # the defaults are UMT5-XXL
 tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
 
-class T5Norm(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], None, 1e-6).to(x.dtype) * self.weight
-
-
 def bucket(offset, buckets=32, max_distance=128):
     """
     offset   key position minus query position, any int tensor
@@ -62,17 +52,6 @@ def bucket(offset, buckets=32, max_distance=128):
     half, exact, far = buckets // 2, buckets // 4, offset.abs()
     log = exact + (torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)).long()
     return (offset > 0).long() * half + torch.where(far < exact, far, log.clamp(max=half - 1))
-
-
-class PositionBias(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.embedding = nn.Embedding(c.buckets, c.heads)
-
-    def forward(self, m):
-        """m tokens -> (1, heads, m, m) added to the attention scores"""
-        at = torch.arange(m, device=self.embedding.weight.device)
-        return rearrange(self.embedding(bucket(at[None] - at[:, None], self.embedding.num_embeddings)), "q s k -> 1 k q s")
 
 
 class TextAttention(nn.Module):
@@ -102,12 +81,16 @@ class GatedMLP(nn.Module):
 class TextBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.norm2 = T5Norm(c.dim), T5Norm(c.dim)
-        self.attn, self.ffn, self.pos_embedding = TextAttention(c), GatedMLP(c), PositionBias(c)
+        self.norm1, self.norm2 = RMSNorm(c.dim), RMSNorm(c.dim)
+        self.attn, self.ffn = TextAttention(c), GatedMLP(c)
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(c.buckets, c.heads)})
 
     def forward(self, x, mask):
         """x (b, m, dim); mask (b, 1, 1, m) is 0 where a key may be seen and the type's lowest number where not"""
-        x = x + self.attn(self.norm1(x), self.pos_embedding(x.shape[1]) + mask)
+        at = torch.arange(x.shape[1], device=x.device)
+        table = self.pos_embedding["embedding"]
+        bias = rearrange(table(bucket(at[None] - at[:, None], table.num_embeddings)), "q s k -> 1 k q s")
+        x = x + self.attn(self.norm1(x), bias + mask)
         return x + self.ffn(self.norm2(x))
 
 
@@ -117,7 +100,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
-        self.norm = T5Norm(config.dim)
+        self.norm = RMSNorm(config.dim)
 
     def forward(self, ids, mask):
         """
@@ -181,7 +164,7 @@ def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
             vocab, dim = s["token_embedding.weight"].shape
             buckets, heads = s["blocks.0.pos_embedding.embedding.weight"].shape
             config = TextConfig(vocab, dim, len(s["blocks.0.attn.q.weight"]), len(s["blocks.0.ffn.fc1.weight"]), heads,
-                                24 if dim == 4096 else len({k.split(".")[1] for k in s if k.startswith("blocks.")}), buckets)
+                                24 if dim == 4096 else count_blocks(s), buckets)
         except (KeyError, ValueError):
             raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
         with torch.device("meta"):

@@ -2,8 +2,8 @@
 Two video autoencoders with one interface: 4 frames of 8x8 pixels <-> one latent of 16 channels.
 
 The tiny one (TAE): every layer is a 2-D convolution; time enters in two ways. A MemBlock sees each frame beside the frame
-before it, so the network is causal and all that it must remember to go on is one feature map a block. TPool and TGrow fold
-two frames into channels and back. Wan's own (WanVAE) convolves over time and space, never looking ahead: each convolution
+before it, so the network is causal and all that it must remember to go on is one feature map a block. Fold lays two
+frames into channels, and back. Wan's own (WanVAE) convolves over time and space, never looking ahead: each convolution
 remembers its last two frames. Decoding in pieces of any size is therefore the same computation as decoding at once.
 
     python vae.py              # prints sizes, and that streamed decoding equals whole decoding
@@ -52,24 +52,17 @@ class MemBlock(nn.Module):
         return rearrange(out, "(b f) c h w -> b f c h w", b=x.shape[0])
 
 
-class TPool(nn.Module):
-    """`stride` frames -> one, by a 1x1 convolution over their stacked channels."""
-    def __init__(self, c, stride):
+class Fold(nn.Module):
+    """`stride` frames -> one or, to grow, one -> `stride`: a 1x1 convolution, those frames stacked in channels."""
+    def __init__(self, c, stride, grow=False):
         super().__init__()
-        self.stride, self.conv = stride, nn.Conv2d(c * stride, c, 1, bias=False)
+        self.stride, self.grow = stride, grow
+        self.conv = nn.Conv2d(c, c * stride, 1, bias=False) if grow else nn.Conv2d(c * stride, c, 1, bias=False)
 
     def forward(self, x):
+        if self.grow:
+            return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
         return self.conv(rearrange(x, "(n s) c h w -> n (s c) h w", s=self.stride))
-
-
-class TGrow(nn.Module):
-    """One frame -> `stride` frames."""
-    def __init__(self, c, stride):
-        super().__init__()
-        self.stride, self.conv = stride, nn.Conv2d(c, c * stride, 1, bias=False)
-
-    def forward(self, x):
-        return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
 
 
 class SoftClamp(nn.Module):
@@ -84,11 +77,11 @@ class TAE(nn.Module):
         e, d = config.encoder, config.decoder
         layers = [conv(3, e), nn.ReLU()]
         for stride in (2, 2, 1):
-            layers += [TPool(e, stride), conv(e, e, stride=2, bias=False), MemBlock(e), MemBlock(e), MemBlock(e)]
+            layers += [Fold(e, stride), conv(e, e, stride=2, bias=False), MemBlock(e), MemBlock(e), MemBlock(e)]
         self.encoder = nn.Sequential(*layers, conv(e, config.channels))
         layers = [SoftClamp(), conv(config.channels, d[0]), nn.ReLU()]
         for i, stride in enumerate((1, 2, 2)):
-            layers += [MemBlock(d[i]), MemBlock(d[i]), MemBlock(d[i]), nn.Upsample(scale_factor=2), TGrow(d[i], stride),
+            layers += [MemBlock(d[i]), MemBlock(d[i]), MemBlock(d[i]), nn.Upsample(scale_factor=2), Fold(d[i], stride, grow=True),
                        conv(d[i], d[i + 1], bias=False)]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(d[3], 3))
 
@@ -243,10 +236,8 @@ class Coder(nn.Module):
     """Wan's encoder or decoder; its parts are named as in the official weights."""
     def __init__(self, c, up):
         super().__init__()
-        wide, layers = [c.dim * m for m in c.mult][::-1 if up else 1], []
-        at = deep = c.dim * c.mult[-1]
-        if not up:
-            at = c.dim
+        wide, deep, layers = [c.dim * m for m in c.mult][::-1 if up else 1], c.dim * c.mult[-1], []
+        at = wide[0]
         self.conv1 = CausalConv(c.channels if up else 3, at)
         for i, width in enumerate(wide):
             for _ in range(2 + up):

@@ -63,27 +63,27 @@ class Motion:
 
     def words(self):
         side = "right" if self.direction > 0 else "left"
-        return {"turn": f"The camera turns {side}, one turn in {self.seconds} seconds.",
-                "linger": f"The camera turns {side}, lingering at the compass points, one turn in {self.seconds} seconds.",
-                "aside": f"The camera looks {self.degrees} degrees to the {side} and back, every {self.seconds} seconds.",
-                }[self.kind]
+        return WORDS[self.kind].format(side=side, seconds=self.seconds, degrees=self.degrees)
 
 
-GRAMMAR = ("'Grass|Sand|Snow|Stone. The camera turns left|right, one turn in 8..44 seconds.' | '... turns left|right, "
-           "lingering at the compass points, one turn in 18..44 seconds.' | '... looks 90|135|180 degrees to the "
-           "left|right and back, every 4..16 seconds.'")
+WORDS = {"turn": "The camera turns {side}, one turn in {seconds} seconds.",
+         "linger": "The camera turns {side}, lingering at the compass points, one turn in {seconds} seconds.",
+         "aside": "The camera looks {degrees} degrees to the {side} and back, every {seconds} seconds."}
+GRAMMAR = "'Grass|Sand|Snow|Stone. ' and one of " + " | ".join(
+    repr(WORDS[kind].format(side="left|right", seconds=seconds, degrees="90|135|180"))
+    for kind, seconds in (("turn", "8..44"), ("linger", "18..44"), ("aside", "4..16")))
 
 
 def parse_caption(caption):
     """Caption -> (ground index, Motion), or None when it is not of the world's grammar."""
-    m = re.fullmatch(r"(Grass|Sand|Snow|Stone)\. The camera (?:turns (left|right),( lingering at the compass points,)? one turn in "
-                     r"(\d+) seconds|looks (\d+) degrees to the (left|right) and back, every (\d+) seconds)\.", caption.strip())
-    if m is None:
-        return None
-    ground = GROUNDS.index(m[1].lower())
-    if m[2]:
-        return ground, Motion("linger" if m[3] else "turn", 1 if m[2] == "right" else -1, max(1, int(m[4])))
-    return ground, Motion("aside", 1 if m[6] == "right" else -1, max(1, int(m[7])), int(m[5]))
+    ground, _, words = caption.strip().partition(". ")
+    for kind, template in WORDS.items():
+        m = re.fullmatch(template.replace(".", r"\.").format(side="(?P<side>left|right)", seconds=r"(?P<seconds>\d+)",
+                                                             degrees=r"(?P<degrees>\d+)"), words)
+        if m and ground.lower() in GROUNDS and ground.istitle():
+            found = m.groupdict()
+            return GROUNDS.index(ground.lower()), Motion(kind, 1 if found["side"] == "right" else -1,
+                                                         max(1, int(found["seconds"])), int(found.get("degrees", 0)))
 
 
 # ---- one world from one seed -----------------------------------------------------------------------------------------
@@ -109,16 +109,12 @@ def world(seed, kind=None, seconds=None, twin=0):
     ground, landmarks, start = rng.integers(4), rng.integers(24, size=SECTORS), rng.uniform(0, COLUMNS)
     drawn = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
     kind, direction = kind or str(drawn), int(rng.choice([-1, 1]))
-    if kind == "turn":
-        motion = Motion(kind, direction, seconds or int(rng.integers(8, 45)))
-    elif kind == "linger":
-        motion = Motion(kind, direction, seconds or int(rng.integers(18, 45)))
-    else:
-        degrees = int(rng.choice([90, 135, 180]))
-        motion = Motion(kind, direction, seconds or degrees * 2 // 45 + int(rng.integers(9)), degrees)  # 32 columns a second at most
+    degrees = int(rng.choice([90, 135, 180])) if kind == "aside" else 0
+    shortest, longest = {"turn": (8, 44), "linger": (18, 44), "aside": (degrees * 2 // 45, degrees * 2 // 45 + 8)}[kind]
+    period = seconds or int(rng.integers(shortest, longest + 1))  # 32 columns a second at most
     if twin:
         landmarks = np.random.default_rng([int(seed), 0x3C0, twin]).integers(24, size=SECTORS)
-    return World(int(ground), tuple(int(a) for a in landmarks), float(start), motion)
+    return World(int(ground), tuple(int(a) for a in landmarks), float(start), Motion(kind, direction, period, degrees))
 
 
 def clip(seed, start, frames, kind=None, seconds=None, twin=0):
@@ -148,16 +144,11 @@ def shape_mask(shape, radius, x, y):
             "cross": (np.maximum(ax, ay) < radius) & (np.minimum(ax, ay) < radius - 5.5)}[SHAPES[shape]]
 
 
-def integrate(strip, wrap):
-    """(x, rows, 3) on sub-columns -> same shape; entry i is the pixel whose left edge stands at sub-column i."""
-    pad = 2 * SUB
-    strip = np.pad(strip, ((pad, pad), (0, 0), (0, 0)), mode="wrap" if wrap else "edge").astype(np.float64)
-    total = np.concatenate([np.zeros_like(strip[:1]), np.cumsum(strip, 0)])
-    soft = (total[SUB:] - total[:-SUB]) / SUB  # entry i: mean over [i, i + SUB)
-    soft = np.concatenate([np.zeros_like(soft[:1]), np.cumsum(soft, 0)])
-    pixel = (soft[SUB:] - soft[:-SUB]) / SUB   # entry i, of the padded strip, is centred half a column late ...
-    shift = pad - SUB // 2                     # ... which this offset takes back
-    return pixel[shift:shift + len(strip) - 2 * pad].astype(np.float32)
+def integrate(strip):
+    """(256 * SUB, 32, 3) -> the same shape, entry i the pixel column whose left edge stands at sub-column i; float32"""
+    total = np.cumsum(np.pad(strip, ((SUB, 2 * SUB), (0, 0), (0, 0)), mode="wrap").astype(np.float64), 0)
+    soft = np.cumsum(total[SUB:] - total[:-SUB], 0)[SUB // 2 - 2:]  # half a column to the left: softening is centred
+    return ((soft[SUB:] - soft[:-SUB])[:len(strip)] / SUB ** 2).astype(np.float32)
 
 
 @lru_cache(maxsize=None)
@@ -172,40 +163,28 @@ def drawn_background(ground):
     return np.where((y < HORIZON)[None, :, None], sky, floor).clip(0, 1)
 
 
-@lru_cache(maxsize=None)
-def background(ground):
-    """(256 * SUB, 32, 3): row i is the pixel column whose left edge stands at sub-column i; sky and ground only."""
-    return integrate(drawn_background(ground), wrap=True)
-
-
 PANEL = HALF + 2  # a landmark's drawing, integrated, reaches less than this many columns from its middle
 
 
 @lru_cache(maxsize=None)
-def panel(ground, sector, landmark):
-    """
-    (2 * PANEL * SUB, 32, 3): the same as background() for the columns around a sector's middle, with that landmark
-    (6 * shape + colour) standing there.
-    """
-    shape, colour = divmod(landmark, len(COLOURS))
-    middle = (sector * SECTOR + SECTOR // 2) * SUB
-    ids = np.arange(middle - (PANEL + 2) * SUB, middle + (PANEL + 2) * SUB) % (COLUMNS * SUB)
-    x = (np.arange(len(ids)) + .5) / SUB - PANEL - 2
+def stencil(shape):
+    """Shares (2 * PANEL * SUB, 32, 1) of a landmark with its outline, and without it, in the sub-columns around its middle."""
+    x = (np.arange(2 * PANEL * SUB) + .5) / SUB - PANEL
     y = (np.arange(HEIGHT * 8) + .5) / 8 - (TOP + FOOT) / 2
-    grid = np.meshgrid(x, y, indexing="ij")
-    outer = shape_mask(shape, HALF, *grid).reshape(len(ids), HEIGHT, 8).mean(2)[..., None]
-    inner = shape_mask(shape, HALF - 1.25, *grid).reshape(len(ids), HEIGHT, 8).mean(2)[..., None]
-    drawn = drawn_background(ground)[ids] * (1 - outer) + OUTLINE_RGB * (outer - inner) + COLOUR_RGB[colour] * inner
-    return integrate(drawn, wrap=False)[2 * SUB:-2 * SUB]
+    masks = (shape_mask(shape, radius, *np.meshgrid(x, y, indexing="ij")) for radius in (HALF, HALF - 1.25))
+    return [mask.reshape(len(x), HEIGHT, 8).mean(2)[..., None] for mask in masks]
 
 
 def panorama(ground, landmarks):
-    """(256 * SUB, 32, 3) float32: background() with the 8 landmarks of a world standing in it."""
-    pano = background(ground).copy()
+    """(256 * SUB, 32, 3) float32: sky, ground and, where there are any, a landmark (6 * shape + colour) in each sector."""
+    pano = drawn_background(ground).copy()
     for s, landmark in enumerate(landmarks):
+        shape, colour = divmod(int(landmark), len(COLOURS))
+        outer, inner = stencil(shape)
         middle = (s * SECTOR + SECTOR // 2) * SUB
-        pano[middle - PANEL * SUB:middle + PANEL * SUB] = panel(ground, s, int(landmark))
-    return pano
+        part = pano[middle - PANEL * SUB:middle + PANEL * SUB]
+        part[:] = part * (1 - outer) + OUTLINE_RGB * (outer - inner) + COLOUR_RGB[colour] * inner
+    return integrate(pano)
 
 
 def render(pano, headings):
@@ -291,9 +270,8 @@ def read(x, ground):
     in_box = (in_box & whole[:, None]).any(-1)
     with np.errstate(divide="ignore", invalid="ignore"):  # no landmark in view: nan, as promised
         box_error = (error[:, :, TOP:FOOT].mean(-1) * in_box).sum(1) / in_box.sum(1)
-    confidence = np.where(whole, 1 - nearest / second, 0)
-    landmark = np.where(whole, best, -1)
-    return i / SUB % COLUMNS, landmark, confidence, decibels(error.mean((1, 2))), decibels(box_error)
+    psnr, box_psnr = (-10 * np.log10(np.maximum(e, 1e-10)) for e in (error.mean((1, 2)), box_error))
+    return i / SUB % COLUMNS, np.where(whole, best, -1), np.where(whole, 1 - nearest / second, 0), psnr, box_psnr
 
 
 def errors(x, i, best, drawings):
@@ -301,10 +279,6 @@ def errors(x, i, best, drawings):
     column = (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)  # (f, 64)
     sheet = np.take_along_axis(best, column // (SECTOR * SUB), 1)
     return ((drawings[sheet, column] - x) ** 2).reshape(-1, WIDTH, HEIGHT, 3).mean(-1)
-
-
-def decibels(error):
-    return -10 * np.log10(np.maximum(error, 1e-10))
 
 
 @lru_cache(maxsize=None)
@@ -321,7 +295,7 @@ def compass(ground):
     returns  (256 * SUB, 64 * 22), (256 * SUB,)
     """
     column = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
-    seen = background(ground).reshape(COLUMNS * SUB, -1)[column % (COLUMNS * SUB)]
+    seen = panorama(ground, ()).reshape(COLUMNS * SUB, -1)[column % (COLUMNS * SUB)]
     b = uncovered(seen).reshape(-1, WIDTH, 22)
     gap = np.abs(column / SUB % SECTOR + .5 - SECTOR // 2) >= HALF + 1
     b[..., 18:21] *= gap[..., None]
