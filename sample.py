@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, one_of, parse, pick_device, run
+from config import STUDENT, BadInput, one_of, parse, pick_device, run
 from erft import extend
 from flow import Rollout, Sampler, generate
 from memory import CHUNK, PRESETS, Policy, size
@@ -323,7 +323,7 @@ class Models:
 
 
 def tiny_models(cfg, device):
-    ckpt = Path(cfg.ckpt or WEIGHTS / ("teacher.safetensors" if cfg.teacher else "init_ar.safetensors"))
+    ckpt = Path(cfg.ckpt or WEIGHTS / ("teacher.safetensors" if cfg.teacher else f"{STUDENT}.safetensors"))
     dit, facts = load(ckpt, DiT, DiTConfig)
     encoder, _ = load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)
     tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)

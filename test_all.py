@@ -1955,6 +1955,25 @@ def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
         assert not np.array_equal(plain[33:], film[33:])
 
 
+@pytest.mark.parametrize("full_size", [False, True], ids=["tiny", "full-size form"])
+def test_the_teacher_continues_a_clip(full_size, raw, monkeypatch, tmp_path, capsys):
+    """21 latents at a time, past the end of the first ones; what comes depends on the clip; without a clip it is refused."""
+    films = []
+    for k in range(2):
+        clip_file = tmp_path / f"clip{k}.mp4"
+        with sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
+            file.write((clip(world.HELD_OUT + k, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+        words = ["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else ["--ckpt", str(WEIGHTS / "base.safetensors")]
+        film, _ = frames_of_run(monkeypatch, tmp_path / "o", "--teacher", "--continue", str(clip_file), *words, "--seconds", "8")
+        films.append(film)
+    assert len(films[0]) == 128 and not np.array_equal(films[0][40:], films[1][40:])
+    assert np.diff(films[0][33:].astype(float), axis=0).std((1, 2, 3)).min() > 0     # every frame is new, after 21 latents too
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_sample(monkeypatch, tmp_path / "p", "--teacher")
+    assert stop.value.code == 2 and "--continue" in capsys.readouterr().err
+
+
 # ---- what public files may get wrong -----------------------------------------------------------------------------------------
 
 def refused(monkeypatch, tmp_path, capsys, *words):
