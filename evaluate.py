@@ -223,7 +223,7 @@ def measure(frames, caption, keep, policy, given):
     spans = [slice(i, i + 160) for i in range(start, len(frames) - 159, 160)] or [slice(start, len(frames))]
     here = range(start, len(frames), 8)
     ground = np.bincount(r.ground[start:start + 16]).argmax()
-    drawn = world.render(world.background(int(ground)), r.heading[here])  # sky and floor as they should look there
+    drawn = world.render(world.panorama(int(ground), ()), r.heading[here])  # sky and floor as they should look there
     off = (frames[here] / np.float32(255) - drawn) ** 2
     sky, floor = (100 * np.sqrt(part.mean((1, 2, 3))) for part in (off[:, :, :world.TOP], off[:, :, world.FOOT + 1:]))
     sure, path = r.sure, world.track(r.heading)

@@ -1154,7 +1154,7 @@ def test_imports_are_acyclic_and_third_party_packages_are_the_six():
         order += free
         left = {k: v for k, v in left.items() if k not in free}
     outside = set().union(*files.values()) - known - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "einops", "safetensors", "imageio", "imageio_ffmpeg", "PIL", "tqdm", "numpy", "transformers"}
+    assert outside <= {"torch", "einops", "safetensors", "imageio", "imageio_ffmpeg", "PIL", "tqdm", "numpy", "transformers", "matplotlib"}
 
 
 @pytest.mark.parametrize("name", ["rope", "memory", "flow", "model", "vae", "text"])
@@ -2041,7 +2041,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
     (["--prompt", "x" * 10000], "10000 characters"), (["--prompt", "a \udcff b"], "U+DCFF"), (["--prompt", "a\0b"], "U+0000"),
     (["--prompt", "a | b"], "prompt switch"), (["--prompt", "a | 9: b | 5: c"], "one after another"), (["--prompt", "a | 99: b"], "before the end"),
     (["--prompt", "a | nan: b"], "one after another"), (["--prompt", "a | 1:"], "prompt is empty"), (["--continue", "nowhere.mp4"], "cannot read the clip"),
-    (["--continue", "empty.mp4"], "cannot read the clip"), (["--resume", "nowhere"], "no state"), (["--resume", "empty.mp4"], "cannot read state"),
+    (["--continue", "empty.mp4"], "cannot read the clip"), (["--resume", "nowhere"], "no state"), (["--resume", "empty.mp4"], "cannot read the state"),
     (["--save-state", "empty.mp4/state"], "cannot write"), (["--save-state", "s", "--seeds", "2"], "one video"), (["--vae", "wan"], "need --wan"),
     (["--wan", "random", "--size", "100x100"], "multiples of 16"), (["--wan", "random", "--size", "big"], "two whole numbers"),
     (["--wan", "nowhere"], "hf download"), (["--wan", "random", "--vae", "tea"], "did you mean tae"), (["--bench", "--seconds", "2"], "12 or more")])
