@@ -315,7 +315,8 @@ def read_public(path):
     """-> state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)"""
     whole, about = read_file(path)
     whole = whole if isinstance(whole, dict) else {}
-    inner = next((whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]), whole)
+    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
+    inner = inner[0] if inner else whole
     if any("lora" in k.lower() for k in (*whole, *inner)):
         raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
     state = {WRAPPERS.sub("", k).removeprefix("model."): v for k, v in inner.items()}
@@ -359,7 +360,7 @@ def take(net, state, path, device, dtype):
     for k, v in state.items():
         fits = k in own and v.shape == own[k].shape
         ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
-        if fits and v.is_cpu and sys.platform == "linux":  # pages of the file that were read count as this process's memory: hand them back
+        if fits and v.is_cpu and sys.platform == "linux":  # hand back the pages of the file that were read: they count as ours
             start = -(-v.data_ptr() // 4096) * 4096
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
     return fill(net, ready, str(path)).eval().requires_grad_(False)

@@ -46,7 +46,8 @@ FPS = 16
 DIT, T5, TOKENIZER = "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 PEAK = 790e12  # FLOP/s that a large bf16 matrix product reaches on an H100: what --bench measures a GPU against
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # fastest first
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH]  # on cuda, the fastest first
 
 
 @dataclass
@@ -484,7 +485,8 @@ def film(cfg, m, jobs, history, state, bar, stop):
     returns  the time at which the first frame came
     """
     prompts, parts, seeds, names = zip(*jobs)
-    frames, made, given = frames_in(cfg.seconds), state["done"] if state else 0, 0 if history is None else history.shape[1] // CHUNK
+    frames, made = frames_in(cfg.seconds), state["done"] if state else 0
+    given = 0 if history is None else history.shape[1] // CHUNK
     if any(0 < turn < given for turn, _ in parts[0]):
         raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: {prompts[0][:60]!r}")
     roll, decoder = m.rollout([p[0][1] for p in parts]), Decoder(m.vae)
@@ -528,7 +530,8 @@ def film(cfg, m, jobs, history, state, bar, stop):
     if cfg.save_state:  # noise is keyed by (seed, chunk, step), so the chunk is the random state
         torch.save({"options": {k: v for k, v in asdict(cfg).items() if k in KEPT}, "done": min(made, frames),
                     "roll": {k: vars(roll)[k] for k in ROLL}, "memory": {k: vars(roll.memory)[k] for k in MEMORY},
-                    "past": list(decoder.past), "shots": shots[0], "left": clips[:, clips.shape[1] - max(0, made - frames):].clone()},
+                    "past": list(decoder.past), "shots": shots[0],
+                    "left": clips[:, clips.shape[1] - max(0, made - frames):].clone()},
                    f"{cfg.save_state}.part")
         os.replace(f"{cfg.save_state}.part", cfg.save_state)
         bar.write(f"saved {cfg.save_state} at {min(made, frames) / FPS:g} s: --resume {cfg.save_state} goes on")
@@ -573,7 +576,8 @@ def main():
         together = 8 if not cfg.wan else 1  # videos side by side
         if cfg.wan:
             needs = {k: v / 2 ** 30 for k, v in estimate(m, together).items()}
-            print(f"estimate: {sum(needs.values()):.2f} GiB on {device.type} ({', '.join(f'{k} {v:.2f}' for k, v in needs.items())})")
+            parts = ", ".join(f"{k} {v:.2f}" for k, v in needs.items())
+            print(f"estimate: {sum(needs.values()):.2f} GiB on {device.type} ({parts})")
         if cfg.bench:
             return bench(cfg, m, texts[0])
         loaded, history = time.time(), None
@@ -582,8 +586,9 @@ def main():
         if cfg.continue_:
             clip = torch.from_numpy(read_clip(cfg.continue_, m.width, m.height, frames)).movedim(-1, -3)
             history = m.vae.encode(clip[None].to(device) / 127.5 - 1).float()
-        bar = stack.enter_context(tqdm(total=frames / FPS * len(jobs), initial=done / FPS, delay=.01,  # not before any error
-                                       bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]"))
+        look = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]"
+        bar = stack.enter_context(tqdm(total=frames / FPS * len(jobs), initial=done / FPS, bar_format=look,
+                                       delay=.01))  # not before any error
         for _, alike in groupby(jobs, key=lambda job: [turn for turn, _ in job[1]]):
             alike = list(alike)
             for i in range(0, len(alike), together):

@@ -1972,6 +1972,9 @@ def test_the_teacher_continues_a_clip(full_size, raw, monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         run_sample(monkeypatch, tmp_path / "p", "--teacher")
     assert stop.value.code == 2 and "--continue" in capsys.readouterr().err
+    gone = str(tmp_path / "gone.safetensors")
+    error = refused(monkeypatch, tmp_path / "q", capsys, "--teacher", "--ckpt", gone, "--continue", str(clip_file), "--seconds", "8")
+    assert "no weights at" in error and gone in error
 
 
 # ---- what public files may get wrong -----------------------------------------------------------------------------------------

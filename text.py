@@ -191,4 +191,5 @@ if __name__ == "__main__":
     ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
     with torch.no_grad():
         features = encoder(ids, mask)
-    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters; {int(mask.sum())} ids -> features {tuple(features.shape)}")
+    count = sum(p.numel() for p in encoder.parameters())
+    print(f"{count:,} parameters; {int(mask.sum())} ids -> features {tuple(features.shape)}")
