@@ -272,7 +272,7 @@ def main():
         print(world.world(*worlds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
     share = (h.weight[:, 7:] > 1).mean()
     drawn = share * BACK / (share * BACK + 1 - share)
-    print(f"a landmark comes back in {share:.0%} of windows; those are {drawn:.0%} of draws")
+    print(f"a landmark or the camera turns back in {share:.0%} of windows; those are {drawn:.0%} of draws")
 
 
 if __name__ == "__main__":

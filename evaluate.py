@@ -591,12 +591,6 @@ def score_video(path, images, text):
     return row
 
 
-def bootstrap(values, weights):
-    """values, weights (n,), one a video -> weighted mean, and the ends of its 95 % interval over 2000 draws of n videos"""
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    return values @ weights / weights.sum(), *np.percentile((values * weights)[draws].sum(1) / weights[draws].sum(1), [2.5, 97.5])
-
-
 def lay_out(prompts, to):
     """Links videos, path -> text, as to/videos/TEXT-0.mp4, .. and writes to/prompts.json -> VBench's command"""
     names = {}
@@ -648,7 +642,7 @@ def real_videos(cfg):
     for name in list(rows[0])[3:-1]:  # without video, frames, fps; prompt
         weights = [r["frames"] - 1 if name in ("subject", "background") else 1 for r in rows]  # as in VBench's totals
         there = np.array([(r[name], w) for r, w in zip(rows, weights) if r[name] == r[name]], float)
-        mean, low, high = 100 * np.array(bootstrap(*there.T)) if len(there) else [np.nan] * 3
+        mean, low, high = 100 * np.array(ratio(there * there[:, 1:] ** [1, 0])) if len(there) else [np.nan] * 3
         print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
     if cfg.vbench:
         print(f"\nin VBench's repository (github.com/Vchitect/VBench):\n{lay_out(prompts, Path(cfg.vbench).resolve())}")
