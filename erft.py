@@ -13,7 +13,7 @@ Leaves out: a similarity rule for replacement (random here), errors of whole rol
 import numpy as np
 import torch
 
-from flow import add_noise, denoise, draw_noise, schedule
+from flow import add_noise, denoise, draw_noise, matching, schedule
 from memory import CHUNK, PRESETS, plan
 from rope import table
 
@@ -128,9 +128,10 @@ def errors_of(v, v_star, t):
     return -t * off, (1 - t) * off
 
 
-def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN):
+def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN, watched=None, weight=0.):
     """
-    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels
+    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels; watched, weight as in
+    flow.matching
     returns  (b,) losses, and what bank.push takes. The network sees perturbed latents; v* = noise~ - x0 has the clean x0,
              or it would learn to reproduce errors. p = 0 or an empty bank: plain fine-tuning.
     """
@@ -138,7 +139,7 @@ def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN)
     at = t[:, None].expand(-1, x0.shape[1])
     v = score(net, seen, add_noise(x0_seen, noise_seen, at), at, text, grid)
     v_star = noise_seen - x0
-    return (v - v_star).pow(2).mean((1, 2, 3, 4)), (t, *errors_of(v.detach(), v_star, t), chosen)
+    return matching(v, v_star, at, watched, weight), (t, *errors_of(v.detach(), v_star, t), chosen)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,20 @@ def v_from_x0(xt, x0, t):
     return (xt.float() - x0.float()) / over_frames(t)
 
 
+def matching(v, v_star, t, watched=None, weight=0.):
+    """
+    Flow-matching loss of each sample, in which some directions of a latent may count more: the best v stays the same, but
+    what is small in pixels and means much (here the sky's hue, which is the compass) is learned in hours instead of days.
+    v, v_star  (b, f, c, h, w); t (b, f); watched None or (k, c h w): the error of x0 = t (v - v_star) along these counts too
+    returns    (b,)
+    """
+    off = v.float() - v_star
+    loss = off.square().mean((1, 2, 3, 4))
+    if watched is not None:
+        loss = loss + weight * (t[..., None] * off.flatten(2) @ watched.T).square().sum(-1).mean(1)
+    return loss
+
+
 def guide(cond, uncond, w):
     """Classifier-free guidance uncond + w (cond - uncond): w = 1 is no guidance; Self-Forcing's 3.0 is our 4.0."""
     return uncond + w * (cond - uncond)

@@ -45,10 +45,10 @@ import dmd
 import erft
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, encode_world, frames_of, latent_cache, lesson_worlds,
-                  read_prompts, training_worlds, wan_models, wan_text)
+from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, encode_world, frames_of, latent_cache,
+                  lesson_worlds, read_prompts, training_worlds, wan_models, wan_text)
 from evaluate import GIVEN, continuations, returns, teacher_continuations
-from flow import Rollout, Sampler, add_noise, denoise, draw_noise, generate, guide, schedule, shifted, v_from_x0
+from flow import Rollout, Sampler, add_noise, denoise, draw_noise, generate, guide, matching, schedule, shifted, v_from_x0
 from memory import CHUNK, PRESETS, plan
 from model import DiT, DiTConfig, load, save_weights, tiny_dit
 from rope import table
@@ -115,6 +115,8 @@ MIX = {                # init_ar: until which share of the updates, how often a 
 SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
+HEADING = 10.          # weight of the heading in the losses (flow.matching), small world only. The hue of the sky is next to nothing
+                       # in the mean error: without this it lagged behind the landmarks, by a sector every few seconds
 SAMPLER = Sampler(steps=4, shift=SHIFT)
 ODE_CLIPS, ODE_CHUNKS = 512, 20         # init_ode: videos of the causal model's own, and their length
 DROP = 0.1             # base and teacher: share of the batches without text, and without context
@@ -439,6 +441,11 @@ def train(cfg, part, device):
             latents = latent_cache(Path(cfg.out) / "cache", tae, worlds, n, device, rank)
             ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
             return latents, lambda which: encoder(ids[which].to(device), mask[which].to(device)), worlds
+    watched = None  # the directions in which latents show the heading
+    if part in ("init_ar", "init_ode", "base", "teacher") and not cfg.data and not cfg.wan:
+        z, _, worlds = clips(False)
+        path = Histories(worlds[:128]).heading
+        watched = compass(z[:128, :path.shape[1]].flatten(0, 1), path.flatten()).to(device)
     if cfg.wan:
         few = prompts[:1] if part in ("init_ar", "teacher") else prompts  # the others' features lie beside their latents
         features = wan_text(cfg, device, ["", NEGATIVE, *few], rank, processes)
@@ -507,8 +514,8 @@ def train(cfg, part, device):
                     src = target = torch.arange(7 * CHUNK).expand(batch, -1)
                     x0 = latents[which[:, None], src].to(device).float()
                     xt, t, v = noised(x0, 7)
-                    loss = F.mse_loss(packed(dit, text, clean(x0), src, target, torch.cat([src, target], 1), src[0] // CHUNK,
-                                             xt, t), v)
+                    loss = matching(packed(dit, text, clean(x0), src, target, torch.cat([src, target], 1), src[0] // CHUNK,
+                                           xt, t), v, t, watched, HEADING).mean()
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
@@ -526,7 +533,8 @@ def train(cfg, part, device):
                         last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(device)
                         past = torch.where(last, false, past)
                     xt, t, v = noised(x0, COPIES)
-                    loss = F.mse_loss(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v)
+                    loss = matching(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v, t,
+                                    watched, HEADING).mean()
                 else:  # the real memory, chunk after chunk; some chunks are supervised on the way
                     rules = [str(rng.choice(paths.RULES)) for _ in range(batch)]
                     keep = torch.from_numpy(np.stack([paths.keep[r][c] for r, c in zip(rules, which)]))
@@ -539,7 +547,8 @@ def train(cfg, part, device):
                             xt, t, v = noised(x0.repeat(1, COPIES, 1, 1, 1), COPIES)
                             many = [z.repeat(COPIES, 1, 1) for z in rope]
                             own = (same[:, None] == same[None])[None].to(device)
-                            loss = loss + F.mse_loss(dit(xt, t, text, many, memory, own)[0], v) / len(chosen["supervised"])
+                            off = matching(dit(xt, t, text, many, memory, own)[0], v, t, watched, HEADING).mean()
+                            loss = loss + off / len(chosen["supervised"])
                         if i < chosen["length"]:
                             roll.commit(clean(x0), keep[:, i].to(device))
             return loss, {f"loss_{kind}": loss.item()}
@@ -568,7 +577,8 @@ def train(cfg, part, device):
                 text = dit.text(features([paths["captions"][i] for i in which]))
                 v = packed(dit, text, past, src, target.repeat(1, len(levels)), compact(src, len(levels)),
                            torch.arange(len(levels)).repeat_interleave(CHUNK), xt, t)
-            loss = (v - v_from_x0(xt, x0, t)).mul(t[..., None, None, None]).pow(2).mean()  # the error of x0
+            by_x0 = t[..., None, None, None]  # the error of x0
+            loss = matching(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING).mean()
             return loss, {}
 
     elif part in ("base", "teacher"):  # bidirectional, 21 latents: from text, or after a context
@@ -598,10 +608,10 @@ def train(cfg, part, device):
                 if bank is None:
                     at = t[:, None].expand(x0.shape[:2])
                     v = erft.score(dit, context, add_noise(x0, noise, at), at, text, grid)
-                    return F.mse_loss(v, noise - x0), {}
+                    return matching(v, noise - x0, at, watched, HEADING).mean(), {}
                 seed = int(rng.integers(2 ** 62))
                 loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), clean(context), x0, noise, t,
-                                                text, grid, cfg.errors)
+                                                text, grid, cfg.errors, watched, HEADING)
             recycled.append((seed, [z.detach().cpu() for z in found]))
             return loss.mean(), {"errors": float(bank.count.sum())}
 
