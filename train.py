@@ -442,7 +442,7 @@ def train(cfg, part, device):
             ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
             return latents, lambda which: encoder(ids[which].to(device), mask[which].to(device)), worlds
     watched = None  # the directions in which latents show the heading
-    if part in ("init_ar", "init_ode", "base", "teacher") and not cfg.data and not cfg.wan:
+    if part in ("init_ar", "init_ode", "teacher") and not cfg.data and not cfg.wan:
         z, _, worlds = clips(False)
         path = Histories(worlds[:128]).heading
         watched = compass(z[:128, :path.shape[1]].flatten(0, 1), path.flatten()).to(device)
@@ -514,8 +514,9 @@ def train(cfg, part, device):
                     src = target = torch.arange(7 * CHUNK).expand(batch, -1)
                     x0 = latents[which[:, None], src].to(device).float()
                     xt, t, v = noised(x0, 7)
+                    begun = t * (target >= CHUNK).to(device)  # where the first chunk looks, nothing tells
                     loss = matching(packed(dit, text, clean(x0), src, target, torch.cat([src, target], 1), src[0] // CHUNK,
-                                           xt, t), v, t, watched, HEADING).mean()
+                                           xt, t), v, begun, watched, HEADING).mean()
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
@@ -608,10 +609,10 @@ def train(cfg, part, device):
                 if bank is None:
                     at = t[:, None].expand(x0.shape[:2])
                     v = erft.score(dit, context, add_noise(x0, noise, at), at, text, grid)
-                    return matching(v, noise - x0, at, watched, HEADING).mean(), {}
+                    return F.mse_loss(v, noise - x0), {}
                 seed = int(rng.integers(2 ** 62))
                 loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), clean(context), x0, noise, t,
-                                                text, grid, cfg.errors, watched, HEADING)
+                                                text, grid, cfg.errors, watched, HEADING * chosen["context"])
             recycled.append((seed, [z.detach().cpu() for z in found]))
             return loss.mean(), {"errors": float(bank.count.sum())}
 
