@@ -115,8 +115,8 @@ MIX = {                # init_ar: until which share of the updates, how often a 
 SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
-HEADING = 10.          # weight of the heading in the losses (flow.matching), small world only. The hue of the sky is next to nothing
-                       # in the mean error: without this it lagged behind the landmarks, by a sector every few seconds
+HEADING = {"init_ar": 10., "init_ode": 10., "teacher": 2.}  # weight of the heading in the losses (flow.matching),
+# small world only. The hue of the sky is next to nothing in the mean error: without this it lagged behind the landmarks
 SAMPLER = Sampler(steps=4, shift=SHIFT)
 ODE_CLIPS, ODE_CHUNKS = 512, 20         # init_ode: videos of the causal model's own, and their length
 DROP = 0.1             # base and teacher: share of the batches without text, and without context
@@ -442,7 +442,7 @@ def train(cfg, part, device):
             ids, mask = bytes_to_ids([world.world(*w).caption for w in worlds], tiny_dit.text_len)
             return latents, lambda which: encoder(ids[which].to(device), mask[which].to(device)), worlds
     watched = None  # the directions in which latents show the heading
-    if part in ("init_ar", "init_ode", "teacher") and not cfg.data and not cfg.wan:
+    if part in HEADING and not cfg.data and not cfg.wan:
         z, _, worlds = clips(False)
         path = Histories(worlds[:128]).heading
         watched = compass(z[:128, :path.shape[1]].flatten(0, 1), path.flatten()).to(device)
@@ -516,7 +516,7 @@ def train(cfg, part, device):
                     xt, t, v = noised(x0, 7)
                     begun = t * (target >= CHUNK).to(device)  # where the first chunk looks, nothing tells
                     loss = matching(packed(dit, text, clean(x0), src, target, torch.cat([src, target], 1), src[0] // CHUNK,
-                                           xt, t), v, begun, watched, HEADING).mean()
+                                           xt, t), v, begun, watched, HEADING[part]).mean()
                 elif kind != "sequential":  # a long past at once: the latents a policy holds, packed
                     src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow].contiguous() if kind == "lost" else src
                     src = forget(rng, src, CHUNK * gap) if gap else src
@@ -535,7 +535,7 @@ def train(cfg, part, device):
                         past = torch.where(last, false, past)
                     xt, t, v = noised(x0, COPIES)
                     loss = matching(packed(dit, text, clean(past), src, target, compact(src, COPIES, gap), same, xt, t), v, t,
-                                    watched, HEADING).mean()
+                                    watched, HEADING[part]).mean()
                 else:  # the real memory, chunk after chunk; some chunks are supervised on the way
                     rules = [str(rng.choice(paths.RULES)) for _ in range(batch)]
                     keep = torch.from_numpy(np.stack([paths.keep[r][c] for r, c in zip(rules, which)]))
@@ -548,7 +548,7 @@ def train(cfg, part, device):
                             xt, t, v = noised(x0.repeat(1, COPIES, 1, 1, 1), COPIES)
                             many = [z.repeat(COPIES, 1, 1) for z in rope]
                             own = (same[:, None] == same[None])[None].to(device)
-                            off = matching(dit(xt, t, text, many, memory, own)[0], v, t, watched, HEADING).mean()
+                            off = matching(dit(xt, t, text, many, memory, own)[0], v, t, watched, HEADING[part]).mean()
                             loss = loss + off / len(chosen["supervised"])
                         if i < chosen["length"]:
                             roll.commit(clean(x0), keep[:, i].to(device))
@@ -579,7 +579,7 @@ def train(cfg, part, device):
                 v = packed(dit, text, past, src, target.repeat(1, len(levels)), compact(src, len(levels)),
                            torch.arange(len(levels)).repeat_interleave(CHUNK), xt, t)
             by_x0 = t[..., None, None, None]  # the error of x0
-            loss = matching(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING).mean()
+            loss = matching(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING[part]).mean()
             return loss, {}
 
     elif part in ("base", "teacher"):  # bidirectional, 21 latents: from text, or after a context
@@ -612,7 +612,7 @@ def train(cfg, part, device):
                     return F.mse_loss(v, noise - x0), {}
                 seed = int(rng.integers(2 ** 62))
                 loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), clean(context), x0, noise, t,
-                                                text, grid, cfg.errors, watched, HEADING * chosen["context"])
+                                                text, grid, cfg.errors, watched, HEADING[part] * chosen["context"])
             recycled.append((seed, [z.detach().cpu() for z in found]))
             return loss.mean(), {"errors": float(bank.count.sum())}
 
