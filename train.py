@@ -112,7 +112,7 @@ MIX = {                # init_ar: until which share of the updates, how often a 
     .2: (.15, .255, .2975, .2975, 0, .7), .65: (.10, .30, 0, .10, .50, .7), 1: (.10, .60, 0, .05, .25, .2)}
 # With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
 # that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
-SEQUENTIAL = 0.95      # from this share of the updates on pasts go through the real memory, chunk by chunk
+SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 HEADING = {"init_ar": 10., "init_ode": 10., "teacher": 2.}  # weight of the heading in the losses (flow.matching),
