@@ -179,7 +179,7 @@ def jobs(student, quick, memory):
     found += rows(["teacher"], ["first"], "-", ["base"]) + rows(["teacher"], ["prefix", "stage1", "text"], "-", ["teacher"])
     found += rows(["teacher"], ["text"], "-", ["teacher_plain"]) + rows(["longlive21"], ["text"]) + rows(["slowfast"], ["long"])
     found += rows(["uniform2", "uniform1", "window", "infinity"], ["reach", "text"]) + rows(["slowfast"], ["text"], "unbounded")
-    found += rows(["window", "longlive", "infinity"], ["reach", "text"], "unbounded")
+    found += rows(["longlive", "infinity"], ["reach", "text"], "unbounded")  # a window's frames adjoin: both are the same to it
     return [j for j in dict.fromkeys(found) if not memory or j[1] == memory]
 
 
@@ -450,8 +450,8 @@ def tables(rows, student):
         return rows.get((weights, memory, positions, worlds), [])
 
     def met(goal):
-        told = [float(cell.split()[0]) for v, o in sides.values() if v and (cell := goal[3](v, o)) != "-"]
-        return "yes" if told and all(goal[0] * (x - goal[1]) >= 0 for x in told) else "no" if told else "-"
+        cells = [goal[3](v, o).split()[0] for v, o in sides.values() if v]
+        return "no data" if "-" in cells else "yes" if all(goal[0] * (float(x) - goal[1]) >= 0 for x in cells) else "no"
     policies = {f"{m} | {p}": of(m, "text", student, p) + of(m, "reach", student, p)
                 for p in ("bounded", "unbounded") for m in PRESETS}
     real, swapped, from_text = {f"{m} | bounded": of(m, "real") for m in PRESETS}, of("uniform2", "swapped"), of("slowfast")
@@ -514,28 +514,23 @@ def tables(rows, student):
     return text
 
 
-def figures(rows, student, out, command):
-    """strips.png and, with matplotlib, forgetting.png and drifting.png -> their captions, Markdown lines"""
-    strips = {m: out / "strips" / f"{student}_{m}_bounded_text.png" for m in PRESETS}
-    if pictures := {m: iio.imread(p) for m, p in strips.items() if p.exists()}:
-        wide = min(p.shape[1] for p in pictures.values())
-        rows_of = [np.pad(p[:, :wide], ((0, 4), (0, 0), (0, 0))) for p in pictures.values()]
-        iio.imwrite(out / "strips.png", np.concatenate(rows_of))
+CAPTIONS = {"strips.png": "Figures 4-6: one seed, a frame every 10 s; from above: " + ", ".join(PRESETS),
+            "strips/teacher_teacher_-_stage1.png": "Assumption 2: 5 s of Stage 1, then 5 s of the teacher, a frame a second",
+            "forgetting.png": "Figure 1: recall by absence, shaded 95 %, dashed what memory holds, dotted chance",
+            "drifting.png": "Figure 1: pictures over time"}
+
+
+def figures(rows, student, out):
+    """strips.png and, with matplotlib, forgetting.png and drifting.png"""
+    strips = [out / "strips" / f"{student}_{m}_bounded_text.png" for m in PRESETS]
+    if all(p.exists() for p in strips):
+        iio.imwrite(out / "strips.png", np.concatenate([np.pad(iio.imread(p), ((0, 4), (0, 0), (0, 0))) for p in strips]))
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        plots(rows, student, out, plt)
     except ImportError:
-        print("no plots: pip install matplotlib")
-    captions = {"strips.png": "Figures 4-6: one seed, a frame every 10 s; from above: " + ", ".join(pictures),
-                "strips/teacher_teacher_-_stage1.png": "5 s of Stage 1, then 5 s of the teacher, a frame a second",
-                "forgetting.png": "Figure 1: recall by absence, shaded 95 %, dashed what memory holds, dotted chance",
-                "drifting.png": "Figure 1: pictures over time"}
-    return [f"![{text}]({name}) {text}. `{command}`" for name, text in captions.items() if (out / name).exists()]
-
-
-def plots(rows, student, out, plt):
+        return print("no plots: pip install matplotlib")
     (fig, ax), (over_time, axes) = plt.subplots(figsize=(7, 4), dpi=110), plt.subplots(1, 3, figsize=(10, 3), dpi=110)
     for i, m in enumerate(PRESETS):
         text = rows.get((student, m, "bounded", "text"), [])
@@ -616,7 +611,7 @@ def encoders(option, folder, device):
 
 
 def consistency(features):
-    """(n, d) of norm 1 -> mean over i >= 1 of [max(0, cos(f_i, f_i-1)) + max(0, cos(f_i, f_0))] / 2: VBench, arXiv 2311.17982"""
+    """(n, d) of norm 1 -> mean over i > 0 of [max(0, cos(f_i, f_i-1)) + max(0, cos(f_i, f_0))] / 2: VBench, arXiv 2311.17982"""
     near, first = (features[1:] * features[:-1]).sum(1), features[1:] @ features[0]
     return ((near.clip(0) + first.clip(0)) / 2).mean().item()  # one frame has no pair: nan
 
@@ -643,14 +638,16 @@ def dynamic(small, fps):
 
 def score_video(path, images, text):
     """A row of the CSV, with plain cosines. images: dino, clip -> encoder, either may be absent; text (d,). Raises OSError"""
-    images = {"grey": lambda z: F.interpolate(z.float(), scale_factor=64 / min(z.shape[2:]), mode="area").mean(1).byte()} | images
+    images = {"grey": lambda z: F.interpolate(z.float(),
+                                              scale_factor=64 / min(z.shape[2:]), mode="area").mean(1).byte()} | images
     parts = [(fps, {name: f(frames) for name, f in images.items()}) for fps, frames in read_batches(path)]
     fps, got = parts[0][0], {name: torch.cat([part[name] for _, part in parts]) for name in images}  # some kB a frame
     row = {"video": path.name, "frames": len(got["grey"]), "fps": fps, "dynamic_approx": int(dynamic(got["grey"], fps))}
     if "dino" in got:
         row |= {"subject": consistency(f := got["dino"])} | windows("dino", f @ f[0], fps)
     if "clip" in got:
-        row |= {"background": consistency(f := got["clip"])} | windows("clip_f", f @ f[0], fps) | windows("clip_t", f @ text, fps)
+        row |= {"background": consistency(f := got["clip"])}
+        row |= windows("clip_f", f @ f[0], fps) | windows("clip_t", f @ text, fps)
     return row
 
 
@@ -674,7 +671,7 @@ def real_videos(cfg):
     if not paths:
         raise BadInput(f"no mp4 or gif in --videos {cfg.videos or 'DIR'}: python sample.py --prompts FILE --seeds 5 makes some")
     if not cfg.dino + cfg.clip + cfg.vbench:
-        raise BadInput(f"give --dino DIR, --clip DIR: pip install -r requirements-eval.txt; hf download {NETWORKS['--dino'][0]}")
+        raise BadInput(f"give --dino, --clip DIR: pip install -r requirements-eval.txt; hf download {NETWORKS['--dino'][0]}")
     if cfg.vbench and Path(cfg.vbench, "videos").exists():
         raise BadInput(f"--vbench {cfg.vbench} holds videos already: give a new folder")
     try:  # a JSON, name with or without -N.mp4 -> text; or the lines that sample.py took, which names its files so
@@ -729,9 +726,11 @@ def main():
         print("no weights, so no rows for: " + ", ".join(lacking))
     rows = make_rows(cfg, todo, files, device)
     command = "python evaluate.py" + " --quick" * cfg.quick
+    figures(rows, student, out)
     lines = [f"`{command}`: {student}, one training seed, {max(map(len, rows.values()))} held-out worlds a set, 95 % bootstrap "
-             "intervals over videos, decoded in bf16", *tables(rows, student), "",
-             *figures(rows, student, out, command), "", f"{time.time() - started:.0f} s"]
+             "intervals over videos, decoded in bf16", *tables(rows, student), ""]
+    lines += [f"![{text}]({name}) {text}. `{command}`" for name, text in CAPTIONS.items() if (out / name).exists()]
+    lines += ["", f"{time.time() - started:.0f} s"]
     (out / ("evaluate_quick.md" if cfg.quick else "evaluate.md")).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
