@@ -1603,6 +1603,25 @@ def test_context_length_is_where_recall_is_half_way_to_chance():
     assert evaluate.context_length(lines_of(24, [[[s, 1, 1, 1, 1.] for s in falls]])) is None
 
 
+def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_followed():
+    seed = world.HELD_OUT
+    own, other = (world.world(seed, "turn", 8, twin).landmarks for twin in (0, 1))
+    differ = [s for s in range(8) if own[s] != other[s]]
+    swapped = [{"world": (seed, "turn", 8, 0), "map": [0] * 8, "psnr": [27.] * 2, "turning": 1., "frozen": 0.,
+                "events": [[8., 0, 0, 1, 1., s, shown[s]] for s, shown in zip(differ, (other, other, other, own))]}]
+    assert evaluate.followed(swapped, 1) == [(3, 4)] and evaluate.followed(swapped, 0) == [(1, 4)]
+    rows = lines_of(8, [[[6., 1, 1, 1, 3., 0, 0], [15., 1, 1, 1, 3., 0, 0]]], psnr=[27.] * 12, turning=1.05, seconds=60, jumps=0,
+                    box=[25.] * 12, sky=[1.] * 12, floor=[1.] * 12, agreement=[1.] * 6, frozen=0., snaps=0, reversals=0,
+                    map_5=[0] * 8, turning_5=1., parameters=1, fps=1)
+    worse = [r | {"turning": 1.2, "psnr": [27., 29.] + [27.] * 10} for r in rows]
+    text = "\n".join(evaluate.tables({("s", "slowfast", "bounded", "text"): rows, ("s", "slowfast", "bounded", "real"): worse,
+                                      ("s", "uniform2", "bounded", "swapped"): swapped}, "s"))
+    assert "| recall after 6 s away, % | at least 90 | 100 [100, 100] | 100 [100, 100] | - | - | yes |" in text
+    assert "| at most 1 | 0.0 [0.0, 0.0] | 2.0 [2.0, 2.0] | - | - | no |" in text            # dB lost
+    assert "| at least 90 | 100 [100, 100] | 0 [0, 0] | - | - | no |" in text                # turning
+    assert "| at least 70 | 75 [75, 75] | 75 [75, 75] | - | - | yes |" in text and "longlive's | at least 3 | - | - |" in text
+
+
 def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     which = evaluate.reach_worlds(13)
     assert len({w[0] for w in which}) == 13 and all(w[0] >= world.HELD_OUT for w in which)
