@@ -114,8 +114,8 @@ MIX = {                # init_ar: until which share of the updates, how often a 
 # that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
 SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
-CONTEXT_NOISE = 0.3    # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
-HEADING = {"init_ar": 10., "init_ode": 10., "teacher": 2.}  # weight of the heading in the losses (flow.matching),
+CONTEXT_NOISE = 0.15   # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
+HEADING = {"init_ar": 40., "init_ode": 40., "teacher": 4.}  # weight of the heading in the losses (flow.matching),
 # small world only. The hue of the sky is next to nothing in the mean error: without this it lagged behind the landmarks
 SAMPLER = Sampler(steps=4, shift=SHIFT)
 ODE_CLIPS, ODE_CHUNKS = 512, 20         # init_ode: videos of the causal model's own, and their length
