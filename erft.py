@@ -87,6 +87,19 @@ class ErrorBank:
                     self.errors[kind, level, place] = chunk
                     self.count[kind, level] += self.count[kind, level] < self.errors.shape[2]
 
+    def recycle(self, found):
+        """
+        found: list of (seed, what push takes after rng), gathered by this process since the last call, emptied here. Those of
+        all processes go into every process's bank, in the order of ranks, so every process must come here.
+        """
+        parts = [found]
+        if torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, found)
+        for seed, errors in sum(parts, []):
+            self.push(np.random.default_rng([seed, 1]), *errors)
+        found.clear()
+
     def draw(self, rng, kind, level=None):
         """One error (3, c, h, w) of bank `kind` (0 latents, 1 noise), at a level or any; zeros where there is none yet."""
         filled = self.count[kind].nonzero()[:, 0].tolist() if level is None else [level] * bool(self.count[kind, level])
@@ -130,8 +143,8 @@ def errors_of(v, v_star, t):
 
 def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN, watched=None, weight=0.):
     """
-    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels; watched, weight as in
-    flow.matching
+    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels;
+    watched, weight as in flow.matching
     returns  (b,) losses, and what bank.push takes. The network sees perturbed latents; v* = noise~ - x0 has the clean x0,
              or it would learn to reproduce errors. p = 0 or an empty bank: plain fine-tuning.
     """
