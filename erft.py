@@ -62,6 +62,7 @@ class ErrorBank:
         self.levels = torch.tensor(schedule(levels, shift))
         self.errors = torch.zeros(2, levels, size, CHUNK, *latent, dtype=torch.bfloat16)
         self.count = torch.zeros(2, levels, dtype=torch.long)
+        self.pending = []  # (seed, what push takes after rng): errors of this process that no bank has yet
 
     def state_dict(self):
         return {"errors": self.errors, "count": self.count}
@@ -87,18 +88,15 @@ class ErrorBank:
                     self.errors[kind, level, place] = chunk
                     self.count[kind, level] += self.count[kind, level] < self.errors.shape[2]
 
-    def recycle(self, found):
-        """
-        found: list of (seed, what push takes after rng), gathered by this process since the last call, emptied here. Those of
-        all processes go into every process's bank, in the order of ranks, so every process must come here.
-        """
-        parts = [found]
+    def recycle(self):
+        """What is pending in all processes goes into every process's bank, in the order of ranks: all must come here."""
+        parts = [self.pending]
         if torch.distributed.is_initialized():
             parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, found)
+            torch.distributed.all_gather_object(parts, self.pending)
         for seed, errors in sum(parts, []):
             self.push(np.random.default_rng([seed, 1]), *errors)
-        found.clear()
+        self.pending = []
 
     def draw(self, rng, kind, level=None):
         """One error (3, c, h, w) of bank `kind` (0 latents, 1 noise), at a level or any; zeros where there is none yet."""

@@ -171,7 +171,6 @@ class Stage:
     sampler: Sampler     # for strips and probes, and the metadata of the weights
     teacher: DiT = None  # stages 1 and 2: the real score
     bank: erft.ErrorBank = None
-    recycled: list = ()  # what has to go into it
 
 
 @dataclass
@@ -361,9 +360,6 @@ def frames_from(chunk, frames=CHUNK):
 
 def stage_vae(s):
     """The tiny autoencoder: films of 17 frames, 5 latents."""
-    def choose(shared, done):
-        return done
-
     def loss_of(rng, done):
         films = [world.clip(int(rng.integers(world.HELD_OUT)), int(rng.integers(480)), 17) for _ in range(s.batch)]
         video = torch.from_numpy(np.stack(films)).to(s.device) * 2 - 1
@@ -382,7 +378,7 @@ def stage_vae(s):
         return mse + 3 * late * sky + .02 * unit, {
             "psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item()), "unit": unit.item()}
 
-    return Stage({"vae": s.tae}, choose, [("vae", loss_of)], SAMPLER)
+    return Stage({"vae": s.tae}, lambda shared, done: done, [("vae", loss_of)], SAMPLER)
 
 
 def stage_init_ar(s):
@@ -480,9 +476,6 @@ def stage_init_ode(s):
         paths, held = path_cache(Path(s.cfg.out, "cache"), dit, start, captions, chunks, sampler, s.latent, together, s.rank,
                                  s.processes)
 
-    def choose(shared, done):
-        return None
-
     def loss_of(rng, chosen):
         which, chunk = (torch.from_numpy(rng.integers(n, size=s.batch)) for n in (len(paths), chunks))
         src, target = held[which, chunk], frames_from(chunk)
@@ -496,13 +489,13 @@ def stage_init_ode(s):
         by_x0 = t[..., None, None, None]  # the error of x0
         return matching(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING).mean(), {}
 
-    return Stage({"init_ode": dit.requires_grad_()}, choose, [("init_ode", loss_of)], sampler)
+    return Stage({"init_ode": dit.requires_grad_()}, lambda shared, done: None, [("init_ode", loss_of)], sampler)
 
 
 def stage_bidirectional(s):
     """Base and teacher: 21 latents at once, from text, or after a context."""
     dit, sources, watched = s.start.requires_grad_(), [clips(s, False, 0), clips(s, True, 0)], directions(s)
-    bank, recycled = erft.ErrorBank(s.latent, shift=s.shift) if s.part == "teacher" else None, []
+    bank = erft.ErrorBank(s.latent, shift=s.shift) if s.part == "teacher" else None
     if bank and s.rank == 0:
         print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
 
@@ -528,11 +521,11 @@ def stage_bidirectional(s):
             seed = int(rng.integers(2 ** 62))
             loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), roughened(context, s.context_noise),
                                             x0, noise, t, text, s.grid, s.cfg.errors, watched, HEADING)
-        recycled.append((seed, [z.detach().cpu() for z in found]))
+        bank.pending.append((seed, [z.detach().cpu() for z in found]))
         return loss.mean(), {"errors": float(bank.count.sum())}
 
     sampler = Sampler(steps=50 if s.cfg.wan else 16, shift=s.shift, renoise=False)
-    return Stage({s.part: dit}, choose, [(s.part, loss_of)], sampler, bank=bank, recycled=recycled)
+    return Stage({s.part: dit}, choose, [(s.part, loss_of)], sampler, bank=bank)
 
 
 def stage_dmd(s):
@@ -547,7 +540,7 @@ def stage_dmd(s):
         return {"r": int(shared.integers(len(levels))), "L": most if first else int(shared.integers(FIRST, most + 1))}
 
     def rollout(rng, chosen):
-        """One rollout an update and batch: it serves five critic updates, with fresh t and noise, and the student's."""
+        """One rollout an update and batch: it serves five critic updates and the student's, each with fresh t and noise."""
         if "trace" not in chosen:
             which = rng.integers(len(s.prompts) or world.HELD_OUT, size=s.batch)
             worlds, seeds = [] if s.prompts else [world.world(int(i)) for i in which], rng.integers(2 ** 62, size=s.batch)
@@ -558,14 +551,12 @@ def stage_dmd(s):
                 chosen["trace"] = dmd.rollout(roll, levels, chosen["r"], lambda chunk, step: draw_noise(
                     seeds, chunk, step, (CHUNK, *s.latent), s.device), chosen["L"], TARGET)
         trace = chosen["trace"]
-        return trace, trace.context if s.cfg.teacher_context == "memory" else trace.context[:, :0], chosen["features"]
-
-    def noise_of(x):
-        return dmd.score_level(torch.rand(len(x)), sampler.shift).to(s.device), torch.randn(x.shape, device=s.device)
+        context = trace.context if s.cfg.teacher_context == "memory" else trace.context[:, :0]
+        t = dmd.score_level(torch.rand(s.batch), sampler.shift).to(s.device)
+        return trace, context, chosen["features"], t, torch.randn(trace.x.shape, device=s.device)
 
     def critic_loss(rng, chosen):
-        trace, context, text = rollout(rng, chosen)
-        t, noise = noise_of(trace.x)
+        trace, context, text, t, noise = rollout(rng, chosen)
         at = t[:, None].expand(trace.x.shape[:2])
         with s.autocast:
             v = erft.score(critic, context, add_noise(trace.x, noise, at), at, critic.text(text), s.grid)
@@ -573,8 +564,7 @@ def stage_dmd(s):
         return dmd.critic_loss(v, trace.x, noise), dmd.by_level("fake", error, t)
 
     def student_loss(rng, chosen):
-        trace, context, text = rollout(rng, chosen)
-        t, noise = noise_of(trace.x)
+        trace, context, text, t, noise = rollout(rng, chosen)
 
         def x0_of(net, features):
             told = net.text(features)
@@ -764,7 +754,7 @@ def train(cfg, part, device):
             for name, some in average.items():
                 torch._foreach_lerp_([local(a) for a in some], [local(p.detach()) for p in nets[name].parameters()], toward)
         if bank:
-            bank.recycle(stage.recycled)
+            bank.recycle()
         step += 1
         ending = all_sum(torch.tensor([float(len(stop))])).item() > 0
         if part != "vae" and not cfg.wan and step % (PROBE_EVERY // often) == 0:
