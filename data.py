@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import sample
 import world
 from config import BadInput, parse, pick_device, run
+from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, plan
 from text import encode_prompts
 
@@ -71,6 +73,10 @@ def encode_world(tae, which, latents, device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
+def fingerprint(net):
+    return hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in net.parameters()))
+
+
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
     Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them. With
@@ -78,7 +84,7 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     returns  (clips, latents, 16, 4, 8) bfloat16 on the CPU
     The folder's name carries a fingerprint of autoencoder and worlds: others never meet these latents.
     """
-    mark = hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in tae.parameters()))
+    mark = fingerprint(tae)
     mark.update(repr((worlds[0], worlds[-1], latents)).encode())
     folder = Path(folder) / f"latents_{mark.hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,44 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
+
+
+@torch.no_grad()
+def path_cache(folder, net, start, captions, chunks, sampler, latent, together, rank=0, processes=1):
+    """
+    Videos of net, a causal model, in 16 Euler steps, with what each chunk was at the sampler's few noise levels on the way;
+    kept on disk like clips, made `together` at a time, each process its share.
+    start    captions -> a fresh flow.Rollout under them
+    returns  (n, 3 chunks, levels + 1, c, h, w) bfloat16 on the CPU, the last is x0; (n, chunks, 18) frame numbers of each
+             chunk's past, -1 = nothing there
+    """
+    mark, files = fingerprint(net).hexdigest()[:8], []
+    for at in tqdm(range(0, len(captions), together), desc="paths of the causal model", disable=rank > 0):
+        files.append(Path(folder) / f"paths_{mark}_{at:05d}.safetensors")
+        if files[-1].exists() or at // together % processes != rank:
+            continue
+        some = captions[at:at + together]
+        roll, xs, device = start(some), [], next(net.parameters()).device
+        for i in range(chunks):
+            roll.look()
+            seen = []
+
+            def predict(x, t):
+                seen.append(x)
+                return roll.run(x, t)[0]
+            noise = draw_noise(range(at, at + len(some)), i, 0, (CHUNK, *latent), device)
+            x0 = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
+            roll.commit(x0)
+            xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
+        held = plan(roll.memory.policy, torch.stack(roll.keeps, 1).cpu())[:chunks]
+        held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x": torch.cat(xs, 1), "held": held}, files[-1].with_suffix(".part"))
+        os.replace(files[-1].with_suffix(".part"), files[-1])
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    made = [load_file(f) for f in files]
+    return torch.cat([m["x"] for m in made]), torch.cat([m["held"] for m in made])
 
 
 def compass(latents, heading):
@@ -133,7 +177,8 @@ class Histories:
         even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}
-        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy()), room) for rule, keep in self.keep.items()}
+        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy()), room)
+                 for rule, keep in self.keep.items()}
         never = torch.zeros(len(worlds), chunks - 1, dtype=torch.bool)
         plans |= {name: plan(PRESETS[name], never, room) for name in self.LAYOUTS}
 

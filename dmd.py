@@ -129,6 +129,24 @@ def scores(predict, x, t, noise):
     return x0_from_v(xt, predict(xt, at), at)
 
 
+# ---- what to log --------------------------------------------------------------------------------------------------------
+
+def by_level(name, error, t):
+    """error, t (b,) -> dict: mean error in each quarter of the noise levels that was drawn, name_0 (little noise) .. name_3"""
+    return {f"{name}_{i}": error[some].mean().item() for i in range(4) if (some := (4 * t).long() == i).any()}
+
+
+def kept_and_oldest(roll, kinds):
+    """
+    What a finished rollout's memory did: kinds, a name a video, of its motion
+    returns  dict: kept_KIND, share of the tested chunks that surprised; oldest, mean age of the oldest keyframe in s, if any
+    """
+    keeps = torch.stack(roll.keeps, 1).float()[:, ::roll.memory.policy.interval].mean(1).tolist()
+    found = {kind: [keep for keep, k in zip(keeps, kinds) if k == kind] for kind in kinds}
+    ages = [(roll.chunk * CHUNK - roll.memory.slow[0][:, 0]).float().mean().item() / 4] if roll.memory.slow else []
+    return {f"kept_{kind}": sum(some) / len(some) for kind, some in found.items()} | {"oldest": age for age in ages}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     mean = torch.zeros(1, requires_grad=True)  # student N(mean, 1), teacher N(2, 1): both scores are known in closed form

@@ -62,6 +62,7 @@ class ErrorBank:
         self.levels = torch.tensor(schedule(levels, shift))
         self.errors = torch.zeros(2, levels, size, CHUNK, *latent, dtype=torch.bfloat16)
         self.count = torch.zeros(2, levels, dtype=torch.long)
+        self.pending = []  # (seed, what push takes after rng): errors of this process that no bank has yet
 
     def state_dict(self):
         return {"errors": self.errors, "count": self.count}
@@ -86,6 +87,16 @@ class ErrorBank:
                     place = place if place < self.errors.shape[2] else int(rng.integers(self.errors.shape[2]))
                     self.errors[kind, level, place] = chunk
                     self.count[kind, level] += self.count[kind, level] < self.errors.shape[2]
+
+    def recycle(self):
+        """What is pending in all processes goes into every process's bank, in the order of ranks: all must come here."""
+        parts = [self.pending]
+        if torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self.pending)
+        for seed, errors in sum(parts, []):
+            self.push(np.random.default_rng([seed, 1]), *errors)
+        self.pending = []
 
     def draw(self, rng, kind, level=None):
         """One error (3, c, h, w) of bank `kind` (0 latents, 1 noise), at a level or any; zeros where there is none yet."""
@@ -130,8 +141,8 @@ def errors_of(v, v_star, t):
 
 def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN, watched=None, weight=0.):
     """
-    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels; watched, weight as in
-    flow.matching
+    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels;
+    watched, weight as in flow.matching
     returns  (b,) losses, and what bank.push takes. The network sees perturbed latents; v* = noise~ - x0 has the clean x0,
              or it would learn to reproduce errors. p = 0 or an empty bank: plain fine-tuning.
     """

@@ -44,7 +44,7 @@ from memory import CHUNK, PRESETS, Memory, Policy, plan, size
 from model import DiT, DiTConfig, fill, flops, load, load_weights, read_public, save_weights, take, tiny_dit
 from rope import angles, bounded, rotate, table, unbounded
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, encode_prompts, tiny_text
-from train import WEIGHTS, pack_mask
+from train import WEIGHTS
 from vae import MEAN, STD, TAE, TAEConfig, WanVAE, WanVAEConfig, tiny_tae
 from world import Motion, World, chance, clip, events, held, judge, panorama, recall_at, render, turning_rate
 
@@ -604,7 +604,7 @@ def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_ou
     xt, t, text = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6), random_text(net)
     src, target = torch.arange(15)[None], torch.full((1, 6), 5)
     src = torch.cat([src, torch.full((1, 3), -1)], 1)  # three empty places
-    mask = pack_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
+    mask = flow.pack_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
     rope = table(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
     x = torch.cat([x0, torch.full((1, 3, 16, 4, 8), 9.), xt], 1)
     got = net(x, torch.cat([torch.zeros(1, 18), t], 1), text, rope, mask=mask)[0][:, 18:]
@@ -817,6 +817,18 @@ def test_gates_are_logged_before_stage_2_and_tell_whether_the_teacher_looks_at_i
     first = json.loads((out / "stage2" / "log.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and 0 <= first["teacher_recall"] <= 1 and 0 <= first["teacher_shuffled_recall"] <= 1
     assert first["teacher_loss"] != first["teacher_shuffled_loss"]      # even a random network sees another past
+
+
+def test_stage_2_logs_all_that_tells_why_it_fails_and_keeps_it_in_sight(small_training, monkeypatch, capsys):
+    go, out = small_training
+    monkeypatch.setattr(train, "PROBE_EVERY", 2 * train.OFTEN)
+    go("--stage", "2", "--updates", "3", "--batch", "2")
+    _, _, second, third = map(json.loads, (out / "stage2" / "log.jsonl").read_text().splitlines())
+    every = {"critic_loss", "critic_grad", "grad", "norm", "std", "r", "L", "oldest", "lr", "skipped", "seconds"}
+    assert every <= second.keys() & third.keys() and {"recall", "ceiling", "chance", "returns", "validity"} <= second.keys()
+    for some in ("fake_", "real_", "kept_"):
+        assert any(k.startswith(some) for k in third)
+    assert "validity=" in capsys.readouterr().err.split("\r")[-1]  # measured an update ago, still in the progress line
 
 
 def test_critic_updates_leave_the_student_alone_and_the_reverse(small_training, monkeypatch):
