@@ -12,7 +12,6 @@ References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s,
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import sample
 import world
 from config import BadInput, parse, pick_device, run
 from memory import CHUNK, PRESETS, plan
-from text import encode_prompts
+from text import encode_prompts, read_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
@@ -184,24 +183,6 @@ def wan_text(cfg, device, texts, rank=0, processes=1):
     return features
 
 
-def read_video(path, width, height):
-    """The first 25 s of a video at 16 frames a second, scaled and cropped -> (1 + 4 (n - 1), h, w, 3) uint8, n whole chunks"""
-    import imageio_ffmpeg
-    logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
-    fit = f"fps={sample.FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
-    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
-    try:
-        source = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", fit])
-        w, h = next(source)["source_size"]
-        frames = [np.frombuffer(frame, np.uint8) for frame, _ in zip(source, range(most))]
-        source.close()
-    except (OSError, RuntimeError, ValueError, StopIteration):
-        raise BadInput("cannot be read as a video") from None
-    if w < width or h < height or len(frames) < least:
-        raise BadInput(f"{w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {width}x{height}, {least / sample.FPS:.1f} s")
-    return np.stack(frames[:(len(frames) + 3) // 12 * 12 - 3]).reshape(-1, height, width, 3)
-
-
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A shard a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
@@ -215,12 +196,19 @@ def encode_videos(cfg, device):
     features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
     m = wan_models(cfg, device) if cfg.wan else sample.tiny_models(sample.Config(), device)
     vae, features = next(iter(m.vaes.values())), features or m.features
+    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
         try:
-            video = torch.from_numpy(read_video(file, m.width, m.height)).to(device).movedim(-1, 1)[None]
-        except BadInput as error:
-            skipped.append(f"{file}: {error}")
+            frames, (w, h) = sample.read_video(file, m.width, m.height, most)
+        except BadInput:
+            skipped.append(f"{file}: cannot be read as a video")
             continue
+        if w < m.width or h < m.height or len(frames) < least:
+            skipped.append(f"{file}: {w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {m.width}x{m.height}, "
+                           f"{least / sample.FPS:.1f} s")
+            continue
+        frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
+        video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with torch.autocast(device.type, torch.bfloat16):
             made = {"latents": vae.encode(video / 127.5 - 1), "text": features([captions[file]])}
         shards[file].parent.mkdir(parents=True, exist_ok=True)
@@ -259,17 +247,6 @@ class Clips:
 
     def text(self, which):
         return pad_sequence([load_file(self.files[c])["text"] for c in which], batch_first=True)
-
-
-def read_prompts(path):
-    """A UTF-8 file, one prompt a line"""
-    try:
-        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the prompts --data {path}: {error}") from None
-    if not prompts:
-        raise BadInput(f"--data {path} holds no prompts: write one a line")
-    return prompts
 
 
 def main():

@@ -265,7 +265,7 @@ def read_file(path, what="weights", pickled=None, device="cpu"):
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
-        raise BadInput(f"no {what} at {path}: check the path") from None
+        raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
     except Exception as error:  # torch.load raises whatever the damage makes it meet
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? fetch it again") from None

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -122,6 +123,17 @@ def bytes_to_ids(captions, length=96):
         b = list(caption.encode("utf-8")[:length - 1])
         row[:len(b) + 1] = torch.tensor([x + 2 for x in b] + [1])
     return ids, (ids > 0).long()
+
+
+def read_prompts(path):
+    """A UTF-8 file, one prompt a line -> list of str"""
+    try:
+        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the prompts {path}: {error}") from None
+    if not prompts:
+        raise BadInput(f"{path} holds no prompts: write one a line")
+    return prompts
 
 
 # ---- the full-size encoder's prompts -----------------------------------------------------------------------------------
