@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -70,24 +71,26 @@ def encode_world(tae, which, latents, device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
+def write(file, tensors, about=None):
+    """A shard, in bfloat16, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.bfloat16().cpu() for k, v in tensors.items()}, part := file.with_suffix(".part"), about)
+    os.replace(part, file)
+
+
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
-    Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them. With
-    several processes the first encodes, the others wait.
-    returns  (clips, latents, 16, 4, 8) bfloat16 on the CPU
-    The folder's name carries a fingerprint of autoencoder and worlds: others never meet these latents.
+    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and encoded
+    into it first where they are not there yet; by the first of several processes, the others wait. The folder's name carries
+    a fingerprint of autoencoder and worlds: others never meet these latents.
     """
     mark = hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in tae.parameters()))
     mark.update(repr((worlds[0], worlds[-1], latents)).encode())
-    folder = Path(folder) / f"latents_{mark.hexdigest()[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
+    files = [Path(folder) / f"latents_{mark.hexdigest()[:8]}" / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
         if rank == 0 and not file.exists():
             batch = worlds[i * SHARD:(i + 1) * SHARD]
-            z = torch.cat([encode_world(tae, w, latents, device).bfloat16().cpu() for w in batch])
-            save_file({"latents": z}, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
+            write(file, {"latents": torch.cat([encode_world(tae, w, latents, device) for w in batch])})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
@@ -116,30 +119,25 @@ class Histories:
         """room: latents that memory makes room for before it is looked at; 0 = a teacher's context, 21 latents"""
         self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
         heading = np.stack([w.motion.heading(w.start, frames) for w in (world.world(*x) for x in worlds)])   # (b, frames)
-        chunk = ((frames + 3) // 4) // CHUNK
-        parts = [heading[:, chunk == i] for i in range(chunks)]
+        starts = np.maximum(0, 12 * np.arange(chunks) - 3)              # first frame of each chunk
+        parts = np.split(heading, starts[1:], 1)
         self.moved = moved = np.stack([np.abs(p[:, -1] - p[:, 0]) for p in parts], 1)                   # (b, chunks)
-        middle = np.arange(world.SECTORS) * world.SECTOR + world.SECTOR // 2
-        seen = np.stack([(np.abs(world.wrap(middle - p[..., None])) <= world.GONE).any(1) for p in parts], 1)  # (b, chunks, 8)
+        seen = np.stack([(np.abs(world.offsets(p)) <= world.GONE).any(1) for p in parts], 1)            # (b, chunks, 8)
         before = np.cumsum(seen, 1) - seen > 0
-        back = np.zeros(seen.shape[:2], bool)
-        back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         ahead = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
-        back |= np.stack([(ahead[:, chunk == i] != ahead[:, np.argmax(chunk == i) - 1, None]).any(1) for i in range(chunks)], 1)
+        back = np.stack([(p != ahead[:, i - 1, None]).any(1) for i, p in zip(starts, np.split(ahead, starts[1:], 1))], 1)
+        back[:, 1:] |= (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         back[:, :7] = False
         self.weight = np.where(back, float(BACK), 1.0)
         self.heading = torch.from_numpy(heading[:, ::4])                # at each latent's last frame, unwrapped
         even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}
-        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy()), room) for rule, keep in self.keep.items()}
-        never = torch.zeros(len(worlds), chunks - 1, dtype=torch.bool)
-        plans |= {name: plan(PRESETS[name], never, room) for name in self.LAYOUTS}
-
-        def padded(held):
-            return np.pad(held.numpy(), ((0, 0), (0, 21 - room - held.shape[1])), constant_values=-1)
-        self.held = {name: np.stack([padded(held) for held in contexts], 1)
-                     for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
+        rules = [(name, "slowfast", keep) for name, keep in self.keep.items()]
+        rules += [(name, name, np.zeros(moved.shape, bool)) for name in self.LAYOUTS]
+        self.held = {name: np.stack([F.pad(held, (0, 21 - room - held.shape[1]), value=-1).numpy() for held in plan(
+            PRESETS[preset], torch.from_numpy(keep[:, :-1].copy()), room)], 1)
+            for name, preset, keep in rules}                            # (b, chunks, 18) frame numbers, -1 = nothing
 
     def draw(self, rng, batch, ahead=1, clips=None):
         """
@@ -195,7 +193,7 @@ def encode_videos(cfg, device):
     new = [f for f in captions if not shards[f].exists()]
     features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
     m = wan_models(cfg, device) if cfg.wan else sample.tiny_models(sample.Config(), device)
-    vae, features = next(iter(m.vaes.values())), features or m.features
+    features = features or m.features
     least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
         try:
@@ -210,11 +208,8 @@ def encode_videos(cfg, device):
         frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with torch.autocast(device.type, torch.bfloat16):
-            made = {"latents": vae.encode(video / 127.5 - 1), "text": features([captions[file]])}
-        shards[file].parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v[0].bfloat16().cpu() for k, v in made.items()}, part := shards[file].with_suffix(".part"),
-                  {"caption": captions[file]})
-        os.replace(part, shards[file])
+            made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
+        write(shards[file], made, {"caption": captions[file]})
     print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
 
 

@@ -318,8 +318,8 @@ def uncovered(x):
 
 
 def offsets(heading):
-    """(f,) -> (f, 8): columns from the heading to each landmark's middle, in [-128, 128)."""
-    return wrap(np.arange(SECTORS) * SECTOR + SECTOR // 2 - heading[:, None])
+    """(...) -> (..., 8): columns from the heading to each landmark's middle, in [-128, 128)."""
+    return wrap(np.arange(SECTORS) * SECTOR + SECTOR // 2 - heading[..., None])
 
 
 def wrap(columns):
