@@ -12,7 +12,6 @@ References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s,
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ import sample
 import world
 from config import BadInput, parse, pick_device, run
 from memory import CHUNK, PRESETS, plan
+from model import write
 from text import encode_prompts, read_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
@@ -71,13 +71,6 @@ def encode_world(tae, which, latents, device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
-def write(file, tensors, about=None):
-    """A shard, in bfloat16, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.bfloat16().cpu() for k, v in tensors.items()}, part := file.with_suffix(".part"), about)
-    os.replace(part, file)
-
-
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
     The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and encoded
@@ -90,7 +83,7 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
         if rank == 0 and not file.exists():
             batch = worlds[i * SHARD:(i + 1) * SHARD]
-            write(file, {"latents": torch.cat([encode_world(tae, w, latents, device) for w in batch])})
+            write(file, {"latents": torch.cat([encode_world(tae, w, latents, device).bfloat16() for w in batch])})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
@@ -209,7 +202,7 @@ def encode_videos(cfg, device):
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with torch.autocast(device.type, torch.bfloat16):
             made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
-        write(shards[file], made, {"caption": captions[file]})
+        write(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
     print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
 
 
