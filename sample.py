@@ -463,9 +463,8 @@ def teach(m, roll, texts, history, seed):
 
 def film(cfg, m, prompt, parts, seed, path, history, state, bar, stop):
     """
-    One video, from its first frame, a clip or a saved state to its mp4 and memory picture.
-    parts    of the prompt, from segments()
-    history  None, or the latents (1, 3m, c, h, w) of a clip; stop: no longer empty once a signal came
+    One video, from its first frame, a clip or a saved state to its mp4 and memory picture. parts: of the prompt, from
+    segments(); history: None, or the latents (1, 3m, c, h, w) of the clip; stop: no longer empty once a signal came.
     """
     frames, made = frames_in(cfg.seconds), state["done"] if state else 0
     given = 0 if history is None else history.shape[1] // CHUNK

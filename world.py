@@ -124,11 +124,6 @@ def clip(seed, start, frames, kind=None, seconds=None, twin=0):
 # A frame is an exact integral: panoramas are drawn on sub-columns, softened by one column (so that an edge looks equally
 # sharp at every sub-pixel phase), and integrated over each pixel. Between sub-columns that integral is linear.
 
-def hsv_to_rgb(h, s, v):
-    k = (np.asarray([5., 3., 1.]) + np.asarray(h)[..., None] * 6) % 6
-    return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
-
-
 def shape_mask(shape, radius, x, y):
     """Inside test of a shape of the given half-width (columns) around (0, 0), y downwards."""
     ax, ay = np.abs(x), np.abs(y)
@@ -149,7 +144,8 @@ def integrate(strip):
 def drawn_background(ground):
     """(256 * SUB, 32, 3): sky and ground before integration."""
     x, y = (np.arange(COLUMNS * SUB) + .5) / SUB, np.arange(HEIGHT) + .5
-    sky = hsv_to_rgb(x / COLUMNS, .30, .60)[:, None]
+    k = (np.array([5., 3., 1.]) + (x / COLUMNS)[:, None] * 6) % 6  # red, green, blue of the hue that runs round once
+    sky = (.60 - .60 * .30 * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)[:, None]
     wave = (np.sin(2 * np.pi * x / 8)[:, None] * np.ones(HEIGHT), np.sin(2 * np.pi * (x[:, None] / 16 + y / 6)),
             np.sin(2 * np.pi * x / 32)[:, None] * np.ones(HEIGHT),
             np.sign(np.sin(2 * np.pi * x / 16)[:, None] * np.sin(2 * np.pi * (y - HORIZON) / 8)))[ground]
@@ -183,9 +179,7 @@ def panorama(ground, landmarks):
 
 def render(pano, headings):
     """
-    pano      (256 * SUB, 32, 3)  from panorama()
-    headings  (f,)  columns; the view is the 64 columns around the heading
-    returns   (f, 3, 32, 64) float32 in [0, 1]
+    pano from panorama(); headings (f,) in columns, each in the middle of its view of 64 -> (f, 3, 32, 64) float32 in [0, 1]
     """
     left = (np.asarray(headings, np.float64) - WIDTH // 2) * SUB
     whole = np.floor(left)
@@ -323,13 +317,9 @@ def wrap(columns):
 def compare(x, i, drawings):
     """
     Squared distance between what stands in each sector's box and the 24 drawings, over the columns in view.
-    x         (f, 64, 32 * 3)  frames
-    i         (f,)             their headings, sub-columns
-    drawings  (24, 256 * SUB, 32 * 3)  from sheets()
-    returns   (f, 8, 24)       1 for landmarks out of view
+    x (f, 64, 32 * 3) frames, i (f,) their headings in sub-columns, drawings from sheets() -> (f, 8, 24); 1 out of view
     """
-    distance = np.ones((len(x), SECTORS, 24), np.float32)
-    in_view = np.abs(offsets(i / SUB)) < WIDTH // 2 + PANEL
+    distance, in_view = np.ones((len(x), SECTORS, 24), np.float32), np.abs(offsets(i / SUB)) < WIDTH // 2 + PANEL
     for s, phase in np.ndindex(SECTORS, SUB):  # frames at the same sub-column phase share their drawings
         n = np.flatnonzero(in_view[:, s] & (i % SUB == phase))
         start = s * SECTOR + SECTOR // 2 - PANEL
