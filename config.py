@@ -45,15 +45,11 @@ def parse(cls, argv=None):
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             raise BadInput(f"unknown option {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         f = options[name]
-        if f.type is bool:
-            values[f.name] = True
-            if equals:
-                raise BadInput(f"{name} takes no value: leave out ={value}")
-            continue
-        if not equals:
-            if not words:
-                raise BadInput(f"{name} needs a value: {name} {f.type.__name__.upper()}")
-            value = words.pop(0)
+        if f.type is bool and equals:
+            raise BadInput(f"{name} takes no value: leave out ={value}")
+        if f.type is not bool and not equals and not words:
+            raise BadInput(f"{name} needs a value: {name} {f.type.__name__.upper()}")
+        value = f.type is bool or (value if equals else words.pop(0))
         try:
             values[f.name] = f.type(value)
         except ValueError:

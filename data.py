@@ -12,8 +12,6 @@ References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s,
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -30,7 +28,8 @@ import world
 from config import BadInput, parse, pick_device, run
 from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, plan
-from text import encode_prompts
+from model import write
+from text import encode_prompts, read_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
@@ -79,22 +78,17 @@ def fingerprint(net):
 
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
-    Encodes the first `latents` latents of each world into `folder` unless they lie there already, and reads them. With
-    several processes the first encodes, the others wait.
-    returns  (clips, latents, 16, 4, 8) bfloat16 on the CPU
-    The folder's name carries a fingerprint of autoencoder and worlds: others never meet these latents.
+    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and encoded
+    into it first where they are not there yet; by the first of several processes, the others wait. The folder's name carries
+    a fingerprint of autoencoder and worlds: others never meet these latents.
     """
     mark = fingerprint(tae)
     mark.update(repr((worlds[0], worlds[-1], latents)).encode())
-    folder = Path(folder) / f"latents_{mark.hexdigest()[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
+    files = [Path(folder) / f"latents_{mark.hexdigest()[:8]}" / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
         if rank == 0 and not file.exists():
             batch = worlds[i * SHARD:(i + 1) * SHARD]
-            z = torch.cat([encode_world(tae, w, latents, device).bfloat16().cpu() for w in batch])
-            save_file({"latents": z}, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
+            write(file, {"latents": torch.cat([encode_world(tae, w, latents, device).bfloat16() for w in batch])})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
@@ -129,9 +123,7 @@ def path_cache(folder, net, start, captions, chunks, sampler, latent, together, 
             xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
         held = plan(roll.memory.policy, torch.stack(roll.keeps, 1).cpu())[:chunks]
         held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
-        files[-1].parent.mkdir(parents=True, exist_ok=True)
-        save_file({"x": torch.cat(xs, 1), "held": held}, files[-1].with_suffix(".part"))
-        os.replace(files[-1].with_suffix(".part"), files[-1])
+        write(files[-1], {"x": torch.cat(xs, 1), "held": held})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     made = [load_file(f) for f in files]
@@ -161,31 +153,25 @@ class Histories:
         """room: latents that memory makes room for before it is looked at; 0 = a teacher's context, 21 latents"""
         self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
         heading = np.stack([w.motion.heading(w.start, frames) for w in (world.world(*x) for x in worlds)])   # (b, frames)
-        chunk = ((frames + 3) // 4) // CHUNK
-        parts = [heading[:, chunk == i] for i in range(chunks)]
+        starts = np.maximum(0, 12 * np.arange(chunks) - 3)              # first frame of each chunk
+        parts = np.split(heading, starts[1:], 1)
         self.moved = moved = np.stack([np.abs(p[:, -1] - p[:, 0]) for p in parts], 1)                   # (b, chunks)
-        middle = np.arange(world.SECTORS) * world.SECTOR + world.SECTOR // 2
-        seen = np.stack([(np.abs(world.wrap(middle - p[..., None])) <= world.GONE).any(1) for p in parts], 1)  # (b, chunks, 8)
+        seen = np.stack([(np.abs(world.offsets(p)) <= world.GONE).any(1) for p in parts], 1)            # (b, chunks, 8)
         before = np.cumsum(seen, 1) - seen > 0
-        back = np.zeros(seen.shape[:2], bool)
-        back[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         ahead = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
-        back |= np.stack([(ahead[:, chunk == i] != ahead[:, np.argmax(chunk == i) - 1, None]).any(1) for i in range(chunks)], 1)
+        back = np.stack([(p != ahead[:, i - 1, None]).any(1) for i, p in zip(starts, np.split(ahead, starts[1:], 1))], 1)
+        back[:, 1:] |= (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
         back[:, :7] = False
         self.weight = np.where(back, float(BACK), 1.0)
         self.heading = torch.from_numpy(heading[:, ::4])                # at each latent's last frame, unwrapped
         even = np.arange(chunks) % 2 == 0
         self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
                      "moving": even & (moved > LINGERS)}
-        plans = {rule: plan(PRESETS["slowfast"], torch.from_numpy(keep[:, :-1].copy()), room)
-                 for rule, keep in self.keep.items()}
-        never = torch.zeros(len(worlds), chunks - 1, dtype=torch.bool)
-        plans |= {name: plan(PRESETS[name], never, room) for name in self.LAYOUTS}
-
-        def padded(held):
-            return np.pad(held.numpy(), ((0, 0), (0, 21 - room - held.shape[1])), constant_values=-1)
-        self.held = {name: np.stack([padded(held) for held in contexts], 1)
-                     for name, contexts in plans.items()}               # (b, chunks, 18) frame numbers, -1 = nothing
+        rules = [(name, "slowfast", keep) for name, keep in self.keep.items()]
+        rules += [(name, name, np.zeros(moved.shape, bool)) for name in self.LAYOUTS]
+        self.held = {name: np.stack([F.pad(held, (0, 21 - room - held.shape[1]), value=-1).numpy() for held in plan(
+            PRESETS[preset], torch.from_numpy(keep[:, :-1].copy()), room)], 1)
+            for name, preset, keep in rules}                            # (b, chunks, 18) frame numbers, -1 = nothing
 
     def draw(self, rng, batch, ahead=1, clips=None):
         """
@@ -229,24 +215,6 @@ def wan_text(cfg, device, texts, rank=0, processes=1):
     return features
 
 
-def read_video(path, width, height):
-    """The first 25 s of a video at 16 frames a second, scaled and cropped -> (1 + 4 (n - 1), h, w, 3) uint8, n whole chunks"""
-    import imageio_ffmpeg
-    logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
-    fit = f"fps={sample.FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
-    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
-    try:
-        source = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", fit])
-        w, h = next(source)["source_size"]
-        frames = [np.frombuffer(frame, np.uint8) for frame, _ in zip(source, range(most))]
-        source.close()
-    except (OSError, RuntimeError, ValueError, StopIteration):
-        raise BadInput("cannot be read as a video") from None
-    if w < width or h < height or len(frames) < least:
-        raise BadInput(f"{w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {width}x{height}, {least / sample.FPS:.1f} s")
-    return np.stack(frames[:(len(frames) + 3) // 12 * 12 - 3]).reshape(-1, height, width, 3)
-
-
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A shard a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
@@ -259,19 +227,23 @@ def encode_videos(cfg, device):
     new = [f for f in captions if not shards[f].exists()]
     features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
     m = wan_models(cfg, device) if cfg.wan else sample.tiny_models(sample.Config(), device)
-    vae, features = next(iter(m.vaes.values())), features or m.features
+    features = features or m.features
+    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
         try:
-            video = torch.from_numpy(read_video(file, m.width, m.height)).to(device).movedim(-1, 1)[None]
-        except BadInput as error:
-            skipped.append(f"{file}: {error}")
+            frames, (w, h) = sample.read_video(file, m.width, m.height, most)
+        except BadInput:
+            skipped.append(f"{file}: cannot be read as a video")
             continue
+        if w < m.width or h < m.height or len(frames) < least:
+            skipped.append(f"{file}: {w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {m.width}x{m.height}, "
+                           f"{least / sample.FPS:.1f} s")
+            continue
+        frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
+        video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with torch.autocast(device.type, torch.bfloat16):
-            made = {"latents": vae.encode(video / 127.5 - 1), "text": features([captions[file]])}
-        shards[file].parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v[0].bfloat16().cpu() for k, v in made.items()}, part := shards[file].with_suffix(".part"),
-                  {"caption": captions[file]})
-        os.replace(part, shards[file])
+            made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
+        write(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
     print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
 
 
@@ -304,17 +276,6 @@ class Clips:
 
     def text(self, which):
         return pad_sequence([load_file(self.files[c])["text"] for c in which], batch_first=True)
-
-
-def read_prompts(path):
-    """A UTF-8 file, one prompt a line"""
-    try:
-        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the prompts --data {path}: {error}") from None
-    if not prompts:
-        raise BadInput(f"--data {path} holds no prompts: write one a line")
-    return prompts
 
 
 def main():

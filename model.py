@@ -6,7 +6,7 @@ and shifted by the noise level of the token's own frame. What a token may see is
 clip (bidirectional), a frame mask = block-causal training, memory keys and values = generation chunk by chunk. The forward
 is pure: it returns the keys and values that it made and writes nothing.
 
-    python model.py            # sizes of the two configs, and one forward of the tiny one
+    python model.py            # sizes of the two configs, and the work of one pass
 
 References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 825); Self-Forcing, arXiv 2506.08009
 (one timestep per frame). Tested against both on golden vectors.
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -240,17 +240,21 @@ class DiT(nn.Module):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+def write(path, tensors, about=None):
+    """A safetensors file, whole or not at all; about: its metadata, {name: text}"""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, about)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+
+
 def save_weights(path, state, config, facts, dtype=torch.bfloat16):
-    """
-    One safetensors file, written whole or not at all. config: the dataclass that rebuilds the network; facts: what made
-    it (stage, updates, seed, sampler, ...), kept as JSON in the file's metadata.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    meta = {"about": json.dumps({"config": asdict(config), "facts": facts})}  # one entry: their order in the file is random
-    save_file({k: v.detach().cpu().to(dtype).contiguous() for k, v in state.items()}, part, metadata=meta)
-    os.replace(part, path)
+    """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, seed, sampler, ...)"""
+    about = {"about": json.dumps({"config": asdict(config), "facts": facts})}  # one entry: their order in the file is random
+    write(path, {k: v.to(dtype) for k, v in state.items()}, about)
 
 
 def read_file(path, what="weights", pickled=None, device="cpu"):
@@ -265,7 +269,7 @@ def read_file(path, what="weights", pickled=None, device="cpu"):
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
-        raise BadInput(f"no {what} at {path}: check the path") from None
+        raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
     except Exception as error:  # torch.load raises whatever the damage makes it meet
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? fetch it again") from None
@@ -383,8 +387,3 @@ if __name__ == "__main__":
             net = DiT(config)
         print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters in {len(net.state_dict())} tensors")
     print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {flops(DiTConfig(), 60, 104, 18) / 1e12:.1f} TFLOP")
-    torch.manual_seed(0)
-    net, x = DiT(tiny_dit), torch.randn(1, 6, 16, 4, 8)
-    with torch.no_grad():
-        v, kv = net(x, torch.full((1, 6), .5), net.text(torch.zeros(1, 96, 64)), table(torch.arange(6), 2, 4, 32))
-    print(f"latents {tuple(x.shape)} -> velocity {tuple(v.shape)}; keys of layer 0 {tuple(kv[0][0].shape)}")

@@ -13,6 +13,7 @@ sink, slow and fast memory hold at the end.
 References: Context Forcing, arXiv 2602.06028. Leaves out: more than one device; a memory picture of the teacher.
 """
 import json
+import logging
 import math
 import os
 import re
@@ -20,9 +21,10 @@ import resource
 import signal
 import sys
 import time
+import timeit
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +38,8 @@ from config import STUDENT, BadInput, one_of, parse, pick_device, run
 from erft import extend
 from flow import Rollout, Sampler, generate
 from memory import CHUNK, PRESETS, Policy, size
-from model import DiT, DiTConfig, dit_config, flops, load, read_public, take
-from rope import MAX_POSITION
-from text import TextConfig, TextEncoder, bytes_to_ids, encode_prompts
+from model import DiT, DiTConfig, dit_config, flops, load, read_file, read_public, take
+from text import TextConfig, TextEncoder, bytes_to_ids, encode_prompts, read_prompts
 from vae import TAE, TAEConfig, WanVAE, WanVAEConfig, public_vae
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -53,12 +54,12 @@ ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 @dataclass
 class Config:
     prompt: str = "Grass. The camera turns right, one turn in 12 seconds."  # what to show
-    prompts: str = ""          # a UTF-8 file with one prompt a line, instead of --prompt; made side by side
+    prompts: str = ""          # a UTF-8 file with one prompt a line, instead of --prompt
     seeds: int = 1             # videos a prompt, from seed, seed + 1, ...
     seconds: float = 60.0      # length, up to 86,400
     seed: int = 0              # of the noise
     memory: str = "slowfast"   # slowfast | uniform1 | uniform2 | window | longlive | longlive21 | infinity
-    positions: str = "bounded"  # bounded | unbounded
+    positions: str = "bounded"  # bounded | unbounded, up to 255 s
     tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student, or teacher
@@ -80,32 +81,26 @@ class Config:
 
 def check(cfg):
     """The options that can be wrong before anything is loaded -> list of prompts, each with its switches (see segments)."""
-    if not 0 < cfg.seconds <= 86400:
-        raise BadInput(f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}")
-    if cfg.tau is not None and not -1 <= cfg.tau <= 1:
-        raise BadInput(f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau:g}")
-    if (cfg.steps is not None and cfg.steps < 1) or cfg.seeds < 1 or not 0 <= cfg.seed < 2 ** 63:
-        raise BadInput("--steps and --seeds must be at least 1, --seed from 0 to 2^63 - 1")
     for name, allowed in (("memory", PRESETS), ("positions", ("bounded", "unbounded")), ("dtype", ("", "bf16", "fp32")),
                           ("vae", ("", *VAES))):
         one_of(f"--{name}", getattr(cfg, name), allowed)
-    if cfg.positions == "unbounded" and chunks_of(frames_in(cfg.seconds)) * CHUNK > MAX_POSITION:
-        raise BadInput(f"unbounded positions end at {MAX_POSITION} latents (256 s), {cfg.seconds:g} s asked for: "
-                       "use --positions bounded")
-    if not cfg.wan and (cfg.size or cfg.vae == "wan"):
-        raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
-    if cfg.save_state + cfg.resume and (cfg.prompts or cfg.seeds > 1 or cfg.bench) or cfg.resume and cfg.continue_:
-        raise BadInput("--save-state and --resume are for one video: leave out --prompts, --seeds, --bench and --continue")
-    if cfg.teacher and (not cfg.continue_ or cfg.save_state or cfg.bench):
-        raise BadInput("--teacher goes on from a clip: give --continue CLIP, and leave out --save-state, --resume and --bench")
-    try:
-        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if cfg.prompts else [cfg.prompt]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read --prompts {cfg.prompts}: {error}") from None
+    saved, several = cfg.save_state or cfg.resume, cfg.prompts or cfg.seeds > 1 or cfg.bench
+    for wrong, told in (
+            (not 0 < cfg.seconds <= 86400, f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}"),
+            (cfg.positions == "unbounded" and cfg.seconds > 255, "unbounded positions end at 255 s: use --positions bounded"),
+            (cfg.tau is not None and not -1 <= cfg.tau <= 1, f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau}"),
+            ((cfg.steps is not None and cfg.steps < 1) or cfg.seeds < 1 or not 0 <= cfg.seed < 2 ** 63,
+             "--steps and --seeds must be at least 1, --seed from 0 to 2^63 - 1"),
+            (not cfg.wan and (cfg.size or cfg.vae == "wan"),
+             "--size and --vae wan need --wan: the tiny model has one size and one autoencoder"),
+            (saved and several or cfg.resume and cfg.continue_,
+             "--save-state and --resume are for one video: leave out --prompts, --seeds, --bench and --continue"),
+            (cfg.teacher and (not cfg.continue_ or cfg.save_state or cfg.bench),
+             "--teacher goes on from a clip: give --continue CLIP, and leave out --save-state, --resume and --bench")):
+        if wrong:
+            raise BadInput(told)
     end = math.inf if cfg.save_state else cfg.seconds  # a saved video may go on to a later switch
-    prompts = [(p, segments(p, end)) for p in (map(str.strip, lines) if cfg.prompts else lines) if p or not cfg.prompts]
-    if not prompts:
-        raise BadInput(f"{cfg.prompts} holds no prompt: the prompt is empty")
+    prompts = [(p, segments(p, end)) for p in (read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt])]
     odd = [text for _, parts in prompts for _, text in parts if not cfg.wan and world.parse_caption(text) is None]
     if odd:
         print(f"warning: outside the small world's grammar, so anything may come: {odd[0][:60]!r}; it is {world.GRAMMAR}",
@@ -119,9 +114,9 @@ def segments(prompt, end):
         raise BadInput(f"a prompt of {len(prompt)} characters: 4000 are the most, and 512 tokens hold about 2000")
     if odd := re.search(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\U0010ffff]", prompt):  # control characters, halves of pairs
         raise BadInput(f"the prompt holds U+{ord(odd[0]):04X}, which is no text: remove it")
-    first, *later = prompt.split("|")
     try:
-        found = [(0.0, first.strip())] + [(float(at), text.strip()) for at, _, text in (part.partition(":") for part in later)]
+        parts = [part.partition(":")[::2] for part in f"0:{prompt}".split("|")]
+        found = [(float(at), text.strip()) for at, text in parts]
     except ValueError:
         raise BadInput(f"cannot read a prompt switch in {prompt[:60]!r}: write 'a text | 20: the text from 20 s on'") from None
     if not all(text for _, text in found):
@@ -199,28 +194,24 @@ def to_uint8(video):
 
 
 class Decoder:
-    """
-    Latents to uint8 frames (b, f, h, w, 3) on the host. On cuda it works on a stream of its own, beside the next chunk, so
-    that frames come out one chunk late.
-    """
+    """Latents of one video to frames on the host. On cuda in a stream of its own, beside the next chunk: one chunk late."""
     def __init__(self, vae):
         self.vae, self.past = vae, None
         self.side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
 
-    def start(self, z):
-        if self.side:
-            self.side.wait_stream(torch.cuda.current_stream())
-            z.record_stream(self.side)
-        with torch.cuda.stream(self.side) if self.side else nullcontext():
-            past, self.past = self.past, None  # WanVAE's is used up
-            video, self.past = self.vae.decode(z, past)
-            frames = to_uint8(video).to("cpu", non_blocking=self.side is not None)  # pins its copy
-            return frames, self.side and self.side.record_event()
-
     def frames(self, chunks):
+        """Iterable of latents (1, 3, c, h, w) -> generator of (f, h, w, 3) uint8"""
         late = []
         for z in chain(chunks, [None]):
-            late += [] if z is None else [self.start(z)]
+            if z is not None and self.side:
+                self.side.wait_stream(torch.cuda.current_stream())
+                z.record_stream(self.side)
+            with torch.cuda.stream(self.side):  # None: changes nothing
+                if z is not None:
+                    past, self.past = self.past, None  # WanVAE's is used up
+                    video, self.past = self.vae.decode(z, past)
+                    made = to_uint8(video)[0].to("cpu", non_blocking=self.side is not None)  # pins its copy
+                    late.append((made, self.side and self.side.record_event()))
             while len(late) > (self.side is not None and z is not None):
                 frames, arrived = late.pop(0)
                 if arrived:
@@ -228,30 +219,36 @@ class Decoder:
                 yield frames
 
 
-def read_clip(path, width, height, most):
-    """A video file's frames at 16 a second, scaled and cropped to (f, height, width, 3) uint8; of its end, f = 12 m - 3."""
+def read_video(path, width, height, most):
+    """The first `most` frames of a video file at 16 a second, scaled and cropped to (f, h, w, 3) uint8; its own (w, h)"""
     import imageio_ffmpeg
+    logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
     fit = f"fps={FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
     try:
         source = imageio_ffmpeg.read_frames(str(Path(path).resolve(strict=True)), output_params=["-vf", fit])
-        next(source)
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame, _ in zip(source, range(most + 1))]
+        size = next(source)["source_size"]
+        frames = [np.frombuffer(frame, np.uint8) for frame, _ in zip(source, range(most))]
         source.close()
     except (OSError, RuntimeError, ValueError, StopIteration) as error:
         raise BadInput(f"cannot read the clip {path} ({str(error).strip().splitlines()[-1][:100]})") from None
+    return np.array(frames, np.uint8).reshape(-1, height, width, 3), size
+
+
+def read_clip(path, width, height, most):
+    """What --continue goes on from: of the end of a video file of fewer than `most` frames, (12 m - 3, h, w, 3) uint8."""
+    frames, _ = read_video(path, width, height, most + 1)
     if len(frames) < 9 or len(frames) >= most:
         count = f"more than {most}" if len(frames) > most else len(frames)
         raise BadInput(f"the clip {path} has {count} frames at 16 a second: 9 or more are needed, fewer than --seconds gives")
-    return np.stack(frames[(len(frames) + 3) % 12:])
+    return frames[(len(frames) + 3) % 12:]
 
 
-def memory_picture(path, shots, roll, vae, prompt, b):
-    """shots: list of (second, (h, w, 3) uint8 tensor); roll: the finished Rollout; b: which of its videos"""
+def memory_picture(path, shots, roll, vae, prompt):
+    """shots: list of (second, (h, w, 3) uint8 tensor); roll: the finished Rollout"""
     from PIL import Image, ImageDraw
-    red, grey, memory, policy = (200, 60, 40), (150, 150, 150), roll.memory, roll.memory.policy
-    sims, keeps = (torch.stack(z)[:, b].tolist() for z in (roll.sims, roll.keeps))
-    held, latents = (z[b] for z in memory.read()[:2])
-    h, gap, left, base = world.HEIGHT * 2, 4, 70, 330  # base: of the bars, a third or more of whose 190 rows the threshold takes
+    memory, policy, sims, keeps = roll.memory, roll.memory.policy, torch.cat(roll.sims).tolist(), torch.cat(roll.keeps).tolist()
+    (held, latents), red, grey, blue = (z[0] for z in memory.read()[:2]), (200, 60, 40), (150, 150, 150), (30, 60, 200)
+    h, gap, left, base = world.HEIGHT * 2, 4, 70, 330  # base: of bars 190 high, a third or more of which the threshold takes
     w = h * shots[0][1].shape[1] // shots[0][1].shape[0]
     width = left + len(shots) * (w + gap)
     page = Image.new("RGB", (width, 430 + math.ceil(len(held) / len(shots)) * (h + 26)), "white")
@@ -269,23 +266,23 @@ def memory_picture(path, shots, roll, vae, prompt, b):
     wide, most = (width - left - gap) / len(sims), max(3 * (1 - policy.tau), 1.05 * (1 - min(sims)), 1e-6)
     for i, (sim, keep) in enumerate(zip(sims, keeps)):
         x, tested = left + i * wide, policy.slow and i % policy.interval == 0
-        colour = red if keep and tested else grey if tested else (215, 215, 215)
-        pen.rectangle([x + 1, base - max(0, 1 - sim) / most * 190, x + max(2, wide - 1), base], fill=colour)
+        top = base - max(0, 1 - sim) / most * 190
+        pen.rectangle([x + 1, top, x + max(2, wide - 1), base], fill=(red if keep else grey) if tested else (215,) * 3)
         if policy.slow and CHUNK * i in held.tolist():
             pen.ellipse([x + wide / 2 - 3, base + 4, x + wide / 2 + 3, base + 10], fill=red)
     pen.line([left, base, width, base], fill="black")
     pen.text((gap, base - 190), "surprisal", "black")
     if policy.keep == "surprisal":
         line = base - max(0, 1 - policy.tau) / most * 190
-        pen.line([left, line, width, line], fill=(30, 60, 200))
-        pen.text((gap, line - 6), f"1 - {policy.tau:.4f}", (30, 60, 200))
+        pen.line([left, line, width, line], fill=blue)
+        pen.text((gap, line - 6), f"1 - {policy.tau:.4f}", blue)
     pen.text((left, base + 14), "each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory when it "
              "leaves fast; grey: tested, not kept; pale: not tested; dot: still held at the end", "black")
     pen.text((gap, base + 46), "memory\nat the end", "black")
-    parts = [(name, colour) for name, colour, cells in (("sink", (0, 120, 60), memory.sink), ("slow", red, memory.slow),
-                                                        ("fast", (90, 90, 90), memory.fast)) for _ in range(size(cells))]
-    views = to_uint8(torch.stack([vae.decode(z[None, None])[0][0, -1] for z in latents]))  # each alone, as the first of a video
-    for i, ((name, colour), src, view) in enumerate(zip(parts, held.tolist(), views.cpu())):
+    parts = [(name, colour) for name, colour in (("sink", (0, 120, 60)), ("slow", red), ("fast", (90,) * 3))
+             for _ in range(size(getattr(memory, name)))]
+    for i, ((name, colour), src, z) in enumerate(zip(parts, held.tolist(), latents)):
+        view = to_uint8(vae.decode(z[None, None])[0][0, -1]).cpu()  # each alone, as the first of a video
         thumb(view, i, base + 46, f"{name} {max(0, 4 * src - 3) / FPS:.1f} s", colour)
     page.save(path)
 
@@ -314,13 +311,13 @@ class Models:
     def latent(self):
         return self.dit.config.channels, self.height // 8, self.width // 8
 
-    def text(self, texts):
-        return self.dit.text(self.features(texts))
+    def text(self, text):
+        return self.dit.text(self.features([text]))
 
-    def rollout(self, texts):
-        """From nothing, one video a text."""
+    def rollout(self, text):
+        """One video from nothing; text: what self.text() gives."""
         grid = tuple(n // p for n, p in zip(self.latent[1:], self.dit.config.patch))
-        return Rollout(self.dit, self.text(texts), self.policy, grid, self.positions, self.sampler.pool, self.compiled)
+        return Rollout(self.dit, text, self.policy, grid, self.positions, self.sampler.pool, self.compiled)
 
 
 def tiny_models(cfg, device):
@@ -335,41 +332,38 @@ def tiny_models(cfg, device):
     return Models(dit, {"tae": tae}, features, Sampler(**facts["sampler"]), ckpt.name)
 
 
-def pair(name, text, rule, obeyed):
-    """'832x480' -> (832, 480), two positive numbers that obey the rule"""
-    a, b = map(int, text.split("x")) if re.fullmatch(r"\d+x\d+", text) else (0, 0)
-    if min(a, b) < 1 or not obeyed(a, b):
-        raise BadInput(f"{name} {text!r} must be two whole numbers with an x between, {rule}")
-    return a, b
+def pair(name, text, *of):
+    """'832x480' -> [832, 480], multiples of the two numbers in `of`"""
+    found = [int(n) for n in text.split("x")] if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) else []
+    if not found or any(n % m for n, m in zip(found, of)):
+        raise BadInput(f"{name} {text!r} must be two whole numbers with an x between, multiples of {of[0]} and {of[1]}")
+    return found
 
 
 def wan_models(cfg, texts, device, dtype):
     """The raw Wan directory, or random weights of its form; the text encoder has come and gone before the rest is read."""
-    random, _, form = cfg.wan.partition(":")
-    small, kinds, facts = random == "random" and device.type == "cpu", [cfg.vae or "wan"], {}
-    width, height = pair("--size", cfg.size or ("192x128" if small else "832x480"), "both multiples of 16, as 832x480",
-                         lambda w, h: w % 16 == h % 16 == 0)
-    if random == "random":
-        dim, layers = pair("--wan random:", form or ("512x8" if small else "1536x30"), "the first a multiple of 128, or of 16 "
-                           "below that, as 512x8", lambda d, _: d % (128 if d > 128 else 16) == 0)
-        config, w = DiTConfig(dim, dim * 35 // 6, max(1, dim // 128), layers), 96 if dim >= 1536 else max(4, dim // 64)
-        folder, ckpt, kinds = Path("random"), Path("random weights"), kinds + [k for k in VAES if cfg.bench and k not in kinds]
+    folder, (name, _, form) = Path(cfg.wan), cfg.wan.partition(":")
+    random, small, facts = name == "random", name == "random" and device.type == "cpu", {}
+    width, height = pair("--size", cfg.size or ("192x128" if small else "832x480"), 16, 16)
+    kinds = [cfg.vae or "wan"]
+    kinds += [k for k in VAES if cfg.bench and k not in kinds and (random or (folder / VAES[k]).exists())]
+    if random:
+        dim, layers = pair("--wan random:", form or ("512x8" if small else "1536x30"), 16, 1)
+        ckpt, heads, w = Path("random weights"), 1 if dim % 128 else dim // 128, 96 if dim >= 1536 else max(4, dim // 64)
         with torch.device("meta"):
-            nets = {DIT: DiT(config), "wan": WanVAE(WanVAEConfig(w)),
+            nets = {DIT: DiT(DiTConfig(dim, dim * 35 // 6, heads, layers)), "wan": WanVAE(WanVAEConfig(w)),
                     "tae": TAE(TAEConfig(w * 2 // 3, tuple(w * i // 3 for i in (8, 4, 2, 2))))}
         torch.manual_seed(0)
         states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()}
                   for k in (DIT, *kinds)}
-        known = {t: torch.zeros(1, config.text_dim) for t in texts}
+        known = {t: torch.zeros(1, nets[DIT].config.text_dim) for t in texts}
     else:
-        folder, ckpt = Path(cfg.wan), Path(cfg.ckpt or Path(cfg.wan) / DIT)
-        kinds += [k for k in VAES if cfg.bench and k not in kinds and (folder / VAES[k]).exists()]
+        ckpt = Path(cfg.ckpt or folder / DIT)
         lacks = [f for f in [DIT] * (not cfg.ckpt) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
-        get = [f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"] * bool(set(lacks) - {VAES["tae"]})
-        if VAES["tae"] in lacks:
-            get.append(f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth")
         if lacks:
-            raise BadInput(f"{folder} lacks {', '.join(lacks)}: {' && '.join(get)}")
+            curl = f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"
+            get = curl if lacks[0] == VAES["tae"] else f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
+            raise BadInput(f"{folder} lacks {', '.join(lacks)}: {get}")
         if not cfg.ckpt:
             print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
         state, facts = read_public(ckpt)
@@ -389,7 +383,7 @@ def wan_models(cfg, texts, device, dtype):
     return Models(dit, dict(zip(kinds, vaes)), features, Sampler(**facts.get("sampler", {})), ckpt.name, width, height, 1)
 
 
-def estimate(m, b):
+def estimate(m, b=1):
     """Bytes on the device: weights, what the memory holds and its rotated keys, one pass, decoding."""
     c, size, vae = m.dit.config, m.dit.blocks[0].ffn[0].weight.element_size(), m.vae
     tokens, held = m.width * m.height // 256 * b, m.policy.sink + m.policy.slow + m.policy.fast
@@ -420,18 +414,15 @@ def bench(cfg, m, text):
     work = (steps + 1) * flops(m.dit.config, *m.latent[1:], m.policy.sink + m.policy.slow + m.policy.fast - CHUNK)
     rate, how = PEAK, "790 TFLOP/s, an H100's large bf16 product"
     if not weight.is_cuda:
-        x, spent = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype), [time.perf_counter()]
-        for _ in range(5):
-            x @ x
-            spent.append(time.perf_counter())
-        rate = 2 * 2048 ** 3 / np.diff(spent).min()
+        x = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype)
+        rate = 2 * 2048 ** 3 / min(timeit.repeat(lambda: x @ x, number=1))
         how = f"{rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
     print(f"a chunk: {work / 1e12:.4f} TFLOP in {steps + 1} passes, so at most {12 * rate / work:.1f} frames/s at {how}\n"
           f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} "
           f"{'at the end':>11}")
     for name, vae in {"DiT only": None, **{f"with {k}": v for k, v in m.vaes.items()}}.items():
         for n in (2 if m.compiled is None else 9, chunks):  # the first time to warm up
-            made = generate(m.rollout([text]), [cfg.seed], n, m.sampler, m.latent)
+            made = generate(m.rollout(m.text(text)), [cfg.seed], n, m.sampler, m.latent)
             at, used = [time.perf_counter()], []
             for _ in Decoder(vae).frames(made) if vae else (z.cpu() for z in made):
                 at.append(time.perf_counter())
@@ -443,103 +434,82 @@ def bench(cfg, m, text):
     print(peak_line())
 
 
-# ---- stop and go on ------------------------------------------------------------------------------------------------------
+# ---- videos --------------------------------------------------------------------------------------------------------------
 
-# options that make a video, and what of its rollout and memory goes on
+# what a saved state holds: options that make a video, and what of its rollout and memory goes on
 KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")
 ROLL, MEMORY = ("chunk", "before", "sims", "keeps"), ("sink", "slow", "fast", "marks", "full")
 
 
 def load_state(cfg, device):
     """-> cfg with the options of the saved video, the state that film() saved"""
-    try:
-        state = torch.load(cfg.resume, map_location=device, weights_only=True)
-        options, default = state["options"], asdict(Config())
-    except FileNotFoundError:
-        raise BadInput(f"no state at {cfg.resume}: check the path") from None
-    except Exception as error:  # torch.load raises whatever the damage makes it meet
-        why = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise BadInput(f"cannot read the state {cfg.resume} ({why})") from None
-    for name, value in asdict(cfg).items():
-        if name in KEPT and value not in (default[name], options[name]):
-            raise BadInput(f"{cfg.resume} was made with --{name} {options[name]}, not {value}: leave the option out")
-    return replace(cfg, **options), state
+    state, default = read_file(cfg.resume, "the state", True, device)[0], asdict(Config())
+    if not isinstance(state, dict) or "options" not in state:
+        raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
+    for name, value in state["options"].items():
+        if getattr(cfg, name) not in (default[name], value):
+            raise BadInput(f"{cfg.resume} was made with --{name} {value}, not {getattr(cfg, name)}: leave the option out")
+    return replace(cfg, **state["options"]), state
 
 
-# ---- videos --------------------------------------------------------------------------------------------------------------
-
-def teach(m, roll, texts, history, seeds):
+def teach(m, roll, texts, history, seed):
     """The context teacher goes on, 21 latents at a time, from what memory.plan holds of all that is there; a chunk each."""
     while True:
         text = texts[max(turn for turn in texts if turn <= history.shape[1] // CHUNK)]
-        new = extend(m.dit, history, text, roll.grid, m.sampler, seeds)
+        new = extend(m.dit, history, text, roll.grid, m.sampler, [seed])
         history = torch.cat([history, new], dim=1)
         yield from new.split(CHUNK, dim=1)
 
 
-def film(cfg, m, jobs, history, state, bar, stop):
+def film(cfg, m, prompt, parts, seed, path, history, state, bar, stop):
     """
-    Videos side by side, from their first frame or a saved state to mp4s and memory pictures.
-    jobs     (prompt, its segments, seed, file name) each; the segments begin at the same chunks
-    history  None, or the latents (1, 3m, c, h, w) of a clip; stop: no longer empty once a signal came
-    returns  the time at which the first frame came
+    One video, from its first frame, a clip or a saved state to its mp4 and memory picture. parts: of the prompt, from
+    segments(); history: None, or the latents (1, 3m, c, h, w) of the clip; stop: no longer empty once a signal came.
     """
-    prompts, parts, seeds, names = zip(*jobs)
     frames, made = frames_in(cfg.seconds), state["done"] if state else 0
     given = 0 if history is None else history.shape[1] // CHUNK
-    if any(0 < turn < given for turn, _ in parts[0]):
-        raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: {prompts[0][:60]!r}")
-    roll, decoder = m.rollout([p[0][1] for p in parts]), Decoder(m.vae)
-    texts = {turn: m.text([p[i][1] for p in parts]) for i, (turn, _) in enumerate(parts[0]) if turn}
-    empty = m.text([""] * len(jobs)) if m.sampler.guidance != 1 else None
-    shots, left, first = [[] for _ in jobs], [], None
+    if any(0 < turn < given for turn, _ in parts):
+        raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: {prompt[:60]!r}")
+    texts = {turn: m.text(text) for turn, text in parts}
+    roll, decoder, shots, left = m.rollout(texts[0]), Decoder(m.vae), [], []
     if state:
         vars(roll).update(state["roll"])
         vars(roll.memory).update(state["memory"])
-        decoder.past, shots = state["past"], [[(at, frame.cpu()) for at, frame in state["shots"]]]
-        left = [state["left"].cpu()] * bool(state["left"].numel())
-        roll.text = texts.get(max((turn for turn in texts if turn < roll.chunk), default=None), roll.text)
-    past = None if history is None else history.expand(len(jobs), -1, -1, -1, -1)
+        decoder.past, shots = state["past"], [(at, frame.cpu()) for at, frame in state["shots"]]
+        left = [state["left"].cpu()] * bool(len(state["left"]))
+        roll.text = texts[max(turn for turn in texts if turn < roll.chunk)]
     count = chunks_of(frames) - max(given, roll.chunk)
-    new = (islice(teach(m, roll, {0: roll.text, **texts}, past, seeds), count) if cfg.teacher else
-           generate(roll, seeds, count, m.sampler, m.latent, empty, past, texts))
+    empty = m.text("") if m.sampler.guidance != 1 else None
+    new = (islice(teach(m, roll, texts, history, seed), count) if cfg.teacher else
+           generate(roll, [seed], count, m.sampler, m.latent, empty, history, {turn: texts[turn] for turn in texts if turn}))
 
     def chunks():
-        for z in chain(past.split(CHUNK, dim=1) if given else (), new):
+        for z in chain(history.split(CHUNK, dim=1) if given else (), new):
             yield z
             if stop and roll.chunk:
                 return
 
-    with ExitStack() as stack:
-        files = [stack.enter_context(Mp4(Path(cfg.out) / f"{name}.mp4", frames - made, json.dumps(
-            {"AI-generated": True, "prompt": prompt, "seed": seed, "model": m.name}), m.width, m.height, m.scale))
-            for name, prompt, seed in zip(names, prompts, seeds)]
-        for clips in chain(left, decoder.frames(chunks())):
-            first = first or time.time()
-            for file, clip, shot in zip(files, clips, shots):
-                file.write(clip.numpy())
-                if made / frames * 12 >= len(shot):
-                    shot.append((made / FPS, clip[0].clone()))
-            bar.update(max(0, min(clips.shape[1], frames - made)) / FPS * len(jobs))
-            made += clips.shape[1]
-            bar.set_postfix_str(f"{(bar.n - bar.initial) * FPS / (time.time() - bar.start_t):.0f} frames/s")
-    for i, file in enumerate(files):
-        if not cfg.teacher:
-            memory_picture(file.path.with_suffix(".png"), shots[i], roll, m.vae, prompts[i], i)
-        bar.write(f"wrote {file.path}" + (f" and {file.path.stem}.png" if not cfg.teacher else ""))
+    about = json.dumps({"AI-generated": True, "prompt": prompt, "seed": seed, "model": m.name})
+    with Mp4(path, frames - made, about, m.width, m.height, m.scale) as file:
+        for clip in chain(left, decoder.frames(chunks())):
+            file.write(clip.numpy())
+            if made / frames * 12 >= len(shots):
+                shots.append((made / FPS, clip[0].clone()))
+            bar.update(min(len(clip), frames - made))
+            made += len(clip)
+    if not cfg.teacher:
+        memory_picture(path.with_suffix(".png"), shots, roll, m.vae, prompt)
+    bar.write(f"wrote {path}" + (f" and {path.stem}.png" if not cfg.teacher else ""))
     if cfg.save_state:  # noise is keyed by (seed, chunk, step), so the chunk is the random state
-        torch.save({"options": {k: v for k, v in asdict(cfg).items() if k in KEPT}, "done": min(made, frames),
+        torch.save({"options": {k: getattr(cfg, k) for k in KEPT}, "done": min(made, frames), "past": list(decoder.past),
                     "roll": {k: vars(roll)[k] for k in ROLL}, "memory": {k: vars(roll.memory)[k] for k in MEMORY},
-                    "past": list(decoder.past), "shots": shots[0],
-                    "left": clips[:, clips.shape[1] - max(0, made - frames):].clone()},
-                   f"{cfg.save_state}.part")
+                    "shots": shots, "left": clip[len(clip) - max(0, made - frames):].clone()}, f"{cfg.save_state}.part")
         os.replace(f"{cfg.save_state}.part", cfg.save_state)
         bar.write(f"saved {cfg.save_state} at {min(made, frames) / FPS:g} s: --resume {cfg.save_state} goes on")
-    return first
 
 
 def main():
-    cfg, state, stop, started, first = parse(Config), None, [], time.time(), math.inf
+    cfg, state, stop, started = parse(Config), None, [], time.time()
     device = pick_device(cfg.device)
     if cfg.resume:
         cfg, state = load_state(cfg, device)
@@ -547,13 +517,13 @@ def main():
     if frames <= done:
         raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    jobs, names = [], []  # a prompt given twice, or two alike in their first 120 letters, must not share a file
+    jobs = {}  # by file: a prompt given twice, or two alike in their first 120 letters, must not share one
     for prompt, parts in prompts:
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:120] or "video"
-            name = f"{name}-{seed}" + (f"-from-{done}" if done else "")
-            names.append(name if name not in names else f"{name}-{len(names)}")
-            jobs.append((prompt, parts, seed, names[-1]))
+            path = Path(cfg.out) / (f"{name}-{seed}" + (f"-from-{done}" if done else "") + ".mp4")
+            path = path if path not in jobs else path.with_stem(f"{path.stem}-{len(jobs)}")
+            jobs[path] = prompt, parts, seed
 
     def interrupted(number, frame):
         if not cfg.save_state or stop:
@@ -573,31 +543,24 @@ def main():
                     compiled=torch.compile(m.dit, dynamic=False) if cfg.compile else None)
         print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {m.name}, {sampler.steps} steps, "
               f"memory {cfg.memory}")
-        together = 8 if not cfg.wan else 1  # videos side by side
         if cfg.wan:
-            needs = {k: v / 2 ** 30 for k, v in estimate(m, together).items()}
-            parts = ", ".join(f"{k} {v:.2f}" for k, v in needs.items())
-            print(f"estimate: {sum(needs.values()):.2f} GiB on {device.type} ({parts})")
+            print(f"estimate on {device.type}, GiB:", {k: round(v / 2 ** 30, 2) for k, v in estimate(m).items()})
         if cfg.bench:
             return bench(cfg, m, texts[0])
-        loaded, history = time.time(), None
+        history = None
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, interrupted))
         if cfg.continue_:
             clip = torch.from_numpy(read_clip(cfg.continue_, m.width, m.height, frames)).movedim(-1, -3)
             history = m.vae.encode(clip[None].to(device) / 127.5 - 1).float()
-        look = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}{postfix}]"
-        bar = stack.enter_context(tqdm(total=frames / FPS * len(jobs), initial=done / FPS, bar_format=look,
-                                       delay=.01))  # not before any error
-        for _, alike in groupby(jobs, key=lambda job: [turn for turn, _ in job[1]]):
-            alike = list(alike)
-            for i in range(0, len(alike), together):
-                first = min(first, film(cfg, m, alike[i:i + together], history, state, bar, stop))
-                if stop:
-                    sys.exit(128 + stop[0])
+        bar = tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01)  # delay: not before any error
+        stack.enter_context(bar)
+        for path, job in jobs.items():
+            film(cfg, m, *job, path, history, state, bar, stop)
+            if stop:
+                sys.exit(128 + stop[0])
     wall, count = time.time() - started, frames * len(jobs) - done
-    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, first frame {first - loaded:.2f} s after loading, "
-          f"{peak_line()}")
+    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_line()}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from rope import angles, bounded, rotate, table, unbounded
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, encode_prompts, tiny_text
 from train import WEIGHTS
 from vae import MEAN, STD, TAE, TAEConfig, WanVAE, WanVAEConfig, tiny_tae
-from world import Motion, World, chance, clip, events, held, judge, panorama, recall_at, render, turning_rate
+from world import Motion, World, chance, clip, events, held, judge, panorama, render, turning_rate
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
@@ -1439,6 +1439,12 @@ def test_a_minute_of_video_is_judged_in_about_a_second():
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
+
+def recall_at(found, seconds):
+    """(share right, how many) of the events not in the sink whose absence is within 10 % of `seconds`."""
+    right = [e.recall for e in found if not e.sink and abs(e.seconds - seconds) <= .1 * seconds]
+    return (sum(right) / len(right) if right else np.nan), len(right)
+
 
 def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_that_geometry_gives():
     found = events(judge(noised(film(steady(480), SET))), STEADY)

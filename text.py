@@ -15,19 +15,18 @@ import hashlib
 import html
 import importlib
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from config import BadInput
-from model import RMSNorm, count_blocks, read_public, take
+from model import RMSNorm, count_blocks, read_public, take, write
 
 
 @dataclass
@@ -124,6 +123,17 @@ def bytes_to_ids(captions, length=96):
     return ids, (ids > 0).long()
 
 
+def read_prompts(path):
+    """A UTF-8 file, one prompt a line -> list of str"""
+    try:
+        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the prompts {path}: {error}") from None
+    if not prompts:
+        raise BadInput(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
 # ---- the full-size encoder's prompts -----------------------------------------------------------------------------------
 
 def need(package):
@@ -151,10 +161,9 @@ def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
     files = {p: cache / (hashlib.sha256(repr((clean(p), facts)).encode()).hexdigest()[:32] + ".safetensors") for p in prompts}
     new = [p for p in prompts if not files[p].exists()]
     if new:
+        package = need("tokenizers")
         try:
-            words = need("tokenizers").Tokenizer.from_file(str(tokenizer))
-        except BadInput:
-            raise
+            words = package.Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the package raises bare Exceptions
             raise BadInput(f"cannot read {tokenizer} ({str(error)[:100]}): fetch it again") from None
         words.no_truncation()
@@ -168,28 +177,19 @@ def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
         except (KeyError, ValueError):
             raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
         with torch.device("meta"):
-            encoder = TextEncoder(config)
-        encoder = take(encoder, s, weights, device, torch.bfloat16)
+            empty = TextEncoder(config)
+        encoder = take(empty, s, weights, device, torch.bfloat16)
         for p in new:
             ids = words.encode(clean(p), add_special_tokens=False).ids
             if len(ids) >= length:
                 print(f"warning: {len(ids) + 1} tokens, cut after {length}: {p[:60]!r}", file=sys.stderr)
             ids = torch.tensor([ids[:length - 1] + [1]], device=device)  # 1 ends a text; no row is padded, the DiT pads
-            features = encoder(ids, torch.ones_like(ids))[0].cpu()
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                save_file({"features": features}, files[p].with_suffix(".part"))
-                os.replace(files[p].with_suffix(".part"), files[p])
-            except (OSError, SafetensorError) as error:
-                raise BadInput(f"cannot write to {cache}: {error}") from None
+            write(files[p], {"features": encoder(ids, torch.ones_like(ids))[0]})
     return {p: load_file(files[p])["features"] for p in prompts}
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    encoder = TextEncoder(tiny_text).eval()
-    ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
-    with torch.no_grad():
-        features = encoder(ids, mask)
-    count = sum(p.numel() for p in encoder.parameters())
-    print(f"{count:,} parameters; {int(mask.sum())} ids -> features {tuple(features.shape)}")
+    encoder, (ids, mask) = TextEncoder(tiny_text), bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
+    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters; {int(mask.sum())} ids -> features "
+          f"{tuple(encoder(ids, mask).shape)}")

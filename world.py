@@ -61,10 +61,6 @@ class Motion:
         there_and_back = 1 - np.abs(1 - 2 * (t % 1))
         return start + self.direction * self.degrees / 360 * COLUMNS * there_and_back
 
-    def words(self):
-        side = "right" if self.direction > 0 else "left"
-        return WORDS[self.kind].format(side=side, seconds=self.seconds, degrees=self.degrees)
-
 
 WORDS = {"turn": "The camera turns {side}, one turn in {seconds} seconds.",
          "linger": "The camera turns {side}, lingering at the compass points, one turn in {seconds} seconds.",
@@ -81,9 +77,8 @@ def parse_caption(caption):
         m = re.fullmatch(template.replace(".", r"\.").format(side="(?P<side>left|right)", seconds=r"(?P<seconds>\d+)",
                                                              degrees=r"(?P<degrees>\d+)"), words)
         if m and ground.lower() in GROUNDS and ground.istitle():
-            found = m.groupdict()
-            return GROUNDS.index(ground.lower()), Motion(kind, 1 if found["side"] == "right" else -1,
-                                                         max(1, int(found["seconds"])), int(found.get("degrees", 0)))
+            side, seconds, degrees = (m.groupdict().get(name, 0) for name in ("side", "seconds", "degrees"))
+            return GROUNDS.index(ground.lower()), Motion(kind, 1 if side == "right" else -1, max(1, int(seconds)), int(degrees))
 
 
 # ---- one world from one seed -----------------------------------------------------------------------------------------
@@ -97,7 +92,9 @@ class World:
 
     @property
     def caption(self):
-        return f"{GROUNDS[self.ground].capitalize()}. {self.motion.words()}"
+        m, side = self.motion, "right" if self.motion.direction > 0 else "left"
+        words = WORDS[m.kind].format(side=side, seconds=m.seconds, degrees=m.degrees)
+        return f"{GROUNDS[self.ground].capitalize()}. {words}"
 
 
 def world(seed, kind=None, seconds=None, twin=0):
@@ -118,10 +115,7 @@ def world(seed, kind=None, seconds=None, twin=0):
 
 
 def clip(seed, start, frames, kind=None, seconds=None, twin=0):
-    """
-    Frames [start, start + frames) of world(seed, kind, seconds, twin), without rendering the rest.
-    returns  (f, 3, 32, 64) float32 in [0, 1]
-    """
+    """Frames [start, start + frames) of world(seed, kind, seconds, twin) -> (f, 3, 32, 64) float32 in [0, 1]"""
     w = world(seed, kind, seconds, twin)
     return render(panorama(w.ground, w.landmarks), w.motion.heading(w.start, np.arange(start, start + frames)))
 
@@ -129,11 +123,6 @@ def clip(seed, start, frames, kind=None, seconds=None, twin=0):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 # A frame is an exact integral: panoramas are drawn on sub-columns, softened by one column (so that an edge looks equally
 # sharp at every sub-pixel phase), and integrated over each pixel. Between sub-columns that integral is linear.
-
-def hsv_to_rgb(h, s, v):
-    k = (np.asarray([5., 3., 1.]) + np.asarray(h)[..., None] * 6) % 6
-    return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
-
 
 def shape_mask(shape, radius, x, y):
     """Inside test of a shape of the given half-width (columns) around (0, 0), y downwards."""
@@ -155,10 +144,11 @@ def integrate(strip):
 def drawn_background(ground):
     """(256 * SUB, 32, 3): sky and ground before integration."""
     x, y = (np.arange(COLUMNS * SUB) + .5) / SUB, np.arange(HEIGHT) + .5
-    sky = hsv_to_rgb(x / COLUMNS, .30, .60)[:, None]
-    wave = {0: np.sin(2 * np.pi * x / 8)[:, None] * np.ones(HEIGHT), 1: np.sin(2 * np.pi * (x[:, None] / 16 + y / 6)),
-            2: np.sin(2 * np.pi * x / 32)[:, None] * np.ones(HEIGHT),
-            3: np.sign(np.sin(2 * np.pi * x / 16)[:, None] * np.sin(2 * np.pi * (y - HORIZON) / 8))}[ground]
+    k = (np.array([5., 3., 1.]) + (x / COLUMNS)[:, None] * 6) % 6  # red, green, blue of the hue that runs round once
+    sky = (.60 - .60 * .30 * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)[:, None]
+    wave = (np.sin(2 * np.pi * x / 8)[:, None] * np.ones(HEIGHT), np.sin(2 * np.pi * (x[:, None] / 16 + y / 6)),
+            np.sin(2 * np.pi * x / 32)[:, None] * np.ones(HEIGHT),
+            np.sign(np.sin(2 * np.pi * x / 16)[:, None] * np.sin(2 * np.pi * (y - HORIZON) / 8)))[ground]
     floor = GROUND_RGB[ground] * (1 + .10 * wave[..., None])
     return np.where((y < HORIZON)[None, :, None], sky, floor).clip(0, 1)
 
@@ -189,9 +179,7 @@ def panorama(ground, landmarks):
 
 def render(pano, headings):
     """
-    pano      (256 * SUB, 32, 3)  from panorama()
-    headings  (f,)  columns; the view is the 64 columns around the heading
-    returns   (f, 3, 32, 64) float32 in [0, 1]
+    pano from panorama(); headings (f,) in columns, each in the middle of its view of 64 -> (f, 3, 32, 64) float32 in [0, 1]
     """
     left = (np.asarray(headings, np.float64) - WIDTH // 2) * SUB
     whole = np.floor(left)
@@ -290,8 +278,8 @@ def sheets(ground):
 @lru_cache(maxsize=None)
 def compass(ground):
     """
-    Finds the nearest heading by one product: over what no landmark covers, |x - b|^2 = x^2 - 2 x b + b^2, x^2
-    and b left out in the boxes. A view is two periods of boxes wide: every heading counts as many columns.
+    Finds the nearest heading by one product: over what no landmark covers, |x - b|^2 = x^2 - 2 x b + b^2, x^2 and b left
+    out in the boxes. A view is two periods of boxes wide: every heading counts as many columns.
     returns  (256 * SUB, 64 * 22), (256 * SUB,)
     """
     column = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
@@ -305,8 +293,8 @@ def compass(ground):
 
 def uncovered(x):
     """
-    (f, 64, 32 * 3) -> (f, 64 * 22): per column the mean of the sky's top, the ground's rows, the mean of the
-    sky between landmarks, and its square. A mean weighs as much as its rows.
+    (f, 64, 32 * 3) -> (f, 64 * 22): per column the mean of the sky's top, the ground's rows, the mean of the sky between
+    landmarks, and its square. A mean weighs as much as its rows.
     """
     x = x.reshape(len(x), WIDTH, HEIGHT, 3)
     top, between = x[:, :, :TOP].mean(2), x[:, :, TOP:HORIZON].mean(2)
@@ -318,8 +306,8 @@ def uncovered(x):
 
 
 def offsets(heading):
-    """(f,) -> (f, 8): columns from the heading to each landmark's middle, in [-128, 128)."""
-    return wrap(np.arange(SECTORS) * SECTOR + SECTOR // 2 - heading[:, None])
+    """(...) -> (..., 8): columns from the heading to each landmark's middle, in [-128, 128)."""
+    return wrap(np.arange(SECTORS) * SECTOR + SECTOR // 2 - heading[..., None])
 
 
 def wrap(columns):
@@ -329,13 +317,9 @@ def wrap(columns):
 def compare(x, i, drawings):
     """
     Squared distance between what stands in each sector's box and the 24 drawings, over the columns in view.
-    x         (f, 64, 32 * 3)  frames
-    i         (f,)             their headings, sub-columns
-    drawings  (24, 256 * SUB, 32 * 3)  from sheets()
-    returns   (f, 8, 24)       1 for landmarks out of view
+    x (f, 64, 32 * 3) frames, i (f,) their headings in sub-columns, drawings from sheets() -> (f, 8, 24); 1 out of view
     """
-    distance = np.ones((len(x), SECTORS, 24), np.float32)
-    in_view = np.abs(offsets(i / SUB)) < WIDTH // 2 + PANEL
+    distance, in_view = np.ones((len(x), SECTORS, 24), np.float32), np.abs(offsets(i / SUB)) < WIDTH // 2 + PANEL
     for s, phase in np.ndindex(SECTORS, SUB):  # frames at the same sub-column phase share their drawings
         n = np.flatnonzero(in_view[:, s] & (i % SUB == phase))
         start = s * SECTOR + SECTOR // 2 - PANEL
@@ -437,15 +421,8 @@ def turning_rate(reading, caption):
         return np.nan
     real = track(reading.heading)
     asked = parsed[1].heading(real[0], np.arange(len(real)))
-    pace = [np.abs(path[FPS:] - path[:-FPS]).sum() for path in (real, asked)]
-    side = np.sign((real - real[0]).mean() * (asked - asked[0]).mean())
-    return float(side * pace[0] / pace[1])
-
-
-def recall_at(found, seconds):
-    """(share right, how many) of the events not in the sink whose absence is within 10 % of `seconds`."""
-    right = [e.recall for e in found if not e.sink and abs(e.seconds - seconds) <= .1 * seconds]
-    return (sum(right) / len(right) if right else np.nan), len(right)
+    ours, theirs = (np.abs(path[FPS:] - path[:-FPS]).sum() for path in (real, asked))
+    return float(np.sign((real - real[0]).mean() * (asked - asked[0]).mean()) * ours / theirs)
 
 
 def chance(readings):
@@ -463,10 +440,7 @@ def chunk_of(frame):
 
 
 def held(event, reading, context):
-    """
-    The ceiling: did a latent held when chunk_of(event.back) started show the landmark wholly in view?
-    context  latent indices
-    """
+    """The ceiling: does a latent of `context`, the numbers of those held at event.back, show the landmark wholly in view?"""
     whole = np.abs(offsets(track(reading.heading))[:, event.sector]) <= WHOLE
     return any(whole[max(0, 4 * j - 3):4 * j + 1].any() for j in context)
 
@@ -474,10 +448,10 @@ def held(event, reading, context):
 if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
-    rows = [np.concatenate(list(clip(seed, 0, 160, kind)[::16].transpose(0, 2, 3, 1)), axis=1)
-            for seed, kind in [(3, "turn"), (1, "turn"), (2, "linger"), (8, "aside"), (5, "aside")]]
+    rows = []
+    for seed, kind in [(3, "turn"), (1, "turn"), (2, "linger"), (8, "aside"), (5, "aside")]:
+        rows.append(np.concatenate(list(clip(seed, 0, 160, kind)[::16].transpose(0, 2, 3, 1)), axis=1))
+        print(world(seed, kind).caption)
     Path("out").mkdir(exist_ok=True)
     iio.imwrite("out/world.png", (np.concatenate(rows) * 255).round().astype(np.uint8))
-    for seed in range(6):
-        print(seed, world(seed).caption)
-    print("out/world.png: ten frames a row, one a second")
+    print("out/world.png: a row each, ten frames, one a second")
