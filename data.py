@@ -29,7 +29,7 @@ from config import BadInput, parse, pick_device, run
 from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, plan
 from model import write
-from text import encode_prompts, read_prompts
+from text import encode_prompts
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4

@@ -34,8 +34,8 @@ from tqdm import tqdm
 import world
 from config import STUDENT, BadInput, one_of, parse, pick_device, run
 from data import encode_world, frames_of
-from erft import extend
-from flow import Rollout, Sampler, generate
+from erft import TARGET, extend, score
+from flow import Rollout, Sampler, add_noise, draw_noise, generate
 from memory import CHUNK, PRESETS, Policy, plan
 from model import DiT, DiTConfig, load
 from text import TextConfig, TextEncoder, bytes_to_ids
@@ -128,6 +128,48 @@ def returns(reading, caption, keep, policy, given):
     contexts = plan(policy, keep[None])
     own = [e for e in world.events(reading, caption) if e.back >= frames_of(given * CHUNK) * (given > 0) and not e.sink]
     return [(e, world.held(e, reading, contexts[min(world.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
+
+
+# ---- while a network is trained: does it remember, does its teacher use the past? -------------------------------------------
+
+def held_out(n):
+    """n worlds that turn once in 8 or 9 s: with 10 s of each given, returns are due after 5.4 or 6.1 s."""
+    return [(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
+
+
+def probe(net, encoder, tae, which, sampler, device, shuffle=None):
+    """
+    10 s of every held-out world of `which` are given, then net goes on; the judge reads what it made.
+    shuffle  None for a causal network; False for a teacher, True if it shall go on from another world's past
+    returns  dict: recall (share of the returning landmarks that are right), ceiling (share that memory still showed), chance,
+             number of returns, validity (dB to the nearest frame that the world can draw)
+    """
+    policy = PRESETS["uniform2"]
+    if shuffle is None:
+        frames, keeps = continuations(net, encoder, tae, which, GIVEN, 5, policy, sampler, device)
+    else:
+        frames, keeps = teacher_continuations(net, encoder, tae, which, GIVEN, 1, sampler, device, shuffle)
+    readings, found, psnr = [world.judge(f) for f in frames], [], []
+    for w, r, keep in zip(which, readings, keeps):
+        found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
+        psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
+    return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
+            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings),
+            "returns": len(found), "validity": float(np.mean(psnr))}
+
+
+@torch.no_grad()
+def gates(teacher, encoder, tae, which, sampler, device):
+    """Does the teacher use its context? Recall and loss at t = 0.7, and both with another world's past beside them -> dict"""
+    text, z, grid = conditions(teacher, encoder, tae, which, GIVEN + TARGET // CHUNK, device)
+    src = plan(PRESETS["uniform2"], torch.arange(GIVEN)[None] % 2 == 0, new=0)[-1][0]
+    context, x0, found = z[:, src], z[:, GIVEN * CHUNK:], {}
+    at, eps = torch.full(x0.shape[:2], .7, device=device), draw_noise(range(len(which)), 0, 0, x0.shape[1:], device)
+    for name, past, shuffle in (("", context, False), ("shuffled_", context.roll(1, 0), True)):
+        v = score(teacher, past, add_noise(x0, eps, at), at, text, grid)
+        numbers = probe(teacher, encoder, tae, which, sampler, device, shuffle)
+        found |= {f"teacher_{name}loss": F.mse_loss(v, eps - x0).item(), f"teacher_{name}recall": numbers["recall"]}
+    return found | {"teacher_chance": numbers["chance"]}
 
 
 # ---- jobs: which videos are made ----------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ out/<part>/: log.jsonl (one JSON object an update), strip_*.png (look at them), 
 <part>.safetensors, which goes to weights/ when it is better than what is there.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds, and now and then
-what the judge says of held-out worlds (probe.py): recall, ceiling, chance, returns, validity. Stages 1 and 2 have no loss that
-means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
+what the judge says of held-out worlds (evaluate.probe): recall, ceiling, chance, returns, validity. Stages 1 and 2 have no
+loss that means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise levels), r (exit
 step), L (chunks of the rollout), kept_<motion> (share of tested chunks kept) and oldest (age of the oldest keyframe, s).
 
@@ -37,6 +37,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,15 +50,14 @@ import dmd
 import erft
 import world
 from config import BadInput, one_of, parse, pick_device, run
-from data import (CHUNKS, LESSON_CHUNKS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache, read_prompts,
+from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache,
                   training_worlds, wan_models, wan_text)
-from evaluate import conditions
-from flow import (Rollout, Sampler, add_noise, compact, draw_noise, forget, guide, matching, noised, packed,
+from evaluate import conditions, gates, held_out, probe
+from flow import (Rollout, Sampler, add_noise, compact, draw_noise, forget, generate, guide, matching, noised, packed,
                   roughened, schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, load, save_weights, tiny_dit
-from probe import calibrate, from_text, gates, held_out, probe, write_strip
-from text import TextConfig, TextEncoder, bytes_to_ids, tiny_text
+from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
 
 
@@ -123,8 +123,8 @@ SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the 
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.15   # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 HEADING = {"init_ar": 40., "init_ode": 40., "teacher": 4., "stage2": 1.}  # weight of the heading (flow.matching), small world
-# only. The sky's hue is next to nothing in the mean error: without this it lagged behind the landmarks, and a network that looks
-# landmarks up by the sky found the wrong ones. Base makes its heading up, and Stage 1 follows base: there it weighs nothing.
+# only. The sky's hue is next to nothing in the mean error: without this it lagged behind the landmarks, and a network that
+# looks landmarks up by the sky found the wrong ones. Base makes its heading up, and Stage 1 follows base: there it weighs nothing.
 SAMPLER = Sampler(steps=4, shift=SHIFT)
 ODE_CLIPS, ODE_CHUNKS = 256, 20         # init_ode: videos of the causal model's own, and their length
 DROP = 0.1             # base and teacher: share of the batches without text, and without context
@@ -523,8 +523,9 @@ def stage_bidirectional(s):
                 v = erft.score(dit, context, add_noise(x0, noise, at), at, text, s.grid)
                 return F.mse_loss(v, noise - x0), {}
             seed = int(rng.integers(2 ** 62))
+            weight = HEADING["teacher"] * chosen["context"]
             loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), roughened(context, s.context_noise),
-                                            x0, noise, t, text, s.grid, s.cfg.errors, watched, HEADING["teacher"] * chosen["context"])
+                                            x0, noise, t, text, s.grid, s.cfg.errors, watched, weight)
         bank.pending.append((seed, [z.detach().cpu() for z in found]))
         return loss.mean(), {"errors": float(bank.count.sum())}
 
@@ -689,16 +690,55 @@ def refresh(shown, average):
             p.copy_(a.full_tensor() if isinstance(a, DTensor) else a)
 
 
+@torch.no_grad()
 def strip(s, shown, sampler, path):
-    """vae: a held-out clip and its copy; else videos from text alone, of four held-out captions or of one prompt"""
+    """
+    Writes one PNG, a video a row, every 12th frame. vae: a held-out clip and its copy; else videos from text alone, of four
+    held-out captions or of one prompt: 20 chunks, or a teacher's 21 latents at once.
+    """
     if s.part == "vae":
         video = torch.from_numpy(world.clip(world.HELD_OUT, 0, 129)[None]).to(s.device) * 2 - 1
-        return write_strip(path, [video[0], shown["vae"].decode(shown["vae"].encode(video))[0][0]])
-    net, which = shown[s.part], [(world.HELD_OUT + i, None, None) for i in range(1 if s.cfg.wan else 4)]
-    text = (net.text(s.features(s.prompts[:1])) if s.cfg.wan else
-            conditions(net, shown.get("text", s.encoder), s.tae, which, 0, s.device)[0])
-    together = s.part in ("base", "teacher")
-    write_strip(path, from_text(net, text, len(which), s.tae, sampler, s.grid, s.latent, together, s.device))
+        videos = video[0], shown["vae"].decode(shown["vae"].encode(video))[0][0]
+    else:
+        net, which = shown[s.part], [(world.HELD_OUT + i, None, None) for i in range(1 if s.cfg.wan else 4)]
+        text = (net.text(s.features(s.prompts[:1])) if s.cfg.wan else
+                conditions(net, shown.get("text", s.encoder), s.tae, which, 0, s.device)[0])
+        if s.part in ("base", "teacher"):
+            none = torch.zeros(len(which), 0, *s.latent, device=s.device)
+            z = erft.extend(net, none, text, s.grid, sampler, range(len(which)))
+        else:
+            roll = Rollout(net, text, replace(PRESETS["slowfast"], tau=sampler.tau), s.grid, pool=sampler.pool)
+            z = torch.cat(list(generate(roll, range(len(which)), 20, sampler, s.latent)), 1)
+        videos = s.tae.decode(z)[0]
+    rows = [torch.cat(list(v[::12].float()), dim=2) for v in videos]  # (3, h, n w)
+    picture = (torch.cat(rows, dim=1) * .5 + .5).clamp(0, 1).mul(255).round().byte().movedim(0, -1)
+    iio.imwrite(path, picture.cpu().numpy())
+
+
+@torch.no_grad()
+def calibrate(net, encoder, tae, device):
+    """
+    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video;
+    keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering chunks.
+    returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
+    """
+    worlds = [(i, "turn", 40 + i % 5) for i in range(8)] + [(i, "linger", None) for i in range(8)]
+    (text, x0, grid), paths = conditions(net, encoder, tae, worlds, CHUNKS, device), Histories(worlds)
+    at = torch.arange(CHUNKS)[None] % 2 == 0
+    at = at & (torch.arange(CHUNKS) > 1)                    # tested chunks that have one before them
+    turns, lingers = torch.arange(16)[:, None] < 8, torch.from_numpy(paths.moved) < LINGERS
+    choices = []
+    for pool in ("mean", "token"):
+        roll = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
+        for i in range(CHUNKS):
+            roll.look()
+            roll.commit(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
+        sims = torch.stack(roll.sims, 1).cpu()
+        tau = sims[at & turns].quantile(.95).item()
+        kept = {name: (sims < tau)[at & which].float().mean().item() for name, which in
+                (("slow turns", turns), ("lingering", ~turns & lingers), ("between", ~turns & ~lingers))}
+        choices.append((kept["lingering"], {"tau": tau, "pool": pool, "kept": kept}))
+    return min(choices, key=lambda c: c[0])[1]
 
 
 def finish(s, shown, sampler):
