@@ -614,6 +614,32 @@ def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_ou
         assert (got[:, copy] - want).abs().max() < 1e-5
 
 
+def test_watched_directions_count_more_and_leave_the_best_prediction_where_it_is():
+    v_star, t, watched = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3]), F.normalize(noise(2, 512, seed=5), dim=1)
+    v = (v_star + .1 * noise(2, 3, 16, 4, 8, seed=6)).requires_grad_()
+    plain, along = flow.matching(v, v_star, t), .3 * watched[0].view(16, 4, 8)
+    assert torch.allclose(plain, (v - v_star).square().mean((1, 2, 3, 4)))
+    assert torch.equal(plain, flow.matching(v, v_star, t, None, 7.)) and torch.equal(plain, flow.matching(v, v_star, t, watched, 0.))
+    once = flow.matching(v_star + along, v_star, t, watched[:1], 10.)  # an error of .3 along the one direction, t times that in x0
+    assert torch.allclose(once, .09 / 512 + 10 * .09 * torch.tensor([.25, 1.]), rtol=1e-4)
+    across = noise(512, seed=7)
+    across = (across - watched.T @ torch.linalg.lstsq(watched.T, across[:, None]).solution[:, 0]).view(16, 4, 8)
+    assert torch.allclose(flow.matching(v_star + across, v_star, t, watched, 10.), across.square().mean().expand(2), rtol=1e-3)
+    best = v_star.clone().requires_grad_()
+    flow.matching(best, v_star, t, watched, 10.).sum().backward()
+    assert best.grad.abs().max() == 0
+
+
+def test_a_compass_from_few_clips_reads_the_heading_of_held_out_worlds():
+    tae = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
+    worlds = [(i, "turn", None) for i in range(12)] + [(world.HELD_OUT + i, None, None) for i in range(4)]
+    z = torch.cat([encode_world(tae, w, 81, torch.device("cpu")) for w in worlds])
+    heading = Histories(worlds, 27).heading
+    x, y = (z[12:].flatten(0, 1).flatten(1) @ data.compass(z[:12].flatten(0, 1), heading[:12].flatten()).T).T
+    off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading[12:].flatten()).numpy())
+    assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
+
+
 def test_every_trainable_parameter_gets_a_gradient():
     torch.manual_seed(0)
     net, encoder = random_dit().requires_grad_(True), TextEncoder(tiny_text)
