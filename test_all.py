@@ -1094,7 +1094,7 @@ def test_sample_writes_exactly_the_frames_asked_for_with_provenance_and_a_memory
     assert "seed 4" in out and "40 frames in" in out and "peak memory" in out
     exe = __import__("imageio_ffmpeg").get_ffmpeg_exe()
     shown = subprocess.run([exe, "-i", mp4], capture_output=True, text=True).stderr
-    assert "AI-generated" in shown and "Grass. The camera" in shown and "init_ar" in shown and "h264" in shown
+    assert "AI-generated" in shown and "Grass. The camera" in shown and config.STUDENT in shown and "h264" in shown
     assert iio.imread(png).shape[2] == 3
 
 
