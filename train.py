@@ -87,11 +87,11 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
 DEFAULTS = {  # part: updates, batch, lr, warm-up, EMA decay
     "vae": (3500, 8, 2e-3, 100, .99),
     "init_ar": (10000, 16, 1.5e-3, 100, .995),
-    "init_ode": (800, 16, 2e-4, 50, .99),
+    "init_ode": (600, 16, 2e-4, 50, .99),
     "base": (3200, 16, 1.5e-3, 100, .995),
-    "teacher": (3000, 16, 7e-4, 100, .995),
-    "stage1": (200, 16, 5e-5, 1, .95),
-    "stage2": (250, 12, 3e-5, 1, .95),
+    "teacher": (2200, 16, 7e-4, 100, .995),
+    "stage1": (50, 16, 5e-5, 1, .95),
+    "stage2": (80, 12, 6e-5, 1, .95),
 }
 FULL = {  # the same with --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8)
     "init_ar": (5000, 1, 1e-5, 100, .995), "init_ode": (3000, 1, 2e-6, 1, .99), "teacher": (8000, 1, 1e-5, 100, .995),
