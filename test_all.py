@@ -1627,6 +1627,8 @@ def test_recall_is_right_over_events_within_a_tenth_and_its_interval_is_over_vid
     mean, low, high = evaluate.ratio(evaluate.recalled(rows, 6))
     assert mean == pytest.approx(4 / 6) and low == .5 and high == 1                        # all of one kind, all of the other
     assert np.isnan(evaluate.ratio([(0, 0)])).all()
+    wobble = lines_of(1, [[[.5, 1, 1, 1, 3.], [1.9, 1, 1, 1, 3.], [2., 0, 1, 1, 3.]]])  # what fast memory bridges is no memory
+    assert evaluate.recalled(wobble) == [(0, 1)] and evaluate.recalled(wobble, 2) == [(1, 2)]
 
 
 def test_better_is_paired_over_videos():
