@@ -408,9 +408,10 @@ def chance(rows):
 
 
 def context_length(rows, what=1):
-    """Seconds out of view at which recall falls half-way to chance, between measured points; None: not within 30 s"""
+    """Seconds out of view at which recall falls from its best half-way to chance, between measured points; None: it does not"""
     curve = [(s, ratio(recalled(rows, s, what))[0]) for s in ABSENCES if count(recalled(rows, s)) >= 10]
-    level = (curve[0][1] + chance(rows)) / 2 if curve else 0
+    best = max(curve, key=lambda point: point[1], default=(0, 0))
+    level, curve = (best[1] + chance(rows)) / 2, curve[curve.index(best):] if curve else []
     for (s0, r0), (s1, r1) in zip(curve, curve[1:]):
         if r1 < level <= r0:
             return round(s0 + (s1 - s0) * (r0 - level) / (r0 - r1), 2)
@@ -529,7 +530,7 @@ def tables(rows, student):
           policies | {"teacher, 5 s after Stage 1 | -": of("teacher", "stage1", "teacher", "-")},
           {f"{t} s": lambda v, i=i: show(entries("agreement", i, i + 1)(v), 100) + " ({}, {})".format(
               *(mean(name, 2 * i + 1, 2 * i + 2)(v).split()[0] for name in ("sky", "floor"))) for i, t in enumerate(SECONDS)}
-          | {"context length, s": lambda v: context_length(v) or "-"} | CHECKS
+          | {"context length, s": half_way} | CHECKS
           | {"slowfast better at 60 s? The paper: yes": against(ours, LATE)})
     table("Figure 8: a minute has so many. The paper: the others flash back", policies,
           {head: lambda v, k=k: show([(60 * r[k], r["seconds"]) for r in v]) for head, k in (
