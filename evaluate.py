@@ -458,8 +458,11 @@ def half_way(v):
 
 
 def against(base, pairs):
-    """Are base, another row's videos, better than this row's? pairs: function of videos, more is better"""
-    return lambda v: "" if v == base else better(pairs(base), pairs(v))
+    """Are base, another row's videos, better than this row's, in the worlds of both? pairs: function of videos, more is better"""
+    def column(v):
+        both = {r["world"] for r in base} & {r["world"] for r in v}
+        return "" if v == base else better(*(pairs([r for r in some if r["world"] in both]) for some in (base, v)))
+    return column
 
 
 END, LATE = entries("psnr", -1), entries("agreement", 5, 6)

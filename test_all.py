@@ -1616,7 +1616,7 @@ def test_chunks_are_nine_frames_and_then_twelve():
 
 def lines_of(videos, events, **more):
     """CSV lines as evaluate.measure makes them: `events` a list of [absence, right, as at first, held, due] for each video"""
-    return [{"events": events[i % len(events)], "map": [i] * 8, **more} for i in range(videos)]
+    return [{"events": events[i % len(events)], "map": [i] * 8, "world": (i, None, None), **more} for i in range(videos)]
 
 
 def test_recall_is_right_over_events_within_a_tenth_and_its_interval_is_over_videos():
@@ -1666,6 +1666,13 @@ def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_fol
     assert "| at most 1 | 0.0 [0.0, 0.0] | 2.0 [2.0, 2.0] | - | - | no |" in text            # dB lost
     assert "| at least 90 | 100 [100, 100] | 0 [0, 0] | - | - | no |" in text                # turning
     assert "| at least 70 | 75 [75, 75] | 75 [75, 75] | - | - | yes |" in text and "longlive's | at least 3 | - | - |" in text
+
+
+def test_a_row_is_held_against_another_in_the_worlds_that_both_have():
+    ours, theirs = lines_of(8, [[[6., 1, 1, 1, 3.]]]), lines_of(6, [[[6., 0, 1, 1, 3.]]])[2:]
+    column = evaluate.against(ours, evaluate.recalled)
+    assert column(theirs) == "yes" and column(ours) == "" and evaluate.against(theirs, evaluate.recalled)(ours) == "no"
+    assert column([r | {"world": (99, None, None)} for r in theirs]) == "no data"
 
 
 def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
