@@ -662,7 +662,8 @@ def test_histories_never_use_held_out_worlds_and_match_the_memory():
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
 AS_SMALL = {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "ODE_CLIPS": 2,
-            "ODE_CHUNKS": 9, "FIRST": 8, "LAST": 10, "RAMP": .6, "SEQUENTIAL": .5, "CRITIC_PASSES": 2, "tiny_dit": SMALL,
+            "ODE_CHUNKS": 9, "FIRST": 8, "LAST": 10, "RAMP": .6, "SEQUENTIAL": .5, "HEADED": 2,
+            "HEADING": {part: .1 for part in train.HEADING}, "CRITIC_PASSES": 2, "tiny_dit": SMALL,
             "MIX": {.3: (.2, .2, .2, .2, .2, .5), .6: (.5, .5, 0, 0, 0, 1), 1: (1, 0, 0, 0, 0, 0)},
             "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}}
 
