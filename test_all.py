@@ -20,6 +20,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: nets are so small here that threads would only wait for each other
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
