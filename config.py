@@ -76,6 +76,21 @@ def pick_device(name):
     return torch.device(name)
 
 
+def has_bf16(device):
+    """
+    Does the device multiply bfloat16 matrices in hardware? A CPU without AMX or AVX-512 BF16 emulates them: measured on one
+    with AVX2 only, an update of the tiny autoencoder took 16 s in bf16 and 1.9 s in float32.
+    """
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def fast_autocast(device):
+    """Autocast to bfloat16 where that is faster than float32, and to nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
 def run(main):
     """main() with the project's exit codes: 2 bad input (one line, no traceback), 130 Ctrl-C, 143 SIGTERM."""
     try:

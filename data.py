@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sample
 import world
-from config import BadInput, parse, pick_device, run
+from config import BadInput, fast_autocast, parse, pick_device, run
 from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, plan
 from model import write
@@ -66,9 +66,9 @@ def lesson_worlds(clips, seed):
 
 @torch.no_grad()
 def encode_world(tae, which, latents, device):
-    """which, what world() takes: a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 autocast."""
+    """which, what world() takes: a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 where that is fast."""
     video = torch.from_numpy(world.clip(which[0], 0, frames_of(latents), *which[1:])[None])
-    with torch.autocast(device.type, torch.bfloat16):
+    with fast_autocast(device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
@@ -241,7 +241,7 @@ def encode_videos(cfg, device):
             continue
         frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_autocast(device):
             made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
         write(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
     print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from config import STUDENT, BadInput, one_of, parse, pick_device, run
+from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
 from erft import TARGET, extend, score
 from flow import Rollout, Sampler, add_noise, draw_noise, generate
@@ -80,12 +80,12 @@ def conditions(dit, encoder, tae, which, given, device):
 
 def draw(tae, z):
     """
-    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, decoded a chunk at a time. In bf16: half the time, and validity
+    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, decoded a chunk at a time; in bf16 where that is fast: validity
     moves by 0.02 dB. The models themselves run in float32, as in sample.py.
     """
     frames, past = [], None
     for chunk in z.split(CHUNK, 1):
-        with torch.autocast(z.device.type, torch.bfloat16):
+        with fast_autocast(z.device):
             video, past = tae.decode(chunk, past)
         frames.append((video * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy())
     return np.concatenate(frames, 1)
@@ -778,7 +778,7 @@ def main():
     command = "python evaluate.py" + " --quick" * cfg.quick
     figures(rows, student, out)
     lines = [f"`{command}`: {student}, one training seed, {max(map(len, rows.values()))} held-out worlds a set, 95 % bootstrap "
-             "intervals over videos, decoded in bf16", *tables(rows, student), ""]
+             "intervals over videos", *tables(rows, student), ""]
     lines += [f"![{text}]({name}) {text}. `{command}`" for name, text in CAPTIONS.items() if (out / name).exists()]
     lines += ["", f"{time.time() - started:.0f} s"]
     (out / ("evaluate_quick.md" if cfg.quick else "evaluate.md")).write_text("\n".join(lines) + "\n")

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import dmd
 import erft
 import world
-from config import BadInput, one_of, parse, pick_device, run
+from config import BadInput, has_bf16, one_of, parse, pick_device, run
 from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache,
                   training_worlds, wan_models, wan_text)
 from evaluate import conditions, gates, held_out, probe
@@ -78,7 +78,7 @@ class Config:
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
     device: str = ""      # cuda | mps | cpu (default: the best there is)
-    dtype: str = "bf16"   # bf16 | fp32: autocast of the forward pass; weights and optimizer are float32
+    dtype: str = ""       # bf16 | fp32: autocast of the forward pass (default: bf16 where the device has it in hardware)
 
 
 PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
@@ -293,7 +293,7 @@ def setup(cfg, part, device):
     rates = (dict(shift=5., context_noise=0., ramp=1., critic_lr=.2, beta=.999, clip=2.) if cfg.wan else
              dict(shift=SHIFT, context_noise=CONTEXT_NOISE, ramp=RAMP, critic_lr=CRITIC_LR, beta=.99, clip=1.))
     s = Shared(cfg, part, device, rank, processes, cfg.updates or updates, cfg.batch or batch, cfg.lr or lr, *slow, **rates)
-    s.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+    s.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device))
     Path(cfg.out, part).mkdir(parents=True, exist_ok=True)
     if cfg.data and part not in ("init_ar", "base", "teacher") and not Path(cfg.data).is_dir():
         s.prompts = read_prompts(cfg.data)
@@ -842,7 +842,7 @@ def train(cfg, part, device):
 def main():
     cfg = parse(Config)
     one_of("--stage", cfg.stage, PARTS)
-    one_of("--dtype", cfg.dtype, ("bf16", "fp32"))
+    one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
     if cfg.updates < 0 or cfg.batch < 0 or cfg.lr < 0 or cfg.accumulate < 1 or not 0 <= cfg.errors <= 1:
         raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, --errors from 0 to 1")
