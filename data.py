@@ -3,7 +3,7 @@ Training clips as latents, encoded once and kept on disk: those of the small wor
 
 The autoencoder is frozen after its own stage, so every later stage trains on latents: a folder of safetensors shards, each
 written whole, so that a stopped run goes on with the shard it stopped at. Batches of clips with a past are drawn here too:
-which latents a memory policy would hold (memory.plan), and how often windows in which a landmark comes back are drawn.
+which latents a memory policy would hold (memory.frames_in_memory), and how often windows in which a landmark comes back are drawn.
 
     python data.py             # prints what the policies hold for one clip, and how windows are weighted
     python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # clips with a .txt caption beside each -> shards
@@ -27,7 +27,7 @@ import sample
 import world
 from config import BadInput, fast_autocast, parse, pick_device, run
 from flow import denoise, draw_noise, schedule
-from memory import CHUNK, PRESETS, plan
+from memory import CHUNK, PRESETS, frames_in_memory
 from model import write
 from text import encode_prompts
 
@@ -111,17 +111,17 @@ def path_cache(folder, net, start, captions, chunks, sampler, latent, together, 
         some = captions[at:at + together]
         roll, xs, device = start(some), [], next(net.parameters()).device
         for i in range(chunks):
-            roll.look()
+            roll.read_context()
             seen = []
 
-            def predict(x, t):
+            def predict(x, level):
                 seen.append(x)
-                return roll.run(x, t)[0]
+                return roll.predict(x, torch.full(x.shape[:2], level, device=device))[0]
             noise = draw_noise(range(at, at + len(some)), i, 0, (CHUNK, *latent), device)
-            x0 = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
-            roll.commit(x0)
+            x0, _ = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
+            roll.append(x0)
             xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
-        held = plan(roll.memory.policy, torch.stack(roll.keeps, 1).cpu())[:chunks]
+        held = frames_in_memory(roll.memory.policy, torch.stack(roll.kept, 1).cpu())[:chunks]
         held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
         write(files[-1], {"x": torch.cat(xs, 1), "held": held})
     if torch.distributed.is_initialized():
@@ -169,8 +169,8 @@ class Histories:
                      "moving": even & (moved > LINGERS)}
         rules = [(name, "slowfast", keep) for name, keep in self.keep.items()]
         rules += [(name, name, np.zeros(moved.shape, bool)) for name in self.LAYOUTS]
-        self.held = {name: np.stack([F.pad(held, (0, 21 - room - held.shape[1]), value=-1).numpy() for held in plan(
-            PRESETS[preset], torch.from_numpy(keep[:, :-1].copy()), room)], 1)
+        self.held = {name: np.stack([F.pad(held, (0, 21 - room - held.shape[1]), value=-1).numpy() for held in frames_in_memory(
+            PRESETS[preset], torch.from_numpy(keep[:, :-1].copy()), room > 0)], 1)
             for name, preset, keep in rules}                            # (b, chunks, 18) frame numbers, -1 = nothing
 
     def draw(self, rng, batch, ahead=1, clips=None):
@@ -264,7 +264,7 @@ class Clips:
             if shape != list(latent):
                 raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: see --wan and --size of data.py")
             self.chunks.append(n // CHUNK)
-        self.held = plan(PRESETS["uniform2"], torch.arange(PAST[1])[None] % 2 == 0, room)  # after each number of chunks
+        self.held = frames_in_memory(PRESETS["uniform2"], torch.arange(PAST[1])[None] % 2 == 0, room > 0)  # after each number of chunks
 
     def draw(self, rng, batch, ahead=1):
         which = rng.integers(len(self.files), size=batch)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from flow import Rollout, add_noise, denoise, shifted, x0_from_v
-from memory import CHUNK, join
+from memory import CHUNK, Entries, join
 
 LOW, HIGH = .02, .98     # noise levels of the scores are clamped to this
 
@@ -63,12 +63,12 @@ def longest(update, first, last, ramp):
 
 
 @dataclass
-class Trace:
+class RolloutTrace:
     """What a rollout leaves behind for scores and backward: n context latents, a target of f, exit steps, kept cells."""
     context: torch.Tensor  # (b, n, c, h, w): what the memory held when the target began; n = 0 in Stage 1
     x: torch.Tensor        # (b, f, c, h, w): the target
     exits: list            # for each target chunk: x_t at its exit step, t (b, 3), frame numbers held (b, m) or None
-    cells: list            # everything held during the target, once: memory cells of at most n + f latents
+    cells: Entries         # everything held during the target, once: at most n + f latents
     roll: Rollout
 
 
@@ -80,28 +80,28 @@ def rollout(roll, levels, exit_step, fresh, chunks, target):
     levels   noise levels; chunks before the target are denoised fully, the target's up to step `exit_step` (0-based)
     fresh    (chunk, step) -> noise (b, 3, c, h, w)
     chunks   length of the rollout; the last `target` of them are the target
-    returns  Trace
+    returns  RolloutTrace
     """
     context, cells, xs, exits = None, [], [], []
     for i in range(chunks):
         if i == chunks - target:
             cells = roll.memory.read()
-            context = cells[1] if cells else fresh(0, 0)[:, :0]
-        roll.look()
-        held, seen = roll.memory.read(), []
+            context = fresh(0, 0)[:, :0] if cells is None else cells.latent
+        roll.read_context()
+        held = roll.memory.frames()
 
-        def predict(x, t):
-            seen[:] = x, t
-            return roll.run(x, t)[0]
+        def predict(x, level):
+            return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
 
         inside = i >= chunks - target
-        x0 = denoise(predict, fresh(i, 0), levels[:exit_step + 1] if inside else levels, lambda step: fresh(i, step))
-        roll.commit(x0)
+        some = levels[:exit_step + 1] if inside else levels
+        x0, xt = denoise(predict, fresh(i, 0), some, lambda step: fresh(i, step))
+        roll.append(x0)
         if inside:
             xs.append(x0)
-            exits.append((*seen, held[0] if held else None))
-            cells = join(cells, [c[:, -CHUNK:] for c in roll.memory.fast])
-    return Trace(context, torch.cat(xs, dim=1), exits, cells, roll)
+            exits.append((xt, torch.full(xt.shape[:2], some[-1], device=xt.device), held))
+            cells = join(cells, roll.memory.fast[-CHUNK:])
+    return RolloutTrace(context, torch.cat(xs, dim=1), exits, cells, roll)
 
 
 def backward(trace, text, gradient):
@@ -113,16 +113,16 @@ def backward(trace, text, gradient):
     roll = trace.roll
     for (x, t, src), g in zip(trace.exits, gradient.split(CHUNK, dim=1)):
         if src is None:
-            memory, rope = roll.view_of([])
+            memory, rope = roll.rotated([])
         else:
-            place = (trace.cells[0][:, None] == src[..., None]).int().argmax(-1)  # (b, m): where each held latent lies
+            place = (trace.cells.frame[:, None] == src[..., None]).int().argmax(-1)  # (b, m): where each held latent lies
             rows = torch.arange(len(place), device=place.device)[:, None]
-            memory, rope = roll.view_of([c[rows, place] for c in trace.cells])
+            memory, rope = roll.rotated([trace.cells.apply(lambda x: x[rows, place])])
         v = roll.net(x, t, text(), rope, memory)[0]
         x0_from_v(x, v, t).backward(g)
 
 
-def scores(predict, x, t, noise):
+def predict_x0(predict, x, t, noise):
     """x0 that a network predicts from x noised to t (b,): predict (x_t, t (b, f)) -> v. float32, no graph wanted."""
     at = t[:, None].expand(x.shape[:2])
     xt = add_noise(x, noise, at)
@@ -141,9 +141,9 @@ def kept_and_oldest(roll, kinds):
     What a finished rollout's memory did: kinds, a name a video, of its motion
     returns  dict: kept_KIND, share of the tested chunks that surprised; oldest, mean age of the oldest keyframe in s, if any
     """
-    keeps = torch.stack(roll.keeps, 1).float()[:, ::roll.memory.policy.interval].mean(1).tolist()
+    keeps = torch.stack(roll.kept, 1).float()[:, ::roll.memory.policy.interval].mean(1).tolist()
     found = {kind: [keep for keep, k in zip(keeps, kinds) if k == kind] for kind in kinds}
-    ages = [(roll.chunk * CHUNK - roll.memory.slow[0][:, 0]).float().mean().item() / 4] if roll.memory.slow else []
+    ages = [(roll.chunk * CHUNK - roll.memory.slow.frame[:, 0]).float().mean().item() / 4] if roll.memory.slow else []
     return {f"kept_{kind}": sum(some) / len(some) for kind, some in found.items()} | {"oldest": age for age in ages}
 
 
@@ -162,7 +162,7 @@ if __name__ == "__main__":
             return predict
 
         noise = torch.randn_like(x)
-        fake, real = (scores(closed_form(m), x.detach(), t, noise) for m in (mean.detach(), 2.))
+        fake, real = (predict_x0(closed_form(m), x.detach(), t, noise) for m in (mean.detach(), 2.))
         dmd_loss(x, dmd_gradient(x.detach(), fake, real)[0]).backward()
         mean.data -= .02 * mean.grad
         mean.grad = None

@@ -13,9 +13,9 @@ Leaves out: a similarity rule for replacement (random here), errors of whole rol
 import numpy as np
 import torch
 
-from flow import add_noise, denoise, draw_noise, matching, schedule
-from memory import CHUNK, PRESETS, plan
-from rope import table
+from flow import add_noise, denoise, draw_noise, flow_matching_loss, schedule
+from memory import CHUNK, PRESETS, frames_in_memory
+from rope import rope_cos_sin
 
 TARGET = 21                    # latents a teacher denoises at once
 CLEAN, CONTEXT, LATENT, NOISE = .5, .9, .9, .01  # chance of no injection at all; else of one into context, latents, noise
@@ -23,14 +23,14 @@ MODULATION = .3                # errors are scaled by 1 +- this
 KEEP_CLEAN = .1                # chance that a sample without injection gives its errors to the bank: they are small
 
 
-def score(net, context, xt, t, text, grid):
+def predict_velocity(net, context, xt, t, text, grid):
     """
     The one forward of teacher and critic: training, real score and fake score.
     context  (b, n, c, h, w) clean latents in the order of time, n = 0 allowed; xt (b, f, c, h, w) noised; t (b, f)
     returns  v (b, f, c, h, w) of the target; positions are 0..n + f - 1
     """
     n, config = context.shape[1], net.config
-    rope = table(torch.arange(n + xt.shape[1], device=xt.device), *grid, config.dim // config.heads)
+    rope = rope_cos_sin(torch.arange(n + xt.shape[1], device=xt.device), *grid, config.dim // config.heads)
     level = torch.cat([torch.zeros(context.shape[:2], device=t.device), t], dim=1)
     return net(torch.cat([context, xt], dim=1), level, text, rope, prefix=n)[0][:, n:]
 
@@ -44,11 +44,14 @@ def extend(net, history, text, grid, sampler, seeds, keep=None):
     """
     b, m = len(history), history.shape[1] // CHUNK
     keep = torch.arange(m).expand(b, -1) % 2 == 0 if keep is None else keep
-    src = plan(PRESETS["slowfast"], keep, new=0)[-1].to(history.device)
+    src = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
     context = history[torch.arange(b)[:, None], src]
     noise = draw_noise(seeds, m, 0, (TARGET, *history.shape[2:]), history.device)
-    return denoise(lambda x, t: score(net, context, x, t, text, grid), noise, schedule(sampler.steps, sampler.shift), None,
-                   renoise=False)
+
+    def predict(x, level):
+        t = torch.full(x.shape[:2], level, device=x.device)
+        return predict_velocity(net, context, x, t, text, grid)
+    return denoise(predict, noise, schedule(sampler.steps, sampler.shift), None, renoise=False)[0]
 
 
 class ErrorBank:
@@ -142,15 +145,15 @@ def errors_of(v, v_star, t):
 def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN, watched=None, weight=0.):
     """
     Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels;
-    watched, weight as in flow.matching
+    watched, weight as in flow.flow_matching_loss
     returns  (b,) losses, and what bank.push takes. The network sees perturbed latents; v* = noise~ - x0 has the clean x0,
              or it would learn to reproduce errors. p = 0 or an empty bank: plain fine-tuning.
     """
     seen, x0_seen, noise_seen, chosen = bank.inject(rng, context, x0, noise, t, p=p)
     at = t[:, None].expand(-1, x0.shape[1])
-    v = score(net, seen, add_noise(x0_seen, noise_seen, at), at, text, grid)
+    v = predict_velocity(net, seen, add_noise(x0_seen, noise_seen, at), at, text, grid)
     v_star = noise_seen - x0
-    return matching(v, v_star, at, watched, weight), (t, *errors_of(v.detach(), v_star, t), chosen)
+    return flow_matching_loss(v, v_star, at, watched, weight), (t, *errors_of(v.detach(), v_star, t), chosen)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from tqdm import tqdm
 import world
 from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
-from erft import TARGET, extend, score
+from erft import TARGET, extend, predict_velocity
 from flow import Rollout, Sampler, add_noise, draw_noise, generate
-from memory import CHUNK, PRESETS, Policy, plan
+from memory import CHUNK, PRESETS, Policy, frames_in_memory
 from model import DiT, DiTConfig, load
 from text import TextConfig, TextEncoder, bytes_to_ids
 from vae import TAE, TAEConfig
@@ -103,10 +103,10 @@ def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, devi
     seeds, latent = [noise + w[0] for w in which], history.shape[2:]
     list(generate(roll, seeds, 0, sampler, latent, history=history if given else None))
     if swap:
-        roll.memory.make_room(CHUNK)
-        roll.memory.slow = [torch.cat(c.chunk(2)[::-1]) for c in roll.memory.slow]
+        roll.memory.evict(CHUNK)
+        roll.memory.slow = roll.memory.slow.apply(lambda x: torch.cat(x.chunk(2)[::-1]))
     z = torch.cat([history, *generate(roll, seeds, chunks, sampler, latent)], 1)
-    return draw(tae, z), torch.stack(roll.keeps, 1).cpu()
+    return draw(tae, z), torch.stack(roll.kept, 1).cpu()
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, devi
 
 def returns(reading, caption, keep, policy, given):
     """Events that fall due in the model's own part, outside the sink -> list of (event, was it held)."""
-    contexts = plan(policy, keep[None])
+    contexts = frames_in_memory(policy, keep[None])
     own = [e for e in world.events(reading, caption) if e.back >= frames_of(given * CHUNK) * (given > 0) and not e.sink]
     return [(e, world.held(e, reading, contexts[min(world.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
 
@@ -163,11 +163,11 @@ def probe(net, encoder, tae, which, sampler, device, shuffle=None):
 def gates(teacher, encoder, tae, which, sampler, device):
     """Does the teacher use its context? Recall and loss at t = 0.7, and both with another world's past beside them -> dict"""
     text, z, grid = conditions(teacher, encoder, tae, which, GIVEN + TARGET // CHUNK, device)
-    src = plan(PRESETS["uniform2"], torch.arange(GIVEN)[None] % 2 == 0, new=0)[-1][0]
+    src = frames_in_memory(PRESETS["uniform2"], torch.arange(GIVEN)[None] % 2 == 0, evict_first=False)[-1][0]
     context, x0, found = z[:, src], z[:, GIVEN * CHUNK:], {}
     at, eps = torch.full(x0.shape[:2], .7, device=device), draw_noise(range(len(which)), 0, 0, x0.shape[1:], device)
     for name, past, shuffle in (("", context, False), ("shuffled_", context.roll(1, 0), True)):
-        v = score(teacher, past, add_noise(x0, eps, at), at, text, grid)
+        v = predict_velocity(teacher, past, add_noise(x0, eps, at), at, text, grid)
         numbers = probe(teacher, encoder, tae, which, sampler, device, shuffle)
         found |= {f"teacher_{name}loss": F.mse_loss(v, eps - x0).item(), f"teacher_{name}recall": numbers["recall"]}
     return found | {"teacher_chance": numbers["chance"]}

@@ -1,33 +1,36 @@
 """
 Flow matching in one convention, and the one rollout that sampling and every training stage share.
 
-t is the noise level: x_t = (1 - t) x0 + t noise, and the network predicts v = noise - x0. A video is made chunk by chunk:
-look at the memory, denoise the chunk in a few steps, run it once more clean (t = 0) and commit the keys and values of that
-pass to the memory. Keys come out of the memory un-rotated and are rotated once per chunk, at bounded positions.
+    x_t = (1 - t) x0 + t noise,    v = noise - x0,    x0 = x_t - t v        t = noise level: 0 clean, 1 noise
+
+A video is made chunk by chunk: read the context from the KV cache, denoise the chunk in a few steps, run it once more
+clean (t = 0) and append the keys and values of that pass to the cache. Keys come out of the cache un-rotated and are
+rotated once per chunk, at bounded positions.
 
     python flow.py             # prints the schedule, and the noise left after each step
 
-References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009 (chunk loop, clean
-pass); Context Forcing, arXiv 2602.06028. Their scheduler looks sigma up in a table of 1,000 rows, so that t = 0 means
-0.005; here it is closed form and t = 0 is clean.
+References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009 (chunk loop,
+clean pass); Context Forcing, arXiv 2602.06028. Their scheduler looks the noise level up in a table of 1,000 rows, so
+that t = 0 means 0.005; here it is closed form and t = 0 is clean.
 Leaves out: higher-order solvers.
 """
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 
-from memory import CHUNK, Memory, similarity, size, summary
-from rope import bounded, rotate, table, unbounded
+from memory import CHUNK, Entries, Memory, chunk_descriptor, concatenate, similarity
+from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 
 
 def shifted(u, shift):
-    """Wan's timestep shift: uniform u in [0, 1] -> noise level t in [0, 1]; shift > 1 spends more steps at high noise."""
+    """Wan's timestep shift: uniform u in [0, 1] -> noise level t in [0, 1]; shift > 1 spends more at high noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def schedule(steps, shift):
-    """Noise levels of `steps` denoising steps, from 1 down; Self-Forcing's four, shift 5: 1, 0.9375, 0.8333, 0.625."""
+    """Noise levels of `steps` denoising steps, from 1 down; Self-Forcing's four: 1, 0.9375, 0.8333, 0.625."""
     return [shifted(1 - i / steps, shift) for i in range(steps)]
 
 
@@ -50,17 +53,19 @@ def v_from_x0(xt, x0, t):
     return (xt.float() - x0.float()) / over_frames(t)
 
 
-def matching(v, v_star, t, watched=None, weight=0.):
+def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
     """
-    Flow-matching loss of each sample, in which some directions of a latent may count more: the best v stays the same, but
-    what is small in pixels and means much (here the sky's hue, which is the compass) is learned in hours instead of days.
-    v, v_star  (b, f, c, h, w); t (b, f); watched None or (k, c h w): the error of x0 = t (v - v_star) along these counts too
+    Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the best v stays
+    the same, but what is small in pixels and means much (here the sky's hue, which is the compass) is learned sooner.
+    v, v_star  (b, f, c, h, w); t (b, f)
+    probe      None, or (k, c h w): the error of x0 = t (v - v_star) along these directions counts too
     returns    (b,)
     """
-    off = v.float() - v_star
-    loss = off.square().mean((1, 2, 3, 4))
-    if watched is not None:
-        loss = loss + weight * (t[..., None] * off.flatten(2) @ watched.T).square().sum(-1).mean(1)
+    error = v.float() - v_star
+    loss = error.square().mean((1, 2, 3, 4))
+    if probe is not None:
+        along = t[..., None] * error.flatten(2) @ probe.T  # (b, f, k)
+        loss = loss + probe_weight * along.square().sum(-1).mean(1)
     return loss
 
 
@@ -71,15 +76,20 @@ def guide(cond, uncond, w):
 
 def draw_noise(seeds, chunk, step, shape, device="cpu"):
     """
-    Noise of one denoising step, one video a seed: keyed by (seed, chunk, step), so a video does not depend on what else
-    is in its batch, on its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
+    Noise of one denoising step, keyed by (seed, chunk, step): a video does not depend on what else is in its batch, on
+    its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
+    seeds    one a video
     returns  (b, *shape) float32
     """
-    place = (step >> 8) << 40 | chunk << 8 | step & 255  # one number for (chunk, step), however many steps
-    draws = [np.random.Generator(np.random.Philox(key=[int(seed), place])).standard_normal(shape, np.float32)
-             for seed in seeds]
-    noise = torch.from_numpy(np.stack(draws))
-    return (noise.pin_memory() if torch.device(device).type == "cuda" else noise).to(device, non_blocking=True)  # no waiting
+    key = (step >> 8) << 40 | chunk << 8 | step & 255  # one number for (chunk, step), however many steps
+    noise = []
+    for seed in seeds:
+        generator = np.random.Generator(np.random.Philox(key=[int(seed), key]))
+        noise.append(generator.standard_normal(shape, np.float32))
+    noise = torch.from_numpy(np.stack(noise))
+    if torch.device(device).type == "cuda":
+        noise = noise.pin_memory()  # asynchronous host-to-device copy
+    return noise.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -90,154 +100,231 @@ class Sampler:
     guidance: float = 1.0
     renoise: bool = True   # fresh noise between steps (few-step students); False: Euler steps
     tau: float = 0.95      # surprisal threshold of the memory
-    pool: str = "mean"     # how keys are compared (memory.summary)
+    pool: str = "mean"     # how keys are compared (memory.chunk_descriptor)
 
 
 class Rollout:
     """
-    One batch of videos under way: look() at the memory, make a chunk however you like, commit() it.
-    net        a DiT; text: net.text(features), (b, ...)
+    A batch of videos under way: read_context(), make a chunk however you like, append() it.
+    net        a DiT
+    text       net.text(features) of the prompts
+    policy     memory.Policy
     grid       latent rows and columns after patching
     positions  "bounded" (0..20 for ever) or "unbounded" (absolute, up to 1,024 latents)
+    pool       how keys are compared
     compiled   None, or a compiled net: used when memory is full, because from then on no shape changes any more
     """
     def __init__(self, net, text, policy, grid, positions="bounded", pool="mean", compiled=None):
-        self.net, self.text, self.grid, self.pool, self.positions, self.compiled = net, text, grid, pool, positions, compiled
-        self.memory, self.chunk, self.before, self.tables = Memory(policy), 0, None, {}
-        self.sims, self.keeps = [], []  # one (b,) a chunk, on the device: what the memory decided and why
+        self.net = net
+        self.compiled = compiled
+        self.text = text
+        self.grid = grid
+        self.positions = positions
+        self.pool = pool
+        self.memory = Memory(policy)
+        self.chunk = 0          # number of the next chunk
+        self.context = None     # what read_context() returned
+        self.descriptor = None  # of the last chunk's keys
+        self.similarities = []  # one (b,) a chunk, on the device: to the chunk before ...
+        self.kept = []          # ... and whether it will become a keyframe
+        self.bounded_tables = {}
 
-    def rope(self, src, new=None):
+    def rope(self, frame, new=None):
         """
-        Tables for the held latents and for the three after them: src (b, f), new (b, 3) frame numbers, None = the next chunk.
-        Bounded ones depend only on how many are held: made once.
+        cos and sin for the held latents, and for the three after them.
+        frame  (b, m) frame numbers of the held latents
+        new    (b, 3) frame numbers of the chunk, None = the next chunk
         """
-        d, n, device = self.net.config.dim // self.net.config.heads, src.shape[1], self.text[0][0].device
+        d = self.net.config.dim // self.net.config.heads
+        device = self.text[0][0].device
+        held = frame.shape[1]
         if self.positions == "unbounded":
-            at = unbounded(src.to(device), CHUNK * self.chunk, CHUNK) if new is None else (src.to(device), new)
-            return [table(p, *self.grid, d) for p in at]
-        if n not in self.tables:
-            self.tables[n] = [table(p.to(device), *self.grid, d) for p in bounded(n, CHUNK)]
-        return self.tables[n]
+            old = frame.to(device)
+            if new is None:
+                old, new = absolute_positions(old, CHUNK * self.chunk, CHUNK)
+            return [rope_cos_sin(position, *self.grid, d) for position in (old, new)]
+        if held not in self.bounded_tables:  # they depend only on how many are held: made once
+            positions = bounded_positions(held, CHUNK)
+            self.bounded_tables[held] = [rope_cos_sin(position.to(device), *self.grid, d) for position in positions]
+        return self.bounded_tables[held]
 
-    def look(self):
+    def read_context(self):
         """
-        Make room, read, rotate: what the next chunk sees.
-        returns  memory (None or one (keys, values) a layer), rope of the chunk's tokens
+        Make room, read, apply_rope: what the next chunk sees.
+        returns  memory (None or one (keys, values) a layer), cos and sin of the chunk's tokens
         """
-        self.view = None  # the last chunk's rotated keys make place for this chunk's
-        self.memory.make_room(CHUNK)
-        self.view = self.view_of(*self.memory.parts())
-        return self.view
+        self.context = None  # free the previous chunk's rotated keys before allocating
+        self.memory.evict(CHUNK)
+        self.context = self.rotated(self.memory.segments())
+        return self.context
 
-    def view_of(self, *parts, new=None):
+    def rotated(self, segments, new=None):
         """
-        Lists of memory cells (frame numbers, latents, then keys and values of each layer) -> what look() returns; values
-        stay in their parts, uncopied. new: frame numbers of the chunk that looks, None = the next one.
+        Entries of the KV cache in the order of time -> what read_context() returns. Values stay in their segments,
+        uncopied. new: frame numbers of the chunk that reads, None = the next one.
         """
-        parts = [p for p in parts if p]
-        old, new = self.rope(torch.cat([p[0] for p in parts], dim=1) if parts else torch.zeros(1, 0, dtype=torch.long), new)
-        cells = [[z.flatten(1, 2) for z in layer] for layer in list(zip(*parts))[2:]]
-        return [(rotate(torch.cat(k, dim=1), old), v) for k, v in zip(cells[::2], cells[1::2])] or None, new
+        if not segments:
+            return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
+        held, current = self.rope(torch.cat([s.frame for s in segments], dim=1), new)
+        memory = []
+        for layer in range(len(segments[0].keys)):
+            keys = torch.cat([rearrange(s.keys[layer], "b m n k d -> b (m n) k d") for s in segments], dim=1)
+            values = [rearrange(s.values[layer], "b m n k d -> b (m n) k d") for s in segments]
+            memory.append((apply_rope(keys, held), values))
+        return memory, current
 
-    def run(self, x, t, text=None, tables=None):
-        """One pass over the new chunk, after look(): x (b, 3, c, h, w), t (b, 3); tables: net.time(t) if made already."""
-        p, seen = self.memory.policy, CHUNK + sum(size(part) for part in self.memory.parts())
-        net = self.compiled if self.compiled is not None and seen == p.sink + p.slow + p.fast else self.net
-        return net(x, t, text or self.text, self.view[1], self.view[0], *(() if tables is None else (None, 0, tables)))
+    def predict(self, x, t, text=None, modulation=None):
+        """
+        One pass over the new chunk, after read_context().
+        x           (b, 3, c, h, w), t (b, 3)
+        text        None: the rollout's own
+        modulation  None, or net.time(t) if it is made already
+        returns     v, and one (keys, values) a layer of the chunk's tokens
+        """
+        policy = self.memory.policy
+        memory, rope = self.context
+        seen = CHUNK + sum(len(segment) for segment in self.memory.segments())
+        is_full = seen == policy.sink + policy.slow + policy.fast
+        net = self.compiled if self.compiled is not None and is_full else self.net
+        return net(x, t, text or self.text, rope, memory, tables=modulation)
+
+    def entries(self, frame, x0, kv):
+        """A chunk's frame numbers (b, 3), latents (b, 3, c, h, w) and the (keys, values) of its clean pass -> Entries"""
+        keys = [rearrange(k, "b (m n) k d -> b m n k d", m=frame.shape[1]) for k, _ in kv]
+        values = [rearrange(v, "b (m n) k d -> b m n k d", m=frame.shape[1]) for _, v in kv]
+        return Entries(frame, x0, keys, values)
+
+    @torch.no_grad()
+    def append(self, x0, keep=None, modulation=None):
+        """
+        Clean pass over the finished chunk, whose keys and values enter the KV cache; after read_context().
+        x0          (b, 3, c, h, w)
+        keep        (b,) bool replaces the policy's own decision
+        modulation  net.time(0) if it is made already
+        """
+        b, device = len(x0), x0.device
+        # the clean pass: t = 0
+        _, kv = self.predict(x0, torch.zeros(b, CHUNK, device=device), modulation=modulation)
+        # surprisal (eq. 7): how like the chunk before it is it?
+        descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
+        if self.descriptor is None:
+            similar = torch.ones(b, device=device)
+        else:
+            similar = similarity(descriptor, self.descriptor)
+        if keep is None:
+            keep = self.memory.policy.should_keep(self.chunk, similar)
+        # into fast memory
+        frame = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=device).expand(b, -1)
+        self.memory.push(self.entries(frame, x0, kv), keep)
+        self.descriptor = descriptor
+        self.chunk += 1
+        self.similarities.append(similar)
+        self.kept.append(keep)
+
+    def state_dict(self):
+        """All that a resumed rollout needs beside its networks and prompt: plain dicts, lists and tensors."""
+        return {"chunk": self.chunk, "descriptor": self.descriptor, "similarities": self.similarities,
+                "kept": self.kept, "memory": self.memory.state_dict()}
+
+    def load_state_dict(self, state):
+        self.chunk = state["chunk"]
+        self.descriptor = state["descriptor"]
+        self.similarities = list(state["similarities"])
+        self.kept = list(state["kept"])
+        self.memory.load_state_dict(state["memory"])
 
     @torch.no_grad()
     def recache(self, text):
         """
-        The prompt changes, between two chunks: what is held is encoded anew under text (net.text of the new prompt), at
+        The prompt changes, between two chunks (LongLive's KV-recache): what is held is encoded anew under `text`, at
         t = 0, three latents after another, each seeing those before it. Which frames are held does not change.
         """
-        self.text, parts, (frames, latents) = text, [], self.memory.read()[:2]
-        for part in self.memory.parts():
-            del part[2:]  # the old keys and values make place for the new
-        for x0, src in zip(latents.split(CHUNK, dim=1), frames.split(CHUNK, dim=1)):
-            self.view = self.view_of(*parts, new=src)
-            _, kv = self.run(x0, torch.zeros(x0.shape[:2], device=x0.device))
-            parts.append([src, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)])
-        self.before = summary([k for k, _ in kv], self.pool)  # of the last chunk, under the new text
-        for i in range(2, len(parts[0])):
-            self.memory.rewrite(i, torch.cat([part[i] for part in parts], dim=1))
-            for part in parts:
-                part[i] = None
-
-    @torch.no_grad()
-    def commit(self, x0, keep=None, tables=None):
-        """
-        Clean pass over the finished chunk and entry into the memory, after look(). x0 (b, 3, c, h, w); keep (b,) bool
-        replaces the policy's own decision; tables: net.time(0) if it is made already.
-        """
-        b = len(x0)
-        _, kv = self.run(x0, torch.zeros(b, CHUNK, device=x0.device), tables=tables)
-        now = summary([k for k, _ in kv], self.pool)
-        sim = torch.ones(b, device=x0.device) if self.before is None else similarity(now, self.before)
-        keep = self.memory.policy.decide(self.chunk, sim) if keep is None else keep
-        frames = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=x0.device).expand(b, -1)
-        self.memory.push([frames, x0, *(z.unflatten(1, (CHUNK, -1)) for pair in kv for z in pair)], keep)
-        self.before, self.chunk = now, self.chunk + 1
-        self.sims.append(sim)
-        self.keeps.append(keep)
+        self.text = text
+        self.context = None
+        held = [Entries(segment.frame, segment.latent) for segment in self.memory.segments()]
+        self.memory.drop_keys()  # the old ones make room for the new
+        encoded = []
+        for frame, x0 in zip(*(z.split(CHUNK, dim=1) for z in (concatenate(held).frame, concatenate(held).latent))):
+            self.context = self.rotated(encoded, new=frame)
+            _, kv = self.predict(x0, torch.zeros(x0.shape[:2], device=x0.device))
+            encoded.append(self.entries(frame, x0, kv))
+        self.context = None
+        self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)  # of the last chunk, under the new text
+        for layer in range(len(kv)):
+            keys = torch.cat([chunk.keys[layer] for chunk in encoded], dim=1)
+            values = torch.cat([chunk.values[layer] for chunk in encoded], dim=1)
+            self.memory.set_layer(keys, values)
+            for chunk in encoded:  # freed layer by layer
+                chunk.keys[layer] = chunk.values[layer] = None
 
 
-def denoise(predict, x, levels, fresh, renoise=True):
+def denoise(predict, x, levels, fresh_noise, renoise=True):
     """
-    predict  x_t (b, 3, c, h, w), t (b, 3) -> v
-    levels   noise levels from schedule(); x is pure noise at levels[0]
-    fresh    step number -> noise of x's shape, for re-noising
-    returns  x0 (b, 3, c, h, w) float32
+    From noise to a clean sample, in the steps of `levels`.
+    predict      x_t (b, f, c, h, w), noise level (a number) -> v
+    x            pure noise, at levels[0]
+    levels       noise levels from schedule()
+    fresh_noise  step number -> noise of x's shape
+    renoise      True: fresh noise on x0 at each next level (few-step students); False: Euler steps along v
+    returns      x0 (b, f, c, h, w) float32, and the x_t of the last step that it was predicted from
     """
-    for j, t in enumerate(levels):
-        at = torch.full(x.shape[:2], t, device=x.device)
-        v = predict(x, at)
-        x0 = x0_from_v(x, v, at)
-        if j + 1 < len(levels):
-            x = add_noise(x0, fresh(j + 1), torch.full_like(at, levels[j + 1])) if renoise else x + (levels[j + 1] - t) * v
-    return x0
+    for step, level in enumerate(levels):
+        t = torch.full(x.shape[:2], level, device=x.device)
+        v = predict(x, level)
+        x0 = x0_from_v(x, v, t)
+        if step + 1 == len(levels):
+            return x0, x
+        if renoise:
+            x = add_noise(x0, fresh_noise(step + 1), torch.full_like(t, levels[step + 1]))
+        else:
+            x = x + (levels[step + 1] - level) * v
 
 
 @torch.no_grad()
-def generate(roll, seeds, chunks, sampler, latent, uncond=None, history=None, texts=None):
+def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None, texts=None):
     """
     Generator: one finished chunk of latents at a time.
-    roll     a Rollout, fresh or under way
+    rollout  a Rollout, fresh or under way
     seeds    one a video
     chunks   how many to make, after the history
     latent   (c, h, w) of one latent
     uncond   net.text of the empty prompt, for guidance != 1
-    history  None, or real latents (b, 3m, c, h, w) that are committed first
+    history  None, or real latents (b, 3m, c, h, w) that are appended first
     texts    None, or number of a chunk -> net.text of the prompt that holds from there on
     yields   x0 (b, 3, c, h, w)
     """
-    levels, device = schedule(sampler.steps, sampler.shift), roll.text[0][0].device
-    tables = {t: roll.net.time(torch.full((len(seeds), CHUNK), t, device=device)) for t in (*levels, 0.)}  # once a video
-    for x0 in (history.split(CHUNK, dim=1) if history is not None else ()):
-        roll.look()
-        roll.commit(x0, tables=tables[0.])
+    levels = schedule(sampler.steps, sampler.shift)
+    device = rollout.text[0][0].device
+    # AdaLN's shifts, scales and gates depend on the noise level alone: once a video
+    times = {level: torch.full((len(seeds), CHUNK), level, device=device) for level in (*levels, 0.)}
+    modulations = {level: rollout.net.time(t) for level, t in times.items()}
+
+    def fresh_noise(step):
+        return draw_noise(seeds, rollout.chunk, step, (CHUNK, *latent), device)
+
+    def predict(x, level):
+        v, _ = rollout.predict(x, times[level], modulation=modulations[level])
+        if sampler.guidance == 1:
+            return v
+        v_uncond, _ = rollout.predict(x, times[level], uncond, modulations[level])
+        return guide(v, v_uncond, sampler.guidance)
+
+    if history is not None:
+        for x0 in history.split(CHUNK, dim=1):
+            rollout.read_context()
+            rollout.append(x0, modulation=modulations[0.])
     for _ in range(chunks):
-        if texts and roll.chunk in texts:
-            roll.recache(texts[roll.chunk])
-        roll.look()
-        step = iter(levels)
-
-        def fresh(step):
-            return draw_noise(seeds, roll.chunk, step, (CHUNK, *latent), device)
-
-        def predict(x, t):
-            known = tables[next(step)]
-            v = roll.run(x, t, tables=known)[0]
-            return v if sampler.guidance == 1 else guide(v, roll.run(x, t, uncond, known)[0], sampler.guidance)
-
-        x0 = denoise(predict, fresh(0), levels, fresh, sampler.renoise)
-        roll.commit(x0, tables=tables[0.])
+        if texts and rollout.chunk in texts:
+            rollout.recache(texts[rollout.chunk])
+        rollout.read_context()
+        x0, _ = denoise(predict, fresh_noise(0), levels, fresh_noise, sampler.renoise)
+        rollout.append(x0, modulation=modulations[0.])
         yield x0
 
 
 # ---- the same in one pass, for training ----------------------------------------------------------------------------------
 
-def noised(x0, copies, shift):
+def stratified_noise(x0, copies, shift):
     """
     x0 (b, f, ...), f a multiple of copies, noised at `copies` levels a sample, spread evenly over 0..1 and shifted
     returns  x_t, t (b, f), v
@@ -248,13 +335,13 @@ def noised(x0, copies, shift):
     return add_noise(x0, noise, t), t, noise - x0
 
 
-def roughened(x0, most):
+def augment_context_noise(x0, most):
     """A clean past as the model will meet it: with up to `most` noise on each latent, still called t = 0."""
     level = torch.rand(len(x0), 1) * most * torch.rand(x0.shape[:2])
     return add_noise(x0, torch.randn_like(x0), level.to(x0.device))
 
 
-def pack_mask(src, target, own):
+def packed_attention_mask(src, target, own):
     """
     Who sees whom in a pack of clean past latents and noised target latents.
     src     (b, p)  frame numbers of the past, -1 = nothing there
@@ -270,19 +357,19 @@ def pack_mask(src, target, own):
     return torch.cat([torch.cat([among, ahead], 2), torch.cat([to_past, to_own], 2)], 1)
 
 
-def forget(src, gone):
+def drop_frames(src, gone):
     """Takes latents out of a padded past src (b, p) where gone (b, p) bool says so; what is left closes up, -1 behind it."""
     src = src.masked_fill(gone, -1)
     return src.gather(1, (src < 0).long().argsort(stable=True, dim=1))
 
 
-def compact(src, copies, gap=0):
+def packed_positions(src, copies, gap=0):
     """Bounded positions of a padded past (b, p) and of `copies` of the chunk `gap` chunks on: (b, p + 3 copies)"""
     new = (src >= 0).sum(1, keepdim=True) + CHUNK * gap + torch.arange(CHUNK).repeat(copies)
     return torch.cat([torch.arange(src.shape[1]).expand(len(src), -1), new], 1)
 
 
-def packed(net, text, past, src, target, positions, own, xt, t, grid):
+def packed_forward(net, text, past, src, target, positions, own, xt, t, grid):
     """
     Several noised copies of target latents share one clean past: what a Rollout would see, chunk by chunk, in one pass.
     past       (b, p, c, h, w) clean latents of the frame numbers src (b, p), -1 = nothing there
@@ -291,8 +378,8 @@ def packed(net, text, past, src, target, positions, own, xt, t, grid):
     returns    v (b, f, c, h, w) of the target
     """
     x, at = torch.cat([past, xt], 1), torch.cat([torch.zeros(src.shape, device=t.device), t], 1)
-    rope = table(positions.to(t.device), *grid, net.config.dim // net.config.heads)
-    mask = pack_mask(src, target.div(CHUNK, rounding_mode="floor"), own).to(t.device)
+    rope = rope_cos_sin(positions.to(t.device), *grid, net.config.dim // net.config.heads)
+    mask = packed_attention_mask(src, target.div(CHUNK, rounding_mode="floor"), own).to(t.device)
     return net(x, at, text, rope, mask=mask)[0][:, src.shape[1]:]
 
 

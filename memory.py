@@ -1,18 +1,30 @@
 """
-Slow-Fast Memory: which latents a video model still holds, in 21 places, after any length of time.
+Slow-Fast Memory: a KV cache bounded to 21 latents, after any length of video.
 
 The first latents stay for ever (sink), the last ones stay a moment (fast), and in between a few keyframes stay for long
-(slow). A chunk that looks unlike the chunk before it, by the cosine of their keys, is surprising: when it leaves fast
-memory its first latent goes to slow memory, and the oldest keyframe is dropped. The same class runs every policy of the
-paper's comparison (sizes and a keep rule), and runs on indices alone to tell what a policy would hold.
+(slow). A chunk that looks unlike the chunk before it is surprising: its first latent becomes a keyframe, and the oldest
+keyframe is dropped. The same class runs every policy of the paper's comparison (sizes and a keep rule), and runs on
+indices alone to tell what a policy would hold.
 
-    python memory.py           # what each policy holds after 20 s and after 60 s
+    Context Forcing, eq. 7:  keep chunk i  if  sim(k_i, k_{i-1}) < tau
+    k_i = chunk_descriptor(keys of chunk i), sim = similarity(), tau = Policy.tau, the rule = Policy.should_keep()
+
+When is what decided? A chunk of 3 latents enters fast memory with its keys of the clean pass; whether it is kept is
+decided then. It moves when it leaves fast memory, so no latent is ever held twice:
+
+    chunk i generated -> append(): decide keep_i -> ... one chunk later ... -> evict(): latent 0 of chunk i to slow, or drop
+
+Who sees how much? 3 sink + 12 slow + 6 fast = 21. The chunk that the student generates counts as the newest 3 of fast:
+it sees 18 held latents and itself, at Wan's own 21 positions. The teacher's context is taken before room is made for
+that chunk, so it has all 21.
+
+    python memory.py           # draws what slow memory holds over a minute, and what each policy holds at its end
 
 References: Context Forcing, arXiv 2602.06028, section 3.2, eq. 7, figure 3 (its caption's "> tau" contradicts the text;
-the text is followed). Decided when a chunk enters, moved when it leaves, so no latent is ever held twice.
-Leaves out: a decision per layer (one per sample here: the teacher's context must be a set of frames).
+the text is followed).
+Leaves out: a decision per layer (one per video here: the teacher's context must be a set of frames).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +34,15 @@ CHUNK = 3  # latents generated together; the chunk being generated counts as par
 
 @dataclass(frozen=True)
 class Policy:
-    sink: int                # latents that are never evicted
-    slow: int                # keyframes
-    fast: int                # latest latents, the chunk being generated included
-    keep: str = "uniform"    # "surprisal": chunks unlike the one before; "uniform": every chunk that is tested
-    interval: int = 2        # test every so many chunks
-    tau: float = 0.95        # surprisal: keep below this similarity
+    sink: int              # latents that are never evicted
+    slow: int              # keyframes
+    fast: int              # latest latents, the chunk being generated included
+    keep: str = "uniform"  # "surprisal": chunks unlike the one before; "uniform": every chunk that is tested
+    interval: int = 2      # test every so many chunks
+    tau: float = 0.95      # surprisal: keep below this similarity
 
-    def decide(self, chunk, similarity):
-        """similarity (b,) of this chunk's keys to the chunk before -> (b,) bool: will its first latent be kept?"""
+    def should_keep(self, chunk, similarity):
+        """similarity (b,) of this chunk's keys to the chunk before -> (b,) bool: does its first latent become a keyframe?"""
         tested = chunk % self.interval == 0
         if self.keep == "surprisal":
             return (similarity < self.tau) & tested
@@ -48,97 +60,183 @@ PRESETS = {  # --memory: sizes and keep rules of the paper's comparison; positio
 }
 
 
-class Memory:
-    """
-    What one rollout holds. An entry is one latent frame; a cell is a tensor (b, f, ...) of anything that belongs to
-    frames: frame numbers, latents, keys, values. All cells move together; entries are in the order of time.
-    """
-    def __init__(self, policy):
-        self.policy, self.sink, self.slow, self.fast = policy, None, None, None
-        self.marks = []   # one (is it its chunk's first latent, keep decision (b,)) for each latent in fast
-        self.full = policy.slow == 0
+@dataclass
+class Entries:
+    """m latent frames in the KV cache, oldest first, with the keys and values of their n tokens each."""
+    frame: torch.Tensor                         # (b, m) frame numbers
+    latent: torch.Tensor = None                 # (b, m, c, h, w)
+    keys: list = field(default_factory=list)    # one a layer: (b, m, n, k, d), not rotated: positions change with age
+    values: list = field(default_factory=list)  # one a layer: (b, m, n, k, d)
 
-    def make_room(self, new=CHUNK):
-        """Evict the oldest of fast until `new` latents fit: into the sink, then densely into slow, then by decision."""
+    def __len__(self):
+        return self.frame.shape[1]
+
+    def apply(self, function):
+        """The same function on each tensor -> Entries"""
+        latent = None if self.latent is None else function(self.latent)
+        return Entries(function(self.frame), latent, [function(k) for k in self.keys], [function(v) for v in self.values])
+
+    def __getitem__(self, frames):
+        """A slice of the frames, uncopied."""
+        return self.apply(lambda x: x[:, frames])
+
+    def drop_oldest(self, newest, keep):
+        """
+        In the videos of the batch where keep (b,) says so: the oldest frame goes, and `newest`, Entries of one frame, comes
+        in behind. Without asking the device, and layer by layer: a second slow memory of Wan would be 3.5 GB.
+        """
+        def moved(old, new):
+            where = keep.view(-1, *[1] * (old.ndim - 1))
+            return torch.where(where, torch.cat([old[:, 1:], new], dim=1), old)
+
+        self.frame = moved(self.frame, newest.frame)
+        if self.latent is not None:
+            self.latent = moved(self.latent, newest.latent)
+        for layer in range(len(self.keys)):
+            self.keys[layer] = moved(self.keys[layer], newest.keys[layer])
+            self.values[layer] = moved(self.values[layer], newest.values[layer])
+
+
+def concatenate(segments):
+    """Entries after one another in time -> Entries"""
+    if len(segments) == 1:
+        return segments[0]
+    latent = None
+    if segments[0].latent is not None:
+        latent = torch.cat([s.latent for s in segments], dim=1)
+    keys = [torch.cat(layer, dim=1) for layer in zip(*(s.keys for s in segments))]
+    values = [torch.cat(layer, dim=1) for layer in zip(*(s.values for s in segments))]
+    return Entries(torch.cat([s.frame for s in segments], dim=1), latent, keys, values)
+
+
+class Memory:
+    """What one rollout holds: three segments of Entries, None as long as nothing has come there."""
+    def __init__(self, policy):
+        self.policy = policy
+        self.sink, self.slow, self.fast = None, None, None
+        self.pending = []  # for each latent in fast: is it its chunk's first latent, and the chunk's keep decision (b,)
+        self.warm = policy.slow > 0  # slow memory has not been full yet
+
+    def evict(self, new=CHUNK):
+        """Moves the oldest of fast on until `new` latents fit: into the sink, then densely into slow, then by decision."""
         p = self.policy
-        while len(self.marks) > p.fast - new:
-            oldest, self.fast = [c[:, :1] for c in self.fast], [c[:, 1:] for c in self.fast]
-            first, keep = self.marks.pop(0)
+        while len(self.pending) > p.fast - new:
+            oldest, self.fast = self.fast[:1], self.fast[1:]
+            is_first, keep = self.pending.pop(0)
             if size(self.sink) < p.sink:
                 self.sink = join(self.sink, oldest)
-            elif not self.full:  # warm-up: until all places are taken nothing is forgotten, so no test either
+            elif self.warm:  # until all places are taken nothing is forgotten, so nothing is tested either
                 self.slow = join(self.slow, oldest)
-                self.full = size(self.slow) == p.slow
-            elif p.slow and first:
-                for i, (c, o) in enumerate(zip(self.slow, oldest)):  # cell by cell: a second slow memory is 3.5 GB of Wan
-                    shifted = torch.cat([c[:, 1:], o], dim=1)
-                    self.slow[i] = torch.where(keep.view(-1, *[1] * (c.ndim - 1)), shifted, c)  # without asking the device
+                self.warm = len(self.slow) < p.slow
+            elif p.slow and is_first:
+                self.slow.drop_oldest(oldest, keep)
 
-    def push(self, cells, keep):
-        """cells: list of (b, 3, ...) of one finished chunk, from the clean pass, detached; keep (b,) from decide()."""
-        self.fast = join(self.fast, cells)
-        self.marks += [(i == 0, keep) for i in range(cells[0].shape[1])]
+    def push(self, chunk, keep):
+        """chunk: Entries of one finished chunk, from the clean pass, detached; keep (b,) from should_keep()."""
+        self.fast = join(self.fast, chunk)
+        self.pending += [(i == 0, keep) for i in range(len(chunk))]
 
-    def parts(self):
-        """What is held, as sink | slow | fast, each a list of cells; parts that hold nothing are left out."""
-        return [part for part in (self.sink, self.slow, self.fast) if size(part)]
+    def segments(self):
+        """What is held, as sink | slow | fast; segments that hold nothing are left out."""
+        return [segment for segment in (self.sink, self.slow, self.fast) if size(segment)]
+
+    def frames(self):
+        """Frame numbers of all that is held (b, m), or None before the first push."""
+        segments = self.segments()
+        return torch.cat([s.frame for s in segments], dim=1) if segments else None
 
     def read(self):
-        """All that is held, as cells (b, f, ...), sink | slow | fast; an empty list before the first push."""
-        return [torch.cat(c, dim=1) for c in zip(*self.parts())]
+        """All that is held, sink | slow | fast, as one Entries (a copy), or None before the first push."""
+        segments = self.segments()
+        return concatenate(segments) if segments else None
 
-    def rewrite(self, i, cell):
-        """Puts another cell number i in place, for all that is held, in the order of read()."""
-        for part, piece in zip(self.parts(), cell.split([size(part) for part in self.parts()], dim=1)):
-            part[i:i + 1] = [piece]
+    def state_dict(self):
+        """Plain dicts, lists and tensors, for a file."""
+        segments = {name: getattr(self, name) for name in ("sink", "slow", "fast")}
+        segments = {name: None if held is None else vars(held) for name, held in segments.items()}
+        return {"warm": self.warm, "pending": list(self.pending), **segments}
+
+    def load_state_dict(self, state):
+        self.warm = state["warm"]
+        self.pending = list(state["pending"])
+        for name in ("sink", "slow", "fast"):
+            setattr(self, name, None if state[name] is None else Entries(**state[name]))
+
+    def drop_keys(self):
+        """Frees all keys and values: set_layer() puts others in their place."""
+        for segment in self.segments():
+            segment.keys, segment.values = [], []
+
+    def set_layer(self, keys, values):
+        """Keys and values (b, m, n, k, d) of the next layer, for all that is held, in the order of read()."""
+        sizes = [len(segment) for segment in self.segments()]
+        pieces = zip(self.segments(), keys.split(sizes, dim=1), values.split(sizes, dim=1))
+        for segment, some_keys, some_values in pieces:
+            segment.keys.append(some_keys)
+            segment.values.append(some_values)
 
 
-def size(cells):
-    return cells[0].shape[1] if cells else 0
+def size(segment):
+    return 0 if segment is None else len(segment)
 
 
 def join(old, new):
-    return [torch.cat(c, dim=1) for c in zip(old, new)] if old else list(new)
+    return new if old is None else concatenate([old, new])
 
 
-def summary(keys, pool="mean"):
+def chunk_descriptor(keys, pool="mean"):
     """
-    What a chunk's keys say about how it looks: keys, one (b, n, k, d) a layer, clean pass, before rotation.
-    returns  (layers, b, p, k d) float32: pool "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one
-             mean per place of the frame (p = n / 3), which sees a small turn that the mean over the frame hides
+    What a chunk's keys say about how it looks (k_i of eq. 7).
+    keys     one (b, n, k, d) a layer, clean pass, before rotation
+    pool     "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one mean per place of the frame (p = n / 3),
+             which sees a small turn that the mean over the frame hides
+    returns  (layers, b, p, k d) float32
     """
     def pooled(x):  # layer by layer: all of them at once in float32 would be 0.9 GB of Wan
-        return x.mean(1, keepdim=True) if pool == "mean" else x.unflatten(1, (CHUNK, -1)).mean(1)
+        if pool == "mean":
+            return x.mean(1, keepdim=True)
+        return x.unflatten(1, (CHUNK, -1)).mean(1)
     return torch.stack([pooled(k.flatten(-2).float()) for k in keys])
 
 
 def similarity(now, before):
-    """Two summaries -> (b,): cosine, averaged over places and layers (eq. 7; the mean over layers is our reading)."""
+    """Two descriptors -> (b,): cosine, averaged over places and layers (eq. 7; the mean over layers is our reading)."""
     return F.cosine_similarity(now, before, dim=-1).mean(dim=(0, 2))
 
 
-def plan(policy, keep, new=CHUNK):
+def frames_in_memory(policy, keep, evict_first=True):
     """
     The same policy on indices alone.
-    keep     (b, chunks) bool: the decision for each chunk (a keep rule, or what a run logged)
-    new      room made before each chunk (3; 0 = what is held before room is made, the context a teacher gets)
-    returns  for each chunk 0..chunks a tensor (b, f): the frame numbers held when that chunk is generated
+    keep         (b, chunks) bool: the decision for each chunk (a keep rule, or what a run logged)
+    evict_first  True: what a student sees beside its new chunk; False: before room is made, the context a teacher gets
+    returns      for each chunk 0..chunks a tensor (b, m): the frame numbers held when that chunk is generated
     """
-    memory, contexts = Memory(policy), []
-    for i in range(keep.shape[1] + 1):
-        memory.make_room(new)
-        held = memory.read()
-        contexts.append(held[0] if held else torch.zeros(len(keep), 0, dtype=torch.long))
-        if i < keep.shape[1]:
-            memory.make_room(CHUNK)
-            memory.push([torch.arange(CHUNK * i, CHUNK * (i + 1)).expand(len(keep), -1)], keep[:, i])
-    return contexts
+    memory, held = Memory(policy), []
+    b, chunks = keep.shape
+    for i in range(chunks + 1):
+        if evict_first:
+            memory.evict(CHUNK)
+        held.append(torch.zeros(b, 0, dtype=torch.long) if memory.frames() is None else memory.frames())
+        if i < chunks:
+            memory.evict(CHUNK)
+            frame = torch.arange(CHUNK * i, CHUNK * (i + 1)).expand(b, -1)
+            memory.push(Entries(frame), keep[:, i])
+    return held
 
 
 if __name__ == "__main__":
+    # A camera that turns for 15 s, rests for 15 s, and so on: what moves surprises, what rests does not.
+    moving = torch.arange(81) // 20 % 2 == 0
+    similar = torch.where(moving, 0.90, 0.99)[None]
     for name, policy in PRESETS.items():
-        surprising = torch.rand(1, 81, generator=torch.Generator().manual_seed(0)) < 0.6  # pretend 6 chunks in 10 surprise
-        keep = torch.stack([policy.decide(i, torch.where(surprising[:, i], 0.9, 1.0)) for i in range(81)], dim=1)
-        for chunk in (27, 80):
-            held = plan(policy, keep)[chunk][0].tolist()
-            print(f"{name:10} at {chunk * .75:4.1f} s: {len(held) + CHUNK:2d} latents, past {held}")
+        keep = torch.stack([policy.should_keep(i, similar[:, i]) for i in range(81)], dim=1)
+        held = frames_in_memory(policy, keep)
+        if name == "slowfast":
+            print("a row every 3 s: . a second of the past, s sink, K keyframe, f fast; the camera rests at 15-30 and 45-60 s")
+            for i in range(4, 81, 4):
+                seconds = [frame // 4 for frame in held[i][0].tolist()]
+                row = ["."] * (3 * i // 4 + 1)
+                for place, second in reversed(list(enumerate(seconds))):
+                    row[second] = "s" if place < policy.sink else "K" if place < policy.sink + policy.slow else "f"
+                print(f"{i * .75:4.0f} s {''.join(row)}")
+        print(f"{name:10} at 60 s sees {held[80].shape[1] + CHUNK:2d} latents, of the past {held[80][0].tolist()}")

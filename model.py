@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import BadInput
-from rope import rotate, table
+from rope import apply_rope, rope_cos_sin
 
 
 @dataclass
@@ -106,14 +106,14 @@ class SelfAttention(Attention):
     def forward(self, x, rope, memory, mask, prefix):
         """
         x       (b, n, c)
-        rope    cos, sin of the n tokens (rope.table)
+        rope    cos, sin of the n tokens (rope_cos_sin)
         memory  None, or keys (rotated already) and values (b, s, k, d) that stand before the n tokens; values may be a list
                 of parts, so that a memory of several need not be copied together twice
         prefix  the first so many tokens see each other only, the others see everything: two calls, no mask
         returns (b, n, c), and this call's own un-rotated keys and values
         """
         k, v = self.keys_values(x)
-        q, keys, values = rotate(self.queries(x), rope), rotate(k, rope), v
+        q, keys, values = apply_rope(self.queries(x), rope), apply_rope(k, rope), v
         if memory is not None:
             old = memory[1] if isinstance(memory[1], list) else [memory[1]]
             keys = torch.cat([memory[0].to(k.dtype), keys], dim=1)
@@ -208,7 +208,7 @@ class DiT(nn.Module):
         x        (b, f, c, h, w) noised latents
         t        (b, f)          noise level of each frame, 0 clean .. 1 noise
         text     from self.text()
-        rope     cos, sin of the tokens of x (rope.table over its latents' positions)
+        rope     cos, sin of the tokens of x (rope_cos_sin over its latents' positions)
         memory   None, or one (keys, values) pair a layer, each (b, s, k, d), keys rotated: seen by all tokens of x
         mask     None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
         prefix   so many frames in front are context: they see each other only, the frames after them see all
@@ -376,7 +376,7 @@ def flops(config, h, w, held):
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
         net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
         text = [(torch.empty(1, config.text_len, config.heads, d),) * 2] * config.layers
-        net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, table(torch.arange(3), h // p, w // q, d),
+        net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, rope_cos_sin(torch.arange(3), h // p, w // q, d),
             [(old, old)] * config.layers if held else None)
     return count.get_total_flops()
 

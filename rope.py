@@ -2,74 +2,91 @@
 Wan's three-axis rotary position embedding, and the one rule that bounds it.
 
 A token stands at (time, row, column). The head's dims are split into three runs, one an axis, and pairs of dims are
-rotated by angle = position * 10000 ** (-i / n). Bounded positions (Context Forcing, eq. 8) number whatever the memory holds
-compactly, sink | slow | fast | current = 0, 1, 2, ..., so that time never leaves 0..20 however long the video is. Keys are
-stored un-rotated and rotated when read: an entry's position changes as it ages.
+rotated by angle = position * 10000 ** (-i / n). Keys are cached un-rotated and rotated when they are read, because an
+entry's position changes as it ages: bounded positions number whatever the KV cache holds compactly, so that time never
+leaves 0..20 however long the video is.
 
-    python rope.py             # draws how a score falls with distance, and prints bounded positions
+    Context Forcing, eq. 8:   phi in [0, N_s - 1] sink | [N_s, N_s + N_c - 1] slow | [N_s + N_c, N_s + N_c + N_l - 1] fast
+    here (3, 12, 6):          0..2                     | 3..14                     | 15..20, the last 3 are the current chunk
+
+As printed, the equation gives slow memory [3, 11], 9 places for its 12 entries, and fast memory [12, 17], which is not
+the 0..20 of the text. Compact numbering is the reading that fills 0..20 exactly, also before memory is full.
+
+    python rope.py             # draws how a score falls with distance in time, and prints bounded positions
 
 References: RoFormer, arXiv 2104.09864; Wan 2.1 (split d - 4(d//6) | 2(d//6) | 2(d//6), interleaved pairs); Context
-Forcing, arXiv 2602.06028, eq. 8. The equation as printed gives slow memory 9 places for 12 entries; compact numbering is
-the reading that fills 0..20 exactly.
+Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 
-MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of unbounded positions
+MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
 
-def bounded(held, new):
-    """Temporal positions of `held` memory latents and of the `new` latents after them: 0 .. held + new - 1."""
+def bounded_positions(held, new):
+    """Temporal positions of `held` latents in the KV cache and of the `new` ones after them: 0 .. held + new - 1."""
     return torch.arange(held), torch.arange(held, held + new)
 
 
-def unbounded(src, start, new):
+def absolute_positions(frame, start, new):
     """
-    Absolute frame numbers: src (b, f) of the memory latents, and `new` latents from `start` on.
+    Frame numbers as positions: frame (b, m) of the latents in the KV cache, and `new` latents from `start` on.
     Raises ValueError beyond the 1,024 positions of Wan's table.
     """
     if start + new > MAX_POSITION:
         raise ValueError(f"unbounded positions end at {MAX_POSITION} latents (256 s), latent {start + new} asked for: "
                          "use --positions bounded")
-    return src, torch.arange(start, start + new, device=src.device)
+    return frame, torch.arange(start, start + new, device=frame.device)
 
 
-def angles(time, h, w, d):
+def rope_angles(time, h, w, d):
     """
-    time     (f,) or (b, f)  temporal positions
+    time     (b, f)  temporal positions
     h, w     latent rows and columns after patching
     d        head dim, even
-    returns  (f h w, d / 2) or (b, f h w, d / 2) float32 angles; token order is (f h w), pair order time, row, column
+    returns  (b, f h w, d / 2) float32 angles; token order is (f h w), pair order time, row, column
     """
-    dims = (d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6))
-    freq = [10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64, device=time.device) / n) for n in dims]
-    rows, columns = torch.arange(h, device=time.device), torch.arange(w, device=time.device)
-    lead = "b f" if time.ndim == 2 else "f"
-    b = {"b": len(time)} if time.ndim == 2 else {}
-    parts = [repeat(time[..., None] * freq[0], f"{lead} p -> {lead} h w p", h=h, w=w),
-             repeat(rows[:, None] * freq[1], f"h p -> {lead} h w p", f=time.shape[-1], w=w, **b),
-             repeat(columns[:, None] * freq[2], f"w p -> {lead} h w p", f=time.shape[-1], h=h, **b)]
-    return rearrange(torch.cat(parts, dim=-1), f"{lead} h w p -> {lead.replace('f', '(f h w)')} p").float()
+    b, f = time.shape
+    # Made on the CPU in float64, which not every device has, and moved once as float32.
+    home = "meta" if time.is_meta else "cpu"
+    rows = torch.arange(h, device=home)
+    columns = torch.arange(w, device=home)
+
+    def angles(position, n):
+        frequency = 10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64, device=home) / n)
+        return position[..., None] * frequency
+
+    side = 2 * (d // 6)
+    by_time = repeat(angles(time.to(home), d - 2 * side), "b f p -> b (f h w) p", h=h, w=w)
+    by_row = repeat(angles(rows, side), "h p -> b (f h w) p", b=b, f=f, w=w)
+    by_column = repeat(angles(columns, side), "w p -> b (f h w) p", b=b, f=f, h=h)
+    return torch.cat([by_time, by_row, by_column], dim=-1).float().to(time.device)
 
 
-def table(time, h, w, d):
-    """cos and sin, each (n, 1, d / 2) or (b, n, 1, d / 2): what rotate() takes."""
-    a = angles(time, h, w, d)[..., None, :]
-    return a.cos(), a.sin()
+def rope_cos_sin(time, h, w, d):
+    """time (f,) or (b, f) -> cos and sin, each (1 or b, f h w, 1, d / 2): what apply_rope() takes."""
+    angles = rope_angles(torch.atleast_2d(time), h, w, d)[:, :, None]
+    return angles.cos(), angles.sin()
 
 
-def rotate(x, cos_sin):
-    """x (b, n, k, d): pairs (x[2i], x[2i+1]) turned by the table's angles, in float32; returned in x's dtype."""
+def apply_rope(x, cos_sin):
+    """x (b, n, k, d): pairs (x[2i], x[2i + 1]) turned by the angles, in float32; returned in x's dtype."""
     cos, sin = cos_sin
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 if __name__ == "__main__":
-    q = rotate(torch.ones(1, 1, 1, 48), table(torch.tensor([20]), 1, 1, 48))
-    k = rotate(torch.ones(1, 21, 1, 48), table(torch.arange(21), 1, 1, 48))
-    score = torch.einsum("bqkd,bskd->s", q, k)
-    for position, s in enumerate(score.tolist()):
-        print(f"position {position:2d} {'sink' if position < 3 else 'slow' if position < 15 else 'fast'} {'#' * int(s)}")
-    print("any length, 18 held + 3 new:", *(p.tolist() for p in bounded(18, 3)))
+    torch.manual_seed(0)
+    unit = torch.randn(512, 1, 1, 128)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    query = apply_rope(unit, rope_cos_sin(torch.tensor([20]), 1, 1, 128))
+    keys = apply_rope(unit.expand(-1, 21, -1, -1), rope_cos_sin(torch.arange(21), 1, 1, 128))
+    score = (query * keys).sum(-1).mean(dim=(0, 2))  # (21,): a query at position 20 with its own copy at each position
+    for position, value in enumerate(score.tolist()):
+        segment = "sink" if position < 3 else "slow" if position < 15 else "fast"
+        print(f"position {position:2d} {segment} {value:.2f} {'#' * round(200 * (value - .8))}")
+    held, new = bounded_positions(18, 3)
+    print("any length, 18 held + 3 new:", held.tolist(), new.tolist())

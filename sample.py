@@ -246,8 +246,9 @@ def read_clip(path, width, height, most):
 def memory_picture(path, shots, roll, vae, prompt):
     """shots: list of (second, (h, w, 3) uint8 tensor); roll: the finished Rollout"""
     from PIL import Image, ImageDraw
-    memory, policy, sims, keeps = roll.memory, roll.memory.policy, torch.cat(roll.sims).tolist(), torch.cat(roll.keeps).tolist()
-    (held, latents), red, grey, blue = (z[0] for z in memory.read()[:2]), (200, 60, 40), (150, 150, 150), (30, 60, 200)
+    memory, policy, sims, keeps = roll.memory, roll.memory.policy, torch.cat(roll.similarities).tolist(), torch.cat(roll.kept).tolist()
+    held, latents = (torch.cat([getattr(s, name)[0] for s in memory.segments()]) for name in ("frame", "latent"))
+    red, grey, blue = (200, 60, 40), (150, 150, 150), (30, 60, 200)
     h, gap, left, base = world.HEIGHT * 2, 4, 70, 330  # base: of bars 190 high, a third or more of which the threshold takes
     w = h * shots[0][1].shape[1] // shots[0][1].shape[0]
     width = left + len(shots) * (w + gap)
@@ -436,9 +437,8 @@ def bench(cfg, m, text):
 
 # ---- videos --------------------------------------------------------------------------------------------------------------
 
-# what a saved state holds: options that make a video, and what of its rollout and memory goes on
+# what a saved state holds: options that make a video
 KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")
-ROLL, MEMORY = ("chunk", "before", "sims", "keeps"), ("sink", "slow", "fast", "marks", "full")
 
 
 def load_state(cfg, device):
@@ -453,7 +453,7 @@ def load_state(cfg, device):
 
 
 def teach(m, roll, texts, history, seed):
-    """The context teacher goes on, 21 latents at a time, from what memory.plan holds of all that is there; a chunk each."""
+    """The context teacher goes on, 21 latents at a time, from what memory.frames_in_memory holds of all that is there; a chunk each."""
     while True:
         text = texts[max(turn for turn in texts if turn <= history.shape[1] // CHUNK)]
         new = extend(m.dit, history, text, roll.grid, m.sampler, [seed])
@@ -473,8 +473,7 @@ def film(cfg, m, prompt, parts, seed, path, history, state, bar, stop):
     texts = {turn: m.text(text) for turn, text in parts}
     roll, decoder, shots, left = m.rollout(texts[0]), Decoder(m.vae), [], []
     if state:
-        vars(roll).update(state["roll"])
-        vars(roll.memory).update(state["memory"])
+        roll.load_state_dict(state["rollout"])
         decoder.past, shots = state["past"], [(at, frame.cpu()) for at, frame in state["shots"]]
         left = [state["left"].cpu()] * bool(len(state["left"]))
         roll.text = texts[max(turn for turn in texts if turn < roll.chunk)]
@@ -502,7 +501,7 @@ def film(cfg, m, prompt, parts, seed, path, history, state, bar, stop):
     bar.write(f"wrote {path}" + (f" and {path.stem}.png" if not cfg.teacher else ""))
     if cfg.save_state:  # noise is keyed by (seed, chunk, step), so the chunk is the random state
         torch.save({"options": {k: getattr(cfg, k) for k in KEPT}, "done": min(made, frames), "past": list(decoder.past),
-                    "roll": {k: vars(roll)[k] for k in ROLL}, "memory": {k: vars(roll.memory)[k] for k in MEMORY},
+                    "rollout": roll.state_dict(),
                     "shots": shots, "left": clip[len(clip) - max(0, made - frames):].clone()}, f"{cfg.save_state}.part")
         os.replace(f"{cfg.save_state}.part", cfg.save_state)
         bar.write(f"saved {cfg.save_state} at {min(made, frames) / FPS:g} s: --resume {cfg.save_state} goes on")

@@ -42,9 +42,9 @@ import world
 from data import Histories, encode_world, lesson_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
-from memory import CHUNK, PRESETS, Memory, Policy, plan, size
+from memory import CHUNK, PRESETS, Entries, Memory, Policy, frames_in_memory
 from model import DiT, DiTConfig, fill, flops, load, load_weights, read_public, save_weights, take, tiny_dit
-from rope import angles, bounded, rotate, table, unbounded
+from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, encode_prompts, tiny_text
 from train import WEIGHTS
 from vae import MEAN, STD, TAE, TAEConfig, WanVAE, WanVAEConfig, tiny_tae
@@ -90,7 +90,7 @@ def frames_first(x):
 
 def rope_of(net, time, x):
     p, q = net.config.patch
-    return table(time, x.shape[-2] // p, x.shape[-1] // q, net.config.dim // net.config.heads)
+    return rope_cos_sin(time, x.shape[-2] // p, x.shape[-1] // q, net.config.dim // net.config.heads)
 
 
 def test_golden_bidirectional_dit_and_its_inner_taps():
@@ -124,16 +124,19 @@ def test_golden_causal_dit_with_cache(which):
         if not again:
             if i > 0:
                 memory.push(made, torch.zeros(1, dtype=torch.bool))
-            memory.make_room(chunk)
+            memory.evict(chunk)
         held = memory.read()
-        old = rope_of(net, held[0][0], x[i]) if held else None
-        seen = [(rotate(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held[1::2], held[2::2])] or None
+        seen = None
+        if held is not None:
+            old = rope_of(net, held.frame[0], x[i])
+            seen = [(apply_rope(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held.keys, held.values)]
         frames = torch.arange(start, start + chunk)
         v, kv = net(x[i], given[f"t{i}"] / 1000, text, rope_of(net, frames, x[i]), seen)
         close(frames_first(v), want[f"{which}.call{i}"], 2e-5)
-        made = [frames[None], *(z.unflatten(1, (chunk, n)) for pair in kv for z in pair)]
+        keys, values = ([z.unflatten(1, (chunk, n)) for z in layers] for layers in zip(*kv))
+        made = Entries(frames[None], None, keys, values)
         if i == c["num_clean_chunks"] - 1:
-            k0 = torch.cat([seen[0][0], rotate(kv[0][0], rope_of(net, frames, x[i]))], 1) if seen else rotate(kv[0][0], rope_of(net, frames, x[i]))
+            k0 = torch.cat([seen[0][0], apply_rope(kv[0][0], rope_of(net, frames, x[i]))], 1) if seen else apply_rope(kv[0][0], rope_of(net, frames, x[i]))
             v0 = torch.cat([seen[0][1], kv[0][1]], 1) if seen else kv[0][1]
             close(k0, want[f"{which}.cache_k0"][:, :k0.shape[1]], 2e-5)
             close(v0, want[f"{which}.cache_v0"][:, :v0.shape[1]], 2e-5)
@@ -243,9 +246,9 @@ def rollout_predictions(net, text, x0, xt, t, policy):
     roll, out = Rollout(net, text, policy, (2, 4)), []
     for i in range(x0.shape[1] // CHUNK):
         at = slice(i * CHUNK, (i + 1) * CHUNK)
-        memory, rope = roll.look()
+        memory, rope = roll.read_context()
         out.append(net(xt[:, at], t[:, at], text, rope, memory)[0])
-        roll.commit(x0[:, at])
+        roll.append(x0[:, at])
     return torch.cat(out, 1), roll
 
 
@@ -255,7 +258,7 @@ def full_predictions(net, text, x0, xt, t):
     chunk = torch.arange(f) // CHUNK
     older, own, none = chunk[:, None] > chunk[None], chunk[:, None] == chunk[None], torch.zeros(f, f, dtype=torch.bool)
     mask = torch.cat([torch.cat([older | own, none], 1), torch.cat([older, own], 1)])[None]
-    rope = table(torch.arange(f).repeat(2), 2, 4, net.config.dim // net.config.heads)
+    rope = rope_cos_sin(torch.arange(f).repeat(2), 2, 4, net.config.dim // net.config.heads)
     return net(torch.cat([x0, xt], 1), torch.cat([torch.zeros_like(t), t], 1), text, rope, mask=mask)[0][:, f:]
 
 
@@ -289,7 +292,7 @@ def test_future_latents_do_not_change_past_output():
 def test_memory_holds_at_most_21_latents_unique_and_in_time_order_for_1000_chunks():
     keep = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < .5
     for name, policy in PRESETS.items():
-        for i, context in enumerate(plan(policy, keep)):
+        for i, context in enumerate(frames_in_memory(policy, keep)):
             assert context.shape[1] + CHUNK <= min(21, policy.sink + policy.slow + policy.fast), (name, i)
             if context.shape[1]:
                 assert (context.diff(dim=1) > 0).all() and context.max() == CHUNK * i - 1, (name, i)
@@ -297,32 +300,32 @@ def test_memory_holds_at_most_21_latents_unique_and_in_time_order_for_1000_chunk
 
 def test_contexts_after_7_8_and_9_chunks_are_those_of_the_specification():
     uniform2 = torch.tensor([[i % 2 == 0 for i in range(9)]])
-    before_room = [c[0].tolist() for c in plan(PRESETS["uniform2"], uniform2, new=0)]
+    before_room = [c[0].tolist() for c in frames_in_memory(PRESETS["uniform2"], uniform2, evict_first=False)]
     assert before_room[7] == list(range(21))
     assert before_room[8] == [*range(15), *range(18, 24)]
     assert before_room[9] == [0, 1, 2, *range(4, 15), 18, *range(21, 27)]
-    assert plan(PRESETS["infinity"], uniform2)[2][0].tolist() == [0, 4, 5]
+    assert frames_in_memory(PRESETS["infinity"], uniform2)[2][0].tolist() == [0, 4, 5]
 
 
 def test_positions_stay_within_20_for_100000_latents():
     memory, highest = Memory(PRESETS["slowfast"]), 0
     for i in range(100_000 // CHUNK):
-        memory.make_room()
-        held, new = bounded(size(memory.read()), CHUNK)
+        memory.evict()
+        held, new = bounded_positions(sum(len(held) for held in memory.segments()), CHUNK)
         highest = max(highest, int(new.max()))
-        memory.push([torch.arange(CHUNK * i, CHUNK * (i + 1))[None]], torch.tensor([i % 4 == 0]))
+        memory.push(Entries(torch.arange(CHUNK * i, CHUNK * (i + 1))[None]), torch.tensor([i % 4 == 0]))
     assert highest == 20
     with pytest.raises(ValueError, match="bounded"):
-        unbounded(torch.zeros(1, 18, dtype=torch.long), 1023, CHUNK)
+        absolute_positions(torch.zeros(1, 18, dtype=torch.long), 1023, CHUNK)
 
 
 def test_rope_scores_depend_only_on_distance_and_match_complex_rotation_in_float64():
     d, q, k = 44, noise(1, 1, 1, 44).double(), noise(1, 1, 1, 44, seed=2).double()
 
     def at(x, time):
-        a = angles(torch.tensor([time]), 1, 1, d).double()
+        a = rope_angles(torch.tensor([[time]]), 1, 1, d)[0].double()
         z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(a), a)[:, None]
-        assert (torch.view_as_real(z).flatten(-2) - rotate(x, table(torch.tensor([time]), 1, 1, d))).abs().max() < 1e-5
+        assert (torch.view_as_real(z).flatten(-2) - apply_rope(x, rope_cos_sin(torch.tensor([time]), 1, 1, d))).abs().max() < 1e-5
         return torch.view_as_real(z).flatten(-2)
     scores = [(at(q, p + 3) * at(k, p)).sum() for p in (0, 7, 17)]
     assert max(scores) - min(scores) < 1e-5
@@ -344,8 +347,8 @@ def run_by_hand(similar, **changes):
     axis = 0
     for same in similar:
         axis += not same
-        roll.look()
-        roll.commit(F.one_hot(torch.tensor([axis % 16] * CHUNK), 16).float()[None, :, :, None, None])
+        roll.read_context()
+        roll.append(F.one_hot(torch.tensor([axis % 16] * CHUNK), 16).float()[None, :, :, None, None])
     return roll
 
 
@@ -353,18 +356,18 @@ def test_hand_made_keys_give_exactly_the_expected_promotions():
     similar = [False] * 8 + [True, True, True, False, False, False, True, False] + [False] * 4
     roll = run_by_hand(similar)
     expected = [i % 2 == 0 and i > 0 and not similar[i] for i in range(20)]
-    assert [bool(k) for k in torch.stack(roll.keeps)[:, 0]] == expected
-    roll.look()  # chunk 20 starts: chunks up to 18 have left fast memory
-    slow = roll.memory.slow[0][0].tolist()
+    assert [bool(k) for k in torch.stack(roll.kept)[:, 0]] == expected
+    roll.read_context()  # chunk 20 starts: chunks up to 18 have left fast memory
+    slow = roll.memory.slow.frame[0].tolist()
     kept = [CHUNK * i for i in range(5, 19) if expected[i]]  # dense warm-up holds latents 3..14, then keyframes push in
     assert slow == list(range(3, 15))[len(kept):] + kept
-    assert roll.memory.sink[0][0].tolist() == [0, 1, 2] and roll.memory.fast[0][0].tolist() == [57, 58, 59]
+    assert roll.memory.sink.frame[0].tolist() == [0, 1, 2] and roll.memory.fast.frame[0].tolist() == [57, 58, 59]
 
 
 def test_tau_minus_one_keeps_nothing_and_tau_one_keeps_every_tested_change():
     changing = [False] * 30
-    assert not torch.stack(run_by_hand(changing, tau=-1.0).keeps).any()
-    kept = torch.stack(run_by_hand(changing, tau=1.0).keeps)[:, 0].tolist()
+    assert not torch.stack(run_by_hand(changing, tau=-1.0).kept).any()
+    kept = torch.stack(run_by_hand(changing, tau=1.0).kept)[:, 0].tolist()
     assert kept == [i % 2 == 0 and i > 0 for i in range(30)]
 
 
@@ -372,12 +375,12 @@ def test_promotions_are_decided_per_sample():
     torch.manual_seed(0)
     roll = Rollout(Echo(), [(torch.zeros(2, 1, 1, 16),) * 2], PRESETS["slowfast"], (1, 1))
     for i in range(20):
-        roll.look()
+        roll.read_context()
         still, moving = F.one_hot(torch.tensor([[0] * CHUNK, [i % 16] * CHUNK]), 16).float()
-        roll.commit(torch.stack([still, moving])[..., None, None])
-    roll.look()
-    assert roll.memory.slow[0][0].tolist() == list(range(3, 15))
-    assert roll.memory.slow[0][1].tolist() == [*range(9, 15), 18, 24, 30, 36, 42, 48, 54][-12:]
+        roll.append(torch.stack([still, moving])[..., None, None])
+    roll.read_context()
+    assert roll.memory.slow.frame[0].tolist() == list(range(3, 15))
+    assert roll.memory.slow.frame[1].tolist() == [*range(9, 15), 18, 24, 30, 36, 42, 48, 54][-12:]
 
 
 def test_slow_memory_holds_keys_of_the_clean_pass():
@@ -385,8 +388,8 @@ def test_slow_memory_holds_keys_of_the_clean_pass():
     net, clean = random_dit(), {}
     forward = net.forward
 
-    def watch(x, t, *rest):
-        v, kv = forward(x, t, *rest)
+    def watch(x, t, text, rope, memory, tables=None):
+        v, kv = forward(x, t, text, rope, memory, tables=tables)
         if (t == 0).all():
             clean[len(clean)] = kv
         return v, kv
@@ -394,19 +397,21 @@ def test_slow_memory_holds_keys_of_the_clean_pass():
     roll = Rollout(net, random_text(net), replace(PRESETS["slowfast"], tau=1.0), (2, 4))
     list(generate(roll, [3], 16, Sampler(), (16, 4, 8)))
     assert len(clean) == 16
-    for part in (roll.memory.sink, roll.memory.slow, roll.memory.fast):
-        for j, frame in enumerate(part[0][0].tolist()):
+    for segment in (roll.memory.sink, roll.memory.slow, roll.memory.fast):
+        for j, frame in enumerate(segment.frame[0].tolist()):
             for layer, (k, v) in enumerate(clean[frame // CHUNK]):
-                at = slice(frame % CHUNK * 8, (frame % CHUNK + 1) * 8)
-                assert torch.equal(part[2 + 2 * layer][0, j], k[0, at]) and torch.equal(part[3 + 2 * layer][0, j], v[0, at])
+                tokens = slice(frame % CHUNK * 8, (frame % CHUNK + 1) * 8)
+                assert torch.equal(segment.keys[layer][0, j], k[0, tokens])
+                assert torch.equal(segment.values[layer][0, j], v[0, tokens])
 
 
 def test_reading_memory_twice_gives_the_same_and_changes_nothing():
     net = random_dit()
     _, roll = rollout_predictions(net, random_text(net), *(noise(1, 27, 16, 4, 8, seed=s) for s in (1, 2)), torch.rand(1, 27), PRESETS["slowfast"])
-    roll.memory.make_room()
+    roll.memory.evict()
     a, b = roll.memory.read(), roll.memory.read()
-    assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0][0].tolist() == plan(PRESETS["slowfast"], torch.stack(roll.keeps, 1))[9][0].tolist()
+    assert all(torch.equal(x, y) for x, y in zip(a.keys + a.values + [a.latent], b.keys + b.values + [b.latent]))
+    assert a.frame[0].tolist() == frames_in_memory(PRESETS["slowfast"], torch.stack(roll.kept, 1))[9][0].tolist()
 
 
 # ---- distillation and the teacher ---------------------------------------------------------------------------------------
@@ -460,10 +465,10 @@ def test_rollout_follows_algorithm_1():
     levels = flow.schedule(4, 5.)
     before, inside = [*levels, 0.], [*levels[:2], 0.]  # every chunk before the target in full, then up to the exit; clean pass
     assert [t for t, _ in calls] == pytest.approx(before * 5 + inside * 4) and not any(g for _, g in calls)
-    held = plan(PRESETS["slowfast"], torch.stack(trace.roll.keeps, 1).cpu(), new=0)[5]
+    held = frames_in_memory(PRESETS["slowfast"], torch.stack(trace.roll.kept, 1).cpu(), evict_first=False)[5]
     assert trace.context.shape[1] == held.shape[1] == 15 and trace.x.shape[1] == 12
-    assert size(trace.cells) == 15 + 12  # what is kept for the backward pass does not grow with the rollout
-    assert size(student_trace(net, text, 20)[0].cells) == size(student_trace(net, text, 30)[0].cells) == 21 + 12
+    assert len(trace.cells) == 15 + 12  # what is kept for the backward pass does not grow with the rollout
+    assert len(student_trace(net, text, 20)[0].cells) == len(student_trace(net, text, 30)[0].cells) == 21 + 12
 
 
 @pytest.mark.parametrize("chunks", [4, 9, 13])
@@ -479,14 +484,14 @@ def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
     text = net.text(features)
     roll, xs = Rollout(net, [(k.detach(), v.detach()) for k, v in text], replace(PRESETS["slowfast"], tau=1.), (2, 2)), []
     for i in range(chunks):
-        memory, rope = roll.look()
+        memory, rope = roll.read_context()
         inside = i >= chunks - 4
 
         def predict(x, t):
             with torch.set_grad_enabled(inside and t[0, 0].item() == pytest.approx(levels[1])):
                 return net(x, t, text, rope, memory)[0]
         x0 = flow.denoise(predict, fresh(i, 0), levels[:2] if inside else levels, lambda step: fresh(i, step))
-        roll.commit(x0.detach())
+        roll.append(x0.detach())
         xs += [x0] * inside
     x = torch.cat(xs, 1)
     close(x.detach(), trace.x, 1e-5)
@@ -507,7 +512,7 @@ def test_teacher_equal_to_critic_gives_no_gradient_and_different_ones_do():
     t = torch.tensor([.3, .8])
 
     def x0_of(n):
-        return dmd.scores(lambda xt, at: erft.score(n, context, xt, at, text, grid), x, t, e)
+        return dmd.predict_x0(lambda xt, at: erft.predict_velocity(n, context, xt, at, text, grid), x, t, e)
     with torch.no_grad():
         assert dmd.dmd_gradient(x, x0_of(net), x0_of(net))[0].abs().max() == 0
         assert dmd.dmd_gradient(x, x0_of(other), x0_of(net))[0].abs().mean() > .01
@@ -528,7 +533,7 @@ def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
                 gain = (1 - at) * std ** 2 / ((1 - at) ** 2 * std ** 2 + at ** 2)
                 return (xt - (mean + gain * (xt - (1 - at) * mean))) / at
             return predict
-        fake, real = (dmd.scores(posterior(*z), x.detach(), t, e) for z in ((m.detach(), s.detach()), (1., .5)))
+        fake, real = (dmd.predict_x0(posterior(*z), x.detach(), t, e) for z in ((m.detach(), s.detach()), (1., .5)))
         optimizer.zero_grad()
         dmd.dmd_loss(x, dmd.dmd_gradient(x.detach(), fake, real)[0]).backward()
         optimizer.step()
@@ -541,11 +546,11 @@ def test_context_frames_see_only_context_and_the_target_sees_all():
     net = random_dit()
     text = random_text(net, 1)
     context, xt, t = noise(1, 5, 16, 4, 4), noise(1, 6, 16, 4, 4, seed=2), torch.full((1, 6), .6)
-    rope, level = table(torch.arange(11), 2, 2, net.config.dim // net.config.heads), torch.cat([torch.zeros(1, 5), t], 1)
+    rope, level = rope_cos_sin(torch.arange(11), 2, 2, net.config.dim // net.config.heads), torch.cat([torch.zeros(1, 5), t], 1)
     mask = torch.ones(1, 11, 11, dtype=torch.bool)
     mask[:, :5, 5:] = False
     want = net(torch.cat([context, xt], 1), level, text, rope, mask=mask)[0][:, 5:]
-    close(erft.score(net, context, xt, t, text, (2, 2)), want, 1e-5)
+    close(erft.predict_velocity(net, context, xt, t, text, (2, 2)), want, 1e-5)
 
 
 def small_bank(n=4):
@@ -593,7 +598,7 @@ def test_error_injection_is_off_at_p_0_rare_in_the_sink_and_never_in_the_target(
         empty, _ = erft.teacher_loss(net, erft.ErrorBank((16, 4, 4)), np.random.default_rng(1), *given, t, text, (2, 2), p=1)
         loss, (_, error_x, _, _) = erft.teacher_loss(net, bank, np.random.default_rng(1), *given, t, text, (2, 2), p=1)
         at = t[:, None].expand(2, 6)
-        v = erft.score(net, given[0], flow.add_noise(given[1], given[2], at), at, text, (2, 2))
+        v = erft.predict_velocity(net, given[0], flow.add_noise(given[1], given[2], at), at, text, (2, 2))
     assert torch.equal(plain, (v - (given[2] - given[1])).pow(2).mean((1, 2, 3, 4))) and torch.equal(plain, empty)
     assert not torch.equal(loss, plain)
 
@@ -606,8 +611,8 @@ def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_ou
     xt, t, text = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6), random_text(net)
     src, target = torch.arange(15)[None], torch.full((1, 6), 5)
     src = torch.cat([src, torch.full((1, 3), -1)], 1)  # three empty places
-    mask = flow.pack_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
-    rope = table(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
+    mask = flow.packed_attention_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
+    rope = rope_cos_sin(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
     x = torch.cat([x0, torch.full((1, 3, 16, 4, 8), 9.), xt], 1)
     got = net(x, torch.cat([torch.zeros(1, 18), t], 1), text, rope, mask=mask)[0][:, 18:]
     for copy in (slice(0, 3), slice(3, 6)):
@@ -619,16 +624,16 @@ def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_ou
 def test_watched_directions_count_more_and_leave_the_best_prediction_where_it_is():
     v_star, t, watched = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3]), F.normalize(noise(2, 512, seed=5), dim=1)
     v = (v_star + .1 * noise(2, 3, 16, 4, 8, seed=6)).requires_grad_()
-    plain, along = flow.matching(v, v_star, t), .3 * watched[0].view(16, 4, 8)
+    plain, along = flow.flow_matching_loss(v, v_star, t), .3 * watched[0].view(16, 4, 8)
     assert torch.allclose(plain, (v - v_star).square().mean((1, 2, 3, 4)))
-    assert torch.equal(plain, flow.matching(v, v_star, t, None, 7.)) and torch.equal(plain, flow.matching(v, v_star, t, watched, 0.))
-    once = flow.matching(v_star + along, v_star, t, watched[:1], 10.)  # an error of .3 along the one direction, t times that in x0
+    assert torch.equal(plain, flow.flow_matching_loss(v, v_star, t, None, 7.)) and torch.equal(plain, flow.flow_matching_loss(v, v_star, t, watched, 0.))
+    once = flow.flow_matching_loss(v_star + along, v_star, t, watched[:1], 10.)  # an error of .3 along the one direction, t times that in x0
     assert torch.allclose(once, .09 / 512 + 10 * .09 * torch.tensor([.25, 1.]), rtol=1e-4)
     across = noise(512, seed=7)
     across = (across - watched.T @ torch.linalg.lstsq(watched.T, across[:, None]).solution[:, 0]).view(16, 4, 8)
-    assert torch.allclose(flow.matching(v_star + across, v_star, t, watched, 10.), across.square().mean().expand(2), rtol=1e-3)
+    assert torch.allclose(flow.flow_matching_loss(v_star + across, v_star, t, watched, 10.), across.square().mean().expand(2), rtol=1e-3)
     best = v_star.clone().requires_grad_()
-    flow.matching(best, v_star, t, watched, 10.).sum().backward()
+    flow.flow_matching_loss(best, v_star, t, watched, 10.).sum().backward()
     assert best.grad.abs().max() == 0
 
 
@@ -646,7 +651,7 @@ def test_every_trainable_parameter_gets_a_gradient():
     torch.manual_seed(0)
     net, encoder = random_dit().requires_grad_(True), TextEncoder(tiny_text)
     ids, mask = bytes_to_ids(["Snow. The camera turns left, one turn in 9 seconds."])
-    rope = table(torch.arange(3), 2, 4, 32)
+    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     net(noise(1, 3, 16, 4, 8), torch.rand(1, 3), net.text(encoder(ids, mask)), rope)[0].square().mean().backward()
     for name, p in [*net.named_parameters(), *encoder.named_parameters()]:
         assert p.grad is not None and (p.grad.abs().sum() > 0 or name.endswith("k.bias")), name
@@ -658,7 +663,7 @@ def test_histories_never_use_held_out_worlds_and_match_the_memory():
     h = Histories(worlds)
     clips, chunk, src = h.draw(np.random.default_rng(0), 64)
     assert src.shape == (64, 18) and (chunk >= 7).all() and all((s < 3 * n).all() for s, n in zip(src, chunk))
-    assert h.held["uniform2"][0, 30].tolist() == plan(PRESETS["uniform2"], torch.tensor([[i % 2 == 0 for i in range(30)]]))[30][0].tolist()
+    assert h.held["uniform2"][0, 30].tolist() == frames_in_memory(PRESETS["uniform2"], torch.tensor([[i % 2 == 0 for i in range(30)]]))[30][0].tolist()
 
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
@@ -832,7 +837,7 @@ def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_tr
 
     def loss(net, bidirectional):
         xt = flow.add_noise(x0, eps, t)
-        v = (erft.score(net, x0[:, :0], xt, t, net.text(features), (1, 8)) if bidirectional else
+        v = (erft.predict_velocity(net, x0[:, :0], xt, t, net.text(features), (1, 8)) if bidirectional else
              full_predictions(net, net.text(features), x0, xt, t))
         return (v - (eps - x0)).square().mean().item()
     for name in ("init_ar", "init_ode", "base", "teacher", "stage1", "stage2"):
@@ -934,7 +939,7 @@ def test_videos_become_shards_and_a_stopped_run_goes_on_with_the_next_clip(video
     which, chunk, src = map(torch.from_numpy, clips.draw(np.random.default_rng(0), 64, 7))
     assert set(chunk[which == 0].tolist()) == {7} and set(chunk[which == 1].tolist()) == {7, 8, 9, 10}
     keep = torch.arange(10)[None] % 2 == 0
-    assert all(s.tolist() == plan(PRESETS["uniform2"], keep[:, :n], 0)[-1][0].tolist() for s, n in zip(src, chunk))
+    assert all(s.tolist() == frames_in_memory(PRESETS["uniform2"], keep[:, :n], 0)[-1][0].tolist() for s, n in zip(src, chunk))
     real = data.encode_world(shipped()[2], (0, None, None), 42, torch.device("cpu"))[0]
     assert (clips[torch.tensor([[0]]), torch.arange(42)[None]][0] - real).std() < .3 * real.std()  # h264 came between
     assert clips.text(which[:2]).shape == (2, 96, 64)
@@ -1030,7 +1035,7 @@ def test_batch_equals_single_runs_and_same_seed_gives_the_same_video():
         one, _ = shipped_rollout(CAPTIONS[b:b + 1])
         single = torch.cat(list(generate(one, [5 + b], 4, sampler, (16, 4, 8))), 1)
         assert (single[0] - both[b]).abs().max() < 1e-4
-        assert [bool(k[0]) for k in one.keeps] == [bool(k[b]) for k in roll.keeps]
+        assert [bool(k[0]) for k in one.kept] == [bool(k[b]) for k in roll.kept]
     again, _ = shipped_rollout(CAPTIONS[1:])
     assert torch.equal(single, torch.cat(list(generate(again, [6], 4, sampler, (16, 4, 8))), 1))
 
@@ -1755,7 +1760,7 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     assert made == [(1, 3, 16, 60, 104)] * 10 and len(shapes) == 50
     assert len({str(s) for s in shapes[30:]}) == 1 and shapes[30][1] == (1, 18 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
-        roll.sims[-1].item()  # what this test would have caught
+        roll.similarities[-1].item()  # what this test would have caught
 
 
 def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
@@ -1847,7 +1852,7 @@ def test_a_pass_takes_no_longer_than_a_plain_reference():
     x, t, text = noise(1, 3, 16, 16, 24), torch.full((1, 3), .8), random_text(net)
     parts = [noise(1, n * 96, 4, 128, seed=n) for n in (3, 12)] + [noise(1, 3 * 96, 4, 128, seed=9)]
     memory = [(torch.cat(parts, 1), parts)] * 8
-    rope, times = table(torch.arange(18, 21), 8, 12, 128), {"ours": [], "plain": []}
+    rope, times = rope_cos_sin(torch.arange(18, 21), 8, 12, 128), {"ours": [], "plain": []}
     tables = net.time(t)
     for _ in range(9):
         for name in times:
@@ -1874,20 +1879,27 @@ def test_memory_encoded_anew_is_what_the_new_text_would_have_made(positions):
     for text in (a, b):
         rolls.append(Rollout(net, text, PRESETS["slowfast"], (2, 4), positions))
         for z in x0.split(CHUNK, 1):
-            rolls[-1].look()
-            rolls[-1].commit(z)
+            rolls[-1].read_context()
+            rolls[-1].append(z)
     switched, fresh = rolls
-    apart = max((p - q).abs().max() for p, q in zip(switched.memory.read(), fresh.memory.read()))
+    held, other = switched.memory.read(), fresh.memory.read()
+    apart = max((p - q).abs().max() for p, q in zip(held.keys, other.keys))
     switched.recache(b)
     assert apart > .1 and switched.text is b
-    for p, q in zip(switched.memory.read(), fresh.memory.read()):
+    held = switched.memory.read()
+    for p, q in zip(held.keys + held.values, other.keys + other.values):
         close(p, q, 1e-5)
-    close(switched.before, fresh.before, 1e-5)
-    later = [switched.look() and switched.commit(noise(2, 3, 16, 4, 8, seed=s)) or switched.memory.read() for s in range(6)][-1]
+    assert torch.equal(held.frame, other.frame) and torch.equal(held.latent, other.latent)
+    close(switched.descriptor, fresh.descriptor, 1e-5)
+    for seed in range(6):
+        switched.read_context()
+        switched.append(noise(2, 3, 16, 4, 8, seed=seed))
+    later = switched.memory.read()
     switched.recache(a)  # with slow memory in use: the same frames and latents, other keys
     again = switched.memory.read()
-    assert all(torch.equal(p, q) for p, q in zip(later[:2], again[:2])) and all(p.shape == q.shape for p, q in zip(later, again))
-    assert not any(torch.equal(p, q) for p, q in zip(later[4:], again[4:]))  # in layer 0 keys do not see the text
+    assert torch.equal(later.frame, again.frame) and torch.equal(later.latent, again.latent)
+    assert all(p.shape == q.shape for p, q in zip(later.keys + later.values, again.keys + again.values))
+    assert not any(torch.equal(p, q) for p, q in zip(later.keys[1:], again.keys[1:]))  # layer 0 does not see the text
 
 
 def frames_of_run(monkeypatch, tmp_path, *words):

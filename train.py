@@ -53,8 +53,8 @@ from config import BadInput, has_bf16, one_of, parse, pick_device, run
 from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache,
                   training_worlds, wan_models, wan_text)
 from evaluate import conditions, gates, held_out, probe
-from flow import (Rollout, Sampler, add_noise, compact, draw_noise, forget, generate, guide, matching, noised, packed,
-                  roughened, schedule, shifted, v_from_x0)
+from flow import (Rollout, Sampler, add_noise, packed_positions, draw_noise, drop_frames, generate, guide, flow_matching_loss, stratified_noise, packed_forward,
+                  augment_context_noise, schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, load, save_weights, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
@@ -122,7 +122,7 @@ MIX = {                # init_ar: until which share of the updates, how often a 
 SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.15   # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
-HEADING = {"init_ar": 40., "init_ode": 40., "teacher": 4., "stage2": 1.}  # weight of the heading (flow.matching), small world
+HEADING = {"init_ar": 40., "init_ode": 40., "teacher": 4., "stage2": 1.}  # weight of the heading (flow.flow_matching_loss), small world
 # only. The sky's hue is next to nothing in the mean error: without this it lagged behind the landmarks, and a network that
 # looks landmarks up by the sky found the wrong ones. Base makes its heading up, and Stage 1 follows base: there it weighs nothing.
 SAMPLER = Sampler(steps=4, shift=SHIFT)
@@ -343,7 +343,7 @@ def clips(s, lessons, room=CHUNK):
 
 
 def directions(s):
-    """Of the small world: (2, c h w), in which latents show the heading, for flow.matching"""
+    """Of the small world: (2, c h w), in which latents show the heading, for flow.flow_matching_loss"""
     if s.film or s.cfg.wan or s.part not in HEADING:
         return None
     worlds = [(i, "turn", None) for i in range(HEADED)]
@@ -403,16 +403,16 @@ def stage_init_ar(s):
                 "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
 
     def error(v, v_star, t):
-        return matching(v, v_star, t, watched, HEADING["init_ar"]).mean()
+        return flow_matching_loss(v, v_star, t, watched, HEADING["init_ar"]).mean()
 
     def first(rng, chosen, which, chunk, src, text):
         """The first 7 chunks: plain block-causal training, clean half and noised half"""
         src = torch.arange(7 * CHUNK).expand(s.batch, -1)
         x0 = taken(s, sources[chosen["lesson"]][0], which, src)
-        xt, t, v = noised(x0, 7, s.shift)
-        past, positions, own = roughened(x0, s.context_noise), torch.cat([src, src], 1), src[0] // CHUNK
+        xt, t, v = stratified_noise(x0, 7, s.shift)
+        past, positions, own = augment_context_noise(x0, s.context_noise), torch.cat([src, src], 1), src[0] // CHUNK
         begun = t * (src >= CHUNK).to(s.device)  # nothing tells where the first chunk looks
-        return error(packed(dit, text, past, src, src, positions, own, xt, t, s.grid), v, begun)
+        return error(packed_forward(dit, text, past, src, src, positions, own, xt, t, s.grid), v, begun)
 
     def pack(rng, chosen, which, chunk, src, text):
         """A long past at once: the latents a policy holds, packed, or what the kind of pack leaves of them"""
@@ -427,14 +427,14 @@ def stage_init_ar(s):
             off = paths.heading[which[:, None], src] - paths.heading[which, CHUNK * chunk - 1, None]
             gone = off.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
             gone[:, :CHUNK] = gone[:, -CHUNK:] = False
-        src, target = forget(src, gone), frames_from(chunk + gap).repeat(1, COPIES)
+        src, target = drop_frames(src, gone), frames_from(chunk + gap).repeat(1, COPIES)
         past, x0 = taken(s, latents, which, src), taken(s, latents, which, target)
         if kind == "twin":
             last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(s.device)
             past = torch.where(last, taken(s, twins[lesson], which, src), past)
-        xt, t, v = noised(x0, COPIES, s.shift)
-        past = roughened(past, s.context_noise)
-        return error(packed(dit, text, past, src, target, compact(src, COPIES, gap), same, xt, t, s.grid), v, t)
+        xt, t, v = stratified_noise(x0, COPIES, s.shift)
+        past = augment_context_noise(past, s.context_noise)
+        return error(packed_forward(dit, text, past, src, target, packed_positions(src, COPIES, gap), same, xt, t, s.grid), v, t)
 
     def sequential(rng, chosen, which, chunk, src, text):
         """The real memory, chunk after chunk; some chunks are supervised on the way"""
@@ -443,14 +443,14 @@ def stage_init_ar(s):
         roll, loss = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], PRESETS[chosen["policy"]], s.grid), 0
         for i in range(chosen["length"] + 1):
             x0 = latents[which, i * CHUNK:(i + 1) * CHUNK].to(s.device).float()
-            memory, rope = roll.look()
+            memory, rope = roll.read_context()
             if i in chosen["supervised"]:
-                xt, t, v = noised(x0.repeat(1, COPIES, 1, 1, 1), COPIES, s.shift)
+                xt, t, v = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), COPIES, s.shift)
                 own = (same[:, None] == same[None])[None].to(s.device)
-                made = dit(xt, t, text, [z.repeat(COPIES, 1, 1) for z in rope], memory, own)[0]
+                made = dit(xt, t, text, [z.repeat(1, COPIES, 1, 1) for z in rope], memory, own)[0]
                 loss = loss + error(made, v, t) / len(chosen["supervised"])
             if i < chosen["length"]:
-                roll.commit(roughened(x0, s.context_noise), keep[:, i])
+                roll.append(augment_context_noise(x0, s.context_noise), keep[:, i])
         return loss
 
     def loss_of(rng, chosen):
@@ -488,10 +488,10 @@ def stage_init_ode(s):
         t = levels.repeat_interleave(CHUNK).expand(s.batch, -1).to(s.device)
         with s.autocast:
             text = dit.text(s.features([captions[i] for i in which]))
-            v = packed(dit, text, past, src, target.repeat(1, len(levels)), compact(src, len(levels)),
+            v = packed_forward(dit, text, past, src, target.repeat(1, len(levels)), packed_positions(src, len(levels)),
                        torch.arange(len(levels)).repeat_interleave(CHUNK), xt, t, s.grid)
         by_x0 = t[..., None, None, None]  # the error of x0
-        return matching(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING["init_ode"]).mean(), {}
+        return flow_matching_loss(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING["init_ode"]).mean(), {}
 
     return Stage({"init_ode": dit.requires_grad_()}, lambda shared, done: None, [("init_ode", loss_of)], sampler)
 
@@ -520,11 +520,11 @@ def stage_bidirectional(s):
             text = dit.text(told(which) if chosen["text"] else s.features([""] * s.batch))
             if bank is None:
                 at = t[:, None].expand(x0.shape[:2])
-                v = erft.score(dit, context, add_noise(x0, noise, at), at, text, s.grid)
+                v = erft.predict_velocity(dit, context, add_noise(x0, noise, at), at, text, s.grid)
                 return F.mse_loss(v, noise - x0), {}
             seed = int(rng.integers(2 ** 62))
             weight = HEADING["teacher"] * chosen["context"]
-            loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), roughened(context, s.context_noise),
+            loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), augment_context_noise(context, s.context_noise),
                                             x0, noise, t, text, s.grid, s.cfg.errors, watched, weight)
         bank.pending.append((seed, [z.detach().cpu() for z in found]))
         return loss.mean(), {"errors": float(bank.count.sum())}
@@ -565,9 +565,9 @@ def stage_dmd(s):
         trace, context, text, t, noise = rollout(rng, chosen)
         at = t[:, None].expand(trace.x.shape[:2])
         with s.autocast:
-            v = erft.score(critic, context, add_noise(trace.x, noise, at), at, critic.text(text), s.grid)
+            v = erft.predict_velocity(critic, context, add_noise(trace.x, noise, at), at, critic.text(text), s.grid)
         error = (t[:, None, None, None, None] * (v - (noise - trace.x))).pow(2).mean((1, 2, 3, 4)).detach()
-        loss = dmd.critic_loss(v, trace.x, noise) if watched is None else matching(
+        loss = dmd.critic_loss(v, trace.x, noise) if watched is None else flow_matching_loss(
             v, noise - trace.x, at, watched, HEADING["teacher"]).mean()
         return loss, dmd.by_level("fake", error, t)
 
@@ -576,13 +576,13 @@ def stage_dmd(s):
 
         def x0_of(net, features):
             told = net.text(features)
-            return dmd.scores(lambda xt, at: erft.score(net, context, xt, at, told, s.grid), trace.x, t, noise)
+            return dmd.predict_x0(lambda xt, at: erft.predict_velocity(net, context, xt, at, told, s.grid), trace.x, t, noise)
         with torch.no_grad(), s.autocast:
             fake, real = x0_of(critic, text), x0_of(teacher, text)
             if s.cfg.wan:
                 real = guide(real, x0_of(teacher, s.features([NEGATIVE] * s.batch)), GUIDANCE[s.part])
         gradient, norm = dmd.dmd_gradient(trace.x, fake, real)
-        if watched is not None:  # as in flow.matching, whose mean is over all numbers of a latent
+        if watched is not None:  # as in flow.flow_matching_loss, whose mean is over all numbers of a latent
             along = gradient.flatten(2) @ watched.T @ watched * watched.shape[1]
             gradient = gradient + HEADING[s.part] * along.view_as(gradient)
         with s.autocast:
@@ -731,9 +731,9 @@ def calibrate(net, encoder, tae, device):
     for pool in ("mean", "token"):
         roll = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
         for i in range(CHUNKS):
-            roll.look()
-            roll.commit(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
-        sims = torch.stack(roll.sims, 1).cpu()
+            roll.read_context()
+            roll.append(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
+        sims = torch.stack(roll.similarities, 1).cpu()
         tau = sims[at & turns].quantile(.95).item()
         kept = {name: (sims < tau)[at & which].float().mean().item() for name, which in
                 (("slow turns", turns), ("lingering", ~turns & lingers), ("between", ~turns & ~lingers))}
