@@ -336,7 +336,7 @@ def make_rows(cfg, todo, files, device):
     there, sums = read_lines(path), {w: hashlib.sha256(f.read_bytes()).hexdigest() for w, f in files.items()}
     for job in todo:
         facts = [sums[w] for w in ("vae", "text", job[0], *["stage1"] * (job[3] == "stage1"))]
-        facts += [PRESETS.get(job[1]), inspect.getsource(Policy.decide)]
+        facts += [PRESETS.get(job[1]), inspect.getsource(Policy.should_keep)]
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8], *job
         sets[key] = worlds_of(job[3], number, cfg.seed)
         left = [w for w in sets[key] if w not in there.get(key, {})]

@@ -336,7 +336,7 @@ class Echo:
     """A stand-in network whose keys are its input: surprisal can be written by hand."""
     config = replace(tiny_dit, dim=16, heads=1)
 
-    def __call__(self, x, t, text, rope, memory=None, mask=None):
+    def __call__(self, x, t, text, rope, memory=None, mask=None, prefix=0, tables=None):
         k = x.flatten(2).flatten(1, 1)[:, :, None, :16]  # one token a latent
         return x, [(k, k)]
 
@@ -487,10 +487,11 @@ def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
         memory, rope = roll.read_context()
         inside = i >= chunks - 4
 
-        def predict(x, t):
-            with torch.set_grad_enabled(inside and t[0, 0].item() == pytest.approx(levels[1])):
+        def predict(x, level):
+            t = torch.full(x.shape[:2], level)
+            with torch.set_grad_enabled(inside and level == levels[1]):
                 return net(x, t, text, rope, memory)[0]
-        x0 = flow.denoise(predict, fresh(i, 0), levels[:2] if inside else levels, lambda step: fresh(i, step))
+        x0, _ = flow.denoise(predict, fresh(i, 0), levels[:2] if inside else levels, lambda step: fresh(i, step))
         roll.append(x0.detach())
         xs += [x0] * inside
     x = torch.cat(xs, 1)
@@ -1814,7 +1815,7 @@ def plain_pass(net, x, t, text, memory):
 
     def heads(z):
         return z.unflatten(-1, (c.heads, -1)).transpose(1, 2)
-    turn = torch.polar(torch.ones(()), angles(torch.arange(18, 18 + n), h, width, c.dim // c.heads))
+    turn = torch.polar(torch.ones(()), rope_angles(torch.arange(18, 18 + n)[None], h, width, c.dim // c.heads)[0])
 
     def turned(z):
         return torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turn).flatten(-2)
