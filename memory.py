@@ -1,33 +1,35 @@
 """
 Slow-Fast Memory: a KV cache bounded to 21 latents, after any length of video.
 
-The first latents stay for ever (sink), the last ones stay a moment (fast), and in between a few keyframes stay for long
-(slow). A chunk that looks unlike the chunk before it is surprising: its first latent becomes a keyframe, and the oldest
-keyframe is dropped. The same class runs every policy of the paper's comparison (sizes and a keep rule), and runs on
-indices alone to tell what a policy would hold.
+The first latents stay for ever (sink), the last ones stay a moment (fast), and in between a few keyframes
+stay for long (slow). A chunk that looks unlike the chunk before it is surprising: its first latent becomes a
+keyframe, and the oldest keyframe is dropped. The same class runs every policy of the paper's comparison
+(sizes and a keep rule), and runs on indices alone to tell what a policy would hold.
 
     Context Forcing, eq. 7:  keep chunk i  if  sim(k_i, k_{i-1}) < tau
-    k_i = chunk_descriptor(keys of chunk i), sim = similarity(), tau = Policy.tau, the rule = Policy.should_keep()
+    k_i = chunk_descriptor(keys of chunk i), sim = similarity(), tau = Policy.tau, all = Policy.should_keep()
 
-When is what decided? A chunk of 3 latents enters fast memory with its keys of the clean pass; whether it is kept is
-decided then. It moves when it leaves fast memory, so no latent is ever held twice:
+When is what decided? A chunk of 3 latents enters fast memory with its keys of the clean pass; whether it is
+kept is decided then. It moves when it leaves fast memory, so no latent is ever held twice:
 
-    chunk i generated -> append(): decide keep_i -> ... one chunk later ... -> evict(): latent 0 of chunk i to slow, or drop
+    chunk i is made:           push() with its decision, keep_i; it is the newest of fast memory
+    chunk i + 2 is to be made: evict(): latent 0 of chunk i moves to slow memory if keep_i, the others go
 
-Who sees how much? 3 sink + 12 slow + 6 fast = 21. The chunk that the student generates counts as the newest 3 of fast:
-it sees 18 held latents and itself, at Wan's own 21 positions. The teacher's context is taken before room is made for
-that chunk, so it has all 21.
+Who sees how much? 3 sink + 12 slow + 6 fast = 21. The chunk that the student generates counts as the newest 3
+of fast: it sees 18 held latents and itself, at Wan's own 21 positions. The teacher's context is taken before
+room is made for that chunk, so it has all 21.
 
-    python memory.py           # draws what slow memory holds over a minute, and what each policy holds at its end
+    python memory.py           # draws what slow memory holds over a minute, and what each policy holds then
 
-References: Context Forcing, arXiv 2602.06028, section 3.2, eq. 7, figure 3 (its caption's "> tau" contradicts the text;
-the text is followed).
+References: Context Forcing, arXiv 2602.06028, section 3.2, eq. 7, figure 3 (its caption's "> tau" contradicts
+the text; the text is followed).
 Leaves out: a decision per layer (one per video here: the teacher's context must be a set of frames).
 """
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 
 CHUNK = 3  # latents generated together; the chunk being generated counts as part of fast memory
 
@@ -42,7 +44,7 @@ class Policy:
     tau: float = 0.95      # surprisal: keep below this similarity
 
     def should_keep(self, chunk, similarity):
-        """similarity (b,) of this chunk's keys to the chunk before -> (b,) bool: does its first latent become a keyframe?"""
+        """similarity (b,) to the chunk before -> (b,) bool: does the first latent become a keyframe?"""
         tested = chunk % self.interval == 0
         if self.keep == "surprisal":
             return (similarity < self.tau) & tested
@@ -65,8 +67,9 @@ class Entries:
     """m latent frames in the KV cache, oldest first, with the keys and values of their n tokens each."""
     frame: torch.Tensor                         # (b, m) frame numbers
     latent: torch.Tensor = None                 # (b, m, c, h, w)
-    keys: list = field(default_factory=list)    # one a layer: (b, m, n, k, d), not rotated: positions change with age
-    values: list = field(default_factory=list)  # one a layer: (b, m, n, k, d)
+    # One tensor a layer, (b, m, n, k, d); keys are not rotated yet, because positions change with age.
+    keys: list = field(default_factory=list)
+    values: list = field(default_factory=list)
 
     def __len__(self):
         return self.frame.shape[1]
@@ -74,7 +77,9 @@ class Entries:
     def apply(self, function):
         """The same function on each tensor -> Entries"""
         latent = None if self.latent is None else function(self.latent)
-        return Entries(function(self.frame), latent, [function(k) for k in self.keys], [function(v) for v in self.values])
+        keys = [function(k) for k in self.keys]
+        values = [function(v) for v in self.values]
+        return Entries(function(self.frame), latent, keys, values)
 
     def __getitem__(self, frames):
         """A slice of the frames, uncopied."""
@@ -82,8 +87,9 @@ class Entries:
 
     def drop_oldest(self, newest, keep):
         """
-        In the videos of the batch where keep (b,) says so: the oldest frame goes, and `newest`, Entries of one frame, comes
-        in behind. Without asking the device, and layer by layer: a second slow memory of Wan would be 3.5 GB.
+        In the videos of the batch where keep (b,) says so: the oldest frame goes, and `newest`, Entries of
+        one frame, comes in behind. Without asking the device, and layer by layer: a second slow memory of Wan
+        would be 3.5 GB.
         """
         def moved(old, new):
             where = keep.view(-1, *[1] * (old.ndim - 1))
@@ -101,6 +107,7 @@ def concatenate(segments):
     """Entries after one another in time -> Entries"""
     if len(segments) == 1:
         return segments[0]
+    # one tensor for frames and latents, one a layer for keys and values
     latent = None
     if segments[0].latent is not None:
         latent = torch.cat([s.latent for s in segments], dim=1)
@@ -114,25 +121,28 @@ class Memory:
     def __init__(self, policy):
         self.policy = policy
         self.sink, self.slow, self.fast = None, None, None
-        self.pending = []  # for each latent in fast: is it its chunk's first latent, and the chunk's keep decision (b,)
-        self.warm = policy.slow > 0  # slow memory has not been full yet
+        # for each latent in fast: is it its chunk's first latent, and the chunk's keep decision (b,)
+        self.pending = []
+        # slow memory has not been full yet
+        self.warm = policy.slow > 0
 
     def evict(self, new=CHUNK):
-        """Moves the oldest of fast on until `new` latents fit: into the sink, then densely into slow, then by decision."""
+        """Moves the oldest of fast on until `new` latents fit: to the sink, then to slow memory."""
         p = self.policy
         while len(self.pending) > p.fast - new:
             oldest, self.fast = self.fast[:1], self.fast[1:]
             is_first, keep = self.pending.pop(0)
             if size(self.sink) < p.sink:
                 self.sink = join(self.sink, oldest)
-            elif self.warm:  # until all places are taken nothing is forgotten, so nothing is tested either
+            elif self.warm:
+                # until all places are taken nothing is forgotten, so nothing is tested either
                 self.slow = join(self.slow, oldest)
                 self.warm = len(self.slow) < p.slow
             elif p.slow and is_first:
                 self.slow.drop_oldest(oldest, keep)
 
     def push(self, chunk, keep):
-        """chunk: Entries of one finished chunk, from the clean pass, detached; keep (b,) from should_keep()."""
+        """chunk: Entries of a finished chunk, from the clean pass, detached; keep (b,) from should_keep()."""
         self.fast = join(self.fast, chunk)
         self.pending += [(i == 0, keep) for i in range(len(chunk))]
 
@@ -188,19 +198,19 @@ def chunk_descriptor(keys, pool="mean"):
     """
     What a chunk's keys say about how it looks (k_i of eq. 7).
     keys     one (b, n, k, d) a layer, clean pass, before rotation
-    pool     "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one mean per place of the frame (p = n / 3),
-             which sees a small turn that the mean over the frame hides
+    pool     "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one mean per place of the
+             frame (p = n / 3), which sees a small turn that the mean over the frame hides
     returns  (layers, b, p, k d) float32
     """
-    def pooled(x):  # layer by layer: all of them at once in float32 would be 0.9 GB of Wan
-        if pool == "mean":
-            return x.mean(1, keepdim=True)
-        return x.unflatten(1, (CHUNK, -1)).mean(1)
-    return torch.stack([pooled(k.flatten(-2).float()) for k in keys])
+    # over all tokens of the chunk, or over those at the same place of its latents
+    pattern = "b (f n) k d -> b 1 (k d)" if pool == "mean" else "b (f n) k d -> b n (k d)"
+    # layer by layer: all of them at once in float32 would be 0.9 GB of Wan
+    layers = [reduce(k.float(), pattern, "mean", f=CHUNK) for k in keys]
+    return torch.stack(layers)
 
 
 def similarity(now, before):
-    """Two descriptors -> (b,): cosine, averaged over places and layers (eq. 7; the mean over layers is our reading)."""
+    """Two descriptors -> (b,): cosine, mean over places and layers (eq. 7; over layers: our reading)"""
     return F.cosine_similarity(now, before, dim=-1).mean(dim=(0, 2))
 
 
@@ -208,15 +218,20 @@ def frames_in_memory(policy, keep, evict_first=True):
     """
     The same policy on indices alone.
     keep         (b, chunks) bool: the decision for each chunk (a keep rule, or what a run logged)
-    evict_first  True: what a student sees beside its new chunk; False: before room is made, the context a teacher gets
+    evict_first  True: what a student sees beside its new chunk; False: before room is made, the context a
+                 teacher gets
     returns      for each chunk 0..chunks a tensor (b, m): the frame numbers held when that chunk is generated
     """
-    memory, held = Memory(policy), []
+    memory = Memory(policy)
+    held = []
     b, chunks = keep.shape
     for i in range(chunks + 1):
+        # what the chunk that is to be made would see
         if evict_first:
             memory.evict(CHUNK)
-        held.append(torch.zeros(b, 0, dtype=torch.long) if memory.frames() is None else memory.frames())
+        frames = memory.frames()
+        held.append(torch.zeros(b, 0, dtype=torch.long) if frames is None else frames)
+        # the chunk is made: room for it, and in
         if i < chunks:
             memory.evict(CHUNK)
             frame = torch.arange(CHUNK * i, CHUNK * (i + 1)).expand(b, -1)
@@ -232,11 +247,14 @@ if __name__ == "__main__":
         keep = torch.stack([policy.should_keep(i, similar[:, i]) for i in range(81)], dim=1)
         held = frames_in_memory(policy, keep)
         if name == "slowfast":
-            print("a row every 3 s: . a second of the past, s sink, K keyframe, f fast; the camera rests at 15-30 and 45-60 s")
+            print("a row every 3 s: . a second of the past, s sink, K keyframe, f fast; "
+                  "the camera rests at 15-30 and 45-60 s")
+            letters = "s" * policy.sink + "K" * policy.slow + "f" * policy.fast
             for i in range(4, 81, 4):
-                seconds = [frame // 4 for frame in held[i][0].tolist()]
                 row = ["."] * (3 * i // 4 + 1)
-                for place, second in reversed(list(enumerate(seconds))):
-                    row[second] = "s" if place < policy.sink else "K" if place < policy.sink + policy.slow else "f"
+                # newest first, so that where two latents share a second the older one is drawn
+                for frame, letter in reversed(list(zip(held[i][0].tolist(), letters))):
+                    row[frame // 4] = letter
                 print(f"{i * .75:4.0f} s {''.join(row)}")
-        print(f"{name:10} at 60 s sees {held[80].shape[1] + CHUNK:2d} latents, of the past {held[80][0].tolist()}")
+        past = held[80][0].tolist()
+        print(f"{name:10} at 60 s sees {len(past) + CHUNK:2d} latents, of the past {past}")

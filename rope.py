@@ -1,42 +1,45 @@
 """
 Wan's three-axis rotary position embedding, and the one rule that bounds it.
 
-A token stands at (time, row, column). The head's dims are split into three runs, one an axis, and pairs of dims are
-rotated by angle = position * 10000 ** (-i / n). Keys are cached un-rotated and rotated when they are read, because an
-entry's position changes as it ages: bounded positions number whatever the KV cache holds compactly, so that time never
-leaves 0..20 however long the video is.
+A token stands at (time, row, column). The head's dims are split into three runs, one an axis, and pairs of
+dims are rotated by angle = position * 10000 ** (-i / n). Keys are cached un-rotated and rotated when they are
+read, because an entry's position changes as it ages: bounded positions number whatever the KV cache holds
+compactly, so that time never leaves 0..20 however long the video is.
 
-    Context Forcing, eq. 8:   phi in [0, N_s - 1] sink | [N_s, N_s + N_c - 1] slow | [N_s + N_c, N_s + N_c + N_l - 1] fast
-    here (3, 12, 6):          0..2                     | 3..14                     | 15..20, the last 3 are the current chunk
+    Context Forcing, eq. 8, phi = position in time; N_s, N_c, N_l = sizes of sink, slow, fast (here 3, 12, 6):
+        sink  phi in [0, N_s - 1]                          here 0..2
+        slow  phi in [N_s, N_s + N_c - 1]                  here 3..14
+        fast  phi in [N_s + N_c, N_s + N_c + N_l - 1]      here 15..20, the last 3 are the current chunk
 
-As printed, the equation gives slow memory [3, 11], 9 places for its 12 entries, and fast memory [12, 17], which is not
-the 0..20 of the text. Compact numbering is the reading that fills 0..20 exactly, also before memory is full.
+As printed, the equation gives slow memory [3, 11], 9 places for its 12 entries, and fast memory [12, 17],
+which is not the 0..20 of the text. Compact numbering is the reading that fills 0..20 exactly, also before
+memory is full.
 
     python rope.py             # draws how a score falls with distance in time, and prints bounded positions
 
-References: RoFormer, arXiv 2104.09864; Wan 2.1 (split d - 4(d//6) | 2(d//6) | 2(d//6), interleaved pairs); Context
-Forcing, arXiv 2602.06028, eq. 8.
+References: RoFormer, arXiv 2104.09864; Wan 2.1 (split d - 4(d//6) | 2(d//6) | 2(d//6), interleaved pairs);
+Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
 
 def bounded_positions(held, new):
-    """Temporal positions of `held` latents in the KV cache and of the `new` ones after them: 0 .. held + new - 1."""
+    """Positions in time of `held` latents in the KV cache, and of the `new` after them: (held,), (new,)"""
     return torch.arange(held), torch.arange(held, held + new)
 
 
 def absolute_positions(frame, start, new):
     """
-    Frame numbers as positions: frame (b, m) of the latents in the KV cache, and `new` latents from `start` on.
-    Raises ValueError beyond the 1,024 positions of Wan's table.
+    Frame numbers as positions: frame (b, m) of the latents in the KV cache, and `new` latents from `start`
+    on. Raises ValueError beyond the 1,024 positions of Wan's table.
     """
     if start + new > MAX_POSITION:
-        raise ValueError(f"unbounded positions end at {MAX_POSITION} latents (256 s), latent {start + new} asked for: "
-                         "use --positions bounded")
+        raise ValueError(f"unbounded positions end at {MAX_POSITION} latents (256 s), "
+                         f"latent {start + new} asked for: use bounded positions")
     return frame, torch.arange(start, start + new, device=frame.device)
 
 
@@ -54,39 +57,49 @@ def rope_angles(time, h, w, d):
     columns = torch.arange(w, device=home)
 
     def angles(position, n):
-        frequency = 10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64, device=home) / n)
+        exponent = torch.arange(0, n, 2, dtype=torch.float64, device=home) / n
+        frequency = 10000.0 ** -exponent
         return position[..., None] * frequency
 
+    # Wan's split: a row and a column get a third of the dims each, rounded down to pairs; time gets the rest.
     side = 2 * (d // 6)
-    by_time = repeat(angles(time.to(home), d - 2 * side), "b f p -> b (f h w) p", h=h, w=w)
+    by_time = angles(time.to(home), d - 2 * side)
+    by_time = repeat(by_time, "b f p -> b (f h w) p", h=h, w=w)
     by_row = repeat(angles(rows, side), "h p -> b (f h w) p", b=b, f=f, w=w)
     by_column = repeat(angles(columns, side), "w p -> b (f h w) p", b=b, f=f, h=h)
-    return torch.cat([by_time, by_row, by_column], dim=-1).float().to(time.device)
+    by_axis = torch.cat([by_time, by_row, by_column], dim=-1)
+    return by_axis.float().to(time.device)
 
 
 def rope_cos_sin(time, h, w, d):
     """time (f,) or (b, f) -> cos and sin, each (1 or b, f h w, 1, d / 2): what apply_rope() takes."""
-    angles = rope_angles(torch.atleast_2d(time), h, w, d)[:, :, None]
+    angles = rope_angles(torch.atleast_2d(time), h, w, d)
+    angles = angles[:, :, None]  # the same for every head
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x, cos_sin):
     """x (b, n, k, d): pairs (x[2i], x[2i + 1]) turned by the angles, in float32; returned in x's dtype."""
     cos, sin = cos_sin
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = rearrange(x.float(), "b n k (d pair) -> pair b n k d", pair=2)
+    # (even + i odd) (cos + i sin)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return rearrange(turned, "b n k d pair -> b n k (d pair)").to(x.dtype)
 
 
 if __name__ == "__main__":
+    # A query at position 20 meets its own copy at each position: the mean over 512 random unit vectors.
     torch.manual_seed(0)
     unit = torch.randn(512, 1, 1, 128)
     unit = unit / unit.norm(dim=-1, keepdim=True)
     query = apply_rope(unit, rope_cos_sin(torch.tensor([20]), 1, 1, 128))
-    keys = apply_rope(unit.expand(-1, 21, -1, -1), rope_cos_sin(torch.arange(21), 1, 1, 128))
-    score = (query * keys).sum(-1).mean(dim=(0, 2))  # (21,): a query at position 20 with its own copy at each position
+    copies = unit.expand(-1, 21, -1, -1)
+    keys = apply_rope(copies, rope_cos_sin(torch.arange(21), 1, 1, 128))
+    score = (query * keys).sum(-1).mean(dim=(0, 2))  # (21,)
+    segments = ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
     for position, value in enumerate(score.tolist()):
-        segment = "sink" if position < 3 else "slow" if position < 15 else "fast"
-        print(f"position {position:2d} {segment} {value:.2f} {'#' * round(200 * (value - .8))}")
+        bar = "#" * round(200 * (value - .8))
+        print(f"position {position:2d} {segments[position]} {value:.2f} {bar}")
+    # However long the video is, its positions are these.
     held, new = bounded_positions(18, 3)
     print("any length, 18 held + 3 new:", held.tolist(), new.tolist())
