@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 import sample
 import world
-from config import BadInput, fast_autocast, parse, pick_device, run
+from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, frames_in_memory
-from model import write
-from text import encode_prompts
+from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
@@ -88,7 +87,7 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
         if rank == 0 and not file.exists():
             batch = worlds[i * SHARD:(i + 1) * SHARD]
-            write(file, {"latents": torch.cat([encode_world(tae, w, latents, device).bfloat16() for w in batch])})
+            write_safetensors(file, {"latents": torch.cat([encode_world(tae, w, latents, device).bfloat16() for w in batch])})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
@@ -123,7 +122,7 @@ def path_cache(folder, net, start, captions, chunks, sampler, latent, together, 
             xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
         held = frames_in_memory(roll.memory.policy, torch.stack(roll.kept, 1).cpu())[:chunks]
         held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
-        write(files[-1], {"x": torch.cat(xs, 1), "held": held})
+        write_safetensors(files[-1], {"x": torch.cat(xs, 1), "held": held})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     made = [load_file(f) for f in files]
@@ -189,32 +188,6 @@ class Histories:
 
 # ---- the full size, and folders of videos --------------------------------------------------------------------------------
 
-def wan_models(cfg, device, ckpt=""):
-    """What sample.py --wan makes of the raw folder, with float32 weights; ckpt: another DiT. cfg: wan, size, out"""
-    ckpt = str(ckpt or Path(cfg.wan) / sample.DIT)
-    return sample.wan_models(sample.Config(wan=cfg.wan, size=cfg.size, out=cfg.out, ckpt=ckpt), [], device, torch.float32)
-
-
-def wan_text(cfg, device, texts, rank=0, processes=1):
-    """
-    Wan's text features, in files under out/text: those of `texts` are made now where they are new, a share on each process.
-    returns  list of texts -> (b, m, text_dim), zero where padded; reads only what is asked for
-    """
-    if cfg.wan.startswith("random"):
-        return lambda some: torch.zeros(len(some), 1, 4096, device=device)
-    files = [Path(cfg.wan) / name for name in (sample.T5, sample.TOKENIZER)] + [Path(cfg.out) / "text"]
-    mine = sorted(set(texts))[rank::processes]
-    for i in tqdm(range(0, len(mine), 4096), desc="text features", disable=rank > 0):
-        encode_prompts(mine[i:i + 4096], *files, device)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-    def features(some):
-        known = encode_prompts(sorted(set(some)), *files, torch.device("cpu"))
-        return pad_sequence([known[t] for t in some], batch_first=True).to(device)
-    return features
-
-
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A shard a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
@@ -226,7 +199,7 @@ def encode_videos(cfg, device):
     shards = {f: Path(cfg.out) / "clips" / f"{f.relative_to(cfg.videos)}.safetensors" for f in captions}
     new = [f for f in captions if not shards[f].exists()]
     features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
-    m = wan_models(cfg, device) if cfg.wan else sample.tiny_models(sample.Config(), device)
+    m = wan_networks(cfg, device) if cfg.wan else load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
     features = features or m.features
     least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
@@ -243,7 +216,7 @@ def encode_videos(cfg, device):
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with fast_autocast(device):
             made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
-        write(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
+        write_safetensors(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
     print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
 
 

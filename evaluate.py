@@ -37,11 +37,11 @@ from data import encode_world, frames_of
 from erft import TARGET, extend, predict_velocity
 from flow import Rollout, Sampler, add_noise, draw_noise, generate
 from memory import CHUNK, PRESETS, Policy, frames_in_memory
-from model import DiT, DiTConfig, load
+from model import DiT, DiTConfig
 from text import TextConfig, TextEncoder, bytes_to_ids
 from vae import TAE, TAEConfig
+from weights import WEIGHTS, load
 
-WEIGHTS = Path(__file__).parent / "weights"
 GIVEN = 14                            # chunks of real history: 42 latents, 165 frames, 10.3 s
 BATCH = 16                            # videos made together
 ABSENCES = (1, 2, 3, 4.5, 6, 9, 12, 15, 16.5, 18, 21, 24, 30)  # seconds, each within 10 %

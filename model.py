@@ -12,25 +12,15 @@ References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 
 (one timestep per frame). Tested against both on golden vectors.
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B model.
 """
-import ctypes
-import hashlib
-import json
-import os
-import re
-import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import BadInput
 from rope import apply_rope, rope_cos_sin
 
 
@@ -236,138 +226,6 @@ class DiT(nn.Module):
             kv.append(made)
         v = self.head(x, e).float()
         return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-def write(path, tensors, about=None):
-    """A safetensors file, whole or not at all; about: its metadata, {name: text}"""
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, about)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-
-
-def save_weights(path, state, config, facts, dtype=torch.bfloat16):
-    """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, seed, sampler, ...)"""
-    about = {"about": json.dumps({"config": asdict(config), "facts": facts})}  # one entry: their order in the file is random
-    write(path, {k: v.to(dtype) for k, v in state.items()}, about)
-
-
-def read_file(path, what="weights", pickled=None, device="cpu"):
-    """
-    A safetensors file, or a pickle of tensors (.pt, .pth, or as told), mapped from disk rather than read.
-    returns  its content, and what a weights file of this project says about itself (else {})
-    """
-    path, about = Path(path), {}
-    try:
-        if pickled or path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location=device, weights_only=True, mmap=True), about
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
-    except FileNotFoundError:
-        raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
-    except Exception as error:  # torch.load raises whatever the damage makes it meet
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? fetch it again") from None
-
-
-def load_weights(path):
-    """-> state dict (float32), config dict, facts dict of a file that save_weights wrote."""
-    state, about = read_file(path)
-    if "config" not in about:
-        raise BadInput(f"{path} has no config in its metadata: it is not a weights file of this project")
-    return {k: v.float() for k, v in state.items()}, about["config"], about["facts"]
-
-
-def fill(net, state, name="weights"):
-    """
-    Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors. A net on the meta device
-    takes the tensors themselves, types and all.
-    """
-    own, wrong = net.state_dict(), []
-    for kind, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
-                       ("misshapen", {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})):
-        if keys:
-            wrong.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
-    if wrong:
-        raise BadInput(f"{name} do not fit the model: {'; '.join(wrong)}")
-    net.load_state_dict(state, assign=next(iter(own.values())).is_meta)
-    return net
-
-
-def load(path, build, make_config):
-    """A network with its weights, and its facts: build(make_config(**config)) filled strictly from a file."""
-    state, config, facts = load_weights(path)
-    try:
-        net = build(make_config(**config))
-    except TypeError:
-        raise BadInput(f"{path} holds another kind of network than {build.__name__}: give one made for it") from None
-    return fill(net, state, str(path)).eval().requires_grad_(False), facts
-
-
-# ---- public files: the raw Wan directory and students trained from it --------------------------------------------------
-
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # left in names by training code
-FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
-
-
-def read_public(path):
-    """-> state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)"""
-    whole, about = read_file(path)
-    whole = whole if isinstance(whole, dict) else {}
-    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
-    inner = inner[0] if inner else whole
-    if any("lora" in k.lower() for k in (*whole, *inner)):
-        raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
-    state = {WRAPPERS.sub("", k).removeprefix("model."): v for k, v in inner.items()}
-    if not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
-    return state, about.get("facts", {})
-
-
-def dit_config(state, folder, path):
-    """DiTConfig of a raw DiT, from its shapes and config.json; refuses 14B and image-to-video models."""
-    shape = {k: v.shape for k, v in state.items()}
-    first, file = shape.get("patch_embedding.weight", ()), Path(folder) / "config.json"
-    if len(first) != 5:
-        raise BadInput(f"{path} is no Wan DiT: it has no patch_embedding.weight")
-    if first[0] == 5120:
-        raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
-    if first[1] != 16 or any(k.startswith("img_emb") for k in state):
-        raise BadInput(f"{path} is an image-to-video model ({first[1]} input channels): only text-to-video is supported")
-    try:
-        c = json.loads(file.read_text()) if file.exists() else {}
-        layers = 30 if first[0] == 1536 else count_blocks(state)
-        return DiTConfig(first[0], shape["blocks.0.ffn.0.weight"][0], c.get("num_heads", max(1, first[0] // 128)),
-                         c.get("num_layers", layers), shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
-                         c.get("text_len", 512), patch=tuple(first[-2:]))
-    except ValueError:
-        raise BadInput(f"{file} is not JSON: fetch it again") from None
-    except KeyError as key:
-        raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None
-
-
-def count_blocks(state):
-    return len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-
-
-def take(net, state, path, device, dtype):
-    """A net built on the meta device gets its weights, tensor by tensor in the type they stay in; prints a fingerprint."""
-    names = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(state.items()))
-    print(f"{path}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
-          f"sha256 of names and shapes {hashlib.sha256(names.encode()).hexdigest()[:12]}")
-    own, ready = net.state_dict(), {}
-    for k, v in state.items():
-        fits = k in own and v.shape == own[k].shape
-        ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
-        if fits and v.is_cpu and sys.platform == "linux":  # hand back the pages of the file that were read: they count as ours
-            start = -(-v.data_ptr() // 4096) * 4096
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
-    return fill(net, ready, str(path)).eval().requires_grad_(False)
 
 
 def flops(config, h, w, held):

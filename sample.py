@@ -30,22 +30,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
 from config import STUDENT, BadInput, one_of, parse, pick_device, run
 from erft import extend
-from flow import Rollout, Sampler, generate
-from memory import CHUNK, PRESETS, Policy, size
-from model import DiT, DiTConfig, dit_config, flops, load, read_file, read_public, take
-from text import TextConfig, TextEncoder, bytes_to_ids, encode_prompts, read_prompts
-from vae import TAE, TAEConfig, WanVAE, WanVAEConfig, public_vae
+from flow import generate
+from memory import CHUNK, PRESETS, size
+from model import flops
+from text import read_prompts
+from vae import WanVAE
+from weights import VAES, WEIGHTS, load_tiny, read_file, wan_models
 
-WEIGHTS = Path(__file__).parent / "weights"
 FPS = 16
-DIT, T5, TOKENIZER = "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"
-VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 PEAK = 790e12  # FLOP/s that a large bf16 matrix product reaches on an H100: what --bench measures a GPU against
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH]  # on cuda, the fastest first
@@ -288,101 +285,7 @@ def memory_picture(path, shots, roll, vae, prompt):
     page.save(path)
 
 
-# ---- models ------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Models:
-    dit: DiT
-    vaes: dict         # name -> autoencoder; the first is the one to use
-    features: object   # list of texts -> (b, m, text_dim)
-    sampler: Sampler
-    name: str          # of the weights
-    width: int = world.WIDTH  # of the video, in pixels
-    height: int = world.HEIGHT
-    scale: int = 8     # each pixel becomes a square of so many in the file
-    policy: Policy = PRESETS["slowfast"]
-    positions: str = "bounded"
-    compiled: object = None  # dit, compiled
-
-    @property
-    def vae(self):
-        return next(iter(self.vaes.values()))
-
-    @property
-    def latent(self):
-        return self.dit.config.channels, self.height // 8, self.width // 8
-
-    def text(self, text):
-        return self.dit.text(self.features([text]))
-
-    def rollout(self, text):
-        """One video from nothing; text: what self.text() gives."""
-        grid = tuple(n // p for n, p in zip(self.latent[1:], self.dit.config.patch))
-        return Rollout(self.dit, text, self.policy, grid, self.positions, self.sampler.pool, self.compiled)
-
-
-def tiny_models(cfg, device):
-    ckpt = Path(cfg.ckpt or WEIGHTS / ("teacher.safetensors" if cfg.teacher else f"{STUDENT}.safetensors"))
-    dit, facts = load(ckpt, DiT, DiTConfig)
-    encoder, _ = load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)
-    tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
-    dit, encoder, tae = dit.to(device), encoder.to(device), tae.to(device, memory_format=torch.channels_last)
-
-    def features(texts):
-        return encoder(*(z.to(device) for z in bytes_to_ids(texts, dit.config.text_len)))
-    return Models(dit, {"tae": tae}, features, Sampler(**facts["sampler"]), ckpt.name)
-
-
-def pair(name, text, *of):
-    """'832x480' -> [832, 480], multiples of the two numbers in `of`"""
-    found = [int(n) for n in text.split("x")] if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) else []
-    if not found or any(n % m for n, m in zip(found, of)):
-        raise BadInput(f"{name} {text!r} must be two whole numbers with an x between, multiples of {of[0]} and {of[1]}")
-    return found
-
-
-def wan_models(cfg, texts, device, dtype):
-    """The raw Wan directory, or random weights of its form; the text encoder has come and gone before the rest is read."""
-    folder, (name, _, form) = Path(cfg.wan), cfg.wan.partition(":")
-    random, small, facts = name == "random", name == "random" and device.type == "cpu", {}
-    width, height = pair("--size", cfg.size or ("192x128" if small else "832x480"), 16, 16)
-    kinds = [cfg.vae or "wan"]
-    kinds += [k for k in VAES if cfg.bench and k not in kinds and (random or (folder / VAES[k]).exists())]
-    if random:
-        dim, layers = pair("--wan random:", form or ("512x8" if small else "1536x30"), 16, 1)
-        ckpt, heads, w = Path("random weights"), 1 if dim % 128 else dim // 128, 96 if dim >= 1536 else max(4, dim // 64)
-        with torch.device("meta"):
-            nets = {DIT: DiT(DiTConfig(dim, dim * 35 // 6, heads, layers)), "wan": WanVAE(WanVAEConfig(w)),
-                    "tae": TAE(TAEConfig(w * 2 // 3, tuple(w * i // 3 for i in (8, 4, 2, 2))))}
-        torch.manual_seed(0)
-        states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()}
-                  for k in (DIT, *kinds)}
-        known = {t: torch.zeros(1, nets[DIT].config.text_dim) for t in texts}
-    else:
-        ckpt = Path(cfg.ckpt or folder / DIT)
-        lacks = [f for f in [DIT] * (not cfg.ckpt) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
-        if lacks:
-            curl = f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"
-            get = curl if lacks[0] == VAES["tae"] else f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
-            raise BadInput(f"{folder} lacks {', '.join(lacks)}: {get}")
-        if not cfg.ckpt:
-            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
-        state, facts = read_public(ckpt)
-        config = dit_config(state, folder, ckpt)
-        texts = texts + [""] * (Sampler(**facts.get("sampler", {})).guidance != 1)
-        roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 20e9
-        known = encode_prompts(texts, folder / T5, folder / TOKENIZER, Path(cfg.out) / "text",
-                               device if roomy else torch.device("cpu"), config.text_len)
-        torch.cuda.empty_cache()
-        states = {DIT: state, **{k: read_public(folder / VAES[k])[0] for k in kinds}}
-        with torch.device("meta"):
-            nets = {DIT: DiT(config), **{k: public_vae(k, states[k], folder / VAES[k]) for k in kinds}}
-    dit, *vaes = (take(nets[k], states.pop(k), ckpt if k == DIT else folder / VAES[k], device, dtype) for k in (DIT, *kinds))
-
-    def features(texts):
-        return pad_sequence([known[t] for t in texts], batch_first=True).to(device)
-    return Models(dit, dict(zip(kinds, vaes)), features, Sampler(**facts.get("sampler", {})), ckpt.name, width, height, 1)
-
+# ---- speed and memory -------------------------------------------------------------------------------------------------
 
 def estimate(m, b=1):
     """Bytes on the device: weights, what the memory holds and its rotated keys, one pass, decoding."""
@@ -536,7 +439,8 @@ def main():
             touch(part)
             stack.callback(part.unlink, missing_ok=True)
         texts = sorted({text for _, parts in prompts for _, text in parts})
-        m = wan_models(cfg, texts, device, dtype) if cfg.wan else tiny_models(cfg, device)
+        shipped = WEIGHTS / ("teacher.safetensors" if cfg.teacher else f"{STUDENT}.safetensors")
+        m = wan_models(cfg, texts, device, dtype) if cfg.wan else load_tiny(cfg.ckpt or shipped, device)
         sampler = replace(m.sampler, steps=cfg.steps or m.sampler.steps, tau=m.sampler.tau if cfg.tau is None else cfg.tau)
         m = replace(m, sampler=sampler, policy=replace(PRESETS[cfg.memory], tau=sampler.tau), positions=cfg.positions,
                     compiled=torch.compile(m.dit, dynamic=False) if cfg.compile else None)

@@ -43,11 +43,12 @@ from data import Histories, encode_world, lesson_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
 from memory import CHUNK, PRESETS, Entries, Memory, Policy, frames_in_memory
-from model import DiT, DiTConfig, fill, flops, load, load_weights, read_public, save_weights, take, tiny_dit
+from model import DiT, DiTConfig, flops, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
-from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, encode_prompts, tiny_text
-from train import WEIGHTS
+from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, tiny_text
 from vae import MEAN, STD, TAE, TAEConfig, WanVAE, WanVAEConfig, tiny_tae
+from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, encode_prompts, load, load_on_device,
+                     load_state_dict_strict, load_weights, read_public, save_weights)
 from world import Motion, World, chance, clip, events, held, judge, panorama, render, turning_rate
 
 HERE = Path(__file__).parent
@@ -76,7 +77,7 @@ def golden_dit(name):
     c, weights, given, want = golden(name)
     config = DiTConfig(c["dim"], c["ffn_dim"], c["num_heads"], c["num_layers"], c["freq_dim"], c["text_dim"], c["text_len"],
                        c["in_dim"], tuple(c["patch_size"][1:]))
-    return c, fill(DiT(config), weights).eval().requires_grad_(False), given, want
+    return c, load_state_dict_strict(DiT(config), weights).eval().requires_grad_(False), given, want
 
 
 def close(got, want, atol):
@@ -162,7 +163,7 @@ def test_golden_blockwise_and_teacher_forcing_passes():
 def test_golden_text_encoder_and_position_buckets():
     c, weights, given, want = golden("umt5")
     config = TextConfig(c["vocab"], c["dim"], c["dim_attn"], c["dim_ffn"], c["num_heads"], c["num_layers"], c["num_buckets"])
-    net, taps = fill(TextEncoder(config), weights).eval(), {}
+    net, taps = load_state_dict_strict(TextEncoder(config), weights).eval(), {}
     net.blocks[0].register_forward_hook(lambda m, i, out: taps.update(block0=out))
     with torch.no_grad():
         context = net(given["ids"].long(), given["mask"].long())
@@ -174,7 +175,7 @@ def test_golden_text_encoder_and_position_buckets():
 
 def test_golden_tiny_autoencoder_encodes_decodes_and_streams():
     c, weights, given, want = golden("tae")
-    tae = fill(TAE(TAEConfig(c["encoder_width"], tuple(c["decoder_widths"]), c["latent_channels"])), weights).eval()
+    tae = load_state_dict_strict(TAE(TAEConfig(c["encoder_width"], tuple(c["decoder_widths"]), c["latent_channels"])), weights).eval()
     with torch.no_grad():
         close(tae.run(tae.encoder, given["video"], None)[0], want["encoded"], 1e-4)
         close(tae.run(tae.decoder, given["latent"], None)[0][:, c["frames_to_trim"]:], want["decoded_raw"], 1e-4)
@@ -975,7 +976,7 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
     want = results(out, "1")
     shutil.rmtree(out / "stage1" / "step_000002")
-    monkeypatch.setattr("text.read_public", None)  # all text is known
+    monkeypatch.setattr("weights.TextEncoder", None)  # all text is known
     run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
     assert results(out, "1") == want
     monkeypatch.setattr(WanVAE, "decode", decode)
@@ -1724,7 +1725,7 @@ def test_videos_are_made_once_and_all_tables_come_from_the_csv(tmp_path, monkeyp
 def test_golden_wan_autoencoder_encodes_decodes_and_streams():
     """33 % of the golden pixels lie outside [-1, 1]: compared after the clamp that decode() does and the golden does not."""
     c, weights, given, want = golden("wan_vae")
-    vae = fill(WanVAE(WanVAEConfig(c["dim"], tuple(c["dim_mult"]), c["z_dim"])), weights).eval()
+    vae = load_state_dict_strict(WanVAE(WanVAEConfig(c["dim"], tuple(c["dim_mult"]), c["z_dim"])), weights).eval()
     assert list(MEAN) == c["mean"] and list(STD) == c["std"]
     with torch.no_grad():
         close(frames_first(vae.encode(frames_first(given["video"]))), want["latent"], 1e-4)
@@ -1788,8 +1789,8 @@ def test_bf16_weights_change_the_golden_by_less_than_self_forcings_all_bf16():
     rope, outs = rope_of(net, torch.arange(x.shape[1]), x), []
     with torch.device("meta"):
         empty = [DiT(net.config) for _ in range(2)]
-    half = [take(empty[0], net.state_dict(), "golden", "cpu", torch.bfloat16),
-            fill(empty[1], {k: v.bfloat16() for k, v in net.state_dict().items()})]
+    half = [load_on_device(empty[0], net.state_dict(), "golden", "cpu", torch.bfloat16),
+            load_state_dict_strict(empty[1], {k: v.bfloat16() for k, v in net.state_dict().items()})]
     kept = {k for k, v in half[0].state_dict().items() if v.dtype == torch.float32}
     assert {k.split(".")[0] for k in kept} == {"time_embedding", "time_projection", "head", "blocks"}
     assert all(k.split(".")[2] in ("modulation", "norm3") for k in kept if k.startswith("blocks"))
@@ -1940,15 +1941,15 @@ def raw(tmp_path):
     words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "calm", "sea", "storm", "rises"])}
     tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokens.save(str(folder / sample.TOKENIZER))
+    tokens.save(str(folder / TOKENIZER))
     nets = [DiT(DiTConfig(64, 96, 2, 2, 32, 48, 512)), TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)), WanVAE(WanVAEConfig(4)),
             TAE(TAEConfig(8, (16, 12, 8, 8)))]
     torch.manual_seed(0)
     dit, text, vae, tae = ({k: torch.randn_like(v) * .1 for k, v in net.state_dict().items()} for net in nets)
-    save_file(dit, folder / sample.DIT)
-    torch.save({k: v.bfloat16() for k, v in text.items()}, folder / sample.T5)
-    torch.save(vae, folder / sample.VAES["wan"])
-    torch.save(tae, folder / sample.VAES["tae"])
+    save_file(dit, folder / DIT)
+    torch.save({k: v.bfloat16() for k, v in text.items()}, folder / T5)
+    torch.save(vae, folder / VAES["wan"])
+    torch.save(tae, folder / VAES["tae"])
     (folder / "config.json").write_text(json.dumps(dict(dim=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, in_dim=16, text_len=512)))
     student = {"generator": {k: v + 1 for k, v in dit.items()}, "generator_ema": {
         "model." + k.replace("blocks.", "_fsdp_wrapped_module.blocks.").replace("self_attn", "_checkpoint_wrapped_module.self_attn"): v + .01
@@ -1970,7 +1971,7 @@ def test_a_raw_directory_goes_through_to_an_mp4(raw, monkeypatch, tmp_path, caps
     (mp4,) = out.glob("*.mp4")
     assert iio.imread(mp4, plugin="FFMPEG").shape == (24, 32, 32, 3) and len(list((out / "text").iterdir())) == 2
     with monkeypatch.context() as patch:  # prompts are known now: the encoder is not even opened
-        patch.setattr("text.read_public", None)
+        patch.setattr("weights.TextEncoder", None)
         again, _ = frames_of_run(patch, out, *words)
         tae, half = (frames_of_run(patch, out, *words, "--vae", "tae", "--dtype", dtype)[0] for dtype in ("fp32", "bf16"))
     assert np.array_equal(frames, again) and tae.shape == half.shape == frames.shape and not np.array_equal(tae, frames)
@@ -1982,8 +1983,8 @@ def test_text_features_are_the_encoders_own_and_prompts_are_cleaned_like_wans(ra
     for case in json.loads((GOLDEN / "text_clean.json").read_text())["cases"]:
         assert clean(case["in"]) == case["out"]
     texts = ["a calm  sea", "storm", "a " * 600]
-    got = encode_prompts(texts, raw / sample.T5, raw / sample.TOKENIZER, tmp_path / "cache", torch.device("cpu"))
-    net = fill(TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)), torch.load(raw / sample.T5, weights_only=True)).bfloat16()
+    got = encode_prompts(texts, raw / T5, raw / TOKENIZER, tmp_path / "cache", torch.device("cpu"))
+    net = load_state_dict_strict(TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)), torch.load(raw / T5, weights_only=True)).bfloat16()
     ids = torch.zeros(1, 512, dtype=torch.long)
     ids[0, :4] = torch.tensor([3, 4, 5, 1])  # padded to 512 as the official code does it
     with torch.no_grad():
@@ -2077,7 +2078,7 @@ def refused(monkeypatch, tmp_path, capsys, *words):
 
 
 def test_students_of_every_public_form_load_the_same_weights(raw, tmp_path):
-    want, _ = read_public(raw / sample.DIT)
+    want, _ = read_public(raw / DIT)
     forms = {"flat": want, "model": {"model": want}, "generator": {"generator": {"model." + k: v for k, v in want.items()}},
              "compiled": {"generator": {"_orig_mod.model." + k: v for k, v in want.items()}}}
     for name, form in forms.items():
@@ -2089,7 +2090,7 @@ def test_students_of_every_public_form_load_the_same_weights(raw, tmp_path):
 
 
 def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypatch, tmp_path, capsys):
-    state, _ = read_public(raw / sample.DIT)
+    state, _ = read_public(raw / DIT)
     whole = (raw.parent / "student.pt").read_bytes()
 
     def pt(name, content):
@@ -2097,7 +2098,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
         return str(tmp_path / name)
     (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "half.safetensors").write_bytes((raw / sample.DIT).read_bytes()[:999])
+    (tmp_path / "half.safetensors").write_bytes((raw / DIT).read_bytes()[:999])
 
     class Code:
         def __reduce__(self):
@@ -2114,7 +2115,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
         error = refused(monkeypatch, tmp_path, capsys, "--wan", str(raw), "--ckpt", ckpt, "--prompt", "a", *WAN)
         assert told in error and ckpt in error, error
     assert not (tmp_path / "run").exists()  # no code of a pickle was run
-    for name in (sample.VAES["wan"], sample.TOKENIZER, sample.T5, sample.DIT):
+    for name in (VAES["wan"], TOKENIZER, T5, DIT):
         content = (raw / name).read_bytes()
         (raw / name).write_bytes(content[:len(content) // 2])
         assert "fetch it again" in refused(monkeypatch, tmp_path, capsys, "--wan", str(raw), "--prompt", "b", *WAN)
@@ -2122,7 +2123,7 @@ def test_foreign_damaged_and_missing_files_are_refused_in_one_line(raw, monkeypa
         error = refused(monkeypatch, tmp_path, capsys, "--wan", str(raw), "--prompt", "b", *WAN)
         assert f"lacks {name}" in error and f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {raw}" in error
         (raw / name).write_bytes(content)
-    (raw / sample.VAES["tae"]).unlink()
+    (raw / VAES["tae"]).unlink()
     assert "curl" in refused(monkeypatch, tmp_path, capsys, "--wan", str(raw), "--vae", "tae", "--prompt", "b", *WAN)
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert "pip install -r requirements-wan.txt" in refused(monkeypatch, tmp_path, capsys, "--wan", str(raw), "--prompt", "c", *WAN)
@@ -2174,14 +2175,15 @@ def test_loading_takes_no_more_host_memory_than_a_fifth_above_the_file(tmp_path)
     del state
     code = """if True:
         import sys, torch, pathlib
-        from model import DiT, DiTConfig, read_public, take
+        from model import DiT, DiTConfig
+        from weights import load_on_device, read_public
         path = pathlib.Path(sys.argv[1])
         with torch.device("meta"):
             net = DiT(DiTConfig(512, 2986, 4, 4))
         def most():  # ru_maxrss would start at the parent's
             return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         before = most()
-        net = take(net, read_public(path)[0], path, "cpu", torch.bfloat16)
+        net = load_on_device(net, read_public(path)[0], path, "cpu", torch.bfloat16)
         assert not any(p.is_meta for p in net.parameters())
         print("grown", (most() - before) * 1024 / path.stat().st_size)"""
     for path in (tmp_path / "a.safetensors", tmp_path / "b.pth"):
@@ -2198,7 +2200,7 @@ def test_the_estimate_of_a_full_size_run_fits_24_gb_and_with_the_text_encoder_el
         vaes = {"wan": WanVAE(WanVAEConfig()).bfloat16(), "tae": TAE(TAEConfig()).bfloat16()}
         text = sum(p.numel() * 2 for p in TextEncoder(TextConfig()).parameters())
     for kind, vae in vaes.items():
-        needs = sample.estimate(sample.Models(dit, {kind: vae}, None, Sampler(), "", 832, 480), 1)
+        needs = sample.estimate(Networks(dit, {kind: vae}, None, Sampler(), "", 832, 480), 1)
         total = sum(needs.values())
         print(kind, {k: round(v / 1e9, 2) for k, v in needs.items()})
         assert 6.04e9 + 2.8e9 < total < 16e9 and text < 12e9

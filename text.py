@@ -11,22 +11,19 @@ References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and sha
 Tested on golden vectors of the official code.
 Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
-import hashlib
 import html
 import importlib
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import nn
 
 from config import BadInput
-from model import RMSNorm, count_blocks, read_public, take, write
+from model import RMSNorm
 
 
 @dataclass
@@ -147,45 +144,6 @@ def need(package):
 def clean(prompt):
     """Wan's cleaning: broken Unicode mended, full-width forms to ASCII, HTML entities resolved twice, white space single."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(need("ftfy").fix_text(prompt)))).strip()
-
-
-@torch.no_grad()
-def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
-    """
-    prompts    distinct texts; weights, tokenizer: paths of the UMT5 encoder and its tokenizer.json
-    cache      folder that keeps each prompt's features, named by a hash of the cleaned text and of the two files' facts
-    returns    {prompt: features (m, dim) bfloat16 of its m <= length tokens, on the CPU}; the encoder is loaded only if a
-               prompt is new, and gone on return
-    """
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, length) for f in (weights, tokenizer)]
-    files = {p: cache / (hashlib.sha256(repr((clean(p), facts)).encode()).hexdigest()[:32] + ".safetensors") for p in prompts}
-    new = [p for p in prompts if not files[p].exists()]
-    if new:
-        package = need("tokenizers")
-        try:
-            words = package.Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the package raises bare Exceptions
-            raise BadInput(f"cannot read {tokenizer} ({str(error)[:100]}): fetch it again") from None
-        words.no_truncation()
-        words.no_padding()
-        s, _ = read_public(weights)
-        try:
-            vocab, dim = s["token_embedding.weight"].shape
-            buckets, heads = s["blocks.0.pos_embedding.embedding.weight"].shape
-            config = TextConfig(vocab, dim, len(s["blocks.0.attn.q.weight"]), len(s["blocks.0.ffn.fc1.weight"]), heads,
-                                24 if dim == 4096 else count_blocks(s), buckets)
-        except (KeyError, ValueError):
-            raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
-        with torch.device("meta"):
-            empty = TextEncoder(config)
-        encoder = take(empty, s, weights, device, torch.bfloat16)
-        for p in new:
-            ids = words.encode(clean(p), add_special_tokens=False).ids
-            if len(ids) >= length:
-                print(f"warning: {len(ids) + 1} tokens, cut after {length}: {p[:60]!r}", file=sys.stderr)
-            ids = torch.tensor([ids[:length - 1] + [1]], device=device)  # 1 ends a text; no row is padded, the DiT pads
-            write(files[p], {"features": encoder(ids, torch.ones_like(ids))[0]})
-    return {p: load_file(files[p])["features"] for p in prompts}
 
 
 if __name__ == "__main__":

@@ -51,14 +51,15 @@ import erft
 import world
 from config import BadInput, has_bf16, one_of, parse, pick_device, run
 from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache,
-                  training_worlds, wan_models, wan_text)
+                  training_worlds)
 from evaluate import conditions, gates, held_out, probe
 from flow import (Rollout, Sampler, add_noise, packed_positions, draw_noise, drop_frames, generate, guide, flow_matching_loss, stratified_noise, packed_forward,
                   augment_context_noise, schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
-from model import DiT, DiTConfig, load, save_weights, tiny_dit
+from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
+from weights import WEIGHTS, load, save_weights, wan_networks, wan_text
 
 
 @dataclass
@@ -103,7 +104,6 @@ NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风�
 BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "init_ar", "stage1": "init_ode", "stage2": "stage1"}
 # What a part starts from. The tiny teacher starts from the causal model, which remembers; from base it did not learn to: recall
 # .13 and .33 after 250 and 500 updates against .12 and .10 (its probe, chance .04). At full size it starts from Wan, the base.
-WEIGHTS = Path(__file__).parent / "weights"
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 OFTEN = 5              # stages 1 and 2 have few and long updates: strips and probes come so many times as often
 HEADED = 32            # clips from which the latents' compass is read
@@ -281,7 +281,7 @@ def ready(cfg, part, device, name, given="", build=DiT, make_config=DiTConfig, f
         return net.to(device), facts
     if not (given or own.exists() or name == "base" or cfg.wan.startswith("random")):
         raise BadInput(f"{part} with --wan needs {name}: give a file by --init or --teacher, or train it in this --out")
-    m = wan_models(cfg, device, given or (own if own.exists() else ""))
+    m = wan_networks(cfg, device, given or (own if own.exists() else ""))
     m.dit.config.recompute = True
     return m.dit, {"sampler": asdict(m.sampler), "vae": m.vaes["wan"], "latent": (16, m.height // 8, m.width // 8)}
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from config import BadInput
 
 
 @dataclass
@@ -291,18 +290,6 @@ class WanVAE(nn.Module):
             x, past = self.decoder(piece, past)
             frames.append(rearrange(x, "b c f h w -> b f c h w").float())
         return torch.cat(frames, dim=1).clamp(-1, 1), past
-
-
-def public_vae(kind, state, path):
-    """Wan's autoencoder ("wan") or the TAE ("tae") of a public state dict's widths, on the meta device."""
-    try:
-        with torch.device("meta"):
-            if kind == "wan":
-                return WanVAE(WanVAEConfig(state["encoder.conv1.weight"].shape[0]))
-            wide = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
-            return TAE(TAEConfig(len(state["encoder.0.weight"]), wide))
-    except KeyError as key:
-        raise BadInput(f"{path} is not the autoencoder {kind!r}: it has no {key}") from None
 
 
 if __name__ == "__main__":
