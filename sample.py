@@ -39,7 +39,7 @@ from flow import generate
 from memory import CHUNK, PRESETS, size
 from model import flops
 from text import read_prompts
-from vae import WanVAE
+from wan_vae import WanVAE
 from weights import VAES, WEIGHTS, load_tiny, read_file, wan_models
 
 FPS = 16

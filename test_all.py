@@ -46,9 +46,10 @@ from memory import CHUNK, PRESETS, Entries, Memory, Policy, frames_in_memory
 from model import DiT, DiTConfig, flops, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, tiny_text
-from vae import MEAN, STD, TAE, TAEConfig, WanVAE, WanVAEConfig, tiny_tae
+from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, encode_prompts, load, load_on_device,
                      load_state_dict_strict, load_weights, read_public, save_weights)
+from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
 from world import Motion, World, chance, clip, events, held, judge, panorama, render, turning_rate
 
 HERE = Path(__file__).parent

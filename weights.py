@@ -26,7 +26,8 @@ from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
 from text import TextConfig, TextEncoder, bytes_to_ids, clean, need
-from vae import TAE, TAEConfig, WanVAE, WanVAEConfig
+from vae import TAE, TAEConfig
+from wan_vae import WanVAE, WanVAEConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 DIT, T5, TOKENIZER = "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"
