@@ -26,7 +26,6 @@ from tqdm import tqdm
 import sample
 import world
 from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
-from flow import denoise, draw_noise, schedule
 from memory import CHUNK, PRESETS, frames_in_memory
 from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
 
@@ -91,52 +90,6 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return torch.cat([load_file(f)["latents"] for f in files])
-
-
-@torch.no_grad()
-def path_cache(folder, net, start, captions, chunks, sampler, latent, together, rank=0, processes=1):
-    """
-    Videos of net, a causal model, in 16 Euler steps, with what each chunk was at the sampler's few noise levels on the way;
-    kept on disk like clips, made `together` at a time, each process its share.
-    start    captions -> a fresh flow.Rollout under them
-    returns  (n, 3 chunks, levels + 1, c, h, w) bfloat16 on the CPU, the last is x0; (n, chunks, 18) frame numbers of each
-             chunk's past, -1 = nothing there
-    """
-    mark, files = fingerprint(net).hexdigest()[:8], []
-    for at in tqdm(range(0, len(captions), together), desc="paths of the causal model", disable=rank > 0):
-        files.append(Path(folder) / f"paths_{mark}_{at:05d}.safetensors")
-        if files[-1].exists() or at // together % processes != rank:
-            continue
-        some = captions[at:at + together]
-        roll, xs, device = start(some), [], next(net.parameters()).device
-        for i in range(chunks):
-            roll.read_context()
-            seen = []
-
-            def predict(x, level):
-                seen.append(x)
-                return roll.predict(x, torch.full(x.shape[:2], level, device=device))[0]
-            noise = draw_noise(range(at, at + len(some)), i, 0, (CHUNK, *latent), device)
-            x0, _ = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
-            roll.append(x0)
-            xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
-        held = frames_in_memory(roll.memory.policy, torch.stack(roll.kept, 1).cpu())[:chunks]
-        held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
-        write_safetensors(files[-1], {"x": torch.cat(xs, 1), "held": held})
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    made = [load_file(f) for f in files]
-    return torch.cat([m["x"] for m in made]), torch.cat([m["held"] for m in made])
-
-
-def compass(latents, heading):
-    """
-    Where latents show the heading: ridge regression of its cosine and sine on latents.
-    latents (n, c, h, w) of about unit variance; heading (n,) columns -> (2, c h w). On held-out worlds it reads to 1.3 columns.
-    """
-    x, angle = latents.flatten(1).float(), heading.float() * (2 * torch.pi / world.COLUMNS)
-    gram = x.T @ x / len(x) + .1 * torch.eye(x.shape[1])
-    return torch.linalg.solve(gram, x.T @ torch.stack([angle.cos(), angle.sin()], 1) / len(x)).T.contiguous()
 
 
 class Histories:

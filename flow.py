@@ -92,6 +92,12 @@ def draw_noise(seeds, chunk, step, shape, device="cpu"):
     return noise.to(device, non_blocking=True)
 
 
+def augment_context_noise(x0, most):
+    """A clean past as the model will meet it: with up to `most` noise on each latent, still called t = 0."""
+    level = torch.rand(len(x0), 1) * most * torch.rand(x0.shape[:2])
+    return add_noise(x0, torch.randn_like(x0), level.to(x0.device))
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How a network wants to be sampled; travels in its weights' metadata."""
@@ -320,67 +326,6 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
         x0, _ = denoise(predict, fresh_noise(0), levels, fresh_noise, sampler.renoise)
         rollout.append(x0, modulation=modulations[0.])
         yield x0
-
-
-# ---- the same in one pass, for training ----------------------------------------------------------------------------------
-
-def stratified_noise(x0, copies, shift):
-    """
-    x0 (b, f, ...), f a multiple of copies, noised at `copies` levels a sample, spread evenly over 0..1 and shifted
-    returns  x_t, t (b, f), v
-    """
-    u = (torch.rand(len(x0), copies) + torch.rand(len(x0), copies).argsort(1)) / copies
-    t = shifted(u, shift).repeat_interleave(x0.shape[1] // copies, 1).to(x0.device)
-    noise = torch.randn(x0.shape, device=x0.device)
-    return add_noise(x0, noise, t), t, noise - x0
-
-
-def augment_context_noise(x0, most):
-    """A clean past as the model will meet it: with up to `most` noise on each latent, still called t = 0."""
-    level = torch.rand(len(x0), 1) * most * torch.rand(x0.shape[:2])
-    return add_noise(x0, torch.randn_like(x0), level.to(x0.device))
-
-
-def packed_attention_mask(src, target, own):
-    """
-    Who sees whom in a pack of clean past latents and noised target latents.
-    src     (b, p)  frame numbers of the past, -1 = nothing there
-    target  (b, f)  chunk number of each target latent; own (f,) which noised copy it belongs to
-    returns (b, p + f, p + f) bool: the past sees what is not newer (chunk mates included); a target latent sees every
-            older chunk of the past and its own copy
-    """
-    past, there = src.div(CHUNK, rounding_mode="floor"), src >= 0
-    among = (past[:, :, None] >= past[:, None]) & there[:, None] | torch.eye(src.shape[1], dtype=torch.bool)
-    ahead = torch.zeros(len(src), src.shape[1], len(own), dtype=torch.bool)
-    to_past = (past[:, None] < target[:, :, None]) & there[:, None]
-    to_own = (own[:, None] == own[None]).expand(len(src), -1, -1)
-    return torch.cat([torch.cat([among, ahead], 2), torch.cat([to_past, to_own], 2)], 1)
-
-
-def drop_frames(src, gone):
-    """Takes latents out of a padded past src (b, p) where gone (b, p) bool says so; what is left closes up, -1 behind it."""
-    src = src.masked_fill(gone, -1)
-    return src.gather(1, (src < 0).long().argsort(stable=True, dim=1))
-
-
-def packed_positions(src, copies, gap=0):
-    """Bounded positions of a padded past (b, p) and of `copies` of the chunk `gap` chunks on: (b, p + 3 copies)"""
-    new = (src >= 0).sum(1, keepdim=True) + CHUNK * gap + torch.arange(CHUNK).repeat(copies)
-    return torch.cat([torch.arange(src.shape[1]).expand(len(src), -1), new], 1)
-
-
-def packed_forward(net, text, past, src, target, positions, own, xt, t, grid):
-    """
-    Several noised copies of target latents share one clean past: what a Rollout would see, chunk by chunk, in one pass.
-    past       (b, p, c, h, w) clean latents of the frame numbers src (b, p), -1 = nothing there
-    target     (b, f) frame numbers of all copies; own (f,) which copy a latent belongs to; positions (b, p + f)
-    xt, t      (b, f, c, h, w) noised, (b, f)
-    returns    v (b, f, c, h, w) of the target
-    """
-    x, at = torch.cat([past, xt], 1), torch.cat([torch.zeros(src.shape, device=t.device), t], 1)
-    rope = rope_cos_sin(positions.to(t.device), *grid, net.config.dim // net.config.heads)
-    mask = packed_attention_mask(src, target.div(CHUNK, rounding_mode="floor"), own).to(t.device)
-    return net(x, at, text, rope, mask=mask)[0][:, src.shape[1]:]
 
 
 if __name__ == "__main__":

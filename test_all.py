@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import causal
 import config
 import data
 import dmd
@@ -614,7 +615,7 @@ def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_ou
     xt, t, text = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6), random_text(net)
     src, target = torch.arange(15)[None], torch.full((1, 6), 5)
     src = torch.cat([src, torch.full((1, 3), -1)], 1)  # three empty places
-    mask = flow.packed_attention_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
+    mask = causal.packed_attention_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
     rope = rope_cos_sin(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
     x = torch.cat([x0, torch.full((1, 3, 16, 4, 8), 9.), xt], 1)
     got = net(x, torch.cat([torch.zeros(1, 18), t], 1), text, rope, mask=mask)[0][:, 18:]
@@ -645,7 +646,7 @@ def test_a_compass_from_few_clips_reads_the_heading_of_held_out_worlds():
     worlds = [(i, "turn", None) for i in range(12)] + [(world.HELD_OUT + i, None, None) for i in range(4)]
     z = torch.cat([encode_world(tae, w, 81, torch.device("cpu")) for w in worlds])
     heading = Histories(worlds, 27).heading
-    x, y = (z[12:].flatten(0, 1).flatten(1) @ data.compass(z[:12].flatten(0, 1), heading[:12].flatten()).T).T
+    x, y = (z[12:].flatten(0, 1).flatten(1) @ causal.compass(z[:12].flatten(0, 1), heading[:12].flatten()).T).T
     off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading[12:].flatten()).numpy())
     assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
 
@@ -671,11 +672,13 @@ def test_histories_never_use_held_out_worlds_and_match_the_memory():
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
-AS_SMALL = {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "ODE_CLIPS": 2,
-            "ODE_CHUNKS": 9, "FIRST": 8, "LAST": 10, "RAMP": .6, "SEQUENTIAL": .5, "HEADED": 2,
-            "HEADING": {part: .1 for part in train.HEADING}, "CRITIC_PASSES": 2, "tiny_dit": SMALL,
-            "MIX": {.3: (.2, .2, .2, .2, .2, .5), .6: (.5, .5, 0, 0, 0, 1), 1: (1, 0, 0, 0, 0, 0)},
-            "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}}
+AS_SMALL = {  # module: what a small training run sets there
+    train: {"SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "FIRST": 8, "LAST": 10, "RAMP": .6,
+            "HEADING": {part: .1 for part in train.HEADING}, "CRITIC_PASSES": 2, "tiny_dit": SMALL},
+    causal: {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "ODE_CLIPS": 2, "ODE_CHUNKS": 9, "SEQUENTIAL": .5, "HEADED": 2,
+             "MIX": {.3: (.2, .2, .2, .2, .2, .5), .6: (.5, .5, 0, 0, 0, 1), 1: (1, 0, 0, 0, 0, 0)},
+             "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
+}
 
 
 def small_weights(out):
@@ -687,8 +690,9 @@ def small_weights(out):
 
 @pytest.fixture
 def small_training(monkeypatch, tmp_path):
-    for name, value in AS_SMALL.items():
-        monkeypatch.setattr(train, name, value)
+    for module, values in AS_SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
 
     def go(*words, out=tmp_path):
         small_weights(out)
@@ -778,8 +782,9 @@ ALONE = """
 import json, sys
 sys.path.insert(0, {here!r})
 import train, test_all
-for name, value in test_all.AS_SMALL.items():
-    setattr(train, name, value)
+for module, values in test_all.AS_SMALL.items():
+    for name, value in values.items():
+        setattr(module, name, value)
 sys.argv = ["train.py"] + {words!r}
 train.run(train.main)
 """

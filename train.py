@@ -46,15 +46,16 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import causal
 import dmd
 import erft
 import world
+from causal import clips, directions, frames_from, taken
 from config import BadInput, has_bf16, one_of, parse, pick_device, run
-from data import (CHUNKS, LESSON_CHUNKS, LINGERS, Clips, Histories, compass, latent_cache, lesson_worlds, path_cache,
-                  training_worlds)
+from data import Clips
 from evaluate import conditions, gates, held_out, probe
-from flow import (Rollout, Sampler, add_noise, packed_positions, draw_noise, drop_frames, generate, guide, flow_matching_loss, stratified_noise, packed_forward,
-                  augment_context_noise, schedule, shifted, v_from_x0)
+from flow import (Rollout, Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, generate, guide, schedule,
+                  shifted)
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
@@ -106,27 +107,15 @@ BEFORE = {"init_ode": "init_ar", "base": "init_ar", "teacher": "init_ar", "stage
 # .13 and .33 after 250 and 500 updates against .12 and .10 (its probe, chance .04). At full size it starts from Wan, the base.
 SAVE_EVERY, STRIP_EVERY, PROBE_EVERY, BAD_IN_A_ROW = 250, 500, 250, 10
 OFTEN = 5              # stages 1 and 2 have few and long updates: strips and probes come so many times as often
-HEADED = 32            # clips from which the latents' compass is read
 PROBED = 16            # held-out worlds whose recall is logged every PROBE_EVERY updates
 COMPASS = 0.7          # stage vae: from this share of the updates on the sky counts four times and channels are decorrelated:
                        # else 3 % of the latents' variance tells the heading, and no network looks it up
-CLIPS = 1024           # training clips in the latent cache
-COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
-LESSON_CLIPS = 1600    # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-TWINS = 640            # clips of each set that have a twin: the same motion past other landmarks
-MIX = {                # init_ar: until which share of the updates, how often a pack is of which kind, and from a lesson
-    # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
-    .2: (.15, .255, .2975, .2975, 0, .7), .65: (.10, .30, 0, .10, .50, .7), 1: (.10, .60, 0, .05, .25, .2)}
-# With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
-# that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
-SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the real memory, chunk by chunk
 SHIFT = 3.0            # training noise levels: uniform, shifted by this
 CONTEXT_NOISE = 0.15   # most noise on a clean past, drawn per sample and latent: a past of one's own making is not clean
 HEADING = {"init_ar": 40., "init_ode": 40., "teacher": 4., "stage2": 1.}  # weight of the heading (flow.flow_matching_loss), small world
 # only. The sky's hue is next to nothing in the mean error: without this it lagged behind the landmarks, and a network that
 # looks landmarks up by the sky found the wrong ones. Base makes its heading up, and Stage 1 follows base: there it weighs nothing.
 SAMPLER = Sampler(steps=4, shift=SHIFT)
-ODE_CLIPS, ODE_CHUNKS = 256, 20         # init_ode: videos of the causal model's own, and their length
 DROP = 0.1             # base and teacher: share of the batches without text, and without context
 CRITIC_LR, CRITIC_PASSES = 2.0, 5      # stages 1 and 2: times the student's rate; updates before each of the student's
 FIRST, LAST, RAMP = 14, 40, .5         # stage 2: chunks a rollout has at least, at most, and when (share of updates)
@@ -323,42 +312,6 @@ def setup(cfg, part, device):
     return s
 
 
-def encoded(s, worlds, latents):
-    return latent_cache(Path(s.cfg.out) / "cache", s.tae, worlds, latents, s.device, s.rank)
-
-
-def clips(s, lessons, room=CHUNK):
-    """
-    Clips of all motions, or of the lessons; or those of --data. room: as for Histories
-    returns  latents, with latents[which (b, 1), frames (b, f)] -> (b, f, c, h, w); which (b,) -> text features; Histories;
-             worlds or None
-    """
-    if s.film:
-        return s.film, lambda which: s.film.text(which).to(s.device), s.film, None
-    worlds, chunks = ((lesson_worlds(LESSON_CLIPS, s.cfg.seed), LESSON_CHUNKS) if lessons else
-                      (training_worlds(CLIPS, s.cfg.seed), CHUNKS))
-    captions = [world.world(*w).caption for w in worlds]
-    return (encoded(s, worlds, chunks * CHUNK), lambda which: s.features([captions[i] for i in which]),
-            Histories(worlds, chunks, room), worlds)
-
-
-def directions(s):
-    """Of the small world: (2, c h w), in which latents show the heading, for flow.flow_matching_loss"""
-    if s.film or s.cfg.wan or s.part not in HEADING:
-        return None
-    worlds = [(i, "turn", None) for i in range(HEADED)]
-    return compass(encoded(s, worlds, CHUNKS * CHUNK).flatten(0, 1), Histories(worlds).heading.flatten()).to(s.device)
-
-
-def taken(s, latents, which, frames):
-    """Frames (b, f) of the clips which (b,); -1, nothing there, gives any -> (b, f, c, h, w)"""
-    return latents[which[:, None], frames.clamp(min=0)].to(s.device).float()
-
-
-def frames_from(chunk, frames=CHUNK):
-    return chunk[:, None] * CHUNK + torch.arange(frames)  # (b,) -> (b, frames)
-
-
 # ---- the stages, in order: what each trains, draws and minimises ----------------------------------------------------------
 
 def stage_vae(s):
@@ -385,120 +338,16 @@ def stage_vae(s):
 
 
 def stage_init_ar(s):
-    """Flow matching on real pasts: the causal model that the student will be distilled from, and the text encoder."""
-    dit, film, same = s.start.requires_grad_(), s.film, torch.arange(COPIES).repeat_interleave(CHUNK)
-    sources, watched, slow = [clips(s, False), clips(s, True)], directions(s), PRESETS["slowfast"].slow
-    twins = [film or encoded(s, [(*w, 1) for w in worlds[:TWINS]], z.shape[1]) for z, _, _, worlds in sources]
-
-    def choose(shared, done):
-        mix = (.15, .85, 0, 0, 0, 0) if film else next(mix for until, mix in MIX.items() if done < until)
-        sequential = not film and done >= SEQUENTIAL and shared.random() < .8
-        kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix[:-1]))
-        length = int(shared.integers(12, CHUNKS))
-        other = shared.random() < Histories.OTHER
-        lesson = kind != "sequential" and shared.random() < mix[-1]
-        gap = int(shared.integers(1, 3)) if kind == "gap" else 0
-        return {"kind": kind, "lesson": lesson, "gap": gap, "length": length,
-                "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
-                "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
-
-    def error(v, v_star, t):
-        return flow_matching_loss(v, v_star, t, watched, HEADING["init_ar"]).mean()
-
-    def first(rng, chosen, which, chunk, src, text):
-        """The first 7 chunks: plain block-causal training, clean half and noised half"""
-        src = torch.arange(7 * CHUNK).expand(s.batch, -1)
-        x0 = taken(s, sources[chosen["lesson"]][0], which, src)
-        xt, t, v = stratified_noise(x0, 7, s.shift)
-        past, positions, own = augment_context_noise(x0, s.context_noise), torch.cat([src, src], 1), src[0] // CHUNK
-        begun = t * (src >= CHUNK).to(s.device)  # nothing tells where the first chunk looks
-        return error(packed_forward(dit, text, past, src, src, positions, own, xt, t, s.grid), v, begun)
-
-    def pack(rng, chosen, which, chunk, src, text):
-        """A long past at once: the latents a policy holds, packed, or what the kind of pack leaves of them"""
-        kind, lesson, gap = chosen["kind"], chosen["lesson"], chosen["gap"]
-        latents, _, paths, _ = sources[lesson]
-        if kind == "lost":
-            src = src[:, CHUNK:CHUNK + slow].contiguous()
-        gone = torch.zeros(src.shape, dtype=torch.bool)
-        for row in (src[:, -1] >= 0).nonzero()[:, 0] if gap else ():  # where slow memory is full, any keyframes
-            gone[row, CHUNK + rng.choice(slow, CHUNK * gap, replace=False)] = True
-        if kind == "twin" and lesson:  # keyframes of the last half turn show the view, a known way off
-            off = paths.heading[which[:, None], src] - paths.heading[which, CHUNK * chunk - 1, None]
-            gone = off.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
-            gone[:, :CHUNK] = gone[:, -CHUNK:] = False
-        src, target = drop_frames(src, gone), frames_from(chunk + gap).repeat(1, COPIES)
-        past, x0 = taken(s, latents, which, src), taken(s, latents, which, target)
-        if kind == "twin":
-            last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(s.device)
-            past = torch.where(last, taken(s, twins[lesson], which, src), past)
-        xt, t, v = stratified_noise(x0, COPIES, s.shift)
-        past = augment_context_noise(past, s.context_noise)
-        return error(packed_forward(dit, text, past, src, target, packed_positions(src, COPIES, gap), same, xt, t, s.grid), v, t)
-
-    def sequential(rng, chosen, which, chunk, src, text):
-        """The real memory, chunk after chunk; some chunks are supervised on the way"""
-        latents, _, paths, _ = sources[chosen["lesson"]]
-        keep = torch.from_numpy(np.stack([paths.keep[str(rng.choice(paths.RULES))][c] for c in which])).to(s.device)
-        roll, loss = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], PRESETS[chosen["policy"]], s.grid), 0
-        for i in range(chosen["length"] + 1):
-            x0 = latents[which, i * CHUNK:(i + 1) * CHUNK].to(s.device).float()
-            memory, rope = roll.read_context()
-            if i in chosen["supervised"]:
-                xt, t, v = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), COPIES, s.shift)
-                own = (same[:, None] == same[None])[None].to(s.device)
-                made = dit(xt, t, text, [z.repeat(1, COPIES, 1, 1) for z in rope], memory, own)[0]
-                loss = loss + error(made, v, t) / len(chosen["supervised"])
-            if i < chosen["length"]:
-                roll.append(augment_context_noise(x0, s.context_noise), keep[:, i])
-        return loss
-
-    def loss_of(rng, chosen):
-        _, told, paths, _ = sources[chosen["lesson"]]
-        kind, only = chosen["kind"], [TWINS] * (chosen["kind"] == "twin")
-        which, chunk, src = map(torch.from_numpy, paths.draw(rng, s.batch, 1 + chosen["gap"], *only))
-        some = {"first": first, "sequential": sequential}.get(kind, pack)
-        with s.autocast:
-            loss = some(rng, chosen, which, chunk, src, dit.text(told(which)))
-        return loss, {f"loss_{kind}": loss.item()}
-
-    nets = {"init_ar": dit} | ({} if s.cfg.wan else {"text": s.encoder})
-    return Stage(nets, choose, [("init_ar", loss_of)], Sampler() if s.cfg.wan else SAMPLER)
+    return Stage(*causal.stage_init_ar(s, HEADING["init_ar"], SAMPLER))
 
 
 def stage_init_ode(s):
-    """Regression to the causal model's own paths at the four levels that the student will use."""
-    sampler, chunks = replace(Sampler(**s.facts["sampler"]), renoise=True), TARGET if s.cfg.wan else ODE_CHUNKS
-    dit, watched, levels = s.start, directions(s), torch.tensor(schedule(sampler.steps, sampler.shift))
-    seeds = np.random.default_rng([s.cfg.seed, 0x0DE]).integers(len(s.prompts) or world.HELD_OUT, size=ODE_CLIPS)
-    captions = [s.prompts[i] if s.prompts else world.world(int(i)).caption for i in seeds]
-    policy, together = replace(PRESETS["slowfast"], tau=sampler.tau), 1 if s.cfg.wan else 32
-
-    def start(some):
-        return Rollout(dit, dit.text(s.features(some)), policy, s.grid, pool=sampler.pool)
-    with torch.autocast(s.device.type, torch.bfloat16, enabled=bool(s.cfg.wan)):
-        paths, held = path_cache(Path(s.cfg.out, "cache"), dit, start, captions, chunks, sampler, s.latent, together, s.rank,
-                                 s.processes)
-
-    def loss_of(rng, chosen):
-        which, chunk = (torch.from_numpy(rng.integers(n, size=s.batch)) for n in (len(paths), chunks))
-        src, target = held[which, chunk], frames_from(chunk)
-        past, x = taken(s, paths[:, :, -1], which, src), taken(s, paths, which, target)  # x (b, 3, levels + 1, ...)
-        xt, x0 = x[:, :, :-1].transpose(1, 2).flatten(1, 2), x[:, :, -1].repeat(1, len(levels), 1, 1, 1)
-        t = levels.repeat_interleave(CHUNK).expand(s.batch, -1).to(s.device)
-        with s.autocast:
-            text = dit.text(s.features([captions[i] for i in which]))
-            v = packed_forward(dit, text, past, src, target.repeat(1, len(levels)), packed_positions(src, len(levels)),
-                       torch.arange(len(levels)).repeat_interleave(CHUNK), xt, t, s.grid)
-        by_x0 = t[..., None, None, None]  # the error of x0
-        return flow_matching_loss(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, HEADING["init_ode"]).mean(), {}
-
-    return Stage({"init_ode": dit.requires_grad_()}, lambda shared, done: None, [("init_ode", loss_of)], sampler)
+    return Stage(*causal.stage_init_ode(s, HEADING["init_ode"], TARGET))
 
 
 def stage_bidirectional(s):
     """Base and teacher: 21 latents at once, from text, or after a context."""
-    dit, sources, watched = s.start.requires_grad_(), [clips(s, False, 0), clips(s, True, 0)], directions(s)
+    dit, sources, watched = s.start.requires_grad_(), [clips(s, False, 0), clips(s, True, 0)], directions(s, s.part in HEADING)
     bank = erft.ErrorBank(s.latent, shift=s.shift) if s.part == "teacher" else None
     if bank and s.rank == 0:
         print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
@@ -539,7 +388,7 @@ def stage_dmd(s):
     teacher = ready(s.cfg, s.part, s.device, "base" if first else "teacher", s.cfg.teacher)[0]
     critic = copy.deepcopy(teacher).requires_grad_()
     levels, policy = schedule(sampler.steps, sampler.shift), replace(PRESETS["slowfast"], tau=sampler.tau)
-    watched = directions(s)
+    watched = directions(s, s.part in HEADING)
 
     def choose(shared, done):
         most = TARGET if first else dmd.longest(done, FIRST, LAST, s.ramp)
@@ -715,37 +564,11 @@ def strip(s, shown, sampler, path):
     iio.imwrite(path, picture.cpu().numpy())
 
 
-@torch.no_grad()
-def calibrate(net, encoder, tae, device):
-    """
-    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video;
-    keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering chunks.
-    returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
-    """
-    worlds = [(i, "turn", 40 + i % 5) for i in range(8)] + [(i, "linger", None) for i in range(8)]
-    (text, x0, grid), paths = conditions(net, encoder, tae, worlds, CHUNKS, device), Histories(worlds)
-    at = torch.arange(CHUNKS)[None] % 2 == 0
-    at = at & (torch.arange(CHUNKS) > 1)                    # tested chunks that have one before them
-    turns, lingers = torch.arange(16)[:, None] < 8, torch.from_numpy(paths.moved) < LINGERS
-    choices = []
-    for pool in ("mean", "token"):
-        roll = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
-        for i in range(CHUNKS):
-            roll.read_context()
-            roll.append(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
-        sims = torch.stack(roll.similarities, 1).cpu()
-        tau = sims[at & turns].quantile(.95).item()
-        kept = {name: (sims < tau)[at & which].float().mean().item() for name, which in
-                (("slow turns", turns), ("lingering", ~turns & lingers), ("between", ~turns & ~lingers))}
-        choices.append((kept["lingering"], {"tau": tau, "pool": pool, "kept": kept}))
-    return min(choices, key=lambda c: c[0])[1]
-
-
 def finish(s, shown, sampler):
     """Writes the averaged weights, and what made them."""
     kept = {}
     if s.part == "init_ar" and not s.cfg.wan:
-        found = calibrate(shown["init_ar"], shown["text"], s.tae, s.device)
+        found = causal.calibrate(shown["init_ar"], lambda *a: conditions(shown["init_ar"], shown["text"], s.tae, *a, s.device), s.device)
         kept = found.pop("kept")
         sampler = replace(sampler, **found)
         print(f"tau {found['tau']:.4f} ({found['pool']}), tested chunks kept:",
