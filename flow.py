@@ -3,15 +3,15 @@ Flow matching in one convention, and the one rollout that sampling and every tra
 
     x_t = (1 - t) x0 + t noise,    v = noise - x0,    x0 = x_t - t v        t = noise level: 0 clean, 1 noise
 
-A video is made chunk by chunk: read the context from the KV cache, denoise the chunk in a few steps, run it once more
-clean (t = 0) and append the keys and values of that pass to the cache. Keys come out of the cache un-rotated and are
-rotated once per chunk, at bounded positions.
+A video is made chunk by chunk: read the context from the KV cache, denoise the chunk in a few steps, run it
+once more clean (t = 0) and append the keys and values of that pass to the cache. Keys come out of the cache
+un-rotated and are rotated once per chunk, at bounded positions.
 
     python flow.py             # prints the schedule, and the noise left after each step
 
-References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009 (chunk loop,
-clean pass); Context Forcing, arXiv 2602.06028. Their scheduler looks the noise level up in a table of 1,000 rows, so
-that t = 0 means 0.005; here it is closed form and t = 0 is clean.
+References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009
+(chunk loop, clean pass); Context Forcing, arXiv 2602.06028. Their scheduler looks the noise level up in a
+table of 1,000 rows, so that t = 0 means 0.005; here it is closed form and t = 0 is clean.
 Leaves out: higher-order solvers.
 """
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 
 
 def shifted(u, shift):
-    """Wan's timestep shift: uniform u in [0, 1] -> noise level t in [0, 1]; shift > 1 spends more at high noise."""
+    """Wan's timestep shift: uniform u -> noise level t, both in [0, 1]; shift > 1: more high noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -55,9 +55,9 @@ def v_from_x0(xt, x0, t):
 
 def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
     """
-    Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the best v stays
-    the same, but what is small in pixels and means much (here the sky's hue, which is the compass) is learned sooner.
-    v, v_star  (b, f, c, h, w); t (b, f)
+    Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the
+    best v stays the same, but what is small in pixels and means much (here the sky's hue, which is the
+    compass) is learned sooner. v, v_star  (b, f, c, h, w); t (b, f)
     probe      None, or (k, c h w): the error of x0 = t (v - v_star) along these directions counts too
     returns    (b,)
     """
@@ -70,18 +70,19 @@ def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
 
 
 def guide(cond, uncond, w):
-    """Classifier-free guidance uncond + w (cond - uncond): w = 1 is no guidance; Self-Forcing's 3.0 is our 4.0."""
+    """Classifier-free guidance: w = 1 is none; Self-Forcing's 3.0, cond + w (cond - uncond), is our 4.0."""
     return uncond + w * (cond - uncond)
 
 
 def draw_noise(seeds, chunk, step, shape, device="cpu"):
     """
-    Noise of one denoising step, keyed by (seed, chunk, step): a video does not depend on what else is in its batch, on
-    its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
+    Noise of one denoising step, keyed by (seed, chunk, step): a video does not depend on what else is in its
+    batch, on its length, or on the device. (torch's CPU generator keeps 32 bits of a seed; Philox keeps all.)
     seeds    one a video
     returns  (b, *shape) float32
     """
-    key = (step >> 8) << 40 | chunk << 8 | step & 255  # one number for (chunk, step), however many steps
+    # one number for (chunk, step): the low 8 bits of the step, then the chunk, then the step's high bits
+    key = (step >> 8) << 40 | chunk << 8 | step & 255
     noise = []
     for seed in seeds:
         generator = np.random.Generator(np.random.Philox(key=[int(seed), key]))
@@ -118,7 +119,8 @@ class Rollout:
     grid       latent rows and columns after patching
     positions  "bounded" (0..20 for ever) or "unbounded" (absolute, up to 1,024 latents)
     pool       how keys are compared
-    compiled   None, or a compiled net: used when memory is full, because from then on no shape changes any more
+    compiled   None, or a compiled net: used when memory is full, because from then on no shape changes any
+               more
     """
     def __init__(self, net, text, policy, grid, positions="bounded", pool="mean", compiled=None):
         self.net = net
@@ -143,15 +145,19 @@ class Rollout:
         """
         d = self.net.config.dim // self.net.config.heads
         device = self.text[0][0].device
-        held = frame.shape[1]
+        # frame numbers as positions
         if self.positions == "unbounded":
             old = frame.to(device)
             if new is None:
                 old, new = absolute_positions(old, CHUNK * self.chunk, CHUNK)
-            return [rope_cos_sin(position, *self.grid, d) for position in (old, new)]
-        if held not in self.bounded_tables:  # they depend only on how many are held: made once
-            positions = bounded_positions(held, CHUNK)
-            self.bounded_tables[held] = [rope_cos_sin(position.to(device), *self.grid, d) for position in positions]
+            return rope_cos_sin(old, *self.grid, d), rope_cos_sin(new, *self.grid, d)
+        # bounded positions depend only on how many latents are held: made once
+        held = frame.shape[1]
+        if held not in self.bounded_tables:
+            old, new = bounded_positions(held, CHUNK)
+            old = rope_cos_sin(old.to(device), *self.grid, d)
+            new = rope_cos_sin(new.to(device), *self.grid, d)
+            self.bounded_tables[held] = old, new
         return self.bounded_tables[held]
 
     def read_context(self):
@@ -166,17 +172,19 @@ class Rollout:
 
     def rotated(self, segments, new=None):
         """
-        Entries of the KV cache in the order of time -> what read_context() returns. Values stay in their segments,
-        uncopied. new: frame numbers of the chunk that reads, None = the next one.
+        Entries of the KV cache in the order of time -> what read_context() returns. Values stay in their
+        segments, uncopied. new: frame numbers of the chunk that reads, None = the next one.
         """
         if not segments:
             return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
-        held, current = self.rope(torch.cat([s.frame for s in segments], dim=1), new)
+        frame = torch.cat([s.frame for s in segments], dim=1)
+        held, current = self.rope(frame, new)
         memory = []
         for layer in range(len(segments[0].keys)):
-            keys = torch.cat([rearrange(s.keys[layer], "b m n k d -> b (m n) k d") for s in segments], dim=1)
+            keys = [rearrange(s.keys[layer], "b m n k d -> b (m n) k d") for s in segments]
             values = [rearrange(s.values[layer], "b m n k d -> b (m n) k d") for s in segments]
-            memory.append((apply_rope(keys, held), values))
+            keys = apply_rope(torch.cat(keys, dim=1), held)
+            memory.append((keys, values))
         return memory, current
 
     def predict(self, x, t, text=None, modulation=None):
@@ -187,17 +195,19 @@ class Rollout:
         modulation  None, or net.time(t) if it is made already
         returns     v, and one (keys, values) a layer of the chunk's tokens
         """
-        policy = self.memory.policy
         memory, rope = self.context
+        # the compiled net only when memory is full
+        policy = self.memory.policy
         seen = CHUNK + sum(len(segment) for segment in self.memory.segments())
         is_full = seen == policy.sink + policy.slow + policy.fast
         net = self.compiled if self.compiled is not None and is_full else self.net
         return net(x, t, text or self.text, rope, memory, tables=modulation)
 
     def entries(self, frame, x0, kv):
-        """A chunk's frame numbers (b, 3), latents (b, 3, c, h, w) and the (keys, values) of its clean pass -> Entries"""
-        keys = [rearrange(k, "b (m n) k d -> b m n k d", m=frame.shape[1]) for k, _ in kv]
-        values = [rearrange(v, "b (m n) k d -> b m n k d", m=frame.shape[1]) for _, v in kv]
+        """Frame numbers (b, 3), latents (b, 3, c, h, w), (keys, values) of the clean pass -> Entries"""
+        m = frame.shape[1]
+        keys = [rearrange(k, "b (m n) k d -> b m n k d", m=m) for k, _ in kv]
+        values = [rearrange(v, "b (m n) k d -> b m n k d", m=m) for _, v in kv]
         return Entries(frame, x0, keys, values)
 
     @torch.no_grad()
@@ -242,26 +252,32 @@ class Rollout:
     @torch.no_grad()
     def recache(self, text):
         """
-        The prompt changes, between two chunks (LongLive's KV-recache): what is held is encoded anew under `text`, at
-        t = 0, three latents after another, each seeing those before it. Which frames are held does not change.
+        The prompt changes, between two chunks (LongLive's KV-recache): what is held is encoded anew under
+        `text`, at t = 0, three latents after another, each seeing those before it. Which frames are held does
+        not change.
         """
         self.text = text
         self.context = None
-        held = [Entries(segment.frame, segment.latent) for segment in self.memory.segments()]
-        self.memory.drop_keys()  # the old ones make room for the new
+        # frames and latents stay; the old keys and values make room for the new
+        held = concatenate([Entries(segment.frame, segment.latent) for segment in self.memory.segments()])
+        self.memory.drop_keys()
+        # a clean pass over every three latents
         encoded = []
-        for frame, x0 in zip(*(z.split(CHUNK, dim=1) for z in (concatenate(held).frame, concatenate(held).latent))):
+        for frame, x0 in zip(held.frame.split(CHUNK, dim=1), held.latent.split(CHUNK, dim=1)):
             self.context = self.rotated(encoded, new=frame)
             _, kv = self.predict(x0, torch.zeros(x0.shape[:2], device=x0.device))
             encoded.append(self.entries(frame, x0, kv))
         self.context = None
-        self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)  # of the last chunk, under the new text
+        # the next chunk is compared with the last one as the new text sees it
+        self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
+        # back into the segments, freed layer by layer
         for layer in range(len(kv)):
             keys = torch.cat([chunk.keys[layer] for chunk in encoded], dim=1)
             values = torch.cat([chunk.values[layer] for chunk in encoded], dim=1)
             self.memory.set_layer(keys, values)
-            for chunk in encoded:  # freed layer by layer
-                chunk.keys[layer] = chunk.values[layer] = None
+            for chunk in encoded:
+                chunk.keys[layer] = None
+                chunk.values[layer] = None
 
 
 def denoise(predict, x, levels, fresh_noise, renoise=True):
@@ -280,8 +296,10 @@ def denoise(predict, x, levels, fresh_noise, renoise=True):
         x0 = x0_from_v(x, v, t)
         if step + 1 == len(levels):
             return x0, x
+        # on to the next level
         if renoise:
-            x = add_noise(x0, fresh_noise(step + 1), torch.full_like(t, levels[step + 1]))
+            t = torch.full_like(t, levels[step + 1])
+            x = add_noise(x0, fresh_noise(step + 1), t)
         else:
             x = x + (levels[step + 1] - level) * v
 
@@ -315,10 +333,12 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
         v_uncond, _ = rollout.predict(x, times[level], uncond, modulations[level])
         return guide(v, v_uncond, sampler.guidance)
 
+    # real latents first: a clean pass each
     if history is not None:
         for x0 in history.split(CHUNK, dim=1):
             rollout.read_context()
             rollout.append(x0, modulation=modulations[0.])
+    # then chunk by chunk: read the context, denoise, append
     for _ in range(chunks):
         if texts and rollout.chunk in texts:
             rollout.recache(texts[rollout.chunk])
@@ -330,4 +350,6 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
 
 if __name__ == "__main__":
     for shift in (1, 3, 5):
-        print(f"shift {shift}: " + ", ".join(f"t = {t:.4f} keeps {1 - t:5.1%} of x0" for t in schedule(4, shift)))
+        print(f"shift {shift}:")
+        for t in schedule(4, shift):
+            print(f"    t = {t:.4f} keeps {1 - t:5.1%} of x0")
