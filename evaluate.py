@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import judge
 import world
 from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
@@ -127,8 +128,8 @@ def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, devi
 def returns(reading, caption, keep, policy, given):
     """Events that fall due in the model's own part, outside the sink -> list of (event, was it held)."""
     contexts = frames_in_memory(policy, keep[None])
-    own = [e for e in world.events(reading, caption) if e.back >= frames_of(given * CHUNK) * (given > 0) and not e.sink]
-    return [(e, world.held(e, reading, contexts[min(world.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
+    own = [e for e in judge.events(reading, caption) if e.back >= frames_of(given * CHUNK) * (given > 0) and not e.sink]
+    return [(e, judge.held(e, reading, contexts[min(judge.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
 
 
 # ---- while a network is trained: does it remember, does its teacher use the past? -------------------------------------------
@@ -150,12 +151,12 @@ def probe(net, encoder, tae, which, sampler, device, shuffle=None):
         frames, keeps = continuations(net, encoder, tae, which, GIVEN, 5, policy, sampler, device)
     else:
         frames, keeps = teacher_continuations(net, encoder, tae, which, GIVEN, 1, sampler, device, shuffle)
-    readings, found, psnr = [world.judge(f) for f in frames], [], []
+    readings, found, psnr = [judge.read_video(f) for f in frames], [], []
     for w, r, keep in zip(which, readings, keeps):
         found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
         psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
     return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
-            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": world.chance(readings),
+            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": judge.chance(readings),
             "returns": len(found), "validity": float(np.mean(psnr))}
 
 
@@ -264,9 +265,9 @@ def measure(frames, caption, keep, policy, given):
     agreement: for each of SECONDS, landmarks within 0.5 s against the map as first read; *_5: of the first 5 s; events: seconds
     of absence, right, as at first sight, held, second of the model's own in which it was due, sector, what was read
     """
-    r, start, step, fps = world.judge(frames), frames_of(given * CHUNK) if given else 0, 5 * world.FPS, world.FPS
+    r, start, step, fps = judge.read_video(frames), frames_of(given * CHUNK) if given else 0, 5 * world.FPS, world.FPS
     spans = [slice(i, i + step) for i in range(start, len(frames) - step + 1, step)] or [slice(start, len(frames))]
-    sure, path, ground = r.sure, world.track(r.heading), np.bincount(r.ground[start:start + fps]).argmax()
+    sure, path, ground = r.sure, judge.track(r.heading), np.bincount(r.ground[start:start + fps]).argmax()
     drawn = world.render(world.panorama(int(ground), ()), r.heading[::8])  # sky and floor as they should look there
     off = (frames[::8] / np.float32(255) - drawn) ** 2
     sky, floor = (100 * np.sqrt(part.mean((1, 2, 3))).repeat(8) for part in (off[:, :, :world.TOP], off[:, :, world.FOOT + 1:]))
@@ -282,14 +283,14 @@ def measure(frames, caption, keep, policy, given):
 
     def flips(x):
         pace = (x[fps:] - x[:-fps])[::fps]
-        side = np.sign(pace[np.abs(pace) > world.STILL])
+        side = np.sign(pace[np.abs(pace) > judge.STILL])
         return int((side[1:] != side[:-1]).sum())
     asked = world.parse_caption(caption)[1].heading(path[0], np.arange(len(path)))
     jumps = np.flatnonzero(np.abs(np.diff(path)) > 15 / 360 * world.COLUMNS)
     return {"psnr": [r.psnr[s].mean() for s in spans], "box": [np.nanmean(r.box_psnr[s]) for s in spans],
             "sky": [sky[s].mean() for s in spans], "floor": [floor[s].mean() for s in spans], "agreement": same,
-            "map": shown(sure), "map_5": shown(sure[:step]), "turning": world.turning_rate(r, caption),
-            "turning_5": world.turning_rate(SimpleNamespace(heading=r.heading[:step]), caption), "seconds": len(frames) / fps,
+            "map": shown(sure), "map_5": shown(sure[:step]), "turning": judge.turning_rate(r, caption),
+            "turning_5": judge.turning_rate(SimpleNamespace(heading=r.heading[:step]), caption), "seconds": len(frames) / fps,
             "frozen": float((r.kind == "frozen").mean()), "jumps": len(jumps), "reversals": abs(flips(path) - flips(asked)),
             "snaps": int((np.abs(world.wrap(path[jumps + 1] - path[0])) < 4).sum()),
             "events": [[e.seconds, int(e.recall), int(e.drift), int(h), (e.back - start) / fps, e.sector, e.read]
@@ -403,8 +404,8 @@ def followed(rows, twin):
 
 
 def chance(rows):
-    """Agreement of the same sector between different videos (world.chance)"""
-    return world.chance([SimpleNamespace(sure=np.array([r["map"]])) for r in rows])
+    """Agreement of the same sector between different videos (judge.chance)"""
+    return judge.chance([SimpleNamespace(sure=np.array([r["map"]])) for r in rows])
 
 
 def context_length(rows, what=1):

@@ -37,12 +37,14 @@ import dmd
 import erft
 import evaluate
 import flow
+import judge
 import sample
 import train
 import world
 from data import Histories, encode_world, lesson_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
+from judge import chance, events, held, read_video, turning_rate
 from memory import CHUNK, PRESETS, Entries, Memory, Policy, frames_in_memory
 from model import DiT, DiTConfig, flops, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
@@ -51,7 +53,7 @@ from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, encode_prompts, load, load_on_device,
                      load_state_dict_strict, load_weights, read_public, save_weights)
 from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
-from world import Motion, World, chance, clip, events, held, judge, panorama, render, turning_rate
+from world import Motion, World, clip, panorama, render
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
@@ -1090,7 +1092,7 @@ def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policie
     dit, encoder, tae, sampler = shipped()
     which = (world.HELD_OUT, "turn", 9)
     frames, keep = continuations(dit, encoder, tae, [which], 24, 0, PRESETS["uniform2"], sampler, torch.device("cpu"))
-    reading, caption = judge(frames[0]), world.world(*which).caption
+    reading, caption = read_video(frames[0]), world.world(*which).caption
     found = returns(reading, caption, keep[0], PRESETS["uniform2"], 14)
     assert len(found) >= 4 and all(e.recall and h and not e.miss for e, h in found)
     assert not any(h for _, h in returns(reading, caption, keep[0], PRESETS["longlive"], 14))
@@ -1247,7 +1249,7 @@ def judge_errors(through=lambda frames: frames, seeds=range(12), frames=160):
     for seed in seeds:
         w = world.world(world.HELD_OUT + seed)
         heading = w.motion.heading(w.start, np.arange(frames))
-        reading = judge(through(clip(world.HELD_OUT + seed, 0, frames)))
+        reading = read_video(through(clip(world.HELD_OUT + seed, 0, frames)))
         whole = np.abs(world.offsets(heading)) <= world.WHOLE - .5  # at the very edge a rounded heading may differ
         right.append((reading.sure == np.array(w.landmarks))[whole])
         wrong_by.append(np.abs(world.wrap(reading.heading - heading)))
@@ -1280,11 +1282,11 @@ def steady(frames, start=0.):
 def strange(mix, ground):
     """Confidences of landmarks wholly in view where mix(sheet, a, b) stands, for random pairs a, b of landmarks."""
     rng, found = np.random.default_rng(3), []
-    sheets = world.sheets(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
+    sheets = judge.sheets(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
     for _ in range(12):
         pairs = [rng.choice(24, 2, replace=False) for _ in range(8)]
         pano = np.concatenate([mix(sheets[:, s], a, b) for s, (a, b) in enumerate(pairs)])
-        reading = judge(render(pano, rng.uniform(0, 256, 24)))
+        reading = read_video(render(pano, rng.uniform(0, 256, 24)))
         found.append(reading.confidence[reading.landmark >= 0])
     return np.concatenate(found)
 
@@ -1376,20 +1378,20 @@ def test_judge_reads_every_landmark_on_every_ground_and_in_every_sector():
     headings = np.arange(8) * 32 + 16
     for ground in range(4):
         for a in range(24):
-            reading = judge(film(headings, [a] * 8, ground))
+            reading = read_video(film(headings, [a] * 8, ground))
             assert (reading.sure[np.arange(8), np.arange(8)] == a).all()
             assert (reading.ground == ground).all()
 
 
 def test_judge_takes_uint8_as_well_as_float():
     frames = clip(21, 0, 32)
-    a, b = judge(frames), judge((frames * 255).round().astype(np.uint8))
+    a, b = read_video(frames), read_video((frames * 255).round().astype(np.uint8))
     assert np.array_equal(a.sure, b.sure) and np.abs(a.heading - b.heading).max() <= 1 / 4
 
 
 def test_landmarks_are_reported_only_when_wholly_in_view_with_two_columns_to_spare():
     offset = np.arange(-48, 48.)  # sector 3 from one side of the view to the other
-    reading = judge(film(112 - offset, SET))
+    reading = read_video(film(112 - offset, SET))
     assert np.array_equal(reading.landmark[:, 3] >= 0, np.abs(offset) <= 21)
     assert (reading.confidence[np.abs(offset) > 21, 3] == 0).all()
 
@@ -1397,13 +1399,13 @@ def test_landmarks_are_reported_only_when_wholly_in_view_with_two_columns_to_spa
 @pytest.mark.parametrize("ground", [0, 2])
 def test_half_and_half_landmarks_have_low_confidence(ground):
     found = strange(lambda sheet, a, b: np.concatenate([sheet[a, :128], sheet[b, 128:]]), ground)
-    assert (found < world.READABLE).mean() >= .99 and np.median(found) < .2
+    assert (found < judge.READABLE).mean() >= .99 and np.median(found) < .2
 
 
 @pytest.mark.parametrize("ground", [0, 2])
 def test_morphs_at_50_percent_have_low_confidence(ground):
     found = strange(lambda sheet, a, b: (sheet[a] + sheet[b]) / 2, ground)
-    assert (found < world.READABLE).all() and np.median(found) < .1
+    assert (found < judge.READABLE).all() and np.median(found) < .1
 
 
 @pytest.mark.parametrize("ground", [0, 2])
@@ -1411,7 +1413,7 @@ def test_colours_between_two_classes_have_low_confidence(ground):
     def mix(sheet, a, b):  # same shape, both colours; where they agree, the next colour
         return (sheet[a] + sheet[a // 6 * 6 + (b % 6 if b % 6 != a % 6 else (b + 1) % 6)]) / 2
     found = strange(mix, ground)
-    assert (found < world.READABLE).all() and np.median(found) < .2
+    assert (found < judge.READABLE).all() and np.median(found) < .2
 
 
 @pytest.mark.parametrize("fill", ["grey", "noise", "nothing"])
@@ -1428,7 +1430,7 @@ def test_boxes_without_a_landmark_are_not_readable(fill):
         else:
             drawn = panorama(1, ()).reshape(8, 256, 32, 3)[0].copy()
         return drawn
-    assert (strange(mix, 1) < world.READABLE).all()
+    assert (strange(mix, 1) < judge.READABLE).all()
 
 
 def test_grey_noise_and_frozen_frames_are_told_apart():
@@ -1436,46 +1438,46 @@ def test_grey_noise_and_frozen_frames_are_told_apart():
     grey = np.full((40, 3, 32, 64), .5, np.float32) * rng.uniform(.2, 1.8, (40, 1, 1, 1)).astype(np.float32)
     noise = rng.uniform(0, 1, (40, 3, 32, 64)).astype(np.float32)
     coarse = rng.uniform(0, 1, (40, 3, 4, 8)).repeat(8, 2).repeat(8, 3)
-    assert (judge(grey).kind == "grey").all() and (judge(noised(grey)).kind == "grey").all()
-    assert (judge(noise).kind == "noise").all() and (judge(coarse).kind == "noise").all()
-    assert (judge(np.repeat(clip(8, 0, 1), 40, 0)).kind == "frozen").all()
+    assert (read_video(grey).kind == "grey").all() and (read_video(noised(grey)).kind == "grey").all()
+    assert (read_video(noise).kind == "noise").all() and (read_video(coarse).kind == "noise").all()
+    assert (read_video(np.repeat(clip(8, 0, 1), 40, 0)).kind == "frozen").all()
     for kind in ("turn", "linger", "aside"):  # also where it lingers, and where it turns back
         for seed in range(3):
-            assert (judge(noised(clip(seed, 0, 300, kind))).kind == "ok").all()
+            assert (read_video(noised(clip(seed, 0, 300, kind))).kind == "ok").all()
 
 
 def test_a_still_camera_is_frozen_but_valid_and_still_read():
-    reading = judge(film(np.full(64, 48.), SET))
-    assert (reading.kind == "frozen").all() and (reading.psnr > world.VALID).all()
+    reading = read_video(film(np.full(64, 48.), SET))
+    assert (reading.kind == "frozen").all() and (reading.psnr > judge.VALID).all()
     assert (reading.sure[:, 1] == SET[1]).all()
 
 
 def test_a_video_that_stops_is_frozen_from_there_on():
     heading = np.minimum(np.arange(200), 100) * 1.
-    kind = judge(film(heading, SET)).kind
+    kind = read_video(film(heading, SET)).kind
     assert (kind[:90] == "ok").all() and (kind[120:] == "frozen").all()
 
 
 def test_validity_is_the_size_of_the_damage_and_in_the_boxes_only_if_it_is_there():
     frames = film(np.linspace(40, 56, 64), SET)  # sector 1 always in view
     for db in (30, 26, 22):
-        reading = judge(noised(frames, db))
+        reading = read_video(noised(frames, db))
         assert abs(reading.psnr.mean() - db) < .3 and abs(reading.box_psnr.mean() - db) < .3
     above, inside = frames.copy(), frames.copy()
     above[:, :, :4] = noised(frames, 10)[:, :, :4]
     inside[:, :, 15:17] = noised(frames, 10)[:, :, 15:17]
-    above, inside = judge(above), judge(inside)
+    above, inside = read_video(above), read_video(inside)
     assert (above.psnr < 20).all() and (above.box_psnr > 30).all()
     assert (inside.box_psnr < 22).all() and (inside.psnr > inside.box_psnr).all()
 
 
 def test_a_minute_of_video_is_judged_in_about_a_second():
     frames = clip(9, 0, 960)
-    judge(frames[:32])
+    read_video(frames[:32])
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        judge(frames)
+        read_video(frames)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 1
 
@@ -1489,7 +1491,7 @@ def recall_at(found, seconds):
 
 
 def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_that_geometry_gives():
-    found = events(judge(noised(film(steady(480), SET))), STEADY)
+    found = events(read_video(noised(film(steady(480), SET))), STEADY)
     assert len(found) == 3 * 8 and all(e.recall and e.drift and not e.miss for e in found)
     # out of view over 256 - 2 x 41 columns at 32 a second; within one frame at either end
     assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
@@ -1502,7 +1504,7 @@ def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_tha
 def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
     for seed in range(world.HELD_OUT, world.HELD_OUT + 4):
         w = world.world(seed, kind)
-        reading = judge(noised(clip(seed, 0, 800, kind)))
+        reading = read_video(noised(clip(seed, 0, 800, kind)))
         found = events(reading, w.caption)
         assert all(e.recall and e.drift and e.read == w.landmarks[e.sector] and not e.miss for e in found)
         assert abs(turning_rate(reading, w.caption) - 1) < .02
@@ -1512,7 +1514,7 @@ def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
 def test_a_landmark_swapped_while_out_of_view_is_wrong_exactly_there():
     landmarks = np.tile(SET, (480, 1))
     landmarks[120:, 4] = 22  # sector 4 is straight ahead at frame 72 and at 200
-    found = events(judge(film(steady(480), landmarks)), STEADY)
+    found = events(read_video(film(steady(480), landmarks)), STEADY)
     wrong = [e for e in found if not e.recall]
     assert len(wrong) == 1 and wrong[0].sector == 4 and wrong[0].due < 200
     assert (wrong[0].before, wrong[0].read) == (SET[4], 22)
@@ -1522,7 +1524,7 @@ def test_a_landmark_swapped_while_out_of_view_is_wrong_exactly_there():
 def test_a_landmark_that_changes_and_changes_back_is_wrong_twice_but_drifts_once():
     landmarks = np.tile(SET, (480, 1))
     landmarks[120:240, 4] = 22
-    mine = [e for e in events(judge(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    mine = [e for e in events(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
     assert [e.recall for e in mine] == [False, False, True]
     assert [e.drift for e in mine] == [False, True, True]
 
@@ -1530,7 +1532,7 @@ def test_a_landmark_that_changes_and_changes_back_is_wrong_twice_but_drifts_once
 def test_what_changes_in_view_is_not_the_absences_fault():
     landmarks = np.tile(SET, (480, 1))
     landmarks[200:, 4] = 22  # straight ahead
-    mine = [e for e in events(judge(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    mine = [e for e in events(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
     assert [e.recall for e in mine] == [True, True, True]
     assert [e.drift for e in mine] == [True, False, False]
 
@@ -1539,52 +1541,52 @@ def test_an_unreadable_return_is_wrong():
     frames = film(steady(240), SET)
     mush = (film(steady(240), SET) + film(steady(240), np.roll(SET, 1))) / 2
     frames[128:] = mush[128:]
-    back = [e for e in events(judge(frames), STEADY) if e.due >= 128]
+    back = [e for e in events(read_video(frames), STEADY) if e.due >= 128]
     assert back and all(e.read == -1 and not e.recall and not e.drift and not e.miss for e in back)
 
 
 def test_a_return_that_the_caption_makes_due_and_that_does_not_come_is_a_miss():
     heading = steady(480)
     heading[100:] = heading[100]  # after 200 of 256 columns
-    reading = judge(film(heading, SET))
+    reading = read_video(film(heading, SET))
     found = events(reading, STEADY)
     assert found and all(e.miss and e.read == -1 and not e.recall for e in found)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
     assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
     assert all(abs(e.due - e.left - (256 - 41 - 21) / 2) <= 2 for e in found)
     assert events(reading, "A merry-go-round.") == []
-    assert events(judge(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
+    assert events(read_video(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
 
 
 def test_a_camera_that_should_look_back_and_does_not_is_a_miss_after_the_time_that_looking_back_takes():
     heading = Motion("aside", 1, 16, 180).heading(40., np.arange(400))
-    found = events(judge(film(heading, SET)), ASIDE)
+    found = events(read_video(film(heading, SET)), ASIDE)
     assert found and all(e.recall and e.drift and not e.miss for e in found)
     heading[128:] = heading[128]  # stays where it should turn back
-    stays = events(judge(film(heading, SET)), ASIDE)
+    stays = events(read_video(film(heading, SET)), ASIDE)
     assert stays and all(e.miss for e in stays)
     seconds = {e.sector: e.seconds for e in reversed(found)}  # of each sector's first absence
     assert all(abs(e.seconds - seconds[e.sector]) < .2 for e in stays)
 
 
 def test_a_return_far_too_late_is_a_miss_and_a_little_late_is_not():
-    late = events(judge(film(steady(600) * .6, SET)), STEADY)
+    late = events(read_video(film(steady(600) * .6, SET)), STEADY)
     assert late and all(e.miss for e in late)
-    slow = events(judge(film(steady(600) * .9, SET)), STEADY)
+    slow = events(read_video(film(steady(600) * .9, SET)), STEADY)
     assert slow and all(e.recall and not e.miss for e in slow)
 
 
 def test_landmarks_in_the_first_nine_frames_are_the_sinks():
     # headings 40 .. 56 in the first 9 frames: sector 1 (middle 48) and, from heading 59 on, too late, sector 2
-    found = events(judge(film(steady(300, start=40.), SET)), STEADY)
+    found = events(read_video(film(steady(300, start=40.), SET)), STEADY)
     assert {e.sector for e in found if e.sink} == {1} and {e.sector for e in found} == set(range(8))
     # a frame more or less decides: at 43 the ninth frame sees heading 59, and 80 - 59 = 21
-    found = events(judge(film(steady(300, start=43.), SET)), STEADY)
+    found = events(read_video(film(steady(300, start=43.), SET)), STEADY)
     assert {e.sector for e in found if e.sink} == {1, 2}
 
 
 def test_misread_headings_make_no_visits():
-    reading = judge(film(steady(480), SET))
+    reading = read_video(film(steady(480), SET))
     clean = events(reading, STEADY)
     rng = np.random.default_rng(6)
     reading.heading += rng.normal(0, .7, 480)
@@ -1598,25 +1600,25 @@ def test_misread_headings_make_no_visits():
 
 def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop():
     for rate in (1, .5, -1, -.5, 0):
-        assert abs(turning_rate(judge(film(steady(200, start=9.) * rate, SET)), STEADY) - rate) < .02
+        assert abs(turning_rate(read_video(film(steady(200, start=9.) * rate, SET)), STEADY) - rate) < .02
     aside = Motion("aside", 1, 16, 180).heading(40., np.arange(512))
-    assert abs(turning_rate(judge(film(aside, SET)), ASIDE) - 1) < .02
-    assert abs(turning_rate(judge(film(80 - aside, SET)), ASIDE) + 1) < .02
-    assert np.isnan(turning_rate(judge(film(aside, SET)), "A cat."))
+    assert abs(turning_rate(read_video(film(aside, SET)), ASIDE) - 1) < .02
+    assert abs(turning_rate(read_video(film(80 - aside, SET)), ASIDE) + 1) < .02
+    assert np.isnan(turning_rate(read_video(film(aside, SET)), "A cat."))
 
 
 def test_chance_is_the_true_agreement_of_random_worlds():
     rng, headings = np.random.default_rng(8), np.arange(8) * 32 + 16.
-    fair = [judge(film(headings, rng.integers(24, size=8))) for _ in range(60)]
+    fair = [read_video(film(headings, rng.integers(24, size=8))) for _ in range(60)]
     assert abs(chance(fair) - 1 / 24) < .008  # 14,160 pairs
-    blue = [judge(film(headings, rng.integers(4, size=8) * 6 + 4)) for _ in range(40)]  # a model that loves blue
+    blue = [read_video(film(headings, rng.integers(4, size=8) * 6 + 4)) for _ in range(40)]  # a model that loves blue
     assert abs(chance(blue) - 1 / 4) < .03
     assert chance(fair[:1] * 2) == 1 and np.isnan(chance(fair[:1]))
 
 
 def test_held_is_true_exactly_for_contexts_with_a_latent_that_shows_the_landmark():
     heading = steady(300)
-    reading = judge(film(heading, SET))
+    reading = read_video(film(heading, SET))
     event = next(e for e in events(reading, STEADY) if e.sector == 4)  # wholly in view while 123 <= heading <= 165
     shows = [j for j in range(40) if any(123 <= heading[f] <= 165 for f in range(max(0, 4 * j - 3), 4 * j + 1))]
     assert [j for j in range(40) if held(event, reading, [j])] == shows
@@ -1624,7 +1626,7 @@ def test_held_is_true_exactly_for_contexts_with_a_latent_that_shows_the_landmark
 
 
 def test_chunks_are_nine_frames_and_then_twelve():
-    chunks = [world.chunk_of(f) for f in range(33)]
+    chunks = [judge.chunk_of(f) for f in range(33)]
     assert chunks == [0] * 9 + [1] * 12 + [2] * 12
 
 
@@ -1695,7 +1697,7 @@ def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     which = evaluate.reach_worlds(13)
     assert len({w[0] for w in which}) == 13 and all(w[0] >= world.HELD_OUT for w in which)
     for w, seconds in list(zip(which, evaluate.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
-        found = events(judge(clip(w[0], 0, 1005)), world.world(*w).caption)
+        found = events(read_video(clip(w[0], 0, 1005)), world.world(*w).caption)
         assert recall_at(found, seconds) == (1., recall_at(found, seconds)[1]) and recall_at(found, seconds)[1] > 0
 
 
@@ -1933,7 +1935,7 @@ def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_
     first = sample.chunk_at(switch) * 12 - 3
     assert switch * 16 <= first < switch * 16 + 12 and len(with_switch) == len(without) == 96
     assert np.array_equal(with_switch[:first], without[:first]) and not np.array_equal(with_switch[first:], without[first:])
-    grounds = judge(with_switch.transpose(0, 3, 1, 2)).ground
+    grounds = read_video(with_switch.transpose(0, 3, 1, 2)).ground
     assert (grounds[:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
 
 
