@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import sample
 import world
 from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
+from video import FPS, read_video
 from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
@@ -157,13 +157,13 @@ def encode_videos(cfg, device):
     least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
         try:
-            frames, (w, h) = sample.read_video(file, m.width, m.height, most)
+            frames, (w, h) = read_video(file, m.width, m.height, most)
         except BadInput:
             skipped.append(f"{file}: cannot be read as a video")
             continue
         if w < m.width or h < m.height or len(frames) < least:
-            skipped.append(f"{file}: {w}x{h}, {len(frames) / sample.FPS:.1f} s; needed are {m.width}x{m.height}, "
-                           f"{least / sample.FPS:.1f} s")
+            skipped.append(f"{file}: {w}x{h}, {len(frames) / FPS:.1f} s; needed are {m.width}x{m.height}, "
+                           f"{least / FPS:.1f} s")
             continue
         frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from rope import apply_rope, rope_cos_sin
 
@@ -228,20 +227,8 @@ class DiT(nn.Module):
         return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
 
 
-def flops(config, h, w, held):
-    """Floating-point operations of one pass over 3 latents (h, w) that sees `held` latents before them; counted, not run."""
-    (p, q), d = config.patch, config.dim // config.heads
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
-        net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
-        text = [(torch.empty(1, config.text_len, config.heads, d),) * 2] * config.layers
-        net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, rope_cos_sin(torch.arange(3), h // p, w // q, d),
-            [(old, old)] * config.layers if held else None)
-    return count.get_total_flops()
-
-
 if __name__ == "__main__":
     for name, config in (("Wan2.1-T2V-1.3B", DiTConfig()), ("tiny", tiny_dit)):
         with torch.device("meta"):
             net = DiT(config)
         print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters in {len(net.state_dict())} tensors")
-    print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {flops(DiTConfig(), 60, 104, 18) / 1e12:.1f} TFLOP")

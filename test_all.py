@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import bench
 import causal
 import config
 import data
@@ -40,13 +41,14 @@ import flow
 import judge
 import sample
 import train
+import video
 import world
 from data import Histories, encode_world, lesson_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, events, held, read_video, turning_rate
 from memory import CHUNK, PRESETS, Entries, Memory, Policy, frames_in_memory
-from model import DiT, DiTConfig, flops, tiny_dit
+from model import DiT, DiTConfig, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
@@ -1161,7 +1163,7 @@ def test_broken_weights_missing_ffmpeg_and_unwritable_folders_are_told_in_one_li
 def test_an_interrupted_run_leaves_no_half_written_video(monkeypatch, tmp_path):
     def interrupted(*a, **k):
         raise KeyboardInterrupt
-    monkeypatch.setattr(sample, "to_uint8", interrupted)
+    monkeypatch.setattr(video, "to_uint8", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_sample(monkeypatch, tmp_path, "--seconds", "1")
     assert stop.value.code == 130 and not list(tmp_path.iterdir())
@@ -1760,7 +1762,7 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     On the meta device tensors have no values: .item(), bool() or an index from data would raise. 40.4 TFLOP a pass and 202 a
     chunk, from the hand count: 30 layers of 4680 tokens, 32760 keys.
     """
-    assert abs(flops(DiTConfig(), 60, 104, 18) / 40.4e12 - 1) < .03
+    assert abs(bench.flops(DiTConfig(), 60, 104, 18) / 40.4e12 - 1) < .03
     config, shapes = replace(DiTConfig(), layers=1), []
     with torch.device("meta"), torch.no_grad():
         net = DiT(config)
@@ -1916,8 +1918,8 @@ def frames_of_run(monkeypatch, tmp_path, *words):
     """The uint8 frames that sample.py hands to the codec, and its exit code."""
     seen, code = [], 0
     with monkeypatch.context() as patch:
-        write = sample.Mp4.write
-        patch.setattr(sample.Mp4, "write", lambda self, frames: (seen.append(frames[:self.left].copy()), write(self, frames)))
+        write = video.VideoWriter.write
+        patch.setattr(video.VideoWriter, "write", lambda self, frames: (seen.append(frames[:self.left].copy()), write(self, frames)))
         try:
             run_sample(patch, tmp_path, *words)
         except SystemExit as stop:
@@ -1932,7 +1934,7 @@ def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_
     switch, seconds = 3, "6"
     with_switch, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", seconds, "--prompt", TWO.format(switch))
     without, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", seconds, "--prompt", TWO.split(" |")[0])
-    first = sample.chunk_at(switch) * 12 - 3
+    first = video.chunk_at(switch) * 12 - 3
     assert switch * 16 <= first < switch * 16 + 12 and len(with_switch) == len(without) == 96
     assert np.array_equal(with_switch[:first], without[:first]) and not np.array_equal(with_switch[first:], without[first:])
     grounds = read_video(with_switch.transpose(0, 3, 1, 2)).ground
@@ -2016,7 +2018,7 @@ def test_head_and_tail_of_a_resumed_video_are_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeypatch, tmp_path):
-    state, real = tmp_path / "state", sample.to_uint8
+    state, real = tmp_path / "state", video.to_uint8
     whole, _ = frames_of_run(monkeypatch, tmp_path / "whole", "--seconds", "4")
     with monkeypatch.context() as patch:
         calls = []
@@ -2026,7 +2028,7 @@ def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeyp
             if len(calls) == 3:
                 os.kill(os.getpid(), getattr(signal, name))
             return real(video)
-        patch.setattr(sample, "to_uint8", signalled)
+        patch.setattr(video, "to_uint8", signalled)
         head, stopped = frames_of_run(patch, tmp_path / "parts", "--seconds", "4", "--save-state", str(state))
     assert stopped == code and len(head) == 33 and len(list((tmp_path / "parts").glob("*.mp4"))) == 1
     tail, _ = frames_of_run(monkeypatch, tmp_path / "parts", "--seconds", "4", "--resume", str(state))
@@ -2037,12 +2039,12 @@ def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeyp
 def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
     """The film starts with the clip as the autoencoder sees it, and what comes after depends on it."""
     clip_file = tmp_path / "clip.mp4"
-    with sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
+    with video.VideoWriter(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
         file.write((clip(world.HELD_OUT, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
     words = ["--continue", str(clip_file), *(["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else []), "--seconds", "4"]
     film, _ = frames_of_run(monkeypatch, tmp_path / "o", *words)
     size = (32, 32) if full_size else (64, 32)
-    source = sample.read_clip(clip_file, *size, 64)
+    source = video.read_clip(clip_file, *size, 64)
     assert len(film) == 64 and len(source) == 33 and source.shape[2:0:-1] == size
     if not full_size:
         error = (film[:33].astype(float) - source).std()
@@ -2058,7 +2060,7 @@ def test_the_teacher_continues_a_clip(full_size, raw, monkeypatch, tmp_path, cap
     films = []
     for k in range(2):
         clip_file = tmp_path / f"clip{k}.mp4"
-        with sample.Mp4(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
+        with video.VideoWriter(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
             file.write((clip(world.HELD_OUT + k, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
         words = ["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else ["--ckpt", str(WEIGHTS / "base.safetensors")]
         film, _ = frames_of_run(monkeypatch, tmp_path / "o", "--teacher", "--continue", str(clip_file), *words, "--seconds", "8")
@@ -2208,7 +2210,7 @@ def test_the_estimate_of_a_full_size_run_fits_24_gb_and_with_the_text_encoder_el
         vaes = {"wan": WanVAE(WanVAEConfig()).bfloat16(), "tae": TAE(TAEConfig()).bfloat16()}
         text = sum(p.numel() * 2 for p in TextEncoder(TextConfig()).parameters())
     for kind, vae in vaes.items():
-        needs = sample.estimate(Networks(dit, {kind: vae}, None, Sampler(), "", 832, 480), 1)
+        needs = bench.estimate(Networks(dit, {kind: vae}, None, Sampler(), "", 832, 480), 1)
         total = sum(needs.values())
         print(kind, {k: round(v / 1e9, 2) for k, v in needs.items()})
         assert 6.04e9 + 2.8e9 < total < 16e9 and text < 12e9
@@ -2219,7 +2221,7 @@ def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     rows = re.findall(r"^(DiT only|with wan|with tae) +([\d.]+) +([\d.]+)% +([\d.]+) s", out, re.M)
     assert [r[0] for r in rows] == ["DiT only", "with wan", "with tae"] and all(float(r[1]) > 0 for r in rows)
-    work = 2 * flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
+    work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
     assert f"{work / 1e12:.4f} TFLOP in 2 passes" in out and not list(tmp_path.rglob("*.mp4"))
 
 
