@@ -18,6 +18,7 @@ from flow import (Rollout, Sampler, add_noise, augment_context_noise, denoise, d
 from memory import CHUNK, PRESETS, frames_in_memory
 from rope import rope_cos_sin
 from weights import write_safetensors
+from world import WorldSpec
 
 HEADED = 32            # clips from which the latents' compass is read
 CLIPS = 1024           # training clips in the latent cache
@@ -49,7 +50,7 @@ def clips(s, lessons, room=CHUNK):
         return s.film, lambda which: s.film.text(which).to(s.device), s.film, None
     worlds, chunks = ((lesson_worlds(LESSON_CLIPS, s.cfg.seed), LESSON_CHUNKS) if lessons else
                       (training_worlds(CLIPS, s.cfg.seed), CHUNKS))
-    captions = [world.world(*w).caption for w in worlds]
+    captions = [world.make_world(w).caption for w in worlds]
     return (encoded(s, worlds, chunks * CHUNK), lambda which: s.features([captions[i] for i in which]),
             Histories(worlds, chunks, room), worlds)
 
@@ -58,7 +59,7 @@ def directions(s, wanted):
     """Of the small world: (2, c h w), in which latents show the heading, for flow.flow_matching_loss"""
     if s.film or s.cfg.wan or not wanted:
         return None
-    worlds = [(i, "turn", None) for i in range(HEADED)]
+    worlds = [WorldSpec(i, "turn") for i in range(HEADED)]
     return compass(encoded(s, worlds, CHUNKS * CHUNK).flatten(0, 1), Histories(worlds).heading.flatten()).to(s.device)
 
 
@@ -176,7 +177,7 @@ def stage_init_ar(s, heading_weight, default_sampler):
     """Flow matching on real pasts: the causal model that the student will be distilled from, and the text encoder."""
     dit, film, same = s.start.requires_grad_(), s.film, torch.arange(COPIES).repeat_interleave(CHUNK)
     sources, watched, slow = [clips(s, False), clips(s, True)], directions(s, True), PRESETS["slowfast"].slow
-    twins = [film or encoded(s, [(*w, 1) for w in worlds[:TWINS]], z.shape[1]) for z, _, _, worlds in sources]
+    twins = [film or encoded(s, [replace(w, counterfactual=True) for w in worlds[:TWINS]], z.shape[1]) for z, _, _, worlds in sources]
 
     def choose(shared, done):
         mix = (.15, .85, 0, 0, 0, 0) if film else next(mix for until, mix in MIX.items() if done < until)
@@ -259,7 +260,7 @@ def stage_init_ode(s, heading_weight, wan_chunks):
     sampler, chunks = replace(Sampler(**s.facts["sampler"]), renoise=True), wan_chunks if s.cfg.wan else ODE_CHUNKS
     dit, watched, levels = s.start, directions(s, True), torch.tensor(schedule(sampler.steps, sampler.shift))
     seeds = np.random.default_rng([s.cfg.seed, 0x0DE]).integers(len(s.prompts) or world.HELD_OUT, size=ODE_CLIPS)
-    captions = [s.prompts[i] if s.prompts else world.world(int(i)).caption for i in seeds]
+    captions = [s.prompts[i] if s.prompts else world.make_world(WorldSpec(int(i))).caption for i in seeds]
     policy, together = replace(PRESETS["slowfast"], tau=sampler.tau), 1 if s.cfg.wan else 32
 
     def start(some):
@@ -291,7 +292,7 @@ def calibrate(net, conditions, device):
     keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering chunks.
     returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
     """
-    worlds = [(i, "turn", 40 + i % 5) for i in range(8)] + [(i, "linger", None) for i in range(8)]
+    worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)] + [WorldSpec(i, "linger") for i in range(8)]
     (text, x0, grid), paths = conditions(worlds, CHUNKS), Histories(worlds)
     at = torch.arange(CHUNKS)[None] % 2 == 0
     at = at & (torch.arange(CHUNKS) > 1)                    # tested chunks that have one before them

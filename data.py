@@ -28,6 +28,7 @@ from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
 from video import FPS, read_video
 from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
+from world import WorldSpec
 
 CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
 LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
@@ -52,20 +53,20 @@ def frames_of(latents):
 
 
 def training_worlds(clips, seed):
-    """The worlds of a training run's clips as (seed, kind, seconds); never held-out ones."""
-    return [(int(s), None, None) for s in np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)]
+    """The WorldSpecs of a training run's clips; never held-out ones."""
+    return [WorldSpec(int(s)) for s in np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)]
 
 
 def lesson_worlds(clips, seed):
     """Worlds for the first lessons in remembering: steady turns of 8 to 16 s, so all comes back within 12 keyframes."""
     seeds = np.random.default_rng([seed, 0x1E55]).integers(world.HELD_OUT, size=clips)
-    return [(int(s), "turn", 8 + int(s) % 9) for s in seeds]
+    return [WorldSpec(int(s), "turn", 8 + int(s) % 9) for s in seeds]
 
 
 @torch.no_grad()
-def encode_world(tae, which, latents, device):
-    """which, what world() takes: a world's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 where that is fast."""
-    video = torch.from_numpy(world.clip(which[0], 0, frames_of(latents), *which[1:])[None])
+def encode_world(tae, spec, latents, device):
+    """A WorldSpec's first frames -> latents (1, n, 16, 4, 8) float32, encoded in bf16 where that is fast."""
+    video = torch.from_numpy(world.clip(spec, 0, frames_of(latents))[None])
     with fast_autocast(device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
@@ -104,7 +105,7 @@ class Histories:
     def __init__(self, worlds, chunks=CHUNKS, room=CHUNK):
         """room: latents that memory makes room for before it is looked at; 0 = a teacher's context, 21 latents"""
         self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
-        heading = np.stack([w.motion.heading(w.start, frames) for w in (world.world(*x) for x in worlds)])   # (b, frames)
+        heading = np.stack([w.motion.heading(w.start, frames) for w in map(world.make_world, worlds)])   # (b, frames)
         starts = np.maximum(0, 12 * np.arange(chunks) - 3)              # first frame of each chunk
         parts = np.split(heading, starts[1:], 1)
         self.moved = moved = np.stack([np.abs(p[:, -1] - p[:, 0]) for p in parts], 1)                   # (b, chunks)
@@ -211,7 +212,7 @@ def main():
     worlds = training_worlds(256, 0)
     h = Histories(worlds)
     for i in range(3):
-        print(world.world(*worlds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
+        print(world.make_world(worlds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
     share = (h.weight[:, 7:] > 1).mean()
     drawn = share * BACK / (share * BACK + 1 - share)
     print(f"a landmark or the camera turns back in {share:.0%} of windows; those are {drawn:.0%} of draws")

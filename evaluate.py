@@ -19,7 +19,7 @@ import json
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +42,7 @@ from model import DiT, DiTConfig
 from text import TextConfig, TextEncoder, bytes_to_ids
 from vae import TAE, TAEConfig
 from weights import WEIGHTS, load
+from world import WorldSpec
 
 GIVEN = 14                            # chunks of real history: 42 latents, 165 frames, 10.3 s
 BATCH = 16                            # videos made together
@@ -72,7 +73,7 @@ class Config:
 
 def conditions(dit, encoder, tae, which, given, device):
     """-> text keys and values of the captions, real first chunks as latents (b, 3 given, ...), grid"""
-    ids, mask = (z.to(device) for z in bytes_to_ids([world.world(*w).caption for w in which], dit.config.text_len))
+    ids, mask = (z.to(device) for z in bytes_to_ids([world.make_world(w).caption for w in which], dit.config.text_len))
     latent = dit.config.channels, world.HEIGHT // 8, world.WIDTH // 8
     none = torch.zeros(len(which), 0, *latent, device=device)
     real = torch.cat([encode_world(tae, w, given * CHUNK, device) for w in which]) if given else none
@@ -95,13 +96,13 @@ def draw(tae, z):
 @torch.no_grad()
 def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, noise=0, positions="bounded", swap=False):
     """
-    Real first chunks of the worlds of `which`, a list of what world() takes, then the model's own.
+    Real first chunks of the worlds of `which`, a list of WorldSpec, then the model's own.
     swap     the first half of the worlds and the second exchange their slow memories before going on
     returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
     """
     text, history, grid = conditions(dit, encoder, tae, which, given, device)
     roll = Rollout(dit, text, policy, grid, positions, sampler.pool)
-    seeds, latent = [noise + w[0] for w in which], history.shape[2:]
+    seeds, latent = [noise + w.seed for w in which], history.shape[2:]
     list(generate(roll, seeds, 0, sampler, latent, history=history if given else None))
     if swap:
         roll.memory.evict(CHUNK)
@@ -121,7 +122,7 @@ def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, devi
     z = z if prefix is None else prefix
     for _ in range(blocks):
         past = torch.cat([z[1:], z[:1]]) if shuffle else z
-        z = torch.cat([z, extend(dit, past, text, grid, sampler, [w[0] for w in which])], 1)
+        z = torch.cat([z, extend(dit, past, text, grid, sampler, [w.seed for w in which])], 1)
     return draw(tae, z), torch.arange(z.shape[1] // CHUNK).expand(len(z), -1) % 2 == 0
 
 
@@ -136,7 +137,7 @@ def returns(reading, caption, keep, policy, given):
 
 def held_out(n):
     """n worlds that turn once in 8 or 9 s: with 10 s of each given, returns are due after 5.4 or 6.1 s."""
-    return [(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
+    return [WorldSpec(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
 
 
 def probe(net, encoder, tae, which, sampler, device, shuffle=None):
@@ -153,7 +154,7 @@ def probe(net, encoder, tae, which, sampler, device, shuffle=None):
         frames, keeps = teacher_continuations(net, encoder, tae, which, GIVEN, 1, sampler, device, shuffle)
     readings, found, psnr = [judge.read_video(f) for f in frames], [], []
     for w, r, keep in zip(which, readings, keeps):
-        found += returns(r, world.world(*w).caption, keep, policy, GIVEN)
+        found += returns(r, world.make_world(w).caption, keep, policy, GIVEN)
         psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
     return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
             "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": judge.chance(readings),
@@ -179,33 +180,33 @@ def gates(teacher, encoder, tae, which, sampler, device):
 def reach_worlds(number):
     """
     Held-out worlds in which something is due back after each of ABSENCES in turn: looks aside up to 6 s, steady turns from
-    6 s, turns that linger from 12 s. -> list of what world() takes
+    6 s, turns that linger from 12 s. -> list of WorldSpec
     """
     found, seed = [], world.HELD_OUT + 10_000
     while len(found) < number:
-        w, seconds, seed = world.world(seed), ABSENCES[len(found) % len(ABSENCES)], seed + 1
+        w, seconds, seed = world.make_world(WorldSpec(seed)), ABSENCES[len(found) % len(ABSENCES)], seed + 1
         if w.motion.kind in ["aside"] * (seconds <= 6) + ["turn"] * (seconds >= 6) + ["linger"] * (seconds >= 12):
             far = np.abs(world.offsets(w.motion.heading(w.start, np.arange(frames_of(252)))))
             for sector in far.T[far[:9].min(0) > world.WHOLE]:  # those that no sink holds
                 away = np.diff(np.cumsum(sector > world.GONE)[sector < world.WHOLE - 1]) / world.FPS
                 if (np.abs(away - seconds) <= .1 * seconds).any():
-                    found.append((seed - 1, None, None))
+                    found.append(WorldSpec(seed - 1))
                     break
     return found
 
 
 def worlds_of(name, number, seed):
     """
-    A set of held-out worlds -> list of what world() takes. "turns", "swapped": they turn once in 8 or 9 s, and a batch holds 8
+    A set of held-out worlds -> list of WorldSpec. "turns", "swapped": they turn once in 8 or 9 s, and a batch holds 8
     worlds and their twins, the same places and motions with other landmarks.
     """
     first, pairs = world.HELD_OUT + seed, number // 2
     if name == "reach":
         return reach_worlds(number)
     if name in ("turns", "swapped"):
-        return [(first + i, "turn", 8 + i % 2, twin) for start in range(0, pairs, BATCH // 2) for twin in (0, 1)
+        return [WorldSpec(first + i, "turn", 8 + i % 2, twin) for start in range(0, pairs, BATCH // 2) for twin in (False, True)
                 for i in range(start, min(start + BATCH // 2, pairs))]
-    return [(first + i, None, None) for i in range(number // 4 if name == "long" else number)]
+    return [WorldSpec(first + i) for i in range(number // 4 if name == "long" else number)]
 
 
 def jobs(student, quick, memory):
@@ -250,7 +251,7 @@ def make(job, which, chunks, files, device):
             first, own = network(files["stage1"], device)
             text, none, grid = conditions(first, encoder, tae, which, 0, device)
             roll = Rollout(first, text, PRESETS["slowfast"], grid, pool=own.pool)
-            prefix = torch.cat(list(generate(roll, [w[0] for w in which], given, own, none.shape[2:])), 1)
+            prefix = torch.cat(list(generate(roll, [w.seed for w in which], given, own, none.shape[2:])), 1)
         video, keep = teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, device, prefix=prefix)
         return video, keep, PRESETS["uniform2"], given
     policy, given = replace(PRESETS[memory], tau=sampler.tau), 0 if worlds in ("text", "reach", "long") else GIVEN
@@ -309,16 +310,16 @@ def batch(task):
     if strip:  # of the first video: a frame every 10 s, every second of a short one
         some = frames[0, ::160 if frames.shape[1] > 320 else 16].transpose(0, 2, 3, 1)
         iio.imwrite(strip, np.concatenate(list(some), 1).repeat(2, 0).repeat(2, 1))
-    captions = [world.world(*w).caption for w in which]
+    captions = [world.make_world(w).caption for w in which]
     found = [json.dumps(measure(*z, policy, given) | facts, default=float) for z in zip(frames, captions, keeps)]
-    return [[mark, *job, json.dumps(w), *line] for w, *line in zip(which, captions, found)]
+    return [[mark, *job, json.dumps(astuple(w)), *line] for w, *line in zip(which, captions, found)]
 
 
 def read_lines(path):
     """The CSV -> (mark, *job) -> world -> what was measured"""
     found = {}
     for *key, w, _, line in list(csv.reader(path.read_text().splitlines()))[1:]:
-        w = tuple(json.loads(w))
+        w = WorldSpec(*json.loads(w))
         found.setdefault(tuple(key), {})[w] = json.loads(line) | {"world": w}
     return found
 
@@ -397,7 +398,9 @@ def followed(rows, twin):
     """Pairs of returns that show the landmark of the world (twin = 0) or of its twin (1), where the two differ"""
     pairs = []
     for r in rows:
-        maps = [world.world(*r["world"][:3], number).landmarks for number in (r["world"][3], 1 - r["world"][3])]
+        spec = r["world"]
+        other = replace(spec, counterfactual=not spec.counterfactual)
+        maps = [world.make_world(w).landmarks for w in (spec, other)]
         shown = [e[6] == maps[twin][e[5]] for e in r["events"] if maps[0][e[5]] != maps[1][e[5]]]
         pairs.append((sum(shown), len(shown)))
     return pairs

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from world import (COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HALF, HEIGHT, HORIZON, PANEL, SECTOR, SECTORS, SUB, TOP, WHOLE, WIDTH,
-                   clip, offsets, panorama, parse_caption, world, wrap)
+                   WorldSpec, clip, make_world, offsets, panorama, parse_caption, wrap)
 
 # ---- the judge: what each frame shows --------------------------------------------------------------------------------
 # What no landmark covers tells ground and heading; a landmark is then the nearest of its 24 drawings; a frame
@@ -258,7 +258,7 @@ def held(event, reading, context):
 
 
 if __name__ == "__main__":
-    reading = read_video(clip(3, 0, 160))
-    print(world(3).caption, world(3).landmarks)
-    for event in events(reading, world(3).caption):
+    reading = read_video(clip(WorldSpec(3), 0, 160))
+    print(make_world(WorldSpec(3)))
+    for event in events(reading, make_world(WorldSpec(3)).caption):
         print(event)

@@ -55,7 +55,7 @@ from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, encode_prompts, load, load_on_device,
                      load_state_dict_strict, load_weights, read_public, save_weights)
 from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
-from world import Motion, World, clip, panorama, render
+from world import Motion, World, WorldSpec, clip, panorama, render
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
@@ -730,7 +730,7 @@ def test_watched_directions_count_more_and_leave_the_best_prediction_where_it_is
 
 def test_a_compass_from_few_clips_reads_the_heading_of_held_out_worlds():
     tae = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
-    worlds = [(i, "turn", None) for i in range(12)] + [(world.HELD_OUT + i, None, None) for i in range(4)]
+    worlds = [WorldSpec(i, "turn") for i in range(12)] + [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     z = torch.cat([encode_world(tae, w, 81, torch.device("cpu")) for w in worlds])
     heading = Histories(worlds, 27).heading
     x, y = (z[12:].flatten(0, 1).flatten(1) @ causal.compass(z[:12].flatten(0, 1), heading[:12].flatten()).T).T
@@ -750,7 +750,7 @@ def test_every_trainable_parameter_gets_a_gradient():
 
 def test_histories_never_use_held_out_worlds_and_match_the_memory():
     worlds = training_worlds(8, 0)
-    assert max(s for s, _, _ in worlds + lesson_worlds(1000, 0)) < world.HELD_OUT
+    assert max(w.seed for w in worlds + lesson_worlds(1000, 0)) < world.HELD_OUT
     h = Histories(worlds)
     clips, chunk, src = h.draw(np.random.default_rng(0), 64)
     assert src.shape == (64, 18) and (chunk >= 7).all() and all((s < 3 * n).all() for s, n in zip(src, chunk))
@@ -925,9 +925,9 @@ def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_tr
         train.main()
     vae, encoder = (load(out / where / f"{name}.safetensors", *kind)[0] for where, name, kind in (
         ("vae", "vae", (TAE, TAEConfig)), ("init_ar", "text", (TextEncoder, TextConfig))))
-    which = [(world.HELD_OUT + i, None, None) for i in range(4)]
+    which = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     x0 = torch.cat([encode_world(vae, w, 21, torch.device("cpu")) for w in which])
-    features = encoder(*bytes_to_ids([world.world(*w).caption for w in which]))
+    features = encoder(*bytes_to_ids([world.make_world(w).caption for w in which]))
     t, eps = torch.full(x0.shape[:2], .7), noise(*x0.shape)
 
     def loss(net, bidirectional):
@@ -1005,9 +1005,9 @@ def videos(tmp_path):
     folder = tmp_path / "videos"
     (folder / "more").mkdir(parents=True)
     for i, (name, seconds, scale) in enumerate([("good", 10.7, 1), ("more/good", 13.2, 2), ("short", 9, 1), ("mute", 1, 1)]):
-        film = clip(i, 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
+        film = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
         iio.imwrite(folder / f"{name}.mp4", (film * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
-        (folder / f"{name}.txt").write_text(world.world(i).caption) if name != "mute" else None
+        (folder / f"{name}.txt").write_text(world.make_world(WorldSpec(i)).caption) if name != "mute" else None
     (folder / "broken.mp4").write_bytes(b"no video")
     (folder / "broken.txt").write_text("a calm sea")
     return folder
@@ -1030,12 +1030,12 @@ def test_videos_become_shards_and_a_stopped_run_goes_on_with_the_next_clip(video
     run_script(data, monkeypatch, *words)
     assert second.read_bytes() == want and first.stat().st_mtime_ns == when
     clips = data.Clips(tmp_path / "data", (16, 4, 8))
-    assert clips.chunks == [14, 17] and clips.captions == [world.world(i).caption for i in (0, 1)]
+    assert clips.chunks == [14, 17] and clips.captions == [world.make_world(WorldSpec(i)).caption for i in (0, 1)]
     which, chunk, src = map(torch.from_numpy, clips.draw(np.random.default_rng(0), 64, 7))
     assert set(chunk[which == 0].tolist()) == {7} and set(chunk[which == 1].tolist()) == {7, 8, 9, 10}
     keep = torch.arange(10)[None] % 2 == 0
     assert all(s.tolist() == frames_in_memory(PRESETS["uniform2"], keep[:, :n], 0)[-1][0].tolist() for s, n in zip(src, chunk))
-    real = data.encode_world(shipped()[2], (0, None, None), 42, torch.device("cpu"))[0]
+    real = data.encode_world(shipped()[2], WorldSpec(0), 42, torch.device("cpu"))[0]
     assert (clips[torch.tensor([[0]]), torch.arange(42)[None]][0] - real).std() < .3 * real.std()  # h264 came between
     assert clips.text(which[:2]).shape == (2, 96, 64)
 
@@ -1043,7 +1043,7 @@ def test_videos_become_shards_and_a_stopped_run_goes_on_with_the_next_clip(video
 def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):
     go, out = small_training
     run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
-    (out / "prompts.txt").write_text("\n".join(world.world(i).caption for i in range(3)))
+    (out / "prompts.txt").write_text("\n".join(world.make_world(WorldSpec(i)).caption for i in range(3)))
     for stage, source in (("base", "data"), ("teacher", "data"), ("1", "prompts.txt")):
         go("--stage", stage, "--updates", "2", "--batch", "2", "--data", str(out / source))
         assert results(out, stage)
@@ -1155,9 +1155,9 @@ def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
 def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
     """Events on 18 s of real video of a 9 s turn: uniform-2 still holds what returns, longlive holds none of it."""
     dit, encoder, tae, sampler = shipped()
-    which = (world.HELD_OUT, "turn", 9)
+    which = WorldSpec(world.HELD_OUT, "turn", 9)
     frames, keep = continuations(dit, encoder, tae, [which], 24, 0, PRESETS["uniform2"], sampler, torch.device("cpu"))
-    reading, caption = read_video(frames[0]), world.world(*which).caption
+    reading, caption = read_video(frames[0]), world.make_world(which).caption
     found = returns(reading, caption, keep[0], PRESETS["uniform2"], 14)
     assert len(found) >= 4 and all(e.recall and h and not e.miss for e, h in found)
     assert not any(h for _, h in returns(reading, caption, keep[0], PRESETS["longlive"], 14))
@@ -1312,9 +1312,9 @@ def judge_errors(through=lambda frames: frames, seeds=range(12), frames=160):
     """
     right, wrong_by, ground, psnr, box = [], [], [], [], []
     for seed in seeds:
-        w = world.world(world.HELD_OUT + seed)
+        w = world.make_world(WorldSpec(world.HELD_OUT + seed))
         heading = w.motion.heading(w.start, np.arange(frames))
-        reading = read_video(through(clip(world.HELD_OUT + seed, 0, frames)))
+        reading = read_video(through(clip(WorldSpec(world.HELD_OUT + seed), 0, frames)))
         whole = np.abs(world.offsets(heading)) <= world.WHOLE - .5  # at the very edge a rounded heading may differ
         right.append((reading.sure == np.array(w.landmarks))[whole])
         wrong_by.append(np.abs(world.wrap(reading.heading - heading)))
@@ -1360,30 +1360,30 @@ def strange(mix, ground):
 
 @pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
 def test_any_window_of_a_clip_is_the_same_as_that_part_of_the_whole(kind):
-    whole = clip(11, 0, 200, kind)
-    assert np.array_equal(clip(11, 0, 200, kind), whole)
-    assert np.array_equal(clip(11, 137, 40, kind), whole[137:177])
+    whole = clip(WorldSpec(11, kind), 0, 200)
+    assert np.array_equal(clip(WorldSpec(11, kind), 0, 200), whole)
+    assert np.array_equal(clip(WorldSpec(11, kind), 137, 40), whole[137:177])
 
 
 def test_training_and_held_out_seeds_never_give_the_same_world():
     # Seeds below HELD_OUT and from it on are different numbers, so what could meet is what is drawn from them: start
     # is a 53-bit uniform and the landmarks one of 24 ** 8, so that two of 2,000 + 2,000 agree with probability 4e-5.
-    train = [world.world(s) for s in range(2000)]
-    held_out = [world.world(world.HELD_OUT + s) for s in range(2000)]
+    train = [world.make_world(WorldSpec(s)) for s in range(2000)]
+    held_out = [world.make_world(WorldSpec(world.HELD_OUT + s)) for s in range(2000)]
     assert not {w.landmarks for w in train} & {w.landmarks for w in held_out}
     assert len({w.start for w in train + held_out}) == 4000
 
 
 def test_a_twin_is_the_same_world_with_other_landmarks():
     for seed in range(20):
-        one, two = world.world(seed), world.world(seed, twin=1)
+        one, two = world.make_world(WorldSpec(seed)), world.make_world(WorldSpec(seed, counterfactual=True))
         assert (one.ground, one.start, one.motion) == (two.ground, two.start, two.motion) and one.landmarks != two.landmarks
-    assert np.array_equal(clip(3, 0, 5, None, None, 1), render(panorama(world.world(3, twin=1).ground, world.world(3, twin=1).landmarks),
-                          world.world(3).motion.heading(world.world(3).start, np.arange(5))))
+    assert np.array_equal(clip(WorldSpec(seed, counterfactual=True), 0, 5),
+                          render(panorama(two.ground, two.landmarks), two.motion.heading(two.start, np.arange(5))))
 
 
 def test_motions_are_mixed_as_documented():
-    kinds = [world.world(s).motion.kind for s in range(4000)]
+    kinds = [world.make_world(WorldSpec(s)).motion.kind for s in range(4000)]
     shares = [kinds.count(k) / 4000 for k in ("turn", "linger", "aside")]
     assert np.allclose(shares, (.5, .3, .2), atol=.03)  # 4 standard deviations
 
@@ -1402,7 +1402,7 @@ def test_captions_round_trip_and_fit_in_96_bytes():
 
 
 def test_captions_never_tell_the_landmarks():
-    words = " ".join(world.world(s).caption for s in range(300)).lower()
+    words = " ".join(world.make_world(WorldSpec(s)).caption for s in range(300)).lower()
     assert not any(name in words for name in world.SHAPES + world.COLOURS)
 
 
@@ -1417,11 +1417,11 @@ def test_sharpness_does_not_pulse_with_sub_pixel_phase(shape):
 
 
 def test_rendering_makes_2000_frames_a_second_on_one_core():
-    clip(5, 0, 16)  # drawings are cached: this is about frames
+    clip(WorldSpec(5), 0, 16)  # drawings are cached: this is about frames
     seconds = []
     for _ in range(3):  # best of 3, for other work may run beside
         begin = time.perf_counter()
-        clip(5, 0, 960)
+        clip(WorldSpec(5), 0, 960)
         seconds.append(time.perf_counter() - begin)
     assert 960 / min(seconds) >= 2000
 
@@ -1449,7 +1449,7 @@ def test_judge_reads_every_landmark_on_every_ground_and_in_every_sector():
 
 
 def test_judge_takes_uint8_as_well_as_float():
-    frames = clip(21, 0, 32)
+    frames = clip(WorldSpec(21), 0, 32)
     a, b = read_video(frames), read_video((frames * 255).round().astype(np.uint8))
     assert np.array_equal(a.sure, b.sure) and np.abs(a.heading - b.heading).max() <= 1 / 4
 
@@ -1505,10 +1505,10 @@ def test_grey_noise_and_frozen_frames_are_told_apart():
     coarse = rng.uniform(0, 1, (40, 3, 4, 8)).repeat(8, 2).repeat(8, 3)
     assert (read_video(grey).kind == "grey").all() and (read_video(noised(grey)).kind == "grey").all()
     assert (read_video(noise).kind == "noise").all() and (read_video(coarse).kind == "noise").all()
-    assert (read_video(np.repeat(clip(8, 0, 1), 40, 0)).kind == "frozen").all()
+    assert (read_video(np.repeat(clip(WorldSpec(8), 0, 1), 40, 0)).kind == "frozen").all()
     for kind in ("turn", "linger", "aside"):  # also where it lingers, and where it turns back
         for seed in range(3):
-            assert (read_video(noised(clip(seed, 0, 300, kind))).kind == "ok").all()
+            assert (read_video(noised(clip(WorldSpec(seed, kind), 0, 300))).kind == "ok").all()
 
 
 def test_a_still_camera_is_frozen_but_valid_and_still_read():
@@ -1537,7 +1537,7 @@ def test_validity_is_the_size_of_the_damage_and_in_the_boxes_only_if_it_is_there
 
 
 def test_a_minute_of_video_is_judged_in_about_a_second():
-    frames = clip(9, 0, 960)
+    frames = clip(WorldSpec(9), 0, 960)
     read_video(frames[:32])
     seconds = []
     for _ in range(3):
@@ -1568,8 +1568,8 @@ def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_tha
 @pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
 def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
     for seed in range(world.HELD_OUT, world.HELD_OUT + 4):
-        w = world.world(seed, kind)
-        reading = read_video(noised(clip(seed, 0, 800, kind)))
+        w = world.make_world(WorldSpec(seed, kind))
+        reading = read_video(noised(clip(WorldSpec(seed, kind), 0, 800)))
         found = events(reading, w.caption)
         assert all(e.recall and e.drift and e.read == w.landmarks[e.sector] and not e.miss for e in found)
         assert abs(turning_rate(reading, w.caption) - 1) < .02
@@ -1699,7 +1699,7 @@ def test_chunks_are_nine_frames_and_then_twelve():
 
 def lines_of(videos, events, **more):
     """CSV lines as evaluate.measure makes them: `events` a list of [absence, right, as at first, held, due] for each video"""
-    return [{"events": events[i % len(events)], "map": [i] * 8, "world": (i, None, None), **more} for i in range(videos)]
+    return [{"events": events[i % len(events)], "map": [i] * 8, "world": WorldSpec(i), **more} for i in range(videos)]
 
 
 def test_recall_is_right_over_events_within_a_tenth_and_its_interval_is_over_videos():
@@ -1734,9 +1734,9 @@ def test_context_length_is_where_recall_is_half_way_to_chance():
 
 def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_followed():
     seed = world.HELD_OUT
-    own, other = (world.world(seed, "turn", 8, twin).landmarks for twin in (0, 1))
+    own, other = (world.make_world(WorldSpec(seed, "turn", 8, twin)).landmarks for twin in (False, True))
     differ = [s for s in range(8) if own[s] != other[s]]
-    swapped = [{"world": (seed, "turn", 8, 0), "map": [0] * 8, "psnr": [27.] * 2, "turning": 1., "frozen": 0.,
+    swapped = [{"world": WorldSpec(seed, "turn", 8), "map": [0] * 8, "psnr": [27.] * 2, "turning": 1., "frozen": 0.,
                 "events": [[8., 0, 0, 1, 1., s, shown[s]] for s, shown in zip(differ, (other, other, other, own))]}]
     assert evaluate.followed(swapped, 1) == [(3, 4)] and evaluate.followed(swapped, 0) == [(1, 4)]
     rows = lines_of(8, [[[6., 1, 1, 1, 3., 0, 0], [15., 1, 1, 1, 3., 0, 0]]], psnr=[27.] * 12, turning=1.05, seconds=60, jumps=0,
@@ -1755,20 +1755,20 @@ def test_a_row_is_held_against_another_in_the_worlds_that_both_have():
     ours, theirs = lines_of(8, [[[6., 1, 1, 1, 3.]]]), lines_of(6, [[[6., 0, 1, 1, 3.]]])[2:]
     column = evaluate.against(ours, evaluate.recalled)
     assert column(theirs) == "yes" and column(ours) == "" and evaluate.against(theirs, evaluate.recalled)(ours) == "no"
-    assert column([r | {"world": (99, None, None)} for r in theirs]) == "no data"
+    assert column([r | {"world": WorldSpec(99)} for r in theirs]) == "no data"
 
 
 def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     which = evaluate.reach_worlds(13)
-    assert len({w[0] for w in which}) == 13 and all(w[0] >= world.HELD_OUT for w in which)
+    assert len({w.seed for w in which}) == 13 and all(w.seed >= world.HELD_OUT for w in which)
     for w, seconds in list(zip(which, evaluate.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
-        found = events(read_video(clip(w[0], 0, 1005)), world.world(*w).caption)
+        found = events(read_video(clip(w, 0, 1005)), world.make_world(w).caption)
         assert recall_at(found, seconds) == (1., recall_at(found, seconds)[1]) and recall_at(found, seconds)[1] > 0
 
 
 def test_one_video_becomes_one_line_and_a_spoilt_one_shows_it():
-    w, keep = world.world(world.HELD_OUT + 3, "turn", 12), torch.ones(1, 84, dtype=torch.bool)[0]
-    frames = (clip(world.HELD_OUT + 3, 0, 1005, "turn", 12) * 255).round().astype(np.uint8)
+    w, keep = world.make_world(WorldSpec(world.HELD_OUT + 3, "turn", 12)), torch.ones(1, 84, dtype=torch.bool)[0]
+    frames = (clip(WorldSpec(world.HELD_OUT + 3, "turn", 12), 0, 1005) * 255).round().astype(np.uint8)
     good = evaluate.measure(frames, w.caption, keep, PRESETS["slowfast"], 0)
     assert min(good["psnr"]) > 40 and max(good["sky"]) < 1 and max(good["floor"]) < 1
     assert good["agreement"][1:] == [1.] * 5 and good["jumps"] == good["snaps"] == good["reversals"] == good["frozen"] == 0
@@ -2071,7 +2071,7 @@ def test_a_clip_is_continued(full_size, raw, monkeypatch, tmp_path):
     """The film starts with the clip as the autoencoder sees it, and what comes after depends on it."""
     clip_file = tmp_path / "clip.mp4"
     with video.VideoWriter(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
-        file.write((clip(world.HELD_OUT, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+        file.write((clip(WorldSpec(world.HELD_OUT), 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
     words = ["--continue", str(clip_file), *(["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else []), "--seconds", "4"]
     film, _ = frames_of_run(monkeypatch, tmp_path / "o", *words)
     size = (32, 32) if full_size else (64, 32)
@@ -2092,7 +2092,7 @@ def test_the_teacher_continues_a_clip(full_size, raw, monkeypatch, tmp_path, cap
     for k in range(2):
         clip_file = tmp_path / f"clip{k}.mp4"
         with video.VideoWriter(clip_file, 33, "", world.WIDTH, world.HEIGHT, 8) as file:
-            file.write((clip(world.HELD_OUT + k, 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+            file.write((clip(WorldSpec(world.HELD_OUT + k), 0, 33).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
         words = ["--wan", str(raw), "--prompt", "a storm", *WAN] if full_size else ["--ckpt", str(WEIGHTS / "base.safetensors")]
         film, _ = frames_of_run(monkeypatch, tmp_path / "o", "--teacher", "--continue", str(clip_file), *words, "--seconds", "8")
         films.append(film)

@@ -61,6 +61,7 @@ from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
 from weights import WEIGHTS, load, save_weights, wan_networks, wan_text
+from world import WorldSpec
 
 
 @dataclass
@@ -317,7 +318,7 @@ def setup(cfg, part, device):
 def stage_vae(s):
     """The tiny autoencoder: films of 17 frames, 5 latents."""
     def loss_of(rng, done):
-        films = [world.clip(int(rng.integers(world.HELD_OUT)), int(rng.integers(480)), 17) for _ in range(s.batch)]
+        films = [world.clip(WorldSpec(int(rng.integers(world.HELD_OUT))), int(rng.integers(480)), 17) for _ in range(s.batch)]
         video = torch.from_numpy(np.stack(films)).to(s.device) * 2 - 1
         late = done >= COMPASS
         with s.autocast:
@@ -398,7 +399,7 @@ def stage_dmd(s):
         """One rollout an update and batch: it serves five critic updates and the student's, each with fresh t and noise."""
         if "trace" not in chosen:
             which = rng.integers(len(s.prompts) or world.HELD_OUT, size=s.batch)
-            worlds, seeds = [] if s.prompts else [world.world(int(i)) for i in which], rng.integers(2 ** 62, size=s.batch)
+            worlds, seeds = [] if s.prompts else [world.make_world(WorldSpec(int(i))) for i in which], rng.integers(2 ** 62, size=s.batch)
             chosen["kinds"] = [w.motion.kind for w in worlds] or ["prompt"] * s.batch
             chosen["features"] = s.features([w.caption for w in worlds] or [s.prompts[i] for i in which])
             with torch.no_grad(), s.autocast:
@@ -546,10 +547,10 @@ def strip(s, shown, sampler, path):
     held-out captions or of one prompt: 20 chunks, or a teacher's 21 latents at once.
     """
     if s.part == "vae":
-        video = torch.from_numpy(world.clip(world.HELD_OUT, 0, 129)[None]).to(s.device) * 2 - 1
+        video = torch.from_numpy(world.clip(WorldSpec(world.HELD_OUT), 0, 129)[None]).to(s.device) * 2 - 1
         videos = video[0], shown["vae"].decode(shown["vae"].encode(video))[0][0]
     else:
-        net, which = shown[s.part], [(world.HELD_OUT + i, None, None) for i in range(1 if s.cfg.wan else 4)]
+        net, which = shown[s.part], [WorldSpec(world.HELD_OUT + i) for i in range(1 if s.cfg.wan else 4)]
         text = (net.text(s.features(s.prompts[:1])) if s.cfg.wan else
                 conditions(net, shown.get("text", s.encoder), s.tae, which, 0, s.device)[0])
         if s.part in ("base", "teacher"):

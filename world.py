@@ -28,6 +28,7 @@ HELD_OUT = 1_000_000_000      # seeds from here on are held out; training seeds 
 GROUNDS = ("grass", "sand", "snow", "stone")
 SHAPES = ("square", "triangle", "funnel", "cross")  # of eight tried, the four that differ most in pixels
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
+LANDMARKS = len(SHAPES) * len(COLOURS)  # landmark 6 * shape + colour
 GROUND_RGB = np.array([(.33, .47, .25), (.76, .65, .42), (.90, .92, .95), (.36, .35, .37)], np.float32)
 COLOUR_RGB = np.array([(.92, .10, .10), (.95, .85, .05), (.05, .70, .10), (.05, .80, .85), (.10, .15, .90),
                        (.85, .10, .80)], np.float32)
@@ -96,27 +97,40 @@ class World:
         return f"{GROUNDS[self.ground].capitalize()}. {words}"
 
 
-def world(seed, kind=None, seconds=None, twin=0):
-    """
-    The world of an integer seed. kind fixes the motion programme (None: steady 50 %, linger 30 %, look aside 20 %),
-    seconds its period; twin > 0 is the same place and motion with other landmarks.
-    """
-    rng = np.random.default_rng([int(seed), 0x3C0])
-    ground, landmarks, start = rng.integers(4), rng.integers(24, size=SECTORS), rng.uniform(0, COLUMNS)
-    drawn = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
-    kind, direction = kind or str(drawn), int(rng.choice([-1, 1]))
+@dataclass(frozen=True)
+class WorldSpec:
+    """Which world it is: whatever is not fixed here is drawn from the seed."""
+    seed: int
+    kind: str = None              # of motion; None: steady turns 50 %, lingering ones 30 %, looks aside 20 %
+    seconds: int = None           # its period
+    counterfactual: bool = False  # the same place and motion with other landmarks
+
+
+def make_world(spec):
+    """WorldSpec -> World"""
+    # in this order whatever is fixed, so that fixing one thing changes no other
+    rng = np.random.default_rng([spec.seed, 0x3C0])
+    ground = int(rng.integers(len(GROUNDS)))
+    landmarks = rng.integers(LANDMARKS, size=SECTORS)
+    start = float(rng.uniform(0, COLUMNS))
+    kind = str(rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2]))
+    direction = int(rng.choice([-1, 1]))
+    kind = spec.kind or kind
     degrees = int(rng.choice([90, 135, 180])) if kind == "aside" else 0
-    shortest, longest = {"turn": (8, 44), "linger": (18, 44), "aside": (degrees * 2 // 45, degrees * 2 // 45 + 8)}[kind]
-    period = seconds or int(rng.integers(shortest, longest + 1))  # 32 columns a second at most
-    if twin:
-        landmarks = np.random.default_rng([int(seed), 0x3C0, twin]).integers(24, size=SECTORS)
-    return World(int(ground), tuple(int(a) for a in landmarks), float(start), Motion(kind, direction, period, degrees))
+    # the period: 32 columns a second at most
+    fastest = degrees * 2 // 45
+    shortest, longest = {"turn": (8, 44), "linger": (18, 44), "aside": (fastest, fastest + 8)}[kind]
+    seconds = spec.seconds or int(rng.integers(shortest, longest + 1))
+    if spec.counterfactual:
+        landmarks = np.random.default_rng([spec.seed, 0x3C0, 1]).integers(LANDMARKS, size=SECTORS)
+    return World(ground, tuple(landmarks.tolist()), start, Motion(kind, direction, seconds, degrees))
 
 
-def clip(seed, start, frames, kind=None, seconds=None, twin=0):
-    """Frames [start, start + frames) of world(seed, kind, seconds, twin) -> (f, 3, 32, 64) float32 in [0, 1]"""
-    w = world(seed, kind, seconds, twin)
-    return render(panorama(w.ground, w.landmarks), w.motion.heading(w.start, np.arange(start, start + frames)))
+def clip(spec, start, frames):
+    """Frames [start, start + frames) of a WorldSpec's world -> (f, 3, 32, 64) float32 in [0, 1]"""
+    world = make_world(spec)
+    heading = world.motion.heading(world.start, np.arange(start, start + frames))
+    return render(panorama(world.ground, world.landmarks), heading)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -209,9 +223,9 @@ if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
     rows = []
-    for seed, kind in [(3, "turn"), (1, "turn"), (2, "linger"), (8, "aside"), (5, "aside")]:
-        rows.append(np.concatenate(list(clip(seed, 0, 160, kind)[::16].transpose(0, 2, 3, 1)), axis=1))
-        print(world(seed, kind).caption)
+    for spec in (WorldSpec(3, "turn"), WorldSpec(1, "turn"), WorldSpec(2, "linger"), WorldSpec(8, "aside"), WorldSpec(5, "aside")):
+        rows.append(np.concatenate(list(clip(spec, 0, 160)[::16].transpose(0, 2, 3, 1)), axis=1))
+        print(make_world(spec).caption)
     Path("out").mkdir(exist_ok=True)
     iio.imwrite("out/world.png", (np.concatenate(rows) * 255).round().astype(np.uint8))
     print("out/world.png: a row each, ten frames, one a second")
