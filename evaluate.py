@@ -4,7 +4,6 @@ The paper in miniature: what trained models remember and how their pictures hold
     python evaluate.py                            # all tables and figures; run it again to go on after a stop
     python evaluate.py --quick                    # 16 worlds, 30 s, three policies: minutes
     python evaluate.py --quick --memory window    # one policy only: change it in memory.py and see its curve
-    python evaluate.py --videos DIR --dino DIR    # the paper's and VBench's scores of real videos
 
 Every set of videos is one job: weights, memory, positions, and which worlds. Each video leaves one line in out/evaluate.csv
 with all that the tables need, so a table costs nothing once its videos were made. Intervals are 95 % bootstraps over videos,
@@ -16,7 +15,6 @@ import csv
 import hashlib
 import inspect
 import json
-import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, replace
@@ -39,6 +37,7 @@ from erft import TARGET, extend, predict_velocity
 from flow import Rollout, Sampler, add_noise, draw_noise, generate
 from memory import CHUNK, PRESETS, Policy, frames_in_memory
 from model import DiT, DiTConfig
+from report import ABSENCES, CAPTIONS, SECONDS, figures, tables
 from text import TextConfig, TextEncoder, bytes_to_ids
 from vae import TAE, TAEConfig
 from weights import WEIGHTS, load
@@ -46,10 +45,6 @@ from world import WorldSpec
 
 GIVEN = 14                            # chunks of real history: 42 latents, 165 frames, 10.3 s
 BATCH = 16                            # videos made together
-ABSENCES = (1, 2, 3, 4.5, 6, 9, 12, 15, 16.5, 18, 21, 24, 30)  # seconds, each within 10 %
-SECONDS = (10, 20, 30, 40, 50, 60)    # where the paper reads its scores, from 0.5 s before to 0.5 s after
-SHORT = 2                             # seconds: fast memory bridges less, and a camera that wobbles makes many such returns
-BROKEN = 18                           # dB: below this a picture is broken, and its consistency means nothing
 
 
 @dataclass
@@ -62,11 +57,7 @@ class Config:
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
-    videos: str = ""     # instead of all that: a folder of real videos (mp4, gif) to score
-    dino: str = ""       # for them: a folder with DINOv2 (its score), or DINO ViT-B/16 (VBench's subject consistency)
-    clip: str = ""       # for them: a folder with CLIP (frame to frame, frame to text; ViT-B/32: VBench's background)
-    prompts: str = ""    # for them: a .json, name -> prompt, or the file of lines that sample.py took (default: the file names)
-    vbench: str = ""     # for them: a new folder to lay them out in for VBench's own code
+    videos: str = ""     # moved: python metrics.py --videos DIR scores real videos
 
 
 # ---- videos -------------------------------------------------------------------------------------------------------------
@@ -356,416 +347,10 @@ def make_rows(cfg, todo, files, device):
     return {key[1:]: [there[key][w] for w in which if w in there.get(key, {})] for key, which in sets.items()}
 
 
-# ---- numbers with intervals: pairs are (sum, count), one a video --------------------------------------------------------
-
-def count(pairs):
-    return sum(n for _, n in pairs)
-
-
-def resampled(pairs):
-    """(2000,) ratios of sums over resampled videos: the same draws for any two rows of as many videos, so they are paired"""
-    x = np.asarray(pairs, float).reshape(-1, 2)
-    total = x[np.random.default_rng(0).integers(len(x), size=(2000, len(x)))].sum(1)
-    return np.divide(total[:, 0], total[:, 1], out=np.full(len(total), np.nan), where=total[:, 1] > 0)
-
-
-def ratio(pairs):
-    """-> sum / count over all videos, and its 95 % interval; nan if there is nothing to count"""
-    mean = sum(x for x, _ in pairs) / (count(pairs) or np.nan)
-    return mean, *(np.nanpercentile(resampled(pairs), (2.5, 97.5)) if count(pairs) else (np.nan, np.nan))
-
-
-def better(ours, theirs):
-    """Is the first ratio above the second, seed by seed? -> "yes", "no" or "not significant" (95 %, paired bootstrap)"""
-    if len(ours) != len(theirs) or not count(ours) or not count(theirs):
-        return "no data"
-    low, high = np.nanpercentile(resampled(ours) - resampled(theirs), (2.5, 97.5))
-    return "yes" if low > 0 else "no" if high < 0 else "not significant"
-
-
-def recalled(rows, seconds=None, what=1, until=1e9):
-    """
-    Pairs (right, events). seconds: of absences within 10 % of that, None = all that are not SHORT; what: 1 as before it left, 2
-    as at first, 3 the ceiling; until: due back by that second
-    """
-    def counts(away, due):
-        return (away >= SHORT if seconds is None else abs(away - seconds) <= .1 * seconds) and due < until
-    some = [[e for e in r["events"] if counts(e[0], e[4])] for r in rows]
-    return [(sum(e[what] for e in found), len(found)) for found in some]
-
-
-def followed(rows, twin):
-    """Pairs of returns that show the landmark of the world (twin = 0) or of its twin (1), where the two differ"""
-    pairs = []
-    for r in rows:
-        spec = r["world"]
-        other = replace(spec, counterfactual=not spec.counterfactual)
-        maps = [world.make_world(w).landmarks for w in (spec, other)]
-        shown = [e[6] == maps[twin][e[5]] for e in r["events"] if maps[0][e[5]] != maps[1][e[5]]]
-        pairs.append((sum(shown), len(shown)))
-    return pairs
-
-
-def chance(rows):
-    """Agreement of the same sector between different videos (judge.chance)"""
-    return judge.chance([SimpleNamespace(sure=np.array([r["map"]])) for r in rows])
-
-
-def context_length(rows, what=1):
-    """Seconds out of view at which recall falls from its best half-way to chance, between measured points; None: it does not"""
-    curve = [(s, ratio(recalled(rows, s, what))[0]) for s in ABSENCES if count(recalled(rows, s)) >= 10]
-    best = max(curve, key=lambda point: point[1], default=(0, 0))
-    level, curve = (best[1] + chance(rows)) / 2, curve[curve.index(best):] if curve else []
-    for (s0, r0), (s1, r1) in zip(curve, curve[1:]):
-        if r1 < level <= r0:
-            return round(s0 + (s1 - s0) * (r0 - level) / (r0 - r1), 2)
-    return None
-
-
-# ---- tables and figures: a column is a function of a row's videos -------------------------------------------------------
-
-def show(pairs, scale=1):
-    """-> "48 [33, 62]" with scale 100, "4.8 [3.3, 6.2]" with 1, "-" if there is nothing"""
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*scale * np.array(ratio(pairs)), d=int(scale == 1)) if count(pairs) else "-"
-
-
-def entries(name, start=0, stop=None):
-    """-> function: videos to pairs of the entries [start, stop) of a list"""
-    return lambda v: [(sum(x), len(x)) for x in ([x for x in r[name][start:stop] if x == x is not None] for r in v)]
-
-
-def mean(name, start=0, stop=None):
-    return lambda v: show(entries(name, start, stop)(v))
-
-
-def recall(seconds=None, what=1):
-    return lambda v: show(recalled(v, seconds, what), 100)
-
-
-def turning(key="turning"):
-    """Share of videos whose heading moves within 10 % of the caption's rate"""
-    return lambda v: show([(abs(r[key] - 1) < .1, 1) for r in v], 100)
-
-
-def entropy(key):
-    """Of the 24 landmarks over all videos and sectors, 1 = all equally often"""
-    def column(v):
-        p = np.bincount([m for r in v for m in r[key] if m >= 0], minlength=24) + 1e-9
-        return f"{-(p / p.sum() * np.log(p / p.sum())).sum() / np.log(24):.2f}"
-    return column
-
-
-def half_way(v):
-    own, held = context_length(v), context_length(v, 3)
-    same = own == held or own and held and .67 < own / held < 1.5
-    return f"{own or '-'} ({held or '-'})" + ("" if same else ", not with it")
-
-
-def against(base, pairs):
-    """Are base, another row's videos, better than this row's, in the worlds of both? pairs: function of videos, more is better"""
-    def column(v):
-        both = {r["world"] for r in base} & {r["world"] for r in v}
-        return "" if v == base else better(*(pairs([r for r in some if r["world"] in both]) for some in (base, v)))
-    return column
-
-
-END, LATE = entries("psnr", -1), entries("agreement", 5, 6)
-CHECKS = {"dB at the end": lambda v: mean("psnr", -1)(v).split()[0] + " (picture broken)" * bool(ratio(END(v))[0] < BROKEN),
-          "turning within 10 %": turning(), "frozen, %": lambda v: f"{100 * np.mean([r['frozen'] for r in v]):.0f}"}
-JUMPS = {"jumps a minute": lambda v: show([(60 * r["jumps"], r["seconds"]) for r in v])}
-RECALL = {"chance": lambda v: f"{100 * chance(v):.0f}", f"recall from {SHORT} s on": recall(), "ceiling": recall(what=3),
-          "returns": lambda v: count(recalled(v))}
-TARGETS = (  # at least (1) or at most (-1) how much; what; function of a row's videos and longlive's
-    (1, 90, "recall after 6 s away, %", lambda v, o: recall(6)(v)),
-    (1, 80, "recall after 15 s away, %", lambda v, o: recall(15)(v)),
-    (1, 3, "recall after 6 s over chance", lambda v, o: over(recalled(v, 6), chance(v))),
-    (1, 3, "recall after 15 s over chance", lambda v, o: over(recalled(v, 15), chance(v))),
-    (1, 3, "recall after 15 s over longlive's", lambda v, o: over(recalled(v, 15), ratio(recalled(o, 15))[0])),
-    (-1, 15, "chance, %", lambda v, o: RECALL["chance"](v)),
-    (-1, 1, "dB lost from 5-10 s to the last 5 s", lambda v, o: show([(r["psnr"][1] - r["psnr"][-1], 1) for r in v])),
-    (1, 90, "videos that turn within 10 % of their rate", lambda v, o: turning()(v)))
-
-
-def over(pairs, least):
-    return f"{ratio(pairs)[0] / least:.1f}" if count(pairs) and least > 0 else "-"
-
-
-def tables(rows, student):
-    """Markdown lines of every table whose videos are there: recall in %, pictures in dB, [95 % interval]"""
-    text = []
-
-    def table(title, some, columns, first="memory | positions"):  # some: name -> videos; columns: head -> function of them
-        if some := {name: v for name, v in some.items() if v}:
-            head = " | ".join([first, *columns])
-            text.extend(["", f"**{title}**", "", f"| {head} |", "|---" * (head.count(" | ") + 1) + "|"])
-            text.extend(" | ".join(["| " + name, *(str(f(v)) for f in columns.values())]) + " |" for name, v in some.items())
-
-    def of(memory, worlds="text", weights=student, positions="bounded"):
-        return rows.get((weights, memory, positions, worlds), [])
-
-    def met(goal):
-        cells = [goal[3](v, o).split()[0] for v, o in sides.values() if v]
-        return "no data" if "-" in cells else "yes" if all(goal[0] * (float(x) - goal[1]) >= 0 for x in cells) else "no"
-    policies = {f"{m} | {p}": of(m, "text", student, p) + of(m, "reach", student, p)
-                for p in ("bounded", "unbounded") for m in PRESETS}
-    real, swapped, from_text = {f"{m} | bounded": of(m, "real") for m in PRESETS}, of("uniform2", "swapped"), of("slowfast")
-    sides = {where: [some[f"{m} | bounded"] for m in ("slowfast", "longlive")]
-             for where, some in (("from text", policies), ("after 10.3 s of real video", real))}
-    ours, goals = sides["from text"][0], (
-        *TARGETS, (1, 70, "returns that follow exchanged memories, %", lambda v, o: show(followed(swapped, 1), 100)))
-    if any(v for v, _ in sides.values()):
-        table("Targets", {f"{what} | at {'least' if sign > 0 else 'most'} {bound}": (sign, bound, what, f)
-                          for sign, bound, what, f in goals}, {
-            m + where: lambda goal, v=pair[i], o=pair[1]: goal[3](v, o) if v else "-"
-            for i, m in enumerate(("", "longlive, ")) for where, pair in sides.items()} | {"met": met}, "slowfast | target")
-    table("Worlds that turn once in 8 or 9 s, 10.3 s real, then 4 s: do returns follow the memory?",
-          {"its own": of("uniform2", "turns"), "exchanged with the twin's": swapped},
-          RECALL | {"own": lambda v: show(followed(v, 0), 100), "twin's": lambda v: show(followed(v, 1), 100)}, "slow memory")
-    for some, (where, (base, _)) in zip((policies, real), sides.items()):
-        table(f"Figure 1, forgetting, {where}: recall outside the sink by seconds away (ceiling; returns). Half-way: "
-              "seconds until it is half-way to chance (until the ceiling is): it should fall with what memory holds", some,
-              RECALL | {f"{a:g} s": lambda v, a=a: f"{recall(a)(v)} ({recall(a, 3)(v).split()[0]}; {count(recalled(v, a))})"
-                        for a in ABSENCES} | {"half-way": half_way} | CHECKS)
-        table(f"Is slowfast better there, {where}? The paper: beyond the others' reach", some,
-              {f"{a:g} s": against(base, lambda v, a=a: recalled(v, a)) for a in ABSENCES})
-        table(f"Figure 1, drifting, {where}: validity, dB (boxes; sky, ground off, %). The paper: larger windows drift",
-              some, {f"{t - 10}-{t} s": lambda v, z=(t // 5 - 2, t // 5): mean("psnr", *z)(v) + " ({}; {}, {})".format(
-                  *(mean(name, *z)(v).split()[0] for name in ("box", "sky", "floor"))) for t in SECONDS}
-              | {"slowfast drifts less?": against(base, lambda v: [(r["psnr"][-1] - r["psnr"][0], 1) for r in v])})
-    table("Table 1: landmarks as first read, % (sky, ground off, %, in the 5 s before). The paper's context lengths: 20+ s its "
-          "own, 9.2 s, LongLive 3.0 s, Infinity-RoPE 1.5 s; its other numbers are DINO and CLIP scores of real videos",
-          policies | {"teacher, 5 s after Stage 1 | -": of("teacher", "stage1", "teacher", "-")},
-          {f"{t} s": lambda v, i=i: show(entries("agreement", i, i + 1)(v), 100) + " ({}, {})".format(
-              *(mean(name, 2 * i + 1, 2 * i + 2)(v).split()[0] for name in ("sky", "floor"))) for i, t in enumerate(SECONDS)}
-          | {"context length, s": half_way} | CHECKS
-          | {"slowfast better at 60 s? The paper: yes": against(ours, LATE)})
-    table("Figure 8: a minute has so many. The paper: the others flash back", policies,
-          {head: lambda v, k=k: show([(60 * r[k], r["seconds"]) for r in v]) for head, k in (
-              ("jumps over 15 degrees", "jumps"), ("those to the first view", "snaps"), ("wrong reversals", "reversals"))}
-          | {"fewer jumps with slowfast?": against(ours, lambda v: [(-r["jumps"], r["seconds"]) for r in v])})
-    models = {w: of("slowfast", weights=w) for w in ("init_ar", "init_ode", "stage1", "stage2_none", "stage2", student)}
-    table("Table 2: models, from text. frames/s: 16 videos at once; entropy of landmarks: 1 if all come as often. The paper: "
-          "as good as short-context models",
-          {"base": of("teacher", "first", "base", "-")} | models | {f"{student}, 120 s": of("slowfast", "long")},
-          {"parameters": lambda v: f"{v[0]['parameters']:,}", "frames/s": lambda v: f"{np.median([r['fps'] for r in v]):.0f}",
-           "5 s: dB": mean("psnr", 0, 1), "boxes": mean("box", 0, 1), "turning": turning("turning_5"),
-           "entropy": entropy("map_5"), "end: dB": mean("psnr", -1), "end: boxes": mean("box", -1), "all: turning": turning(),
-           "all: entropy": entropy("map"), "recall": recall(), **JUMPS, f"{student} better at the end?": against(from_text, END)}, "weights")
-    table("Table 3: ablations, from text. The paper: its own method is better than each", {
-        "uniform 1": of("uniform1"), "uniform 2": of("uniform2"), "Stage 1 + memory, no CDMD": models["stage1"],
-        "memoryless teacher": models["stage2_none"], "unbounded positions": of("slowfast", positions="unbounded"),
-        f"surprisal, {student}": from_text},
-        RECALL | {"as first read at 60 s": lambda v: show(LATE(v), 100)} | CHECKS | JUMPS
-        | {"ours better?": against(from_text, recalled)}, "row")
-    prefix, alone = of("teacher", "prefix", "teacher", "-"), of("teacher", "text", "teacher", "-")
-    table("Assumptions 1 and 2: the teacher's 5 s after 5 s that are real, and after Stage 1's. The paper: about as good",
-          {"real": prefix, "Stage 1's": of("teacher", "stage1", "teacher", "-")}, RECALL | {
-              "dB": mean("psnr"), "real better, recall?": against(prefix, recalled), "dB?": against(prefix, END)}, "prefix")
-    table("Figure 7: 31 s of the teacher alone, dB. The paper: with error recycling it drifts less",
-          {"with": alone, "without": of("teacher", "text", "teacher_plain", "-")},
-          RECALL | {f"{5 * i}-{5 * i + 5} s": mean("psnr", i, i + 1) for i in range(6)}
-          | {"with better at the end?": against(alone, END)}, "error recycling")
-    return text
-
-
-CAPTIONS = {"strips.png": "Figures 4-6: one seed, a frame every 10 s; from above: " + ", ".join(PRESETS),
-            "strips/teacher_teacher_-_stage1.png": "Assumption 2: 5 s of Stage 1, then 5 s of the teacher, a frame a second",
-            "forgetting.png": "Figure 1: recall by absence, shaded 95 %, dashed what memory holds, dotted chance",
-            "drifting.png": "Figure 1: pictures over time"}
-
-
-def figures(rows, student, out):
-    """strips.png and, with matplotlib, forgetting.png and drifting.png"""
-    strips = [out / "strips" / f"{student}_{m}_bounded_text.png" for m in PRESETS]
-    if all(p.exists() for p in strips):
-        iio.imwrite(out / "strips.png", np.concatenate([np.pad(iio.imread(p), ((0, 4), (0, 0), (0, 0))) for p in strips]))
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no plots: pip install matplotlib")
-    (fig, ax), (over_time, axes) = plt.subplots(figsize=(7, 4), dpi=110), plt.subplots(1, 3, figsize=(10, 3), dpi=110)
-    for i, m in enumerate(PRESETS):
-        text = rows.get((student, m, "bounded", "text"), [])
-        some = text + rows.get((student, m, "bounded", "reach"), [])
-        points = [(a, *ratio(x), ratio(recalled(some, a, 3))[0]) for a in ABSENCES if count(x := recalled(some, a)) >= 5]
-        if points:
-            a, right, low, high, ceiling = np.array(points).T
-            ax.plot(a, 100 * right, "o-", color=f"C{i}", label=m, markersize=3)
-            ax.fill_between(a, 100 * low, 100 * high, color=f"C{i}", alpha=.12)
-            ax.plot(a, 100 * ceiling, "--", color=f"C{i}", linewidth=.7)
-            ax.axhline(100 * chance(some), color=f"C{i}", linewidth=.5, linestyle=":")
-        for each, name, what in zip(axes, ("psnr", "sky", "floor"), ("validity, dB", "sky off, %", "ground off, %")):
-            each.set(xlabel="seconds", title=what)
-            if text and m in ("slowfast", "longlive", "longlive21"):
-                curve = [ratio(entries(name, k, k + 1)(text))[0] for k in range(len(text[0][name]))]
-                each.plot(2.5 + 5 * np.arange(len(curve)), curve, color=f"C{i}", label=m)
-    ax.set(xlabel="seconds out of view", ylabel="right returns, %", ylim=(0, 100))
-    for name, figure, legend in (("forgetting", fig, ax), ("drifting", over_time, axes[0])):
-        if legend.get_legend_handles_labels()[0]:
-            legend.legend(fontsize=7)
-            figure.tight_layout()
-            figure.savefig(out / f"{name}.png")
-
-
-# ---- real metrics on real videos ---------------------------------------------------------------------------------------
-
-NETWORKS = {  # where to get one; its kinds; resizing, mean and deviation of red, green, blue as in VBench
-    "--dino": ("facebook/dinov2-base", ("vit", "dinov2"), "bilinear", (.485, .456, .406), (.229, .224, .225)),
-    "--clip": ("openai/clip-vit-large-patch14", ("clip",), "bicubic",
-               (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))}
-
-
-def read_batches(path):
-    """Yields (frames a second, (b, 3, h, w) uint8), 16 frames at a time. Raises OSError that says why it cannot."""
-    import imageio_ffmpeg
-    try:
-        facts = next(source := imageio_ffmpeg.read_frames(str(path.resolve())))
-        while batch := [np.frombuffer(f, np.uint8).reshape(*facts["size"][::-1], 3) for _, f in zip(range(16), source)]:
-            yield facts["fps"], torch.from_numpy(np.stack(batch)).movedim(-1, 1)  # (b, 3, h, w)
-    except (OSError, RuntimeError, ValueError, StopIteration) as error:
-        raise OSError((str(error).strip() or "no video").splitlines()[-1][:100]) from None
-
-
-def encoders(option, folder, device):
-    """
-    A network of transformers, from a local folder -> two functions to features of norm 1, a name. Raises BadInput
-    images  (b, 3, h, w) uint8 -> (b, d), the CLS token at 224 pixels' shorter side or CLIP of the middle square; text -> (d,)
-    """
-    get, kinds, mode, *colours = NETWORKS[option]
-    try:
-        import transformers
-        path, clip = Path(folder).resolve(strict=True), option == "--clip"
-        model, facts = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
-        one_of("network", model.config.model_type, kinds)
-        words = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) if clip else None
-        if lost := [k for k in facts["missing_keys"] if not k.startswith("pooler.")]:  # DINO's has none, none is used
-            raise OSError(f"{len(lost)} weights are missing, as {lost[0]}")  # transformers would go on with random ones
-    except Exception as error:  # whatever the damage makes it meet
-        raise BadInput(f"cannot use {option} {folder} ({(str(error).strip() or repr(error)).splitlines()[0][:150]}): "
-                       f"pip install -r requirements-eval.txt, hf download {get} --local-dir {folder}") from None
-    model, c = model.to(device).eval(), model.config.vision_config if clip else model.config
-    mean, std = (torch.tensor(z, device=device)[:, None, None] for z in colours)
-    side, more = c.image_size if clip else 224, {"interpolate_pos_encoding": True} if c.model_type == "vit" else {}
-
-    def images(frames):
-        size = [int(side * n / min(frames.shape[-2:])) for n in frames.shape[-2:]]
-        x = (F.interpolate(frames.to(device).float(), size, mode=mode) / 255 - mean) / std  # not antialiased, as VBench's
-        if not clip:
-            return F.normalize(model(x, **more).last_hidden_state[:, 0]).cpu()
-        top, left = (round((n - side) / 2) for n in size)
-        x = model.vision_model(x[..., top:top + side, left:left + side]).pooler_output
-        return F.normalize(model.visual_projection(x)).cpu()
-
-    def text(string):
-        ids = words(string, truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors="pt")
-        return F.normalize(model.text_projection(model.text_model(**ids.to(device)).pooler_output))[0].cpu()
-    return images, text, f"{c.model_type}, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size}"
-
-
-def consistency(features):
-    """(n, d) of norm 1 -> mean over i > 0 of [max(0, cos(f_i, f_i-1)) + max(0, cos(f_i, f_0))] / 2: VBench, arXiv 2311.17982"""
-    near, first = (features[1:] * features[:-1]).sum(1), features[1:] @ features[0]
-    return ((near.clip(0) + first.clip(0)) / 2).mean().item()  # one frame has no pair: nan
-
-
-def windows(name, cosines, fps):
-    """(n,), of every frame -> {name_t: mean from t - 0.5 s to t + 0.5 s or the end; nan after it}: arXiv 2602.06028, table 1"""
-    return {f"{name}_{t}": cosines[(torch.arange(len(cosines)) / fps - t).abs() <= .5 + 1e-5].mean().item() for t in SECONDS}
-
-
-def dynamic(small, fps):
-    """
-    Dynamic degree, APPROXIMATE: VBench's rule with block matching at 64 pixels for its network RAFT -> bool. A pair 1/8 s apart
-    moves if its fastest 5 % do more than 6/256 of the shorter side; a video, if pairs as many as a quarter of its samples do.
-    small: (n, 64, w) grey, 0..255. A pixel moves by the shift of up to 4 at which its 7 x 7 fits best
-    """
-    lengths, small, moving = torch.cartesian_prod(*[torch.arange(-4., 5)] * 2).norm(dim=1), small[::max(1, round(fps / 8))], 0
-    for a, b in zip(small.float(), small[1:].float()):
-        shifted = F.pad(b[None], (4, 4, 4, 4), mode="replicate")[0].unfold(0, len(b), 1).unfold(1, b.shape[1], 1)
-        costs = F.avg_pool2d((shifted - a).abs().flatten(0, 1), 7, 4, 3)  # (81, h/4, w/4)
-        costs[40] -= 2  # for staying: noise stands still
-        moving += int(lengths[costs.argmin(0)].flatten().topk(costs[0].numel() // 20 + 1).values.mean() > 1.5 * max(1, 8 / fps))
-    return moving >= max(1, round(len(small) / 4))
-
-
-def score_video(path, images, text):
-    """A row of the CSV, with plain cosines. images: dino, clip -> encoder, either may be absent; text (d,). Raises OSError"""
-    images = {"grey": lambda z: F.interpolate(z.float(),
-                                              scale_factor=64 / min(z.shape[2:]), mode="area").mean(1).byte()} | images
-    parts = [(fps, {name: f(frames) for name, f in images.items()}) for fps, frames in read_batches(path)]
-    fps, got = parts[0][0], {name: torch.cat([part[name] for _, part in parts]) for name in images}  # some kB a frame
-    row = {"video": path.name, "frames": len(got["grey"]), "fps": fps, "dynamic_approx": int(dynamic(got["grey"], fps))}
-    if "dino" in got:
-        row |= {"subject": consistency(f := got["dino"])} | windows("dino", f @ f[0], fps)
-    if "clip" in got:
-        row |= {"background": consistency(f := got["clip"])}
-        row |= windows("clip_f", f @ f[0], fps) | windows("clip_t", f @ text, fps)
-    return row
-
-
-def lay_out(prompts, to):
-    """Links videos, path -> text, as to/videos/TEXT-0.mp4, .. and writes to/prompts.json -> VBench's command"""
-    names = {}
-    (to / "videos").mkdir(parents=True)
-    for path, text in prompts.items():
-        stem = re.sub(r"[/\s]+", " ", text).encode()[:200].decode(errors="ignore")  # file systems take 255 bytes
-        names[name := next(z for i in range(len(prompts)) if (z := f"{stem}-{i}{path.suffix}") not in names)] = text
-        (to / "videos" / name).symlink_to(path.resolve())
-    (to / "prompts.json").write_text(json.dumps(names, indent=1))
-    return (f"python evaluate.py --mode custom_input --videos_path '{to}/videos' --prompt_file '{to}/prompts.json' --dimension"
-            " subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality imaging_quality")
-
-
-@torch.no_grad()
-def real_videos(cfg):
-    """python evaluate.py --videos DIR: every mp4 and gif there -> out/videos.csv, a table, VBench's layout"""
-    paths = sorted(p for p in Path(cfg.videos or ".none").glob("*") if p.suffix in (".mp4", ".gif") and p.name[0] != ".")
-    if not paths:
-        raise BadInput(f"no mp4 or gif in --videos {cfg.videos or 'DIR'}: python sample.py --prompts FILE --seeds 5 makes some")
-    if not cfg.dino + cfg.clip + cfg.vbench:
-        raise BadInput(f"give --dino, --clip DIR: pip install -r requirements-eval.txt; hf download {NETWORKS['--dino'][0]}")
-    if cfg.vbench and Path(cfg.vbench, "videos").exists():
-        raise BadInput(f"--vbench {cfg.vbench} holds videos already: give a new folder")
-    try:  # a JSON, name with or without -N.mp4 -> text; or the lines that sample.py took, which names its files so
-        told = Path(cfg.prompts).read_text(encoding="utf-8") if cfg.prompts else ""
-        given = json.loads(told) if cfg.prompts.endswith(".json") else {
-            re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:120]: line.strip() for line in told.splitlines()}
-        stems = {p: re.sub(r"-\d+$", "", p.stem) for p in paths}
-        prompts = {p: str(given[p.name if p.name in given else s]) for p, s in stems.items()} if cfg.prompts else stems
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"--prompts {cfg.prompts} must hold a text for every video: {error!r}") from None
-    images, texts, rows = {}, {}, []
-    for option, folder in [z for z in (("--dino", cfg.dino), ("--clip", cfg.clip)) if z[1]]:
-        images[option[2:]], text, name = encoders(option, folder, pick_device(cfg.device))
-        texts = {t: text(t) for t in set(prompts.values())} if option == "--clip" else {}
-        print(f"{option} {folder}: {name}")
-    for path in tqdm(paths, desc="videos"):
-        try:
-            rows.append(score_video(path, images, texts.get(prompts[path])) | {"prompt": prompts[path]})
-        except OSError as error:
-            tqdm.write(f"skipped {path.name}: {error}")
-            del prompts[path]
-    if not rows:
-        raise BadInput(f"none of the {len(paths)} files in {cfg.videos} can be read")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.out) / "videos.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([rows[0], *(r.values() for r in rows)])
-    print(f"\n{len(rows)} of {len(paths)} videos: mean times 100 [95 % bootstrap interval over videos] (videos so long)")
-    for name in list(rows[0])[3:-1]:  # without video, frames, fps; prompt
-        weights = [r["frames"] - 1 if name in ("subject", "background") else 1 for r in rows]  # as in VBench's totals
-        there = np.array([(r[name], w) for r, w in zip(rows, weights) if r[name] == r[name]], float)
-        mean, low, high = 100 * np.array(ratio(there * there[:, 1:] ** [1, 0])) if len(there) else [np.nan] * 3
-        print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
-    if cfg.vbench:
-        print(f"\nin VBench's repository (github.com/Vchitect/VBench):\n{lay_out(prompts, Path(cfg.vbench).resolve())}")
-
-
 def main():
     cfg = parse(Config)
-    if cfg.videos or cfg.dino or cfg.clip or cfg.prompts or cfg.vbench:
-        return real_videos(cfg)
+    if cfg.videos:
+        raise BadInput(f"real videos are scored by another script: python metrics.py --videos {cfg.videos} --dino DIR")
     device, started, out = pick_device(cfg.device), time.time(), Path(cfg.out)
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)

@@ -39,6 +39,8 @@ import erft
 import evaluate
 import flow
 import judge
+import metrics
+import report
 import sample
 import train
 import video
@@ -1705,32 +1707,32 @@ def lines_of(videos, events, **more):
 
 def test_recall_is_right_over_events_within_a_tenth_and_its_interval_is_over_videos():
     rows = lines_of(4, [[[6., 1, 1, 1, 3.], [6.7, 1, 1, 1, 3.]], [[5.5, 0, 0, 1, 30.], [6.5, 1, 0, 0, 3.]]])
-    assert evaluate.recalled(rows, 6) == [(1, 1), (1, 2), (1, 1), (1, 2)]                  # 6.7 s is not within a tenth
-    assert evaluate.recalled(rows, 6, what=3) == [(1, 1), (1, 2), (1, 1), (1, 2)]
-    assert evaluate.recalled(rows, 6, until=20) == [(1, 1), (1, 1), (1, 1), (1, 1)]
-    mean, low, high = evaluate.ratio(evaluate.recalled(rows, 6))
+    assert report.recalled(rows, 6) == [(1, 1), (1, 2), (1, 1), (1, 2)]                  # 6.7 s is not within a tenth
+    assert report.recalled(rows, 6, what=3) == [(1, 1), (1, 2), (1, 1), (1, 2)]
+    assert report.recalled(rows, 6, until=20) == [(1, 1), (1, 1), (1, 1), (1, 1)]
+    mean, low, high = report.ratio(report.recalled(rows, 6))
     assert mean == pytest.approx(4 / 6) and low == .5 and high == 1                        # all of one kind, all of the other
-    assert np.isnan(evaluate.ratio([(0, 0)])).all()
+    assert np.isnan(report.ratio([(0, 0)])).all()
     wobble = lines_of(1, [[[.5, 1, 1, 1, 3.], [1.9, 1, 1, 1, 3.], [2., 0, 1, 1, 3.]]])  # what fast memory bridges is no memory
-    assert evaluate.recalled(wobble) == [(0, 1)] and evaluate.recalled(wobble, 2) == [(1, 2)]
+    assert report.recalled(wobble) == [(0, 1)] and report.recalled(wobble, 2) == [(1, 2)]
 
 
 def test_better_is_paired_over_videos():
     rng = np.random.default_rng(0)
     hard = rng.random(64)  # videos differ far more than the two policies do
     theirs = [(h, 1) for h in hard]
-    assert evaluate.better([(h + .05, 1) for h in hard], theirs) == "yes"
-    assert evaluate.better([(h - .05, 1) for h in hard], theirs) == "no"
-    assert evaluate.better([(h + e, 1) for h, e in zip(hard, rng.normal(0, .1, 64))], theirs) == "not significant"
-    assert evaluate.better([], theirs) == "no data"
+    assert report.better([(h + .05, 1) for h in hard], theirs) == "yes"
+    assert report.better([(h - .05, 1) for h in hard], theirs) == "no"
+    assert report.better([(h + e, 1) for h, e in zip(hard, rng.normal(0, .1, 64))], theirs) == "not significant"
+    assert report.better([], theirs) == "no data"
 
 
 def test_context_length_is_where_recall_is_half_way_to_chance():
     falls = {1: 1, 2: 1, 3: 1, 4.5: 1, 6: 0, 9: 0}
     rows = lines_of(24, [[[s, right, right, 1, 1.] for s, right in falls.items()]])
-    assert evaluate.chance(rows) == 0                                                      # no two videos show the same
-    assert evaluate.context_length(rows) == pytest.approx(5.25)
-    assert evaluate.context_length(lines_of(24, [[[s, 1, 1, 1, 1.] for s in falls]])) is None
+    assert report.chance(rows) == 0                                                      # no two videos show the same
+    assert report.context_length(rows) == pytest.approx(5.25)
+    assert report.context_length(lines_of(24, [[[s, 1, 1, 1, 1.] for s in falls]])) is None
 
 
 def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_followed():
@@ -1739,12 +1741,12 @@ def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_fol
     differ = [s for s in range(8) if own[s] != other[s]]
     swapped = [{"world": WorldSpec(seed, "turn", 8), "map": [0] * 8, "psnr": [27.] * 2, "turning": 1., "frozen": 0.,
                 "events": [[8., 0, 0, 1, 1., s, shown[s]] for s, shown in zip(differ, (other, other, other, own))]}]
-    assert evaluate.followed(swapped, 1) == [(3, 4)] and evaluate.followed(swapped, 0) == [(1, 4)]
+    assert report.followed(swapped, 1) == [(3, 4)] and report.followed(swapped, 0) == [(1, 4)]
     rows = lines_of(8, [[[6., 1, 1, 1, 3., 0, 0], [15., 1, 1, 1, 3., 0, 0]]], psnr=[27.] * 12, turning=1.05, seconds=60, jumps=0,
                     box=[25.] * 12, sky=[1.] * 12, floor=[1.] * 12, agreement=[1.] * 6, frozen=0., snaps=0, reversals=0,
                     map_5=[0] * 8, turning_5=1., parameters=1, fps=1)
     worse = [r | {"turning": 1.2, "psnr": [27., 29.] + [27.] * 10} for r in rows]
-    text = "\n".join(evaluate.tables({("s", "slowfast", "bounded", "text"): rows, ("s", "slowfast", "bounded", "real"): worse,
+    text = "\n".join(report.tables({("s", "slowfast", "bounded", "text"): rows, ("s", "slowfast", "bounded", "real"): worse,
                                       ("s", "uniform2", "bounded", "swapped"): swapped}, "s"))
     assert "| recall after 6 s away, % | at least 90 | 100 [100, 100] | 100 [100, 100] | - | - | yes |" in text
     assert "| at most 1 | 0.0 [0.0, 0.0] | 2.0 [2.0, 2.0] | - | - | no |" in text            # dB lost
@@ -1754,15 +1756,15 @@ def test_targets_are_met_if_both_starts_meet_them_and_exchanged_memories_are_fol
 
 def test_a_row_is_held_against_another_in_the_worlds_that_both_have():
     ours, theirs = lines_of(8, [[[6., 1, 1, 1, 3.]]]), lines_of(6, [[[6., 0, 1, 1, 3.]]])[2:]
-    column = evaluate.against(ours, evaluate.recalled)
-    assert column(theirs) == "yes" and column(ours) == "" and evaluate.against(theirs, evaluate.recalled)(ours) == "no"
+    column = report.against(ours, report.recalled)
+    assert column(theirs) == "yes" and column(ours) == "" and report.against(theirs, report.recalled)(ours) == "no"
     assert column([r | {"world": WorldSpec(99)} for r in theirs]) == "no data"
 
 
 def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     which = evaluate.reach_worlds(13)
     assert len({w.seed for w in which}) == 13 and all(w.seed >= world.HELD_OUT for w in which)
-    for w, seconds in list(zip(which, evaluate.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
+    for w, seconds in list(zip(which, report.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
         found = events(read_video(clip(w, 0, 1005)), world.make_world(w).caption)
         assert recall_at(found, seconds) == (1., recall_at(found, seconds)[1]) and recall_at(found, seconds)[1] > 0
 
@@ -2263,7 +2265,7 @@ def scores_by_hand(features, text, fps):
     """VBench's consistency, then the paper's windows with the first frame and with the text, one cosine at a time."""
     *f, text = [z / np.linalg.norm(z) for z in np.array([*features, text], float)]
     pairs = [(max(0, f[i] @ f[i - 1]) + max(0, f[i] @ f[0])) / 2 for i in range(1, len(f))]
-    over = [[f[i] @ z for i in range(len(f)) if t - .5 <= i / fps <= t + .5] for z in (f[0], text) for t in evaluate.SECONDS]
+    over = [[f[i] @ z for i in range(len(f)) if t - .5 <= i / fps <= t + .5] for z in (f[0], text) for t in report.SECONDS]
     return [sum(z) / len(z) if z else np.nan for z in (pairs, *over)]
 
 
@@ -2271,7 +2273,7 @@ def scores_by_hand(features, text, fps):
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n + 1, 4)) + .3  # many cosines below 0, which VBench counts as 0
     f = F.normalize(torch.from_numpy(x).float())  # the last row is the text's
-    got = [evaluate.consistency(f[:-1]), *(s for i in (0, -1) for s in evaluate.windows("a", f[:-1] @ f[i], fps).values())]
+    got = [metrics.consistency(f[:-1]), *(s for i in (0, -1) for s in metrics.windows("a", f[:-1] @ f[i], fps).values())]
     np.testing.assert_allclose(got, scores_by_hand(x[:-1], x[-1], fps), atol=1e-5)
     assert np.isnan(got[1]) == (n in (152, 1)) and np.isnan(got[0]) == (n == 1)  # 153 reach the window of 10 s by one frame
 
@@ -2282,12 +2284,12 @@ def test_dynamic_degree_is_motion_of_6_in_256_in_a_quarter_of_the_samples_and_no
     pan = [torch.stack([wide[:, v * i // 2:][:, :112] for i in range(32)]) for v in (0, 1, 2, 4)]  # pixels of 64 in 1/8 s
     stops = [torch.cat([pan[3][:2 * moves + 1], pan[3][2 * moves].expand(31 - 2 * moves, -1, -1)]) for moves in (3, 4)]  # of 16
     cases = [*pan, pan[0] + torch.from_numpy(rng.normal(0, 4, (32, 64, 112))), pan[3][:1], *stops]
-    assert [evaluate.dynamic(z, 16) for z in cases] == [False, False, True, True, False, False, False, True]
+    assert [metrics.dynamic(z, 16) for z in cases] == [False, False, True, True, False, False, False, True]
 
 
 def test_bootstrap_is_the_weighted_mean_and_its_interval_holds_the_truth_19_times_of_20():
-    ends = [evaluate.ratio([(x, 1) for x in np.random.default_rng(i + 1).standard_normal(50)])[1:] for i in range(200)]
-    assert .89 < np.mean([a <= 0 <= b for a, b in ends]) < .98 and evaluate.ratio([(1, 1), (8, 2)]) == (3, 1, 4)
+    ends = [report.ratio([(x, 1) for x in np.random.default_rng(i + 1).standard_normal(50)])[1:] for i in range(200)]
+    assert .89 < np.mean([a <= 0 <= b for a, b in ends]) < .98 and report.ratio([(1, 1), (8, 2)]) == (3, 1, 4)
 
 
 @pytest.fixture
@@ -2301,8 +2303,8 @@ def score(tmp_path, monkeypatch):
     Path("in/half-0.mp4").write_bytes(Path("in/a-cat-0.mp4").read_bytes()[:9999])
 
     def run(words):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "cpu", *words.split()])
-        config.run(evaluate.main)
+        monkeypatch.setattr("sys.argv", ["metrics.py", "--device", "cpu", *words.split()])
+        config.run(metrics.main)
         return {row["video"]: row for row in csv.DictReader(Path("out/videos.csv").read_text().splitlines())}
     return run
 
@@ -2329,12 +2331,12 @@ def test_scores_of_files_are_a_plain_loop_over_frames_and_a_constant_video_score
         for frame in iio.imread("in/a-cat-0.mp4", plugin="FFMPEG"):
             small = np.einsum("hwc,hy,wx->yxc", frame, down, along, optimize=True)
             x, y = (torch.from_numpy((z / 255 - mean) / std).float().movedim(-1, 0)[None] for z, (*_, mean, std) in zip(
-                (small, frame[:, 48:304]), evaluate.NETWORKS.values()))
+                (small, frame[:, 48:304]), metrics.NETWORKS.values()))
             dinos.append(net(x, **{"interpolate_pos_encoding": True} if kind == "vit" else {})[0][0, 0])
             clips.append(clip.visual_projection(clip.vision_model(y)[1])[0])
     for whole, over, want in (("subject", ["dino"], scores_by_hand(np.stack(dinos), dinos[0], 2)[:7]),
                               ("background", ["clip_f", "clip_t"], scores_by_hand(np.stack(clips), text, 2))):
-        got = [rows["a-cat-0.mp4"][k] for k in (whole, *(f"{z}_{t}" for z in over for t in evaluate.SECONDS))]
+        got = [rows["a-cat-0.mp4"][k] for k in (whole, *(f"{z}_{t}" for z in over for t in report.SECONDS))]
         np.testing.assert_allclose(np.array(got, float), want, atol=1e-4)
         assert abs(float(rows["a-cat-1.mp4"][whole]) - 1) < 1e-3 and rows["a-dog-0.mp4"][whole] == "nan"
     save_file({k: v for k, v in net.state_dict().items() if "bias" in k}, "dino/model.safetensors", {"format": "pt"})
