@@ -1,170 +1,231 @@
 """
 Distribution matching distillation (DMD), and its contextual form: Stage 1 and Stage 2.
 
-A few-step student makes a video; noise is added to it, and two networks say where the clean video lies: the frozen teacher
-(real score) and a critic that is trained on the student's own videos (fake score). Their difference is the gradient of a
-KL divergence, and moves the student's videos towards the teacher's. In Stage 2 the video is the continuation of a long
-rollout of the student's own; teacher and critic see the context that the student's memory held when it began.
+A few-step student makes a video; noise is added to it, and two networks say where the clean video lies: the
+frozen teacher (real score) and a critic that is trained on the student's own videos (fake score). Their
+difference is the gradient of a KL divergence, and moves the student's videos towards the teacher's.
 
-A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the exit step of
-a target chunk is run again with a graph, and thrown away before the next. So training holds one chunk's graph whatever the
-length; the gradient is the same. (Self-Forcing's checkpointed code lets part of the gradient cross chunks through the
-cache; here keys and values in the memory are constants.)
+    Context Forcing, eq. 5:  L = E_c KL( p_student(x | c) || p_teacher(x | c) ),  c of the student's rollout
+    eq. 6:                   dL/dtheta = E_t,noise [ (s_fake(x_t, t, c) - s_real(x_t, t, c)) dx/dtheta ]
 
-    python dmd.py              # a Gaussian student pulled to a Gaussian teacher
+    x = video.x, the last 7 chunks of a rollout
+    c = video.context, what the student's memory held when they began: nothing in Stage 1
+    x_t = add_noise(x, noise, t)
+    s_fake, s_real = critic and teacher, by the x0 that they predict; s_fake - s_real becomes dmd_gradient(),
+                     (fake - real) / mean |x - real|
+    dx/dtheta = backward()
 
-References: DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867; Self-Forcing, arXiv 2506.08009; Context Forcing, arXiv
-2602.06028, eq. 5-6, algorithm 1 (read: all context fully denoised, losses after the loop).
+    Algorithm 1:  draw the length of the rollout and an exit step r; chunks before the target are denoised in
+    full, those of the target up to step r, and each enters the KV cache by a clean pass: rollout(). Then
+    critic_step(), five times, and student_step(). (Printed is a loss inside the loop over chunks, and some of
+    the context left noisy; the text is followed: losses after the loop, all of the context denoised in full.)
+
+A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
+exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one
+chunk's graph whatever the length; the gradient is the same. (Self-Forcing's checkpointed code lets part of
+the gradient cross chunks through the cache; here keys and values in the memory are constants.)
+
+    python dmd.py              # a Gaussian student pulled to a Gaussian teacher: its KL goes down
+
+References: DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867; Self-Forcing, arXiv 2506.08009; Context Forcing,
+arXiv 2602.06028, eq. 5-6, algorithm 1.
 Leaves out: the GAN and SiD losses of Self-Forcing.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from einops import rearrange
 
-from flow import Rollout, add_noise, denoise, shifted, x0_from_v
+from erft import predict_velocity
+from flow import Rollout, add_noise, denoise, flow_matching_loss, guide, shifted, x0_from_v
 from memory import CHUNK, Entries, join
 
-LOW, HIGH = .02, .98     # noise levels of the scores are clamped to this
+LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
 
 
 def score_level(u, shift=5.0):
-    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted and clamped"""
-    return shifted(u, shift).clamp(LOW, HIGH)
+    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted and clamped."""
+    return shifted(u, shift).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
 
 
 def dmd_gradient(x, fake, real):
     """
-    x, fake, real  (b, f, c, h, w): the student's video, and the x0 that critic and teacher predict from it, noised
-    returns  gradient in x, and (b,) its normaliser, the mean |x - real|: both of the target only, never of a context
+    x           (b, f, c, h, w) the student's video
+    fake, real  (b, f, c, h, w) the x0 that critic and teacher predict from it, noised
+    returns     gradient in x, and (b,) its normaliser, the mean |x - real|: both of the target only, never of
+                a context
     """
     norm = (x - real).abs().mean((1, 2, 3, 4), keepdim=True)
-    return ((fake - real) / norm).nan_to_num(0., 0., 0.), norm.flatten()
+    gradient = (fake - real) / norm
+    return gradient.nan_to_num(0., 0., 0.), norm.flatten()
 
 
-def dmd_loss(x, gradient, mask=None):
-    """
-    A loss whose derivative in x is gradient / (number of elements in the loss): half the squared distance to x - gradient,
-    in float64. mask, of x's shape, True = in the loss.
-    """
-    off = (x.double() - (x - gradient).detach().double()).pow(2)
-    return .5 * (off if mask is None else off[mask]).mean()
+# ---- Algorithm 1: the rollout ------------------------------------------------------------------------------
 
-
-def critic_loss(v, x, noise):
-    """Flow matching of the critic on the student's video x (b, f, c, h, w), which gets no gradient."""
-    return (v.float() - (noise - x.detach())).pow(2).mean()
-
-
-# ---- algorithm 1 -------------------------------------------------------------------------------------------------------
-
-def longest(update, first, last, ramp):
-    """Chunks that a rollout of this generator update may have at most: from first to last, linearly over `ramp` updates."""
+def longest_rollout(update, first, last, ramp):
+    """Chunks that a rollout may have at most: from `first` to `last`, linearly over `ramp` updates."""
     return int(first + min(1, update / ramp) * (last - first))
 
 
 @dataclass
+class Exit:
+    """The exit step of one target chunk: all that backward() needs to run it again."""
+    xt: torch.Tensor    # (b, 3, c, h, w) its input
+    t: torch.Tensor     # (b, 3) noise level
+    held: torch.Tensor  # (b, m) numbers of the frames that the KV cache held; None = none
+
+
+@dataclass
 class RolloutTrace:
-    """What a rollout leaves behind for scores and backward: n context latents, a target of f, exit steps, kept cells."""
+    """What a rollout leaves behind for the scores and for backward()."""
     context: torch.Tensor  # (b, n, c, h, w): what the memory held when the target began; n = 0 in Stage 1
     x: torch.Tensor        # (b, f, c, h, w): the target
-    exits: list            # for each target chunk: x_t at its exit step, t (b, 3), frame numbers held (b, m) or None
-    cells: Entries         # everything held during the target, once: at most n + f latents
-    roll: Rollout
+    exits: list            # an Exit for each target chunk
+    entries: Entries       # everything held during the target, once: at most n + f latents
+    rollout: Rollout
 
 
 @torch.no_grad()
-def rollout(roll, levels, exit_step, fresh, chunks, target):
+def rollout(roll, levels, exit_step, fresh_noise, chunks, target):
     """
     The student's own video, its target stopped early.
-    roll     a fresh Rollout
-    levels   noise levels; chunks before the target are denoised fully, the target's up to step `exit_step` (0-based)
-    fresh    (chunk, step) -> noise (b, 3, c, h, w)
-    chunks   length of the rollout; the last `target` of them are the target
-    returns  RolloutTrace
+    roll         a fresh Rollout
+    levels       noise levels of the student's steps
+    exit_step    the target's chunks are denoised up to this step (0-based), those before it in full
+    fresh_noise  (chunk, step) -> noise (b, 3, c, h, w)
+    chunks       length of the rollout; the last `target` of them are the target
+    returns      RolloutTrace
     """
-    context, cells, xs, exits = None, [], [], []
-    for i in range(chunks):
-        if i == chunks - target:
-            cells = roll.memory.read()
-            context = fresh(0, 0)[:, :0] if cells is None else cells.latent
+    def predict(x, level):
+        return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
+
+    # every chunk before the target is denoised in full
+    for i in range(chunks - target):
+        roll.read_context()
+        x0, _ = denoise(predict, fresh_noise(i, 0), levels, partial(fresh_noise, i))
+        roll.append(x0)
+    # what the memory holds now, before room is made for the target, is the context of teacher and critic
+    context = roll.memory.read()
+    entries, xs, exits = context, [], []
+    # the target's chunks leave at the exit step, and enter the KV cache as they are then
+    for i in range(chunks - target, chunks):
         roll.read_context()
         held = roll.memory.frames()
-
-        def predict(x, level):
-            return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
-
-        inside = i >= chunks - target
-        some = levels[:exit_step + 1] if inside else levels
-        x0, xt = denoise(predict, fresh(i, 0), some, lambda step: fresh(i, step))
+        x0, xt = denoise(predict, fresh_noise(i, 0), levels[:exit_step + 1], partial(fresh_noise, i))
         roll.append(x0)
-        if inside:
-            xs.append(x0)
-            exits.append((xt, torch.full(xt.shape[:2], some[-1], device=xt.device), held))
-            cells = join(cells, roll.memory.fast[-CHUNK:])
-    return RolloutTrace(context, torch.cat(xs, dim=1), exits, cells, roll)
+        t = torch.full(xt.shape[:2], levels[exit_step], device=xt.device)
+        exits.append(Exit(xt, t, held))
+        entries = join(entries, roll.memory.fast[-CHUNK:])
+        xs.append(x0)
+    x = torch.cat(xs, dim=1)
+    latents = x[:, :0] if context is None else context.latent
+    return RolloutTrace(latents, x, exits, entries, roll)
 
 
-def backward(trace, text, gradient):
+def entries_of(entries, frame):
+    """Those of the Entries that have the frame numbers frame (b, m), video by video."""
+    place = (entries.frame[:, None] == frame[..., None]).int().argmax(-1)  # (b, m): where each frame lies
+    videos = torch.arange(len(place), device=place.device)[:, None]
+    return entries.apply(lambda x: x[videos, place])
+
+
+def backward(video, features, gradient):
     """
     Adds d(loss)/d(weights) to the student's .grad, chunk by chunk.
-    text      () -> net.text(...) with a graph, made anew for every chunk
-    gradient  (b, f, c, h, w): d(loss)/d(trace.x)
+    video     RolloutTrace
+    features  text features (b, m, text_dim) of its prompts: their keys and values get a graph in every chunk
+    gradient  (b, f, c, h, w): d(loss)/d(video.x)
     """
-    roll = trace.roll
-    for (x, t, src), g in zip(trace.exits, gradient.split(CHUNK, dim=1)):
-        if src is None:
-            memory, rope = roll.rotated([])
-        else:
-            place = (trace.cells.frame[:, None] == src[..., None]).int().argmax(-1)  # (b, m): where each held latent lies
-            rows = torch.arange(len(place), device=place.device)[:, None]
-            memory, rope = roll.rotated([trace.cells.apply(lambda x: x[rows, place])])
-        v = roll.net(x, t, text(), rope, memory)[0]
-        x0_from_v(x, v, t).backward(g)
+    roll = video.rollout
+    for exit, chunk_gradient in zip(video.exits, gradient.split(CHUNK, dim=1)):
+        # the same KV cache, constant; the same input; now with a graph
+        segments = [] if exit.held is None else [entries_of(video.entries, exit.held)]
+        memory, rope = roll.rotated(segments)
+        v, _ = roll.net(exit.xt, exit.t, roll.net.text(features), rope, memory)
+        x0_from_v(exit.xt, v, exit.t).backward(chunk_gradient)
 
 
-def predict_x0(predict, x, t, noise):
-    """x0 that a network predicts from x noised to t (b,): predict (x_t, t (b, f)) -> v. float32, no graph wanted."""
-    at = t[:, None].expand(x.shape[:2])
-    xt = add_noise(x, noise, at)
-    return x0_from_v(xt, predict(xt, at), at)
+# ---- the updates: each adds to .grad, and leaves the step to the optimizer ---------------------------------
+
+def predict_x0(net, features, context, xt, t, grid):
+    """x0 (b, f, c, h, w) that teacher or critic predicts from xt, noised to t (b, f), behind a context."""
+    v = predict_velocity(net, context, xt, t, net.text(features), grid)
+    return x0_from_v(xt, v, t)
 
 
-# ---- what to log --------------------------------------------------------------------------------------------------------
-
-def by_level(name, error, t):
-    """error, t (b,) -> dict: mean error in each quarter of the noise levels that was drawn, name_0 (little noise) .. name_3"""
-    return {f"{name}_{i}": error[some].mean().item() for i in range(4) if (some := (4 * t).long() == i).any()}
+def squared_error(x0, x):
+    return (x0 - x).square().mean((1, 2, 3, 4))  # (b,)
 
 
-def kept_and_oldest(roll, kinds):
+def critic_step(critic, features, video, t, noise, grid, probe=None, probe_weight=0.):
     """
-    What a finished rollout's memory did: kinds, a name a video, of its motion
-    returns  dict: kept_KIND, share of the tested chunks that surprised; oldest, mean age of the oldest keyframe in s, if any
+    The critic follows the student: flow matching on the student's video, behind the context that the student
+    had.
+    features             text features (b, m, text_dim) of the prompts
+    t, noise             (b,) noise levels from score_level(), and noise of video.x's shape
+    grid                 latent rows and columns after patching
+    probe, probe_weight  as in flow.flow_matching_loss
+    returns              loss, and (b,) squared error of the x0 that it predicts
     """
-    keeps = torch.stack(roll.kept, 1).float()[:, ::roll.memory.policy.interval].mean(1).tolist()
-    found = {kind: [keep for keep, k in zip(keeps, kinds) if k == kind] for kind in kinds}
-    ages = [(roll.chunk * CHUNK - roll.memory.slow.frame[:, 0]).float().mean().item() / 4] if roll.memory.slow else []
-    return {f"kept_{kind}": sum(some) / len(some) for kind, some in found.items()} | {"oldest": age for age in ages}
+    t = t[:, None].expand(video.x.shape[:2])
+    xt = add_noise(video.x, noise, t)
+    v = predict_velocity(critic, video.context, xt, t, critic.text(features), grid)
+    loss = flow_matching_loss(v, noise - video.x, t, probe, probe_weight).mean()
+    loss.backward()
+    fake = x0_from_v(xt, v.detach(), t)
+    return loss.item(), squared_error(fake, video.x)
+
+
+def student_step(student, teacher, critic, features, video, t, noise, grid, guidance=1., negative=None,
+                 probe=None, probe_weight=0.):
+    """
+    The student's update, eq. 6: fake - real, normalised, pushed through the exit step of each target chunk.
+    guidance, negative   of the real score: its weight, and the text features that it leads away from; 1 =
+                         none
+    probe, probe_weight  the gradient along these directions counts more, as in flow.flow_matching_loss
+    the rest             as in critic_step
+    returns              (b,) normaliser of the gradient, and (b,) squared error of the teacher's x0 to the
+                         student's
+    """
+    t = t[:, None].expand(video.x.shape[:2])
+    xt = add_noise(video.x, noise, t)
+    # both scores see the same noised video behind the same context
+    with torch.no_grad():
+        fake = predict_x0(critic, features, video.context, xt, t, grid)
+        real = predict_x0(teacher, features, video.context, xt, t, grid)
+        if guidance != 1:
+            away = predict_x0(teacher, negative, video.context, xt, t, grid)
+            real = guide(real, away, guidance)
+    gradient, norm = dmd_gradient(video.x, fake, real)
+    # what is small in pixels counts more; dmd's loss is a mean over a latent's numbers, the probe's is not
+    if probe is not None:
+        along = gradient.flatten(2) @ probe.T @ probe * probe.shape[1]
+        gradient = gradient + probe_weight * along.view_as(gradient)
+    backward(video, features, gradient / gradient.numel())
+    return norm, squared_error(real, video.x)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    mean = torch.zeros(1, requires_grad=True)  # student N(mean, 1), teacher N(2, 1): both scores are known in closed form
-    for update in range(201):
+    # Student N(mean, 1) and teacher N(2, 1): the x0 that belongs to either score is known in closed form.
+    mean = torch.tensor(-1., requires_grad=True)
+
+    def posterior_mean(center, xt, t):
+        t = rearrange(t, "b -> b 1 1 1 1")
+        return center + (1 - t) / ((1 - t) ** 2 + t ** 2) * (xt - (1 - t) * center)
+
+    for update in range(81):
+        if update % 8 == 0:
+            kl = (mean.item() - 2) ** 2 / 2
+            bar = "#" * round(15 * kl)
+            print(f"update {update:3d}: student mean {mean.item():5.2f} (teacher 2), KL {kl:4.2f} {bar}")
         x = mean + torch.randn(256, 1, 1, 1, 1)
         t = score_level(torch.rand(256))
-
-        def closed_form(center):
-            def predict(xt, at):
-                at = at[..., None, None, None]
-                x0 = center + (1 - at) / ((1 - at) ** 2 + at ** 2) * (xt - (1 - at) * center)
-                return (xt - x0) / at
-            return predict
-
-        noise = torch.randn_like(x)
-        fake, real = (predict_x0(closed_form(m), x.detach(), t, noise) for m in (mean.detach(), 2.))
-        dmd_loss(x, dmd_gradient(x.detach(), fake, real)[0]).backward()
+        xt = add_noise(x.detach(), torch.randn_like(x), t[:, None])
+        fake = posterior_mean(mean.detach(), xt, t)
+        real = posterior_mean(2., xt, t)
+        gradient, _ = dmd_gradient(x.detach(), fake, real)
+        x.backward(gradient / gradient.numel())
         mean.data -= .02 * mean.grad
         mean.grad = None
-        if update % 50 == 0:
-            print(f"update {update:3d}: student mean {mean.item():.2f} (teacher 2), KL {(mean.item() - 2) ** 2 / 2:.3f}")

@@ -1,15 +1,25 @@
 """
-The context teacher, and how it learns to go on from pasts that carry its own errors (Error-Recycling Fine-Tuning).
+The context teacher, and how it learns to go on from pasts that carry its own errors (Error-Recycling
+Fine-Tuning).
 
-The teacher sees 21 clean context latents and denoises the 21 latents that follow, all at once: context attends to context,
-target to both. A student's past is never clean, so the teacher is fine-tuned on pasts with errors in them: the residuals of
-its own one-step predictions are kept in a bank by noise level, and put into later samples. The target stays clean.
+The teacher sees 21 clean context latents and denoises the 21 latents that follow, all at once: context
+attends to context, target to both. A student's past is never clean, so the teacher is fine-tuned on pasts
+with errors in them: the residuals of its own one-step predictions are kept in a bank by noise level, and put
+into later samples.
 
-    python erft.py             # one injection into a small context, printed
+    Context Forcing, section 3.4:  X~ = X + 1[injected] e_drift,  e_drift from the bank of past residuals
+    here:  x~_t = (1 - t) (x0 + e) + t (noise + e'),   v* = (noise + e') - x0,   e and e' mostly 0
 
-References: Context Forcing, arXiv 2602.06028, section 3.3; Stable Video Infinity, arXiv 2510.09212 (error recycling).
+    X = context; e_drift and e = bank.draw() of latents, e' = bank.draw() of noise; the x0 of the target v*
+    stays clean, or the teacher would learn to reproduce errors.
+
+    python erft.py             # an error goes into the past and into the input, and stays out of the target
+
+References: Context Forcing, arXiv 2602.06028, sections 3.3 and 3.4; Stable Video Infinity, arXiv 2510.09212.
 Leaves out: a similarity rule for replacement (random here), errors of whole rollouts.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -17,150 +27,227 @@ from flow import add_noise, denoise, draw_noise, flow_matching_loss, schedule
 from memory import CHUNK, PRESETS, frames_in_memory
 from rope import rope_cos_sin
 
-TARGET = 21                    # latents a teacher denoises at once
-CLEAN, CONTEXT, LATENT, NOISE = .5, .9, .9, .01  # chance of no injection at all; else of one into context, latents, noise
-MODULATION = .3                # errors are scaled by 1 +- this
-KEEP_CLEAN = .1                # chance that a sample without injection gives its errors to the bank: they are small
+TARGET = 21            # latents that a teacher denoises at once
+INJECTED = 0.5         # share of the samples that get errors; of those ...
+CONTEXT_CHANCE = 0.9   # ... how many get them in the context,
+LATENT_CHANCE = 0.9    # in the latents that are noised,
+NOISE_CHANCE = 0.01    # and in the noise
+SINK_CHANCE = 0.5      # of a context chunk in the sink: drift is everywhere, an anchor is sometimes clean
+MODULATION = 0.3       # errors are scaled by 1 +- this
+KEEP_CLEAN = 0.1       # chance that a sample without injection gives its errors to the bank: they are small
+OF_LATENTS, OF_NOISE = 0, 1  # the two halves of the bank
 
+
+# ---- the teacher -------------------------------------------------------------------------------------------
 
 def predict_velocity(net, context, xt, t, text, grid):
     """
     The one forward of teacher and critic: training, real score and fake score.
-    context  (b, n, c, h, w) clean latents in the order of time, n = 0 allowed; xt (b, f, c, h, w) noised; t (b, f)
+    context  (b, n, c, h, w) clean latents in the order of time, n = 0 allowed
+    xt, t    (b, f, c, h, w) the target, noised; (b, f)
+    text     net.text(features) of the prompts
+    grid     latent rows and columns after patching
     returns  v (b, f, c, h, w) of the target; positions are 0..n + f - 1
     """
-    n, config = context.shape[1], net.config
-    rope = rope_cos_sin(torch.arange(n + xt.shape[1], device=xt.device), *grid, config.dim // config.heads)
-    level = torch.cat([torch.zeros(context.shape[:2], device=t.device), t], dim=1)
-    return net(torch.cat([context, xt], dim=1), level, text, rope, prefix=n)[0][:, n:]
+    n, f = context.shape[1], xt.shape[1]
+    head_dim = net.config.dim // net.config.heads
+    rope = rope_cos_sin(torch.arange(n + f, device=xt.device), *grid, head_dim)
+    clean = torch.zeros(context.shape[:2], device=t.device)
+    v, _ = net(torch.cat([context, xt], dim=1), torch.cat([clean, t], dim=1), text, rope, prefix=n)
+    return v[:, n:]
 
 
 @torch.no_grad()
 def extend(net, history, text, grid, sampler, seeds, keep=None):
     """
     The teacher goes on: 21 latents after a history, all at once.
-    history  (b, 3m, c, h, w), m = 0: from text alone; keep (b, m) bool: which chunks memory kept (default: every second)
+    history  (b, 3m, c, h, w), m = 0: from text alone
+    keep     (b, m) bool: which chunks memory kept (default: every second)
     returns  (b, 21, c, h, w)
     """
     b, m = len(history), history.shape[1] // CHUNK
-    keep = torch.arange(m).expand(b, -1) % 2 == 0 if keep is None else keep
-    src = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
-    context = history[torch.arange(b)[:, None], src]
+    if keep is None:
+        keep = (torch.arange(m) % 2 == 0).expand(b, -1)
+    frame = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
+    context = history[torch.arange(b)[:, None], frame]
     noise = draw_noise(seeds, m, 0, (TARGET, *history.shape[2:]), history.device)
 
     def predict(x, level):
         t = torch.full(x.shape[:2], level, device=x.device)
         return predict_velocity(net, context, x, t, text, grid)
-    return denoise(predict, noise, schedule(sampler.steps, sampler.shift), None, renoise=False)[0]
+
+    x0, _ = denoise(predict, noise, schedule(sampler.steps, sampler.shift), None, renoise=False)
+    return x0
+
+
+# ---- its errors --------------------------------------------------------------------------------------------
+
+@dataclass
+class Residuals:
+    """What the samples of one batch give to the bank."""
+    seed: int                # of the random choices of ErrorBank.push
+    t: torch.Tensor          # (b,) noise levels
+    latent: torch.Tensor     # (b, f, c, h, w) error of the predicted latents
+    noise: torch.Tensor      # (b, f, c, h, w) error of the predicted noise
+    injected: torch.Tensor   # (b,) bool: did the sample carry errors itself?
+
+
+def residuals(v, v_star, t):
+    """
+    v, v_star (b, f, c, h, w), t (b,) -> one-step errors of latents and noise: -t (v - v*), (1 - t) (v - v*).
+    Taken from v, not from x0 - truth: after an injection that difference would hold the injected error again,
+    and errors would pile up in the bank.
+    """
+    off = (v - v_star).float()
+    t = t[:, None, None, None, None]
+    return -t * off, (1 - t) * off
 
 
 class ErrorBank:
     """
-    Residuals by noise level, a chunk each: bank x of predicted latents, bank noise of predicted noise. It lives on the CPU
-    in bfloat16; every place is bounded, and a full one replaces at random.
-    latent   (c, h, w) of one latent
-    levels   noise levels, those of `levels` inference steps at the given shift; size: errors a level
+    Residuals of latents and of noise, by noise level, a chunk each. It lives on the CPU in bfloat16; every
+    place is bounded, and a full one replaces at random.
+    latent         (c, h, w) of one latent
+    levels, shift  noise levels: those of so many inference steps
+    size           errors a level
     """
     def __init__(self, latent, levels=50, size=32, shift=5.0):
         self.levels = torch.tensor(schedule(levels, shift))
+        self.size = size
         self.errors = torch.zeros(2, levels, size, CHUNK, *latent, dtype=torch.bfloat16)
         self.count = torch.zeros(2, levels, dtype=torch.long)
-        self.pending = []  # (seed, what push takes after rng): errors of this process that no bank has yet
+        self.pending = []  # Residuals of this process that no bank has yet
 
     def state_dict(self):
         return {"errors": self.errors, "count": self.count}
 
     def load_state_dict(self, state):
-        self.errors, self.count = state["errors"].clone(), state["count"].clone()
+        self.errors = state["errors"].clone()
+        self.count = state["count"].clone()
 
     def bucket(self, t):
         """(b,) noise levels -> (b,) index of the nearest level of the bank"""
         return (t.cpu()[:, None] - self.levels).abs().argmin(1)
 
-    def push(self, rng, t, error_x, error_noise, perturbed):
-        """
-        t (b,) of each sample; error_x, error_noise (b, f, c, h, w) from errors_of(); perturbed (b,) bool: was anything
-        injected? Only a tenth of the others is taken, or errors of clean samples would flood the bank.
-        """
-        taken = perturbed.numpy() | (rng.random(len(t)) < KEEP_CLEAN)
-        for i, level in enumerate(self.bucket(t).tolist()):
-            for kind, error in enumerate((error_x, error_noise)) if taken[i] else ():
-                for chunk in error[i].detach().cpu().split(CHUNK):
-                    place = int(self.count[kind, level])
-                    place = place if place < self.errors.shape[2] else int(rng.integers(self.errors.shape[2]))
-                    self.errors[kind, level, place] = chunk
-                    self.count[kind, level] += self.count[kind, level] < self.errors.shape[2]
+    def push(self, found):
+        """Residuals into the bank; of samples without injection a tenth, or small errors would flood it."""
+        rng = np.random.default_rng([found.seed, 1])
+        taken = found.injected.numpy() | (rng.random(len(found.t)) < KEEP_CLEAN)
+        levels = self.bucket(found.t).tolist()
+        for i in taken.nonzero()[0]:
+            for half, error in ((OF_LATENTS, found.latent[i]), (OF_NOISE, found.noise[i])):
+                for chunk in error.split(CHUNK):
+                    self.put(rng, half, levels[i], chunk)
+
+    def put(self, rng, half, level, chunk):
+        """One error (3, c, h, w) into the next free place, or in place of a random one."""
+        place = int(self.count[half, level])
+        if place < self.size:
+            self.count[half, level] += 1
+        else:
+            place = int(rng.integers(self.size))
+        self.errors[half, level, place] = chunk
 
     def recycle(self):
-        """What is pending in all processes goes into every process's bank, in the order of ranks: all must come here."""
-        parts = [self.pending]
+        """What is pending in all processes goes into every bank, in the order of ranks: a collective."""
+        batches = self.pending
         if torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, self.pending)
-        for seed, errors in sum(parts, []):
-            self.push(np.random.default_rng([seed, 1]), *errors)
+            gathered = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, self.pending)
+            batches = sum(gathered, [])
+        for found in batches:
+            self.push(found)
         self.pending = []
 
-    def draw(self, rng, kind, level=None):
-        """One error (3, c, h, w) of bank `kind` (0 latents, 1 noise), at a level or any; zeros where there is none yet."""
-        filled = self.count[kind].nonzero()[:, 0].tolist() if level is None else [level] * bool(self.count[kind, level])
+    def draw(self, rng, half, level=None):
+        """One error (3, c, h, w), at a level of the bank or (None) at any; zeros where there is none yet."""
+        filled = self.count[half].nonzero()[:, 0].tolist()
+        if level is not None:
+            filled = [level] if level in filled else []
         if not filled:
             return torch.zeros(self.errors.shape[3:])
         level = filled[int(rng.integers(len(filled)))]
         scale = rng.uniform(1 - MODULATION, 1 + MODULATION)
-        return self.errors[kind, level, int(rng.integers(int(self.count[kind, level])))].float() * scale
+        place = int(rng.integers(int(self.count[half, level])))
+        return self.errors[half, level, place].float() * scale
 
-    def inject(self, rng, context, x0, noise, t, sink=CHUNK, p=1 - CLEAN):
+    def inject(self, rng, context, x0, noise, t, p=INJECTED):
         """
-        context, x0, noise (b, f, c, h, w), t (b,) -> the three with errors added, and (b,) bool: was this sample chosen?
-        Every three latents of the context get an error of their own, the first `sink` with half the chance: drift is
-        everywhere, an anchor is sometimes clean. rng serves nothing else, so p = 0 is plain fine-tuning bit for bit.
+        context, x0, noise  (b, f, c, h, w), t (b,)
+        rng                 serves nothing else, so p = 0 is plain fine-tuning bit for bit
+        returns             the three with errors added, and (b,) bool: was this sample chosen?
         """
         context, x0, noise = context.clone(), x0.clone(), noise.clone()
         chosen = torch.from_numpy(rng.random(len(t)) < p)
         levels = self.bucket(t).tolist()
         for i in chosen.nonzero()[:, 0].tolist():
-            in_context, in_latent, in_noise = rng.random(3) < (CONTEXT, LATENT, NOISE)
-            for at in range(0, context.shape[1], CHUNK) if in_context else ():
-                if at >= sink or rng.random() < .5:
-                    part = context[i, at:at + CHUNK]
-                    part += self.draw(rng, 0)[:len(part)].to(part)
+            in_context, in_latents, in_noise = rng.random(3) < (CONTEXT_CHANCE, LATENT_CHANCE, NOISE_CHANCE)
+            # into the past: of any level, an error of its own every three latents
+            if in_context:
+                for at in range(0, context.shape[1], CHUNK):
+                    if at >= CHUNK or rng.random() < SINK_CHANCE:
+                        chunk = context[i, at:at + CHUNK]
+                        chunk += self.draw(rng, OF_LATENTS)[:len(chunk)].to(chunk)
+            # into what will be noised, and into the noise: of the level at which the sample is noised
             for at in range(0, x0.shape[1], CHUNK):
-                if in_latent:
-                    x0[i, at:at + CHUNK] += self.draw(rng, 0, levels[i]).to(x0)
+                if in_latents:
+                    x0[i, at:at + CHUNK] += self.draw(rng, OF_LATENTS, levels[i]).to(x0)
                 if in_noise:
-                    noise[i, at:at + CHUNK] += self.draw(rng, 1, levels[i]).to(noise)
+                    noise[i, at:at + CHUNK] += self.draw(rng, OF_NOISE, levels[i]).to(noise)
         return context, x0, noise, chosen
 
 
-def errors_of(v, v_star, t):
-    """
-    One-step residuals of latents and noise: -t (v - v*), (1 - t)(v - v*). Taken from v, not from x0 - truth: after an
-    injection that difference would hold the injected error again, and errors would pile up in the bank.
-    """
-    off, t = (v - v_star).float(), t[:, None, None, None, None]
-    return -t * off, (1 - t) * off
+# ---- the update: adds to .grad, and leaves the step to the optimizer ---------------------------------------
 
-
-def teacher_loss(net, bank, rng, context, x0, noise, t, text, grid, p=1 - CLEAN, watched=None, weight=0.):
+def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJECTED,
+                 probe=None, probe_weight=0.):
     """
-    Flow matching on the target given the context. context (b, n, c, h, w), x0 and noise (b, f, c, h, w), t (b,) levels;
-    watched, weight as in flow.flow_matching_loss
-    returns  (b,) losses, and what bank.push takes. The network sees perturbed latents; v* = noise~ - x0 has the clean x0,
-             or it would learn to reproduce errors. p = 0 or an empty bank: plain fine-tuning.
+    Flow matching on the target given the context, with errors in what the network sees. Its own errors wait
+    in bank.pending.
+    context              (b, n, c, h, w)
+    x0, noise            (b, f, c, h, w), t (b,) noise levels
+    features             text features (b, m, text_dim)
+    p                    share of the samples that get errors; p = 0 or an empty bank: plain fine-tuning
+    probe, probe_weight  as in flow.flow_matching_loss
+    returns              loss
     """
-    seen, x0_seen, noise_seen, chosen = bank.inject(rng, context, x0, noise, t, p=p)
-    at = t[:, None].expand(-1, x0.shape[1])
-    v = predict_velocity(net, seen, add_noise(x0_seen, noise_seen, at), at, text, grid)
-    v_star = noise_seen - x0
-    return flow_matching_loss(v, v_star, at, watched, weight), (t, *errors_of(v.detach(), v_star, t), chosen)
+    rng = np.random.default_rng([seed, 0])
+    context, x0_seen, noise, injected = bank.inject(rng, context, x0, noise, t, p)
+    level = t[:, None].expand(x0.shape[:2])
+    xt = add_noise(x0_seen, noise, level)
+    v = predict_velocity(net, context, xt, level, net.text(features), grid)
+    v_star = noise - x0  # the clean x0
+    loss = flow_matching_loss(v, v_star, level, probe, probe_weight).mean()
+    loss.backward()
+    of_latents, of_noise = residuals(v.detach(), v_star, t)
+    bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
+    return loss.item()
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    bank, rng, t = ErrorBank((16, 4, 8)), np.random.default_rng(0), torch.full((2,), .7)
-    print(f"error bank: {bank.errors.nbytes / 2 ** 20:.0f} MiB at most, {tuple(bank.errors.shape)}")
-    x0 = torch.randn(2, 21, 16, 4, 8)
-    bank.push(rng, t, *errors_of(x0 + .1, x0, t), torch.tensor([True, True]))
-    context, _, _, chosen = bank.inject(rng, x0, x0, x0, t, p=1)
-    print("moved context latents by", (context - x0)[0].mean((1, 2, 3)).numpy().round(3))
+    # A "network" that predicts a velocity 0.5 too high, whatever it sees: from the second batch on its errors
+    # come back in what it sees, and its distance to the clean target stays what it was.
+    class Biased(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor(.5))
+            self.config = type("", (), {"dim": 32, "heads": 1})
+
+        def text(self, features):
+            return features
+
+        def forward(self, x, t, text, rope, prefix):
+            context, target = x.split([prefix, x.shape[1] - prefix], dim=1)
+            print(f"    sees a context of {context.mean():.3f}, a target of {target.mean():.3f};", end=" ")
+            return x * 0 - 1 + self.bias, None
+
+    bank = ErrorBank((16, 4, 8))
+    net = Biased()
+    ones = torch.ones(1, 21, 16, 4, 8)
+    t = torch.tensor([.5])
+    print("context and x0 are 1, noise is 0, t = 0.5: x_t is 0.5, and v* = noise - x0 is -1")
+    for batch in range(4):
+        print(f"batch {batch}, {int(bank.count.sum())} errors in the bank:")
+        loss = teacher_step(net, bank, batch, ones, ones, 0 * ones, t, None, (2, 4), p=1)
+        print(f"its v is off v* by {loss ** .5:.3f}")
+        bank.recycle()

@@ -367,17 +367,16 @@ def stage_bidirectional(s):
         context, x0 = taken(s, latents, which, src), taken(s, latents, which, frames_from(chunk, erft.TARGET))
         t, noise = shifted(torch.rand(s.batch), s.shift).to(s.device), torch.randn(x0.shape, device=s.device)
         with s.autocast:
-            text = dit.text(told(which) if chosen["text"] else s.features([""] * s.batch))
+            features = told(which) if chosen["text"] else s.features([""] * s.batch)
             if bank is None:
                 at = t[:, None].expand(x0.shape[:2])
-                v = erft.predict_velocity(dit, context, add_noise(x0, noise, at), at, text, s.grid)
+                v = erft.predict_velocity(dit, context, add_noise(x0, noise, at), at, dit.text(features), s.grid)
                 return F.mse_loss(v, noise - x0), {}
             seed = int(rng.integers(2 ** 62))
             weight = HEADING["teacher"] * chosen["context"]
-            loss, found = erft.teacher_loss(dit, bank, np.random.default_rng([seed, 0]), augment_context_noise(context, s.context_noise),
-                                            x0, noise, t, text, s.grid, s.cfg.errors, watched, weight)
-        bank.pending.append((seed, [z.detach().cpu() for z in found]))
-        return loss.mean(), {"errors": float(bank.count.sum())}
+            context = augment_context_noise(context, s.context_noise)
+            loss = erft.teacher_step(dit, bank, seed, context, x0, noise, t, features, s.grid, s.cfg.errors, watched, weight)
+        return None, {"loss": loss, "errors": float(bank.count.sum())}
 
     sampler = Sampler(steps=50 if s.cfg.wan else 16, shift=s.shift, renoise=False)
     return Stage({s.part: dit}, choose, [(s.part, loss_of)], sampler, bank=bank)
@@ -392,7 +391,7 @@ def stage_dmd(s):
     watched = directions(s, s.part in HEADING)
 
     def choose(shared, done):
-        most = TARGET if first else dmd.longest(done, FIRST, LAST, s.ramp)
+        most = TARGET if first else dmd.longest_rollout(done, FIRST, LAST, s.ramp)
         return {"r": int(shared.integers(len(levels))), "L": most if first else int(shared.integers(FIRST, most + 1))}
 
     def rollout(rng, chosen):
@@ -406,43 +405,45 @@ def stage_dmd(s):
                 roll = Rollout(student, student.text(chosen["features"]), policy, s.grid, pool=sampler.pool)
                 chosen["trace"] = dmd.rollout(roll, levels, chosen["r"], lambda chunk, step: draw_noise(
                     seeds, chunk, step, (CHUNK, *s.latent), s.device), chosen["L"], TARGET)
-        trace = chosen["trace"]
-        context = trace.context if s.cfg.teacher_context == "memory" else trace.context[:, :0]
+            if s.cfg.teacher_context == "none":
+                chosen["trace"].context = chosen["trace"].context[:, :0]
+        video = chosen["trace"]
         t = dmd.score_level(torch.rand(s.batch), sampler.shift).to(s.device)
-        return trace, context, chosen["features"], t, torch.randn(trace.x.shape, device=s.device)
+        return video, chosen["features"], t, torch.randn(video.x.shape, device=s.device)
 
-    def critic_loss(rng, chosen):
-        trace, context, text, t, noise = rollout(rng, chosen)
-        at = t[:, None].expand(trace.x.shape[:2])
+    def critic_step(rng, chosen):
+        video, features, t, noise = rollout(rng, chosen)
         with s.autocast:
-            v = erft.predict_velocity(critic, context, add_noise(trace.x, noise, at), at, critic.text(text), s.grid)
-        error = (t[:, None, None, None, None] * (v - (noise - trace.x))).pow(2).mean((1, 2, 3, 4)).detach()
-        loss = dmd.critic_loss(v, trace.x, noise) if watched is None else flow_matching_loss(
-            v, noise - trace.x, at, watched, HEADING["teacher"]).mean()
-        return loss, dmd.by_level("fake", error, t)
+            loss, error = dmd.critic_step(critic, features, video, t, noise, s.grid, watched, HEADING["teacher"])
+        return None, {"critic_loss": loss} | by_level("fake", error, t)
 
-    def student_loss(rng, chosen):
-        trace, context, text, t, noise = rollout(rng, chosen)
-
-        def x0_of(net, features):
-            told = net.text(features)
-            return dmd.predict_x0(lambda xt, at: erft.predict_velocity(net, context, xt, at, told, s.grid), trace.x, t, noise)
-        with torch.no_grad(), s.autocast:
-            fake, real = x0_of(critic, text), x0_of(teacher, text)
-            if s.cfg.wan:
-                real = guide(real, x0_of(teacher, s.features([NEGATIVE] * s.batch)), GUIDANCE[s.part])
-        gradient, norm = dmd.dmd_gradient(trace.x, fake, real)
-        if watched is not None:  # as in flow.flow_matching_loss, whose mean is over all numbers of a latent
-            along = gradient.flatten(2) @ watched.T @ watched * watched.shape[1]
-            gradient = gradient + HEADING[s.part] * along.view_as(gradient)
+    def student_step(rng, chosen):
+        video, features, t, noise = rollout(rng, chosen)
+        guidance, negative = (GUIDANCE[s.part], s.features([NEGATIVE] * s.batch)) if s.cfg.wan else (1., None)
         with s.autocast:
-            dmd.backward(trace, lambda: student.text(text), gradient / gradient.numel() / s.cfg.accumulate)
-        off = (trace.x - real).pow(2).mean((1, 2, 3, 4))
-        return None, {"r": chosen["r"], "L": chosen["L"], "norm": norm.mean().item(), "std": trace.x.std().item(),
-                      **dmd.kept_and_oldest(trace.roll, chosen["kinds"]), **dmd.by_level("real", off, t)}
+            norm, error = dmd.student_step(student, teacher, critic, features, video, t, noise, s.grid, guidance, negative,
+                                           watched, HEADING.get(s.part, 0.))
+        return None, {"r": chosen["r"], "L": chosen["L"], "norm": norm.mean().item(), "std": video.x.std().item(),
+                      **kept_and_oldest(video.rollout, chosen["kinds"]), **by_level("real", error, t)}
 
-    losses = [("critic", critic_loss)] * CRITIC_PASSES + [(s.part, student_loss)]
+    losses = [("critic", critic_step)] * CRITIC_PASSES + [(s.part, student_step)]
     return Stage({s.part: student, "critic": critic}, choose, losses, sampler, teacher)
+
+
+def by_level(name, error, t):
+    """error, t (b,) -> dict: mean error in each quarter of the noise levels that was drawn, name_0 (little noise) .. name_3"""
+    return {f"{name}_{i}": error[some].mean().item() for i in range(4) if (some := (4 * t).long() == i).any()}
+
+
+def kept_and_oldest(roll, kinds):
+    """
+    What a finished rollout's memory did: kinds, a name a video, of its motion
+    returns  dict: kept_KIND, share of the tested chunks that surprised; oldest, mean age of the oldest keyframe in s, if any
+    """
+    keeps = torch.stack(roll.kept, 1).float()[:, ::roll.memory.policy.interval].mean(1).tolist()
+    found = {kind: [keep for keep, k in zip(keeps, kinds) if k == kind] for kind in kinds}
+    ages = [(roll.chunk * CHUNK - roll.memory.slow.frame[:, 0]).float().mean().item() / 4] if roll.memory.slow else []
+    return {f"kept_{kind}": sum(some) / len(some) for kind, some in found.items()} | {"oldest": age for age in ages}
 
 
 # ---- the loop: one for all parts ------------------------------------------------------------------------------------------
@@ -513,10 +514,12 @@ def make_update(s, stage, movers, step):
             torch.manual_seed(int(rng.integers(2 ** 62)))
             loss, found = loss_of(rng, chosen[micro])
             if loss is not None:
-                (loss / s.cfg.accumulate).backward()
+                loss.backward()
                 found[critic + "loss"] = loss.item()
-                total += loss.item()
+            total += found.get(critic + "loss", 0.)
             numbers |= found
+        for p in mover.params:
+            local(p.grad).div_(s.cfg.accumulate)
         for p in mover.uncut if s.processes > 1 else ():  # the others' gradients are averaged as they are cut
             p.grad = all_sum(p.grad) / s.processes
         norm = clip_gradients(mover.params, s.clip if student_passes else 1.0)
