@@ -497,194 +497,333 @@ def test_recaching_keeps_frames_and_latents_when_slow_memory_is_in_use():
         close(got, want, 1e-5)
 
 
-# ---- distillation and the teacher ---------------------------------------------------------------------------------------
+# ---- distillation: DMD and its contextual form -------------------------------------------------------------
 
 def test_golden_dmd_gradient_loss_and_critic():
     c, _, given, want = golden("flow")
     given = {k[4:]: v for k, v in given.items() if k.startswith("dmd.")}
     want = {k.removeprefix("dmd."): v for k, v in want.items()}
     n, x = c["num_train_timesteps"], given["generated"]
+    # noise levels, and the official table of 1,000 of them
     t = flow.shifted(given["t_raw"].double() / n, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
     close((t * n).float(), want["t"].float(), 2e-2)
     assert torch.equal(dmd.score_level(given["t_raw"].double() / n, c["timestep_shift"]), t)
     sigmas = torch.tensor(flow.schedule(int(n), c["shift"]), dtype=torch.float64).float()
-    t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]  # the official table of 1,000 levels
+    t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]
     close(flow.add_noise(x, given["noise"], t), want["noisy"], 2e-5)
-    mask = given["mask"] > .5
-
-    def check(w_fake, suffix):
-        real = flow.guide(given["x0_real_cond"], given["x0_real_uncond"], 1 + c["real_guidance_scale"])
-        fake = flow.guide(given["x0_fake_cond"], given["x0_fake_uncond"], 1 + w_fake)
-        if not w_fake:  # theirs is cond when it is 0
-            fake = given["x0_fake_cond"]
-        grad, _ = dmd.dmd_gradient(x, fake, real)
-        close(grad, want[f"grad{suffix}"], 2e-5)
-        for m, name in ((None, suffix), (mask, "_masked")) if not suffix else ((None, suffix),):
-            leaf = x.clone().requires_grad_()
-            loss = dmd.dmd_loss(leaf, grad, m)
-            loss.backward()
-            assert abs(loss.item() / want[f"loss{name}"].item() - 1) <= 1e-5
-            close(leaf.grad, want[f"dloss_dgenerated{name}"], 2e-5)
-    check(c["fake_guidance_scale"], "")
-    check(c["fakecfg_scale"], "_fakecfg")
+    # the gradient, with and without guidance of the fake score (theirs is the conditional where the weight is 0)
+    real = flow.guide(given["x0_real_cond"], given["x0_real_uncond"], 1 + c["real_guidance_scale"])
+    for weight, suffix in ((c["fake_guidance_scale"], ""), (c["fakecfg_scale"], "_fakecfg")):
+        fake = flow.guide(given["x0_fake_cond"], given["x0_fake_uncond"], 1 + weight)
+        gradient, _ = dmd.dmd_gradient(x, fake if weight else given["x0_fake_cond"], real)
+        close(gradient, want[f"grad{suffix}"], 2e-5)
+        close(gradient / gradient.numel(), want[f"dloss_dgenerated{suffix}"], 2e-5)
+        assert .5 * gradient.double().square().mean() == pytest.approx(want[f"loss{suffix}"].item(), rel=1e-5)
     close(dmd.dmd_gradient(x, x, x)[0], want["grad_all_equal"], 0)
+    # the critic's loss
     v = flow.v_from_x0(want["noisy"], given["x0_fake_cond"], t)
-    assert abs(dmd.critic_loss(v, x, given["noise"]).item() / want["critic.loss"].item() - 1) <= 1e-5
+    loss = flow.flow_matching_loss(v, given["noise"] - x, t).mean()
+    assert loss.item() == pytest.approx(want["critic.loss"].item(), rel=1e-5)
 
 
-def student_trace(net, text, chunks=9, target=4, exit_step=1, policy=PRESETS["slowfast"]):
-    shape = (3, net.config.channels, 4, 4)
+EVERY_CHUNK = replace(PRESETS["slowfast"], tau=1.)
+LEVELS = flow.schedule(4, 5.)
 
-    def fresh(chunk, step):
-        return draw_noise([1, 2], chunk, step, shape)
-    return dmd.rollout(Rollout(net, text, policy, (2, 2)), flow.schedule(4, 5.), exit_step, fresh, chunks, target), fresh
+
+def fresh_noise(chunk, step):
+    return draw_noise([1, 2], chunk, step, (3, 16, 4, 4))
+
+
+def student_video(net, text, chunks=9, policy=PRESETS["slowfast"]):
+    """A rollout of two videos, its last four chunks the target, stopped at the second of four steps."""
+    return dmd.rollout(Rollout(net, text, policy, (2, 2)), LEVELS, 1, fresh_noise, chunks, 4)
+
+
+def student_video_in_one_graph(net, features, chunks):
+    """The same written plainly, with a graph through the exit step of every target chunk -> (b, f, c, h, w)"""
+    text, xs = net.text(features), []
+    roll = Rollout(net, [(k.detach(), v.detach()) for k, v in text], EVERY_CHUNK, (2, 2))
+    for i in range(chunks):
+        memory, rope = roll.read_context()
+        x, levels = fresh_noise(i, 0), LEVELS if i < chunks - 4 else LEVELS[:2]
+        for step, level in enumerate(levels):
+            t = torch.full(x.shape[:2], level)
+            with torch.set_grad_enabled(i >= chunks - 4 and step == 1):
+                x0 = x - level * net(x, t, text, rope, memory)[0]
+            if step + 1 < len(levels):
+                x = flow.add_noise(x0, fresh_noise(i, step + 1), torch.full_like(t, levels[step + 1]))
+        roll.append(x0.detach())
+        xs.append(x0)
+    return torch.cat(xs[-4:], dim=1)
+
+
+def plain_velocity(net, features, context, xt, t):
+    """v of the target with an attention mask in full: context sees context, the target sees all."""
+    n, f = context.shape[1], xt.shape[1]
+    mask = torch.ones(len(xt), n + f, n + f, dtype=torch.bool)
+    mask[:, :n, n:] = False
+    rope = rope_cos_sin(torch.arange(n + f), 2, 2, net.config.dim // net.config.heads)
+    level = torch.cat([torch.zeros(len(xt), n), t[:, None].expand(len(xt), f)], 1)
+    return net(torch.cat([context, xt], 1), level, net.text(features), rope, mask=mask)[0][:, n:]
+
+
+def gradients(net):
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return found
+
+
+def same_gradients(got, want, rtol=1e-4):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= rtol * want[name].norm() + 1e-9, name
+        assert want[name].abs().sum() > 0, name
 
 
 def test_rollout_follows_algorithm_1():
     net = random_dit()
-    text, calls = random_text(net, 2), []
-    net.register_forward_pre_hook(lambda module, args: calls.append((args[1][0, 0].item(), torch.is_grad_enabled())))
-    trace, _ = student_trace(net, text)
-    levels = flow.schedule(4, 5.)
-    before, inside = [*levels, 0.], [*levels[:2], 0.]  # every chunk before the target in full, then up to the exit; clean pass
-    assert [t for t, _ in calls] == pytest.approx(before * 5 + inside * 4) and not any(g for _, g in calls)
-    held = frames_in_memory(PRESETS["slowfast"], torch.stack(trace.roll.kept, 1).cpu(), evict_first=False)[5]
-    assert trace.context.shape[1] == held.shape[1] == 15 and trace.x.shape[1] == 12
-    assert len(trace.cells) == 15 + 12  # what is kept for the backward pass does not grow with the rollout
-    assert len(student_trace(net, text, 20)[0].cells) == len(student_trace(net, text, 30)[0].cells) == 21 + 12
+    calls = []
+    net.register_forward_pre_hook(lambda m, args: calls.append((args[1][0, 0].item(), torch.is_grad_enabled())))
+    video = student_video(net, random_text(net, 2))
+    # every chunk before the target in full, then up to the exit step; a clean pass after each; never a graph
+    assert [t for t, _ in calls] == pytest.approx([*LEVELS, 0.] * 5 + [*LEVELS[:2], 0.] * 4)
+    assert not any(graph for _, graph in calls)
+    keep = torch.stack(video.rollout.kept, 1)
+    held = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[5]
+    assert torch.equal(video.entries.frame[:, :15], held) and video.context.shape[1] == 15
+    assert torch.equal(video.context, video.entries.latent[:, :15])
+    assert torch.equal(video.x, video.entries.latent[:, 15:])
+    assert [exit.t.unique().item() for exit in video.exits] == pytest.approx([LEVELS[1]] * 4)
+
+
+def test_what_a_rollout_keeps_for_the_backward_pass_does_not_grow_with_its_length():
+    net = random_dit()
+    text = random_text(net, 2)
+    assert [len(student_video(net, text, chunks).entries) for chunks in (20, 30)] == [21 + 12] * 2
 
 
 @pytest.mark.parametrize("chunks", [4, 9, 13])
 def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
-    net = random_dit().requires_grad_()
-    features = noise(2, net.config.text_len, net.config.text_dim)
-    with torch.no_grad():
-        trace, fresh = student_trace(net, net.text(features), chunks, policy=replace(PRESETS["slowfast"], tau=1.))
-    g, levels = noise(*trace.x.shape, seed=3), flow.schedule(4, 5.)
-    dmd.backward(trace, lambda: net.text(features), g)
-    two_pass = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    text = net.text(features)
-    roll, xs = Rollout(net, [(k.detach(), v.detach()) for k, v in text], replace(PRESETS["slowfast"], tau=1.), (2, 2)), []
-    for i in range(chunks):
-        memory, rope = roll.read_context()
-        inside = i >= chunks - 4
-
-        def predict(x, level):
-            t = torch.full(x.shape[:2], level)
-            with torch.set_grad_enabled(inside and level == levels[1]):
-                return net(x, t, text, rope, memory)[0]
-        x0, _ = flow.denoise(predict, fresh(i, 0), levels[:2] if inside else levels, lambda step: fresh(i, step))
-        roll.append(x0.detach())
-        xs += [x0] * inside
-    x = torch.cat(xs, 1)
-    close(x.detach(), trace.x, 1e-5)
-    x.backward(g)
-    for (name, p), again in zip(net.named_parameters(), two_pass):
-        assert (p.grad - again).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
-        assert again.abs().sum() > 0, name
+    net, features = random_dit().requires_grad_(), noise(2, 20, 64)
+    video = student_video(net, net.text(features), chunks, EVERY_CHUNK)
+    gradient = noise(*video.x.shape, seed=3)
+    dmd.backward(video, features, gradient)
+    two_passes = gradients(net)
+    x = student_video_in_one_graph(net, features, chunks)
+    close(x.detach(), video.x, 1e-5)
+    x.backward(gradient)
+    same_gradients(two_passes, gradients(net), 1e-5)
 
 
 def test_rollouts_grow_linearly():
-    assert [dmd.longest(s, 14, 40, 500) for s in (0, 10, 250, 500, 900)] == [14, 14, 27, 40, 40]
+    assert [dmd.longest_rollout(s, 14, 40, 500) for s in (0, 10, 250, 500, 900)] == [14, 14, 27, 40, 40]
 
 
-def test_teacher_equal_to_critic_gives_no_gradient_and_different_ones_do():
-    net, other = random_dit(), random_dit(1)
-    text, grid = random_text(net, 2), (2, 2)
-    x, context, e = noise(2, 6, 16, 4, 4), noise(2, 3, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
-    t = torch.tensor([.3, .8])
+def test_noise_levels_of_the_scores_are_shifted_and_end_at_2_and_98_percent():
+    t = dmd.score_level(torch.tensor([0., .001, .5, .999]), 5.)
+    assert t.tolist() == pytest.approx([.02, .02, 5 * .5 / 3, .98])
 
-    def x0_of(n):
-        return dmd.predict_x0(lambda xt, at: erft.predict_velocity(n, context, xt, at, text, grid), x, t, e)
+
+def score_inputs(net):
+    """What critic_step and student_step take: a video of `net`, with a context, noise levels and noise."""
+    features = noise(2, 20, 64)
+    video = student_video(net, net.text(features), policy=EVERY_CHUNK)
+    return features, video, torch.tensor([.3, .8]), noise(*video.x.shape, seed=5)
+
+
+PROBE = F.normalize(noise(2, 256, seed=8), dim=1)
+
+
+@pytest.mark.parametrize("probe", [None, PROBE])
+def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context(probe):
+    student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
+    features, video, t, eps = score_inputs(student)
+    loss, error = dmd.critic_step(critic, features, video, t, eps, (2, 2), probe, 3.)
+    got, at = gradients(critic), t[:, None, None, None, None]
+    assert not gradients(student)
+    v = plain_velocity(critic, features, video.context, (1 - at) * video.x + at * eps, t)
+    off = v - (eps - video.x)
+    want = off.square().mean()
+    if probe is not None:
+        want = want + 3 * ((at * off).flatten(2) @ probe.T).square().sum(-1).mean()
+    want.backward()
+    same_gradients(got, gradients(critic))
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    assert torch.allclose(error, (at * off).square().mean((1, 2, 3, 4)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance, probe", [(1., None), (3., None), (1., PROBE)])
+def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance, probe):
+    """Eq. 6 in one graph: d/dtheta of sum(x * stopped gradient) is what the two passes add up to."""
+    student, teacher, critic = (random_dit(i).requires_grad_() for i in range(3))
+    features, video, t, eps = score_inputs(student)
+    other = noise(2, 20, 64, seed=9)
+    norm, error = dmd.student_step(student, teacher, critic, features, video, t, eps, (2, 2), guidance, other,
+                                   probe, 3.)
+    got, at = gradients(student), t[:, None, None, None, None]
+    assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
-        assert dmd.dmd_gradient(x, x0_of(net), x0_of(net))[0].abs().max() == 0
-        assert dmd.dmd_gradient(x, x0_of(other), x0_of(net))[0].abs().mean() > .01
+        xt = (1 - at) * video.x + at * eps
+        fake, real, away = (xt - at * plain_velocity(net, words, video.context, xt, t)
+                            for net, words in ((critic, features), (teacher, features), (teacher, other)))
+        real = away + guidance * (real - away)
+        scale = (video.x - real).abs().mean((1, 2, 3, 4))
+        gradient = (fake - real) / scale[:, None, None, None, None]
+        if probe is not None:  # the gradient of a mean over 256 numbers, against a sum over 2 directions
+            gradient = gradient + 3 * 256 * (gradient.flatten(2) @ probe.T @ probe).view_as(gradient)
+    x = student_video_in_one_graph(student, features, 9)
+    (x * gradient).mean().backward()
+    same_gradients(got, gradients(student))
+    assert torch.allclose(norm, scale, rtol=1e-4)
+    assert torch.allclose(error, (video.x - real).square().mean((1, 2, 3, 4)), rtol=1e-4)
+
+
+def test_a_critic_that_equals_the_teacher_gives_no_gradient():
+    student, teacher = random_dit().requires_grad_(), random_dit(1)
+    features, video, t, eps = score_inputs(student)
+    dmd.student_step(student, teacher, teacher, features, video, t, eps, (2, 2))
+    assert all(g.abs().max() == 0 for g in gradients(student).values())
 
 
 def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
-    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: m and s arrive, and KL only falls on the way."""
+    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: both arrive, and KL only falls on the way."""
     torch.manual_seed(0)
     m, s, kl = torch.tensor(-1., requires_grad=True), torch.tensor(1.5, requires_grad=True), []
     optimizer = torch.optim.SGD([m, s], lr=.05)
+
+    def posterior_mean(mean, std, xt, t):
+        gain = (1 - t) * std ** 2 / ((1 - t) ** 2 * std ** 2 + t ** 2)
+        return mean + gain * (xt - (1 - t) * mean)
+
     for _ in range(300):
         x = (m + s * torch.randn(4096)).view(-1, 1, 1, 1, 1)
-        t, e = dmd.score_level(torch.rand(len(x)), 1.), torch.randn_like(x)
-
-        def posterior(mean, std):
-            def predict(xt, at):
-                at = at[..., None, None, None]
-                gain = (1 - at) * std ** 2 / ((1 - at) ** 2 * std ** 2 + at ** 2)
-                return (xt - (mean + gain * (xt - (1 - at) * mean))) / at
-            return predict
-        fake, real = (dmd.predict_x0(posterior(*z), x.detach(), t, e) for z in ((m.detach(), s.detach()), (1., .5)))
+        t = dmd.score_level(torch.rand(len(x)), 1.).view(-1, 1, 1, 1, 1)
+        xt = (1 - t) * x.detach() + t * torch.randn_like(x)
+        fake, real = posterior_mean(m.detach(), s.detach(), xt, t), posterior_mean(1., .5, xt, t)
+        gradient, _ = dmd.dmd_gradient(x.detach(), fake, real)
         optimizer.zero_grad()
-        dmd.dmd_loss(x, dmd.dmd_gradient(x.detach(), fake, real)[0]).backward()
+        x.backward(gradient / gradient.numel())
         optimizer.step()
         kl.append((torch.log(.5 / s) + (s ** 2 + (m - 1) ** 2) / (2 * .25) - .5).item())
     assert abs(m.item() - 1) < .05 and abs(s.item() - .5) < .05 and kl[-1] < .01
     assert all(after <= before + .02 for before, after in zip(kl, kl[10:]))
 
 
+# ---- the teacher and its errors ------------------------------------------------------------------------------
+
 def test_context_frames_see_only_context_and_the_target_sees_all():
-    net = random_dit()
-    text = random_text(net, 1)
-    context, xt, t = noise(1, 5, 16, 4, 4), noise(1, 6, 16, 4, 4, seed=2), torch.full((1, 6), .6)
-    rope, level = rope_cos_sin(torch.arange(11), 2, 2, net.config.dim // net.config.heads), torch.cat([torch.zeros(1, 5), t], 1)
-    mask = torch.ones(1, 11, 11, dtype=torch.bool)
-    mask[:, :5, 5:] = False
-    want = net(torch.cat([context, xt], 1), level, text, rope, mask=mask)[0][:, 5:]
-    close(erft.predict_velocity(net, context, xt, t, text, (2, 2)), want, 1e-5)
+    net, features = random_dit(), noise(1, 20, 64)
+    context, xt, t = noise(1, 5, 16, 4, 4), noise(1, 6, 16, 4, 4, seed=2), torch.tensor([.6])
+    v = erft.predict_velocity(net, context, xt, t[:, None].expand(1, 6), net.text(features), (2, 2))
+    close(v, plain_velocity(net, features, context, xt, t), 1e-5)
 
 
-def small_bank(n=4):
-    bank, rng = erft.ErrorBank((16, 4, 4), size=n), np.random.default_rng(5)
-    x0 = noise(2, 6, 16, 4, 4)
-    for t in (.1, .5, .9):
-        bank.push(rng, torch.full((2,), t), *erft.errors_of(x0 + noise(2, 6, 16, 4, 4, seed=8), x0, torch.full((2,), t)),
-                  torch.tensor([True, True]))
-    return bank
+def test_residuals_are_the_errors_of_predicted_latents_and_predicted_noise():
+    v, v_star, x0 = (noise(2, 3, 16, 4, 4, seed=i) for i in range(3))
+    t = torch.tensor([.2, .7])
+    at, eps = t[:, None, None, None, None], x0 + v_star
+    xt = (1 - at) * x0 + at * eps
+    of_latents, of_noise = erft.residuals(v, v_star, t)
+    close(of_latents, (xt - at * v) - x0, 1e-5)
+    close(of_noise, (xt + (1 - at) * v) - eps, 1e-5)
 
 
-def test_error_bank_identities_levels_and_bounds():
-    v, v_star, x0, t = noise(2, 3, 16, 4, 4), noise(2, 3, 16, 4, 4, seed=2), noise(2, 3, 16, 4, 4, seed=4), torch.tensor([.2, .7])
-    at = t[:, None].expand(2, 3)
-    e = x0 + v_star
-    xt = flow.add_noise(x0, e, at)
-    error_x, error_noise = erft.errors_of(v, v_star, t)
-    close(error_x, flow.x0_from_v(xt, v, at) - x0, 1e-5)       # -t (v - v*) is the error of predicted latents ...
-    close(error_noise, xt + (1 - at)[..., None, None, None] * v - e, 1e-5)   # ... and (1 - t)(v - v*) that of predicted noise
-    bank = small_bank()
+def batch_of_errors(samples=1, t=.5, injected=True, value=1., seed=0):
+    """Residuals of one chunk a sample, all of one value: that of noise is the negative."""
+    error = torch.full((samples, 3, 16, 4, 4), value)
+    return erft.Residuals(seed, torch.full((samples,), t), error, -error, torch.full((samples,), injected))
+
+
+def test_the_bank_sorts_errors_by_the_nearest_noise_level():
+    bank = erft.ErrorBank((16, 4, 4), size=4)
     assert bank.bucket(torch.tensor([1., .02, .625])).tolist() == [0, 49, 37]
-    filled = bank.count.nonzero().tolist()
-    assert {level for _, level in filled} == set(bank.bucket(torch.tensor([.1, .5, .9])).tolist())
-    assert bank.count.max() == 4 and bank.errors.shape[2] == 4  # two samples of two chunks: full, then replaced
+    bank.push(batch_of_errors(t=.625, value=2.))
+    assert bank.count.nonzero().tolist() == [[erft.OF_LATENTS, 37], [erft.OF_NOISE, 37]]
+    assert bank.errors[erft.OF_LATENTS, 37, 0].unique().item() == 2
+    assert bank.errors[erft.OF_NOISE, 37, 0].unique().item() == -2
     again = erft.ErrorBank((16, 4, 4), size=4)
     again.load_state_dict(bank.state_dict())
     assert torch.equal(again.errors, bank.errors) and torch.equal(again.count, bank.count)
 
 
-def test_error_injection_is_off_at_p_0_rare_in_the_sink_and_never_in_the_target():
-    bank, x = small_bank(), torch.zeros(512, 21, 16, 4, 4)
-    x0, t = torch.zeros(512, 6, 16, 4, 4), torch.full((512,), .5)
-    assert all(torch.equal(a, b) for a, b in zip(bank.inject(np.random.default_rng(0), x, x0, x0, t, p=0)[:3], (x, x0, x0)))
-    context, latent, e, chosen = bank.inject(np.random.default_rng(0), x, x0, x0, t)
+def test_a_full_bank_stays_as_large_as_it_is_and_replaces_at_random():
+    bank, order = erft.ErrorBank((16, 4, 4), size=4), []
+    level = bank.bucket(torch.tensor([.5])).item()
+    for i in range(24):
+        bank.push(batch_of_errors(value=float(i + 1), seed=i))
+        order.append((bank.errors[erft.OF_LATENTS, level, :, 0, 0, 0, 0] == i + 1).nonzero().item())
+    assert order[:4] == [0, 1, 2, 3] and bank.count.max() == 4
+    assert set(order[4:]) == {0, 1, 2, 3} and order[4:8] != [0, 1, 2, 3]
+
+
+def test_a_tenth_of_the_samples_without_errors_and_all_the_others_fill_the_bank():
+    bank = erft.ErrorBank((16, 4, 4), size=1000)
+    bank.push(batch_of_errors(samples=500, injected=True))
+    assert bank.count.max() == 500
+    bank.push(batch_of_errors(samples=500, injected=False))
+    assert 30 < bank.count.max() - 500 < 70
+
+
+def test_errors_go_into_half_of_the_samples_and_seldom_into_the_sink_or_the_noise():
+    bank, x, t = erft.ErrorBank((16, 4, 4), size=4), torch.zeros(512, 21, 16, 4, 4), torch.full((512,), .5)
+    bank.push(batch_of_errors())
+    context, latents, eps, chosen = bank.inject(np.random.default_rng(0), x, x[:, :6], x[:, :6], t)
     hit = (context != 0).flatten(2).any(2).float()
-    assert abs(chosen.float().mean() - .5) < .07 and not hit[~chosen].any()
+    assert abs(chosen.float().mean() - .5) < .07 and not hit[~chosen].any() and not latents[~chosen].any()
     assert abs(hit[chosen][:, 3:].mean() - .9) < .05 and abs(hit[chosen][:, :3].mean() - .45) < .07
-    assert abs((latent[chosen] != 0).flatten(1).any(1).float().mean() - .9) < .05
-    assert (e != 0).flatten(1).any(1).float().mean() < .03
-    net = random_dit()
-    text, given = random_text(net, 2), (noise(2, 3, 16, 4, 4), noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3))
-    t = torch.tensor([.5, .9])
-    with torch.no_grad():
-        plain, _ = erft.teacher_loss(net, bank, np.random.default_rng(1), *given, t, text, (2, 2), p=0)
-        empty, _ = erft.teacher_loss(net, erft.ErrorBank((16, 4, 4)), np.random.default_rng(1), *given, t, text, (2, 2), p=1)
-        loss, (_, error_x, _, _) = erft.teacher_loss(net, bank, np.random.default_rng(1), *given, t, text, (2, 2), p=1)
-        at = t[:, None].expand(2, 6)
-        v = erft.predict_velocity(net, given[0], flow.add_noise(given[1], given[2], at), at, text, (2, 2))
-    assert torch.equal(plain, (v - (given[2] - given[1])).pow(2).mean((1, 2, 3, 4))) and torch.equal(plain, empty)
-    assert not torch.equal(loss, plain)
+    assert abs((latents[chosen] != 0).flatten(1).any(1).float().mean() - .9) < .05
+    assert 0 < (eps != 0).flatten(1).any(1).float().mean() < .03
+    scales = context[context != 0]
+    assert .7 <= scales.min() < .75 and 1.25 < scales.max() <= 1.31 and (x == 0).all()
+
+
+def test_latents_and_noise_get_errors_of_their_own_level_and_the_context_of_any(monkeypatch):
+    monkeypatch.setattr(erft, "NOISE_CHANCE", 1.)
+    bank, x = erft.ErrorBank((16, 4, 4), size=4), torch.zeros(64, 6, 16, 4, 4)
+    bank.push(batch_of_errors(t=.9))
+    context, latents, eps, _ = bank.inject(np.random.default_rng(0), x, x, x, torch.full((64,), .5), p=1)
+    assert context.any() and not latents.any() and not eps.any()
+    context, latents, eps, _ = bank.inject(np.random.default_rng(0), x, x, x, torch.full((64,), .9), p=1)
+    assert latents.max() > 0 >= latents.min() - 1.31 and eps.max() < 0
+
+
+def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatch):
+    monkeypatch.setattr(erft, "NOISE_CHANCE", 1.)
+    net, features, bank = random_dit().requires_grad_(), noise(2, 20, 64), erft.ErrorBank((16, 4, 4), size=4)
+    t, context = torch.tensor([.5, .9]), noise(2, 6, 16, 4, 4)
+    x0, eps = noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
+    for level in (.5, .9):
+        bank.push(batch_of_errors(t=level))
+    loss = erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), 1., PROBE, 3.)
+    got, at = gradients(net), t[:, None, None, None, None]
+    rng = np.random.default_rng([7, 0])
+    seen, x0_seen, eps_seen, injected = bank.inject(rng, context, x0, eps, t, p=1)
+    assert all(torch.any(a != b) for a, b in ((seen, context), (x0_seen, x0), (eps_seen, eps)))
+    v = plain_velocity(net, features, seen, (1 - at) * x0_seen + at * eps_seen, t)
+    off = v - (eps_seen - x0)
+    want = off.square().mean() + 3 * ((at * off).flatten(2) @ PROBE.T).square().sum(-1).mean()
+    want.backward()
+    same_gradients(got, gradients(net))
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    found, = bank.pending
+    close(found.latent, (-at * off).detach(), 1e-4)
+    close(found.noise, ((1 - at) * off).detach(), 1e-4)
+    assert found.injected.all() and found.seed == 7
+
+
+@pytest.mark.parametrize("filled, p", [(True, 0.), (False, 1.)])
+def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, p):
+    net, features, bank = random_dit().requires_grad_(), noise(2, 20, 64), erft.ErrorBank((16, 4, 4), size=4)
+    t, context = torch.tensor([.5, .9]), noise(2, 6, 16, 4, 4)
+    x0, eps = noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
+    if filled:
+        bank.push(batch_of_errors())
+    erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), p)
+    got, level = gradients(net), t[:, None].expand(2, 6)
+    v = erft.predict_velocity(net, context, flow.add_noise(x0, eps, level), level, net.text(features), (2, 2))
+    flow.flow_matching_loss(v, eps - x0, level).mean().backward()
+    want = gradients(net)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 # ---- training layout ---------------------------------------------------------------------------------------------------
@@ -814,12 +953,12 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_run_goes_on_as_if_nothing
     go, out = small_training
     words = ["--stage", "2", "--updates", "3", "--batch", "2"]
     go(*words, out=out / "whole")
-    backward, calls = dmd.backward, []
+    step, calls = dmd.student_step, []
 
     def killed(*a):
         calls.append(os.kill(os.getpid(), signal.SIGTERM)) if not calls else None
-        backward(*a)
-    monkeypatch.setattr(dmd, "backward", killed)
+        return step(*a)
+    monkeypatch.setattr(dmd, "student_step", killed)
     with pytest.raises(SystemExit) as stopped:
         go(*words)
     assert stopped.value.code == 143 and [f.name for f in (out / "stage2").glob("step_*")] == ["step_000001"]
@@ -908,12 +1047,14 @@ def test_two_processes_equal_one_that_accumulates_two_batches(stage, small_train
 @pytest.mark.parametrize("which", ["critic", "student"])
 def test_a_critic_or_a_student_that_breaks_alone_stops_the_run_after_ten(which, small_training, monkeypatch):
     go, out = small_training
-    if which == "critic":
-        loss = dmd.critic_loss
-        monkeypatch.setattr(dmd, "critic_loss", lambda *a: loss(*a) * float("inf"))
-    else:
-        backward = dmd.backward
-        monkeypatch.setattr(dmd, "backward", lambda trace, text, gradient: backward(trace, text, gradient * float("nan")))
+    name = f"{which}_step"
+    step = getattr(dmd, name)
+
+    def broken(net, *rest):
+        numbers = step(net, *rest)
+        next(net.parameters()).grad.fill_(float("nan"))
+        return numbers
+    monkeypatch.setattr(dmd, name, broken)
     with pytest.raises(SystemExit, match="not finite"):
         go("--stage", "1", "--updates", "12", "--batch", "1")
 
@@ -1059,8 +1200,8 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     prompts.write_text("a calm sea\n\na storm rises\n")
     run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
     train_words = [*size, out, "--updates", "2", "--data"]
-    guide, decode = train.guide, WanVAE.decode
-    monkeypatch.setattr(train, "guide", lambda cond, uncond, w: weights.append(w) or guide(cond, uncond, w))
+    guide, decode = dmd.guide, WanVAE.decode
+    monkeypatch.setattr(dmd, "guide", lambda cond, uncond, w: weights.append(w) or guide(cond, uncond, w))
     monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))  # strips take half the time
     random = ["--wan", "random:32x1", "--size", "32x32", "--out", raw.parent / "random"]
     run_script(data, monkeypatch, *random, "--videos", videos)  # ar from the clips, then ode from their captions

@@ -54,7 +54,7 @@ from causal import clips, directions, frames_from, taken
 from config import BadInput, has_bf16, one_of, parse, pick_device, run
 from data import Clips
 from evaluate import conditions, gates, held_out, probe
-from flow import (Rollout, Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, generate, guide, schedule,
+from flow import (Rollout, Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, generate, schedule,
                   shifted)
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
