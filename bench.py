@@ -28,7 +28,7 @@ def flops(config, h, w, held):
         net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
         text = [(torch.empty(1, config.text_len, config.heads, d),) * 2] * config.layers
         net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, rope_cos_sin(torch.arange(3), h // p, w // q, d),
-            [(old, old)] * config.layers if held else None)
+            [(old, [old])] * config.layers if held else None)
     return count.get_total_flops()
 
 

@@ -201,7 +201,7 @@ class Rollout:
         seen = CHUNK + sum(len(segment) for segment in self.memory.segments())
         is_full = seen == policy.sink + policy.slow + policy.fast
         net = self.compiled if self.compiled is not None and is_full else self.net
-        return net(x, t, text or self.text, rope, memory, tables=modulation)
+        return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
     def entries(self, frame, x0, kv):
         """Frame numbers (b, 3), latents (b, 3, c, h, w), (keys, values) of the clean pass -> Entries"""

@@ -138,7 +138,7 @@ def test_golden_causal_dit_with_cache(which):
         seen = None
         if held is not None:
             old = rope_of(net, held.frame[0], x[i])
-            seen = [(apply_rope(k.flatten(1, 2), old), v.flatten(1, 2)) for k, v in zip(held.keys, held.values)]
+            seen = [(apply_rope(k.flatten(1, 2), old), [v.flatten(1, 2)]) for k, v in zip(held.keys, held.values)]
         frames = torch.arange(start, start + chunk)
         v, kv = net(x[i], given[f"t{i}"] / 1000, text, rope_of(net, frames, x[i]), seen)
         close(frames_first(v), want[f"{which}.call{i}"], 2e-5)
@@ -146,7 +146,7 @@ def test_golden_causal_dit_with_cache(which):
         made = Entries(frames[None], None, keys, values)
         if i == c["num_clean_chunks"] - 1:
             k0 = torch.cat([seen[0][0], apply_rope(kv[0][0], rope_of(net, frames, x[i]))], 1) if seen else apply_rope(kv[0][0], rope_of(net, frames, x[i]))
-            v0 = torch.cat([seen[0][1], kv[0][1]], 1) if seen else kv[0][1]
+            v0 = torch.cat([*seen[0][1], kv[0][1]], 1) if seen else kv[0][1]
             close(k0, want[f"{which}.cache_k0"][:, :k0.shape[1]], 2e-5)
             close(v0, want[f"{which}.cache_v0"][:, :v0.shape[1]], 2e-5)
 
@@ -329,7 +329,7 @@ class Echo:
     """A stand-in network whose keys are its input: how like the one before a chunk is can be written by hand."""
     config = replace(tiny_dit, dim=16, heads=1)
 
-    def __call__(self, x, t, text, rope, memory=None, tables=None):
+    def __call__(self, x, t, text, rope, memory=None, modulation=None):
         keys = x[..., 0, 0][:, :, None]  # one token a latent
         return x, [(keys, keys)]
 
