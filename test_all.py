@@ -181,18 +181,40 @@ def test_golden_text_encoder_and_position_buckets():
     assert torch.equal(bucket(given["rel_offset"].long(), c["num_buckets"]), want["rel_bucket"].long())
 
 
+def in_pieces(decode, latents, size):
+    """A video decoded `size` latents at a time."""
+    past = None
+    parts = []
+    for piece in latents.split(size, dim=1):
+        frames, past = decode(piece, past)
+        parts.append(frames)
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
 def test_golden_tiny_autoencoder_encodes_decodes_and_streams():
     c, weights, given, want = golden("tae")
-    tae = load_state_dict_strict(TAE(TAEConfig(c["encoder_width"], tuple(c["decoder_widths"]), c["latent_channels"])), weights).eval()
-    with torch.no_grad():
-        close(tae.run(tae.encoder, given["video"], None)[0], want["encoded"], 1e-4)
-        close(tae.run(tae.decoder, given["latent"], None)[0][:, c["frames_to_trim"]:], want["decoded_raw"], 1e-4)
-        close(tae.decode(given["latent"])[0] * .5 + .5, want["decoded"], 1e-4)
-        past, parts = None, []
-        for z in given["latent"].split(1, dim=1):
-            frames, past = tae.decode(z, past)
-            parts.append(frames * .5 + .5)
-    close(torch.cat(parts, 1), want["decoded"], 1e-4)
+    config = TAEConfig(c["encoder_width"], tuple(c["decoder_widths"]), c["latent_channels"])
+    tae = load_state_dict_strict(TAE(config), weights)
+    close(tae.encode_frames(given["video"]), want["encoded"], 1e-4)
+    raw, _ = tae.run(tae.decoder, given["latent"], None)
+    close(raw[:, c["frames_to_trim"]:], want["decoded_raw"], 1e-4)
+    for size in (1, 2, 3, 99):
+        close(in_pieces(tae.decode, given["latent"], size) * .5 + .5, want["decoded"], 1e-4)
+
+
+@torch.no_grad()
+def test_golden_wan_autoencoder_encodes_decodes_and_streams():
+    """decode() clamps to [-1, 1], the golden does not."""
+    c, weights, given, want = golden("wan_vae")
+    vae = WanVAE(WanVAEConfig(c["dim"], tuple(c["dim_mult"]), c["z_dim"], c["num_res_blocks"]))
+    load_state_dict_strict(vae, weights)
+    assert torch.equal(MEAN.flatten(), torch.tensor(c["mean"])) and torch.equal(STD.flatten(), torch.tensor(c["std"]))
+    close(frames_first(vae.encode(frames_first(given["video"]))), want["latent"], 1e-4)
+    for latent, video in ((want["latent"], want["decoded"]), (given["latent2"], want["decoded2"])):
+        for size in (1, 2, 3, 99):
+            frames = in_pieces(vae.decode, frames_first(latent), size)
+            close(frames_first(frames), video.clamp(-1, 1), 1e-4)
 
 
 def test_golden_schedule_noise_and_velocity():
@@ -227,9 +249,73 @@ def keys(net):
 
 def test_golden_names_and_shapes_of_the_full_size_networks():
     with torch.device("meta"):
-        nets = {"keys_1_3B": DiT(DiTConfig()), "keys_umt5_xxl": TextEncoder(TextConfig()), "keys_tae": TAE(TAEConfig())}
+        nets = {"keys_1_3B": DiT(DiTConfig()), "keys_umt5_xxl": TextEncoder(TextConfig()),
+                "keys_tae": TAE(TAEConfig()), "keys_vae": WanVAE(WanVAEConfig())}
     for name, net in nets.items():
         assert keys(net) == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
+
+
+# ---- autoencoders: a video may come in pieces ---------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [9, 10, 11, 12])
+def test_the_tiny_autoencoder_repeats_the_last_frame_until_4_divides_their_number(frames):
+    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
+    video = torch.rand(2, frames, 3, 16, 24)
+    full = torch.cat([video, *[video[:, -1:]] * (12 - frames)], dim=1)
+    latents = tae.encode_frames(video)
+    assert latents.shape == (2, 3, 16, 2, 3) and torch.equal(latents, tae.encode_frames(full))
+
+
+@torch.no_grad()
+def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypatch):
+    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
+    video = torch.rand(1, 45, 3, 16, 24) * 2 - 1
+    whole = tae.encode(video)
+    assert whole.shape[1] == 12
+    # the first latent is of the first frame alone
+    close(tae.encode(video[:, :1]), whole[:, :1], 1e-6)
+    # the fourth of the frames 9..12, whatever follows
+    close(tae.encode(video[:, :13]), whole[:, :4], 1e-6)
+    monkeypatch.setattr("vae.PIECE", 0)
+    close(tae.encode(video), whole, 1e-6)
+
+
+@torch.no_grad()
+def test_streamed_decoding_equals_whole_decoding_in_pieces_of_any_size():
+    tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
+    latents = noise(1, 12, 16, 4, 8)
+    whole, _ = tae.decode(latents)
+    assert whole.shape == (1, 1 + 4 * 11, 3, 32, 64)
+    for size in (1, 2, 3, 5):
+        close(in_pieces(tae.decode, latents, size), whole, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_wans_autoencoder_goes_on_from_a_deque_or_a_list_of_what_it_remembers(blocks):
+    vae = WanVAE(WanVAEConfig(4, blocks=blocks))
+    levels = [len(vae.encoder.downsamples), len(vae.decoder.upsamples)]
+    assert levels == [4 * blocks + 3, 4 * (blocks + 1) + 3]
+    latents = torch.randn(1, 5, 16, 2, 2)
+    whole, _ = vae.decode(latents)
+    for size in (1, 2):
+        close(in_pieces(vae.decode, latents, size), whole, 1e-5)
+    _, past = vae.decode(latents[:, :2])
+    saved = list(past)
+    for _ in range(2):  # a list is left as it is
+        close(vae.decode(latents[:, 2:], saved)[0], whole[:, 5:], 1e-5)
+    _, now = vae.decode(latents[:, 2:3], past)
+    assert now is past  # a deque goes on
+    close(vae.decode(latents[:, 3:], past)[0], whole[:, 9:], 1e-5)
+
+
+def test_autoencoders_refuse_sizes_that_they_cannot_encode():
+    with pytest.raises(ValueError, match="24x20"):
+        TAE(TAEConfig(8, (16, 12, 8, 8))).encode(torch.zeros(1, 1, 3, 20, 24))
+    for frames, height, width in ((10, 16, 16), (9, 20, 16), (9, 16, 20)):
+        with pytest.raises(ValueError, match=f"{frames} frames of {width}x{height}: give 1 . 4n frames"):
+            WanVAE(WanVAEConfig(4)).encode(torch.zeros(1, frames, 3, height, width))
 
 
 # ---- rope, memory, flow: a bounded KV cache, and the one rollout that reads it -----------------------------
@@ -1266,19 +1352,6 @@ def shipped_rollout(captions, policy=PRESETS["slowfast"]):
 CAPTIONS = ["Sand. The camera turns left, one turn in 9 seconds.", "Snow. The camera looks 90 degrees to the right and back, every 5 seconds."]
 
 
-def test_streamed_decoding_equals_whole_decoding_in_pieces_of_any_size():
-    tae, z = shipped()[2], noise(1, 12, 16, 4, 8)
-    with torch.no_grad():
-        whole = tae.decode(z)[0]
-        assert whole.shape[1] == 1 + 4 * 11
-        for piece in (1, 2, 3, 5):
-            past, parts = None, []
-            for part in z.split(piece, dim=1):
-                frames, past = tae.decode(part, past)
-                parts.append(frames)
-            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
-
-
 def through_autoencoder(frames):
     with torch.no_grad():
         tae = shipped()[2]
@@ -1938,31 +2011,6 @@ def test_videos_are_made_once_and_all_tables_come_from_the_csv(tmp_path, monkeyp
 
 
 # ---- the full-size model -------------------------------------------------------------------------------------------------
-
-def test_golden_wan_autoencoder_encodes_decodes_and_streams():
-    """33 % of the golden pixels lie outside [-1, 1]: compared after the clamp that decode() does and the golden does not."""
-    c, weights, given, want = golden("wan_vae")
-    vae = load_state_dict_strict(WanVAE(WanVAEConfig(c["dim"], tuple(c["dim_mult"]), c["z_dim"])), weights).eval()
-    assert list(MEAN) == c["mean"] and list(STD) == c["std"]
-    with torch.no_grad():
-        close(frames_first(vae.encode(frames_first(given["video"]))), want["latent"], 1e-4)
-        for z, name in ((want["latent"], "decoded"), (given["latent2"], "decoded2")):
-            z, whole = frames_first(z), want[name].clamp(-1, 1)
-            assert .3 < (want[name].abs() < 1).float().mean() < 1
-            close(frames_first(vae.decode(z)[0]), whole, 1e-4)
-            for piece in (1, 2, 3):
-                past, parts = None, []
-                for part in z.split(piece, dim=1):
-                    frames, past = vae.decode(part, past)
-                    parts.append(frames)
-                close(frames_first(torch.cat(parts, 1)), whole, 1e-4)
-
-
-def test_names_and_shapes_of_wans_autoencoder():
-    with torch.device("meta"):
-        vae = WanVAE(WanVAEConfig())
-    assert keys(vae) == json.loads((HERE / "golden" / "keys_vae.json").read_text()) and len(keys(vae)) == 194
-
 
 def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_step_that_waits_for_data():
     """

@@ -1,13 +1,21 @@
 """
-The tiny video autoencoder (TAE): 4 frames of 8x8 pixels <-> one latent of 16 channels, as in Wan's own
-(wan_vae.py).
+The tiny video autoencoder (TAE): 4 frames of 8x8 pixels <-> one latent of 16 channels, like Wan's own
+(wan_vae.py) with a tenth of its parameters.
 
-Every layer is a 2-D convolution; time enters in two ways. A MemBlock sees each frame beside the frame before
-it, so the network is causal and all that it must remember to go on is one feature map a block. Fold lays two
-frames into channels, and back. Decoding in pieces of any size is therefore the same computation as decoding
-at once.
+Every layer is a 2-D convolution over single frames; time enters in two ways. A MemBlock sees each frame
+beside the one before it. TPool lays two frames into channels and makes one of them, TGrow makes two of one.
+No layer looks ahead, so a video may come in pieces: all that goes from one piece to the next is the state, a
+list with the last frame that went into each MemBlock.
 
-    python vae.py              # prints sizes, and that streamed decoding equals whole decoding
+    one MemBlock       piece 1                piece 2
+    its input          a    b    c            d    e    f          zeros stand before a video
+    it sees           0|a  a|b  b|c          c|d  d|e  e|f
+    state                        [c] -------> c         [f] -----> for piece 3
+
+The first latent of a video is one frame: encode() puts three copies in front of it, decode() drops three
+frames.
+
+    python vae.py              # frames of the small world and what the shipped autoencoder makes of them
 
 References: TAEHV (github.com/madebyollin/taehv, MIT), variant taew2_1: same layers, names and numbers, tested
 on golden vectors. The small world uses it at small width, trained by train.py --stage vae.
@@ -17,8 +25,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
+
+# pixels that are encoded at once: a clip of 832x480 would not fit
+PIECE = 2 ** 24
 
 
 @dataclass
@@ -36,29 +47,40 @@ def conv(c_in, c_out, stride=1, bias=True):
 
 
 class MemBlock(nn.Module):
-    """Residual block over a frame and the frame before it. x (b, f, c, h, w), past (b, c, h, w): the frame before x."""
+    """Residual block over a frame and the one before it."""
     def __init__(self, c):
         super().__init__()
-        self.conv = nn.Sequential(conv(2 * c, c), nn.ReLU(), conv(c, c), nn.ReLU(), conv(c, c))
+        first = [conv(2 * c, c), nn.ReLU()]
+        self.conv = nn.Sequential(*first, conv(c, c), nn.ReLU(), conv(c, c))
 
     def forward(self, x, past):
+        """x (b, f, c, h, w), past (b, c, h, w) the frame before x -> (b, f, c, h, w)"""
         before = torch.cat([past[:, None], x[:, :-1]], dim=1)
         both = rearrange(torch.cat([x, before], dim=2), "b f c h w -> (b f) c h w")
         out = F.relu(self.conv(both) + rearrange(x, "b f c h w -> (b f) c h w"))
-        return rearrange(out, "(b f) c h w -> b f c h w", b=x.shape[0])
+        return rearrange(out, "(b f) c h w -> b f c h w", b=len(x))
 
 
-class Fold(nn.Module):
-    """`stride` frames -> one or, to grow, one -> `stride`: a 1x1 convolution, those frames stacked in channels."""
-    def __init__(self, c, stride, grow=False):
+class TPool(nn.Module):
+    """`stride` frames -> one."""
+    def __init__(self, c, stride):
         super().__init__()
-        self.stride, self.grow = stride, grow
-        self.conv = nn.Conv2d(c, c * stride, 1, bias=False) if grow else nn.Conv2d(c * stride, c, 1, bias=False)
+        self.stride = stride
+        self.conv = nn.Conv2d(c * stride, c, 1, bias=False)
 
     def forward(self, x):
-        if self.grow:
-            return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
         return self.conv(rearrange(x, "(n s) c h w -> n (s c) h w", s=self.stride))
+
+
+class TGrow(nn.Module):
+    """One frame -> `stride` frames."""
+    def __init__(self, c, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(c, c * stride, 1, bias=False)
+
+    def forward(self, x):
+        return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
 
 
 class SoftClamp(nn.Module):
@@ -70,64 +92,103 @@ class TAE(nn.Module):
     def __init__(self, config: TAEConfig):
         super().__init__()
         self.config = config
-        e, d = config.encoder, config.decoder
-        layers = [conv(3, e), nn.ReLU()]
+        # encoder: space halved three times, time twice
+        c = config.encoder
+        layers = [conv(3, c), nn.ReLU()]
         for stride in (2, 2, 1):
-            layers += [Fold(e, stride), conv(e, e, stride=2, bias=False), MemBlock(e), MemBlock(e), MemBlock(e)]
-        self.encoder = nn.Sequential(*layers, conv(e, config.channels))
-        layers = [SoftClamp(), conv(config.channels, d[0]), nn.ReLU()]
-        for i, stride in enumerate((1, 2, 2)):
-            layers += [MemBlock(d[i]), MemBlock(d[i]), MemBlock(d[i]), nn.Upsample(scale_factor=2), Fold(d[i], stride, grow=True),
-                       conv(d[i], d[i + 1], bias=False)]
-        self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(d[3], 3))
+            layers += [TPool(c, stride), conv(c, c, stride=2, bias=False)]
+            layers += [MemBlock(c) for _ in range(3)]
+        self.encoder = nn.Sequential(*layers, conv(c, config.channels))
+        # decoder: the way back
+        widths = config.decoder
+        layers = [SoftClamp(), conv(config.channels, widths[0]), nn.ReLU()]
+        for c, c_next, stride in zip(widths, widths[1:], (1, 2, 2)):
+            layers += [MemBlock(c) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=2), TGrow(c, stride), conv(c, c_next, bias=False)]
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], 3))
 
     @staticmethod
     def run(layers, x, past):
         """
-        x     (b, f, c, h, w)
-        past  None at the start of a video, else what the last call returned: one feature map a MemBlock
-        returns  (b, f', c', h', w'), past
+        layers   the encoder or the decoder
+        x        (b, f, c, h, w)
+        past     None at the start of a video, else the state that the last call returned
+        returns  (b, f', c', h', w'), state
         """
-        b, last = x.shape[0], []
-        x = rearrange(x, "b f c h w -> (b f) c h w").to(next(layers.parameters()).dtype)
+        b = len(x)
+        state = []
+        x = rearrange(x, "b f c h w -> (b f) c h w").to(layers[-1].weight.dtype)
         for layer in layers:
-            if isinstance(layer, MemBlock):
-                x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
-                before = torch.zeros_like(x[:, 0]) if past is None else past[len(last)]
-                last.append(x[:, -1])
-                x = rearrange(layer(x, before), "b f c h w -> (b f) c h w")
-            else:
+            if not isinstance(layer, MemBlock):
                 x = layer(x)
-        return rearrange(x, "(b f) c h w -> b f c h w", b=b), last
+                continue
+            x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
+            before = torch.zeros_like(x[:, 0]) if past is None else past[len(state)]
+            # what the next piece needs: a copy, because a view would hold all of x
+            state.append(x[:, -1].clone())
+            x = rearrange(layer(x, before), "b f c h w -> (b f) c h w")
+        return rearrange(x, "(b f) c h w -> b f c h w", b=b), state
+
+    def encode_frames(self, frames):
+        """
+        frames   (b, f, 3, h, w) in [0, 1]; the last one is repeated until 4 divides their number
+        returns  (b, n, 16, h / 8, w / 8), a latent for every 4 frames
+        """
+        b, f, c, h, w = frames.shape
+        if h % 8 or w % 8:
+            raise ValueError(f"frames of {w}x{h}: give sides that 8 divides")
+        # TAEHV's rule for an end that fills no latent
+        fill = repeat(frames[:, -1], "b c h w -> b f c h w", f=-f % 4)
+        frames = torch.cat([frames, fill], dim=1)
+        # piece by piece
+        latents = []
+        state = None
+        together = max(12, PIECE // (h * w) // 4 * 4)
+        for piece in frames.split(together, dim=1):
+            z, state = self.run(self.encoder, piece, state)
+            latents.append(z)
+        return torch.cat(latents, dim=1)
 
     def encode(self, video):
         """
-        video    (b, 1 + 4 (n - 1), 3, h, w) in [-1, 1]; the first frame is repeated three times in front
+        video    (b, 1 + 4 (n - 1), 3, h, w) in [-1, 1]
         returns  (b, n, 16, h / 8, w / 8) latents of about zero mean and unit variance
         """
-        b, f, c, h, w = video.shape
-        if (f - 1) % 4 or h % 8 or w % 8:
-            raise ValueError(f"cannot encode {f} frames of {w}x{h}: give 1 + 4n frames and sides that 8 divides")
-        video, latents, past = torch.cat([video[:, :1].expand(-1, 3, -1, -1, -1), video], dim=1), [], None
-        for piece in video.split(max(12, 2 ** 24 // (h * w) // 4 * 4), dim=1):  # a clip at 832x480 would not fit at once
-            z, past = self.run(self.encoder, piece * 0.5 + 0.5, past)
-            latents.append(z)
-        return torch.cat(latents, dim=1)
+        # the first latent is one frame
+        copies = repeat(video[:, 0], "b c h w -> b 3 c h w")
+        return self.encode_frames(torch.cat([copies, video], dim=1) * .5 + .5)
 
     def decode(self, latents, past=None):
         """
         latents  (b, n, 16, h, w)
-        past     None for the start of a video: its first 3 frames are copies and dropped; else the state
-                 returned before
-        returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], and the state to go on with
+        past     None at the start of a video, else the state that was returned before
+        returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1] float32, and the state to go on with
         """
-        video, state = self.run(self.decoder, latents, past)
-        video = video.float().clamp(0, 1) * 2 - 1
-        return (video[:, 3:] if past is None else video), state
+        frames, state = self.run(self.decoder, latents, past)
+        video = frames.float().clamp(0, 1) * 2 - 1
+        if past is None:
+            video = video[:, 3:]
+        return video, state
 
 
 if __name__ == "__main__":
-    tae, z = TAE(tiny_tae).requires_grad_(False), torch.randn(1, 6, 16, 4, 8)
-    whole, (head, past) = tae.decode(z)[0], tae.decode(z[:, :2])
-    print(f"{sum(p.numel() for p in tae.parameters()):,} parameters; latents {tuple(z.shape)} -> video {tuple(whole.shape)}; "
-          f"streamed - whole: {(torch.cat([head, tae.decode(z[:, 2:], past)[0]], 1) - whole).abs().max():.1e}")
+    from pathlib import Path
+
+    import imageio.v3 as iio
+    from safetensors.torch import load_file
+
+    from world import HELD_OUT, WorldSpec, clip
+
+    tae = TAE(tiny_tae).requires_grad_(False)
+    tae.load_state_dict(load_file(Path(__file__).parent / "weights" / "vae.safetensors"))
+    rows = []
+    for seed in range(HELD_OUT, HELD_OUT + 4):
+        video = torch.from_numpy(clip(WorldSpec(seed), 0, 81))
+        latents = tae.encode(video[None] * 2 - 1)
+        copy = tae.decode(latents)[0][0] * .5 + .5
+        psnr = -10 * (copy - video).square().mean().log10()
+        print(f"world {seed}: {video.numel():,} numbers -> {latents.numel():,} and back at {psnr:.1f} dB")
+        rows += [rearrange(frames[::16], "f c h w -> h (f w) c") for frames in (video, copy)]
+    Path("out").mkdir(exist_ok=True)
+    iio.imwrite("out/vae.png", torch.cat(rows).mul(255).round().byte())
+    print("out/vae.png: a frame a second of each world, its copy below")

@@ -1,27 +1,45 @@
 """
-Wan's video autoencoder: 4 frames of 8x8 pixels <-> one latent of 16 channels, of which the first stands for
-one frame.
+Wan's video autoencoder: a video's first frame <-> one latent, every 4 frames after it <-> one more. A latent
+has 16 channels, and one place for 8x8 pixels.
 
-It convolves over time and space and never looks ahead: each convolution remembers its last two frames.
-Decoding in pieces of any size is therefore the same computation as decoding at once.
+It convolves over time and space and never looks ahead: a convolution over time sees a frame and the two
+before it. So a video may come in pieces, and the memory it takes does not grow with its length: encode() goes
+through 1, 4, 4, ... frames, decode() through one latent after another. Each convolution over time remembers
+its last input frames:
+
+    one convolution    piece n - 1        piece n            piece n + 1
+    its input           .. a  b           c  d  e  f          g  h  i  j
+    remembered             [a b] -------> in front            [e f] -----> in front
+    it sees                              [a b] c d e f                    [e f] g h i j
+    its output                     of abc, bcd, cde, def          of efg, fgh, ghi, hij
+
+What all of them remember is the state: a deque, one slot a convolution in the order in which they run, None
+where a video starts. A convolution takes its slot from the front and puts the new one at the back, so after
+each piece the slots stand in order again:
+
+    [A B C]  A runs ->  [B C A']  B runs ->  [C A' B']  C runs ->  [A' B' C']  for the next piece
+
+    python wan_vae.py          # decodes one latent after another, beside decoding at once
 
 Reference: the VAE of Wan 2.1 (arXiv 2503.20314; names and shapes of its 194 tensors), tested on golden
 vectors.
-Leaves out: the log-variance of Wan's encoder (latents are its mean).
+Leaves out: the log-variance that Wan's encoder also makes (latents are the mean, not a sample).
 """
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-MEAN = (-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508, .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503,
-        -.2921)
-STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251,
-       1.9160)
+# of Wan's latents, one a channel: what a DiT sees is (latent - MEAN) / STD
+MEAN = torch.tensor([-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
+                     .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921])[:, None, None]
+STD = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160])[:, None, None]
+# the three steps from a resolution to the next coarser one halve space; which of them halve time, too?
+HALVES_TIME = (False, True, True)
 
 
 @dataclass
@@ -29,31 +47,45 @@ class WanVAEConfig:
     dim: int = 96               # channels at full resolution
     mult: tuple = (1, 2, 4, 4)  # of dim, at the four resolutions, fine to coarse
     channels: int = 16          # latent channels
+    blocks: int = 2             # residual blocks at a resolution; the decoder has one more
 
 
-@lru_cache
-def scaling(device):
-    """Mean and standard deviation of Wan's latents, (16, 1, 1) each: copied to a device once."""
-    return [torch.tensor(z, device=device)[:, None, None] for z in (MEAN, STD)]
+def each_frame(layers, x):
+    """2-D layers on each frame of x (b, c, f, h, w)."""
+    frames = layers(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=len(x))
 
 
 class CausalConv(nn.Conv3d):
-    """
-    Convolution over time that sees a frame and the two before it. x (b, c, f, h, w). state, here and below: a
-    deque with one entry a layer that remembers, None at the start of a video; a layer takes its own from the
-    front and puts the new one at the back, so after a pass they stand in order again.
-    """
+    """Convolution over 3 frames, the newest last; zeros stand before a video. x (b, c, f, h, w)"""
     def __init__(self, c_in, c_out, space=3, stride=1):
-        super().__init__(c_in, c_out, (3, space, space), stride=(stride, 1, 1), padding=(0, space // 2, space // 2))
+        padding = (0, space // 2, space // 2)
+        super().__init__(c_in, c_out, (3, space, space), stride=(stride, 1, 1), padding=padding)
+        self.keep = 3 - stride  # frames to remember
 
     def forward(self, x, state):
-        past, keep = state.popleft(), 3 - self.stride[0]
-        x = F.pad(x, (0, 0, 0, 0, keep, 0)) if past is None else torch.cat([past, x], dim=2)
-        state.append(x[:, :, -keep:].clone())  # a view would hold all of x
+        # what was remembered, in front
+        past = state.popleft()
+        if past is None:
+            x = F.pad(x, (0, 0, 0, 0, self.keep, 0))
+        else:
+            x = torch.cat([past, x], dim=2)
+        # what to remember: a copy, because a view would hold all of x
+        state.append(x[:, :, -self.keep:].clone())
         return super().forward(x)
 
 
+class CausalSequential(nn.Sequential):
+    """Layers after one another, of which some remember."""
+    def forward(self, x, state):
+        for layer in self:
+            remembers = isinstance(layer, (CausalConv, CausalSequential, ResidualBlock, Downsample, Upsample))
+            x = layer(x, state) if remembers else layer(x)
+        return x
+
+
 class ChannelNorm(nn.Module):
+    """RMS norm over the channels of each pixel."""
     def __init__(self, c, axes=3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(c, *[1] * axes))
@@ -62,119 +94,179 @@ class ChannelNorm(nn.Module):
         return F.normalize(x, dim=1) * len(self.gamma) ** .5 * self.gamma
 
 
-def through(layers, x, state):
-    """x through layers of which some remember."""
-    for layer in layers:
-        x = layer(x, state) if isinstance(layer, (CausalConv, ResidualBlock, Resample)) else layer(x)
-    return x
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.residual = nn.Sequential(ChannelNorm(c_in), nn.SiLU(), CausalConv(c_in, c_out), ChannelNorm(c_out), nn.SiLU(),
-                                      nn.Identity(), CausalConv(c_out, c_out))  # the identity stands where dropout was
+        # the identity stands where Wan was trained with dropout
+        self.residual = CausalSequential(
+            ChannelNorm(c_in), nn.SiLU(), CausalConv(c_in, c_out),
+            ChannelNorm(c_out), nn.SiLU(), nn.Identity(), CausalConv(c_out, c_out))
         self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, state):
-        return self.shortcut(x) + through(self.residual, x, state)
+        return self.shortcut(x) + self.residual(x, state)
 
 
 class FrameAttention(nn.Module):
     """One head over the pixels of each frame. x (b, c, f, h, w)"""
     def __init__(self, c):
         super().__init__()
-        self.norm, self.to_qkv, self.proj = ChannelNorm(c, 2), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        self.norm = ChannelNorm(c, axes=2)
+        self.to_qkv = nn.Conv2d(c, 3 * c, 1)
+        self.proj = nn.Conv2d(c, c, 1)
 
     def forward(self, x):
-        frames = self.norm(rearrange(x, "b c f h w -> (b f) c h w"))
-        q, k, v = rearrange(self.to_qkv(frames), "n (s c) h w -> s n 1 (h w) c", s=3)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[-2])
-        return x + rearrange(self.proj(y), "(b f) c h w -> b c f h w", b=len(x))
+        return x + each_frame(self.attend, x)
+
+    def attend(self, x):
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (s c) h w -> s n 1 (h w) c", s=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[-2]))
 
 
-class Resample(nn.Module):
-    """
-    Space by 2, up or down, and time by 2 where `time`. A video's first frame is neither joined nor doubled:
-    it passes time by, and on the way up the frames after it do not even see it (zeros stand in its place).
-    """
-    def __init__(self, c, up, time):
+class Downsample(nn.Module):
+    """Half as high and as wide and, where `time`, one frame of two; a video's first frame stays one."""
+    def __init__(self, c, time):
         super().__init__()
-        self.up = up  # down: padded on the right and at the bottom only
-        self.resample = nn.Sequential(*[nn.Upsample(scale_factor=2), nn.Conv2d(c, c // 2, 3, padding=1)] if up else
-                                      [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)])
-        self.time_conv = (CausalConv(c, 2 * c, 1) if up else CausalConv(c, c, 1, stride=2)) if time else None
-
-    def space(self, x):
-        return rearrange(self.resample(rearrange(x, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", b=len(x))
+        # padded on the right and at the bottom only
+        pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.resample = nn.Sequential(pad, nn.Conv2d(c, c, 3, stride=2))
+        self.time_conv = CausalConv(c, c, space=1, stride=2) if time else None
 
     def forward(self, x, state):
-        x = x if self.up else self.space(x)
-        if self.time_conv and state[0] is None:
-            state.popleft()
-            state.append(torch.zeros_like(x).repeat(1, 1, 2, 1, 1) if self.up else x)
-        elif self.time_conv:
-            x = self.time_conv(x, state)
-            x = rearrange(x, "b (s c) f h w -> b c (f s) h w", s=2) if self.up else x
-        return self.space(x) if self.up else x
+        x = each_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        if state[0] is not None:
+            return self.time_conv(x, state)
+        # the first frame passes time by, and is remembered
+        state.popleft()
+        state.append(x)
+        return x
 
 
-class Coder(nn.Module):
-    """Wan's encoder or decoder; its parts are named as in the official weights."""
-    def __init__(self, c, up):
+class Upsample(nn.Module):
+    """Twice as high and as wide and, where `time`, two frames of one; a video's first frame stays one."""
+    def __init__(self, c, time):
         super().__init__()
-        wide, deep, layers = [c.dim * m for m in c.mult][::-1 if up else 1], c.dim * c.mult[-1], []
-        at = wide[0]
-        self.conv1 = CausalConv(c.channels if up else 3, at)
-        for i, width in enumerate(wide):
-            for _ in range(2 + up):
-                layers.append(ResidualBlock(at, width))
-                at = width
-            if i + 1 < len(wide):
-                layers.append(Resample(at, up, time=i < 2 if up else i > 0))
-                at = at // 2 if up else at
-        self.middle = nn.Sequential(ResidualBlock(deep, deep), FrameAttention(deep), ResidualBlock(deep, deep))
-        self.add_module("upsamples" if up else "downsamples", nn.Sequential(*layers))
-        self.head = nn.Sequential(ChannelNorm(at), nn.SiLU(), CausalConv(at, 3 if up else 2 * c.channels))
-        last = 1 + max(i for i, layer in enumerate(layers) if isinstance(layer, Resample) and layer.time_conv)
-        self.order = (*self.middle, *layers[:last]) if up else (*layers, *self.middle, *self.head)
-        self.late = (*layers[last:], *self.head) if up else ()  # the widest maps, frame by frame: a third of the memory
-        self.slots = [sum(isinstance(m, CausalConv) for m in nn.ModuleList(p).modules()) for p in (self.order, self.late)]
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c // 2, 3, padding=1))
+        self.time_conv = CausalConv(c, 2 * c, space=1) if time else None
 
-    def forward(self, x, past):
-        """x (b, c, f, h, w), at the start of a video one frame; past: None there, else what the last call returned, used up"""
-        state = past if isinstance(past, deque) else deque(past or [None] * (1 + sum(self.slots)))
-        x = through(self.order, self.conv1(x, state), state)
-        late = deque(state.popleft() for _ in range(self.slots[1]))
-        x = torch.cat([through(self.late, frame, late) for frame in x.split(1, dim=2)], dim=2)
-        state.extend(late)
-        return x, state
+    def forward(self, x, state):
+        if self.time_conv is not None:
+            x = self.double(x, state)
+        return each_frame(self.resample, x)
+
+    def double(self, x, state):
+        if state[0] is not None:
+            return rearrange(self.time_conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
+        # the first frame passes time by, and is not even remembered: two frames of zeros stand in its place
+        state.popleft()
+        state.append(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
+        return x
+
+
+def residual_blocks(c_in, c_out, blocks):
+    return [ResidualBlock(c_in, c_out), *(ResidualBlock(c_out, c_out) for _ in range(blocks - 1))]
+
+
+def middle(c):
+    return CausalSequential(ResidualBlock(c, c), FrameAttention(c), ResidualBlock(c, c))
+
+
+def head(c_in, c_out):
+    return CausalSequential(ChannelNorm(c_in), nn.SiLU(), CausalConv(c_in, c_out))
+
+
+def encoder(config):
+    """(b, 3, 1 frame at a video's start, then 4, h, w) -> mean and log-variance (b, 32, 1, h / 8, w / 8)"""
+    widths = [config.dim * times for times in config.mult]
+    # fine to coarse
+    layers = residual_blocks(widths[0], widths[0], config.blocks)
+    for c_in, c_out, time in zip(widths, widths[1:], HALVES_TIME):
+        layers.append(Downsample(c_in, time))
+        layers += residual_blocks(c_in, c_out, config.blocks)
+    return CausalSequential(OrderedDict(
+        conv1=CausalConv(3, widths[0]),
+        downsamples=CausalSequential(*layers),
+        middle=middle(widths[-1]),
+        head=head(widths[-1], 2 * config.channels)))
+
+
+def decoder(config):
+    """(b, 16, 1, h, w) -> (b, 3, 1 frame at a video's start, then 4, 8h, 8w)"""
+    widths = [config.dim * times for times in reversed(config.mult)]
+    # coarse to fine; an Upsample halves the channels
+    layers = residual_blocks(widths[0], widths[0], config.blocks + 1)
+    for c_in, c_out, time in zip(widths, widths[1:], reversed(HALVES_TIME)):
+        layers.append(Upsample(c_in, time))
+        layers += residual_blocks(c_in // 2, c_out, config.blocks + 1)
+    return CausalSequential(OrderedDict(
+        conv1=CausalConv(config.channels, widths[0]),
+        middle=middle(widths[0]),
+        upsamples=CausalSequential(*layers),
+        head=head(widths[-1], 3)))
+
+
+def start(coder):
+    """The state at the start of a video."""
+    return deque(None for module in coder.modules() if isinstance(module, CausalConv))
 
 
 class WanVAE(nn.Module):
-    """Same interface as TAE. Works on one latent (4 frames) at a time: the memory it needs does not grow with the clip."""
+    """Encodes and decodes as vae.TAE does, with Wan's own weights."""
     def __init__(self, config: WanVAEConfig):
         super().__init__()
-        c = self.config = config
-        self.encoder, self.decoder = Coder(c, up=False), Coder(c, up=True)
-        self.conv1, self.conv2 = (nn.Conv3d(n, n, 1) for n in (2 * c.channels, c.channels))
+        self.config = config
+        self.encoder = encoder(config)
+        self.decoder = decoder(config)
+        self.conv1 = nn.Conv3d(2 * config.channels, 2 * config.channels, 1)
+        self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
     def encode(self, video):
-        """video (b, 1 + 4 (n - 1), 3, h, w) in [-1, 1] -> (b, n, 16, h / 8, w / 8) latents, normalised; float32"""
+        """
+        video    (b, 1 + 4 (n - 1), 3, h, w) in [-1, 1]
+        returns  (b, n, 16, h / 8, w / 8) latents of about zero mean and unit variance, float32
+        """
         b, f, c, h, w = video.shape
         if (f - 1) % 4 or h % 8 or w % 8:
-            raise ValueError(f"cannot encode {f} frames of {w}x{h}: give 1 + 4n frames and sides that 8 divides")
-        latents, past, (mean, std) = [], None, scaling(video.device)
-        for piece in video.to(self.conv1.weight.dtype).split([1] + [4] * (f // 4), dim=1):
-            z, past = self.encoder(rearrange(piece, "b f c h w -> b c f h w"), past)
-            latents.append(rearrange(self.conv1(z).chunk(2, dim=1)[0], "b c f h w -> b f c h w").float())
-        return (torch.cat(latents, dim=1) - mean) / std
+            raise ValueError(f"{f} frames of {w}x{h}: give 1 + 4n frames and sides that 8 divides")
+        # piece by piece
+        x = rearrange(video, "b f c h w -> b c f h w").to(self.conv1.weight.dtype)
+        state = start(self.encoder)
+        pieces = x.split([1] + [4] * (f // 4), dim=2)
+        coded = torch.cat([self.encoder(piece, state) for piece in pieces], dim=2)
+        # the mean, normalised
+        mean, log_variance = self.conv1(coded).chunk(2, dim=1)
+        latents = rearrange(mean, "b c f h w -> b f c h w").float()
+        return (latents - MEAN.to(video.device)) / STD.to(video.device)
 
     def decode(self, latents, past=None):
-        """latents (b, n, 16, h, w), past as TAE.decode's but used up -> video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1], past"""
-        mean, std = scaling(latents.device)
-        z, frames = self.conv2(rearrange(latents * std + mean, "b f c h w -> b c f h w").to(self.conv2.weight.dtype)), []
-        for piece in z.split(1, dim=2):
-            x, past = self.decoder(piece, past)
-            frames.append(rearrange(x, "b c f h w -> b f c h w").float())
-        return torch.cat(frames, dim=1).clamp(-1, 1), past
+        """
+        latents  (b, n, 16, h, w)
+        state    None at the start of a video, else what was returned before: a deque goes on in place, a list
+                 is copied
+        returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1] float32, and the state to go on with
+        """
+        state = start(self.decoder) if past is None else past
+        if not isinstance(state, deque):
+            state = deque(state)
+        # back from normalised latents
+        latents = latents * STD.to(latents.device) + MEAN.to(latents.device)
+        x = self.conv2(rearrange(latents, "b f c h w -> b c f h w").to(self.conv2.weight.dtype))
+        # one latent after another
+        frames = [self.decoder(piece, state).float() for piece in x.split(1, dim=2)]
+        return rearrange(torch.cat(frames, dim=2), "b c f h w -> b f c h w").clamp(-1, 1), state
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    vae = WanVAE(WanVAEConfig(dim=8)).requires_grad_(False)
+    latents = torch.randn(1, 5, 16, 2, 2)
+    whole, _ = vae.decode(latents)
+    state = None
+    for i, latent in enumerate(latents.split(1, dim=1)):
+        frames, state = vae.decode(latent, state)
+        first = max(0, 4 * i - 3)
+        error = (frames - whole[:, first:4 * i + 1]).abs().max()
+        print(f"latent {i} -> frames {first}..{4 * i}, {error:.0e} from those decoded at once")
