@@ -21,7 +21,6 @@ from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -120,8 +119,10 @@ def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, devi
 def returns(reading, caption, keep, policy, given):
     """Events that fall due in the model's own part, outside the sink -> list of (event, was it held)."""
     contexts = frames_in_memory(policy, keep[None])
-    own = [e for e in judge.events(reading, caption) if e.back >= frames_of(given * CHUNK) * (given > 0) and not e.sink]
-    return [(e, judge.held(e, reading, contexts[min(judge.chunk_of(e.back), len(contexts) - 1)][0].tolist())) for e in own]
+    own = [e for e in judge.reappearances(reading, caption)
+           if e.returned >= frames_of(given * CHUNK) * (given > 0) and not e.in_sink]
+    return [(e, judge.is_in_memory(e, reading, contexts[min(judge.chunk_of(e.returned), len(contexts) - 1)][0].tolist()))
+            for e in own]
 
 
 # ---- while a network is trained: does it remember, does its teacher use the past? -------------------------------------------
@@ -147,8 +148,8 @@ def probe(net, encoder, tae, which, sampler, device, shuffle=None):
     for w, r, keep in zip(which, readings, keeps):
         found += returns(r, world.make_world(w).caption, keep, policy, GIVEN)
         psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
-    return {"recall": float(np.mean([e.recall for e, _ in found] or [0])),
-            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": judge.chance(readings),
+    return {"recall": float(np.mean([e.right for e, _ in found] or [0])),
+            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": judge.chance([judge.landmark_map(r.sure) for r in readings]),
             "returns": len(found), "validity": float(np.mean(psnr))}
 
 
@@ -269,10 +270,6 @@ def measure(frames, caption, keep, policy, given):
         seen = (sure[now] >= 0) & (first < now.start - fps)
         same.append((sure[now] == sure[first, range(8)])[seen].mean() if seen.any() else None)
 
-    def shown(readings):  # what each sector shows most, -1 for nothing
-        votes = [np.bincount(s[s >= 0], minlength=24) for s in readings.T]
-        return [int(v.argmax()) if v.any() else -1 for v in votes]
-
     def flips(x):
         pace = (x[fps:] - x[:-fps])[::fps]
         side = np.sign(pace[np.abs(pace) > judge.STILL])
@@ -281,11 +278,11 @@ def measure(frames, caption, keep, policy, given):
     jumps = np.flatnonzero(np.abs(np.diff(path)) > 15 / 360 * world.COLUMNS)
     return {"psnr": [r.psnr[s].mean() for s in spans], "box": [np.nanmean(r.box_psnr[s]) for s in spans],
             "sky": [sky[s].mean() for s in spans], "floor": [floor[s].mean() for s in spans], "agreement": same,
-            "map": shown(sure), "map_5": shown(sure[:step]), "turning": judge.turning_rate(r, caption),
-            "turning_5": judge.turning_rate(SimpleNamespace(heading=r.heading[:step]), caption), "seconds": len(frames) / fps,
-            "frozen": float((r.kind == "frozen").mean()), "jumps": len(jumps), "reversals": abs(flips(path) - flips(asked)),
+            "map": judge.landmark_map(sure), "map_5": judge.landmark_map(sure[:step]), "turning": judge.turning_rate(r.heading, caption),
+            "turning_5": judge.turning_rate(r.heading[:step], caption), "seconds": len(frames) / fps,
+            "frozen": float(r.frozen.mean()), "jumps": len(jumps), "reversals": abs(flips(path) - flips(asked)),
             "snaps": int((np.abs(world.wrap(path[jumps + 1] - path[0])) < 4).sum()),
-            "events": [[e.seconds, int(e.recall), int(e.drift), int(h), (e.back - start) / fps, e.sector, e.read]
+            "events": [[e.absence, int(e.right), int(e.as_first), int(h), (e.returned - start) / fps, e.sector, e.shown]
                        for e, h in returns(r, caption, keep, policy, given)]}
 
 

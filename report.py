@@ -7,7 +7,6 @@ what another training would give.
 References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
 """
 from dataclasses import replace
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -74,7 +73,7 @@ def followed(rows, twin):
 
 def chance(rows):
     """Agreement of the same sector between different videos (judge.chance)"""
-    return judge.chance([SimpleNamespace(sure=np.array([r["map"]])) for r in rows])
+    return judge.chance([r["map"] for r in rows])
 
 
 def context_length(rows, what=1):

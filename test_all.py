@@ -48,7 +48,7 @@ import world
 from data import Histories, encode_world, lesson_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
-from judge import chance, events, held, read_video, turning_rate
+from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
 from memory import CHUNK, PRESETS, Entries, Memory, Policy, chunk_descriptor, frames_in_memory, similarity
 from model import DiT, DiTConfig, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
@@ -1376,7 +1376,7 @@ def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policie
     frames, keep = continuations(dit, encoder, tae, [which], 24, 0, PRESETS["uniform2"], sampler, torch.device("cpu"))
     reading, caption = read_video(frames[0]), world.make_world(which).caption
     found = returns(reading, caption, keep[0], PRESETS["uniform2"], 14)
-    assert len(found) >= 4 and all(e.recall and h and not e.miss for e, h in found)
+    assert len(found) >= 4 and all(e.right and h and not e.missed for e, h in found)
     assert not any(h for _, h in returns(reading, caption, keep[0], PRESETS["longlive"], 14))
 
 
@@ -1564,7 +1564,7 @@ def steady(frames, start=0.):
 def strange(mix, ground):
     """Confidences of landmarks wholly in view where mix(sheet, a, b) stands, for random pairs a, b of landmarks."""
     rng, found = np.random.default_rng(3), []
-    sheets = judge.sheets(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
+    sheets = judge.landmark_drawings(ground).reshape(24, 8, 256, 32, 3)  # landmark, sector, sub-column
     for _ in range(12):
         pairs = [rng.choice(24, 2, replace=False) for _ in range(8)]
         pano = np.concatenate([mix(sheets[:, s], a, b) for s, (a, b) in enumerate(pairs)])
@@ -1720,24 +1720,25 @@ def test_grey_noise_and_frozen_frames_are_told_apart():
     grey = np.full((40, 3, 32, 64), .5, np.float32) * rng.uniform(.2, 1.8, (40, 1, 1, 1)).astype(np.float32)
     noise = rng.uniform(0, 1, (40, 3, 32, 64)).astype(np.float32)
     coarse = rng.uniform(0, 1, (40, 3, 4, 8)).repeat(8, 2).repeat(8, 3)
-    assert (read_video(grey).kind == "grey").all() and (read_video(noised(grey)).kind == "grey").all()
-    assert (read_video(noise).kind == "noise").all() and (read_video(coarse).kind == "noise").all()
-    assert (read_video(np.repeat(clip(WorldSpec(8), 0, 1), 40, 0)).kind == "frozen").all()
+    for damaged in (grey, noised(grey), noise, coarse):
+        assert (read_video(damaged).psnr < judge.VALID).all() and not read_video(damaged).frozen.any()
+    assert read_video(np.repeat(clip(WorldSpec(8), 0, 1), 40, 0)).frozen.all()
     for kind in ("turn", "linger", "aside"):  # also where it lingers, and where it turns back
         for seed in range(3):
-            assert (read_video(noised(clip(WorldSpec(seed, kind), 0, 300))).kind == "ok").all()
+            reading = read_video(noised(clip(WorldSpec(seed, kind), 0, 300)))
+            assert (reading.psnr > judge.VALID).all() and not reading.frozen.any()
 
 
 def test_a_still_camera_is_frozen_but_valid_and_still_read():
     reading = read_video(film(np.full(64, 48.), SET))
-    assert (reading.kind == "frozen").all() and (reading.psnr > judge.VALID).all()
+    assert reading.frozen.all() and (reading.psnr > judge.VALID).all()
     assert (reading.sure[:, 1] == SET[1]).all()
 
 
 def test_a_video_that_stops_is_frozen_from_there_on():
     heading = np.minimum(np.arange(200), 100) * 1.
-    kind = read_video(film(heading, SET)).kind
-    assert (kind[:90] == "ok").all() and (kind[120:] == "frozen").all()
+    frozen = read_video(film(heading, SET)).frozen
+    assert not frozen[:90].any() and frozen[120:].all()
 
 
 def test_validity_is_the_size_of_the_damage_and_in_the_boxes_only_if_it_is_there():
@@ -1768,17 +1769,17 @@ def test_a_minute_of_video_is_judged_in_about_a_second():
 
 def recall_at(found, seconds):
     """(share right, how many) of the events not in the sink whose absence is within 10 % of `seconds`."""
-    right = [e.recall for e in found if not e.sink and abs(e.seconds - seconds) <= .1 * seconds]
+    right = [e.right for e in found if not e.in_sink and abs(e.absence - seconds) <= .1 * seconds]
     return (sum(right) / len(right) if right else np.nan), len(right)
 
 
 def test_in_a_steady_turn_every_landmark_comes_back_right_and_after_the_time_that_geometry_gives():
-    found = events(read_video(noised(film(steady(480), SET))), STEADY)
-    assert len(found) == 3 * 8 and all(e.recall and e.drift and not e.miss for e in found)
+    found = reappearances(read_video(noised(film(steady(480), SET))), STEADY)
+    assert len(found) == 3 * 8 and all(e.right and e.as_first and not e.missed for e in found)
     # out of view over 256 - 2 x 41 columns at 32 a second; within one frame at either end
-    assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
+    assert all(abs(e.absence - 174 / 32) <= 2 / 16 for e in found)
     share, count = recall_at(found, 174 / 32)
-    assert share == 1 and count == sum(not e.sink for e in found) > 0
+    assert share == 1 and count == sum(not e.in_sink for e in found) > 0
     assert recall_at(found, 20)[1] == 0
 
 
@@ -1787,113 +1788,113 @@ def test_in_rendered_worlds_every_return_is_right_and_none_is_missed(kind):
     for seed in range(world.HELD_OUT, world.HELD_OUT + 4):
         w = world.make_world(WorldSpec(seed, kind))
         reading = read_video(noised(clip(WorldSpec(seed, kind), 0, 800)))
-        found = events(reading, w.caption)
-        assert all(e.recall and e.drift and e.read == w.landmarks[e.sector] and not e.miss for e in found)
-        assert abs(turning_rate(reading, w.caption) - 1) < .02
+        found = reappearances(reading, w.caption)
+        assert all(e.right and e.as_first and e.shown == w.landmarks[e.sector] and not e.missed for e in found)
+        assert abs(turning_rate(reading.heading, w.caption) - 1) < .02
         assert found or w.motion.seconds > 35 or kind == "aside"
 
 
 def test_a_landmark_swapped_while_out_of_view_is_wrong_exactly_there():
     landmarks = np.tile(SET, (480, 1))
     landmarks[120:, 4] = 22  # sector 4 is straight ahead at frame 72 and at 200
-    found = events(read_video(film(steady(480), landmarks)), STEADY)
-    wrong = [e for e in found if not e.recall]
+    found = reappearances(read_video(film(steady(480), landmarks)), STEADY)
+    wrong = [e for e in found if not e.right]
     assert len(wrong) == 1 and wrong[0].sector == 4 and wrong[0].due < 200
-    assert (wrong[0].before, wrong[0].read) == (SET[4], 22)
-    assert [e.drift for e in found if e.sector == 4] == [False] * 3  # and stays away from the first reading
+    assert (wrong[0].before, wrong[0].shown) == (SET[4], 22)
+    assert [e.as_first for e in found if e.sector == 4] == [False] * 3  # and stays away from the first reading
 
 
 def test_a_landmark_that_changes_and_changes_back_is_wrong_twice_but_drifts_once():
     landmarks = np.tile(SET, (480, 1))
     landmarks[120:240, 4] = 22
-    mine = [e for e in events(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
-    assert [e.recall for e in mine] == [False, False, True]
-    assert [e.drift for e in mine] == [False, True, True]
+    mine = [e for e in reappearances(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    assert [e.right for e in mine] == [False, False, True]
+    assert [e.as_first for e in mine] == [False, True, True]
 
 
 def test_what_changes_in_view_is_not_the_absences_fault():
     landmarks = np.tile(SET, (480, 1))
     landmarks[200:, 4] = 22  # straight ahead
-    mine = [e for e in events(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
-    assert [e.recall for e in mine] == [True, True, True]
-    assert [e.drift for e in mine] == [True, False, False]
+    mine = [e for e in reappearances(read_video(film(steady(480), landmarks)), STEADY) if e.sector == 4]
+    assert [e.right for e in mine] == [True, True, True]
+    assert [e.as_first for e in mine] == [True, False, False]
 
 
 def test_an_unreadable_return_is_wrong():
     frames = film(steady(240), SET)
     mush = (film(steady(240), SET) + film(steady(240), np.roll(SET, 1))) / 2
     frames[128:] = mush[128:]
-    back = [e for e in events(read_video(frames), STEADY) if e.due >= 128]
-    assert back and all(e.read == -1 and not e.recall and not e.drift and not e.miss for e in back)
+    back = [e for e in reappearances(read_video(frames), STEADY) if e.due >= 128]
+    assert back and all(e.shown == -1 and not e.right and not e.as_first and not e.missed for e in back)
 
 
 def test_a_return_that_the_caption_makes_due_and_that_does_not_come_is_a_miss():
     heading = steady(480)
     heading[100:] = heading[100]  # after 200 of 256 columns
     reading = read_video(film(heading, SET))
-    found = events(reading, STEADY)
-    assert found and all(e.miss and e.read == -1 and not e.recall for e in found)
+    found = reappearances(reading, STEADY)
+    assert found and all(e.missed and e.shown == -1 and not e.right for e in found)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
-    assert all(abs(e.seconds - 174 / 32) <= 2 / 16 for e in found)
+    assert all(abs(e.absence - 174 / 32) <= 2 / 16 for e in found)
     assert all(abs(e.due - e.left - (256 - 41 - 21) / 2) <= 2 for e in found)
-    assert events(reading, "A merry-go-round.") == []
-    assert events(read_video(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
+    assert reappearances(reading, "A merry-go-round.") == []
+    assert reappearances(read_video(film(heading[:140], SET)), STEADY) == []  # the first deadline is 13 + 1.25 x 97 + 16
 
 
 def test_a_camera_that_should_look_back_and_does_not_is_a_miss_after_the_time_that_looking_back_takes():
     heading = Motion("aside", 1, 16, 180).heading(40., np.arange(400))
-    found = events(read_video(film(heading, SET)), ASIDE)
-    assert found and all(e.recall and e.drift and not e.miss for e in found)
+    found = reappearances(read_video(film(heading, SET)), ASIDE)
+    assert found and all(e.right and e.as_first and not e.missed for e in found)
     heading[128:] = heading[128]  # stays where it should turn back
-    stays = events(read_video(film(heading, SET)), ASIDE)
-    assert stays and all(e.miss for e in stays)
-    seconds = {e.sector: e.seconds for e in reversed(found)}  # of each sector's first absence
-    assert all(abs(e.seconds - seconds[e.sector]) < .2 for e in stays)
+    stays = reappearances(read_video(film(heading, SET)), ASIDE)
+    assert stays and all(e.missed for e in stays)
+    seconds = {e.sector: e.absence for e in reversed(found)}  # of each sector's first absence
+    assert all(abs(e.absence - seconds[e.sector]) < .2 for e in stays)
 
 
 def test_a_return_far_too_late_is_a_miss_and_a_little_late_is_not():
-    late = events(read_video(film(steady(600) * .6, SET)), STEADY)
-    assert late and all(e.miss for e in late)
-    slow = events(read_video(film(steady(600) * .9, SET)), STEADY)
-    assert slow and all(e.recall and not e.miss for e in slow)
+    late = reappearances(read_video(film(steady(600) * .6, SET)), STEADY)
+    assert late and all(e.missed for e in late)
+    slow = reappearances(read_video(film(steady(600) * .9, SET)), STEADY)
+    assert slow and all(e.right and not e.missed for e in slow)
 
 
 def test_landmarks_in_the_first_nine_frames_are_the_sinks():
     # headings 40 .. 56 in the first 9 frames: sector 1 (middle 48) and, from heading 59 on, too late, sector 2
-    found = events(read_video(film(steady(300, start=40.), SET)), STEADY)
-    assert {e.sector for e in found if e.sink} == {1} and {e.sector for e in found} == set(range(8))
+    found = reappearances(read_video(film(steady(300, start=40.), SET)), STEADY)
+    assert {e.sector for e in found if e.in_sink} == {1} and {e.sector for e in found} == set(range(8))
     # a frame more or less decides: at 43 the ninth frame sees heading 59, and 80 - 59 = 21
-    found = events(read_video(film(steady(300, start=43.), SET)), STEADY)
-    assert {e.sector for e in found if e.sink} == {1, 2}
+    found = reappearances(read_video(film(steady(300, start=43.), SET)), STEADY)
+    assert {e.sector for e in found if e.in_sink} == {1, 2}
 
 
 def test_misread_headings_make_no_visits():
     reading = read_video(film(steady(480), SET))
-    clean = events(reading, STEADY)
+    clean = reappearances(reading, STEADY)
     rng = np.random.default_rng(6)
     reading.heading += rng.normal(0, .7, 480)
     for frame in range(20, 470, 40):
         reading.heading[frame:frame + 4] += rng.uniform(40, 216)
     reading.heading %= 256
-    noisy = events(reading, STEADY)
-    assert [(e.sector, e.recall, e.miss) for e in noisy] == [(e.sector, e.recall, e.miss) for e in clean]
-    assert abs(turning_rate(reading, STEADY) - 1) < .05
+    noisy = reappearances(reading, STEADY)
+    assert [(e.sector, e.right, e.missed) for e in noisy] == [(e.sector, e.right, e.missed) for e in clean]
+    assert abs(turning_rate(reading.heading, STEADY) - 1) < .05
 
 
 def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop():
     for rate in (1, .5, -1, -.5, 0):
-        assert abs(turning_rate(read_video(film(steady(200, start=9.) * rate, SET)), STEADY) - rate) < .02
+        assert abs(turning_rate(read_video(film(steady(200, start=9.) * rate, SET)).heading, STEADY) - rate) < .02
     aside = Motion("aside", 1, 16, 180).heading(40., np.arange(512))
-    assert abs(turning_rate(read_video(film(aside, SET)), ASIDE) - 1) < .02
-    assert abs(turning_rate(read_video(film(80 - aside, SET)), ASIDE) + 1) < .02
-    assert np.isnan(turning_rate(read_video(film(aside, SET)), "A cat."))
+    assert abs(turning_rate(read_video(film(aside, SET)).heading, ASIDE) - 1) < .02
+    assert abs(turning_rate(read_video(film(80 - aside, SET)).heading, ASIDE) + 1) < .02
+    assert np.isnan(turning_rate(read_video(film(aside, SET)).heading, "A cat."))
 
 
 def test_chance_is_the_true_agreement_of_random_worlds():
     rng, headings = np.random.default_rng(8), np.arange(8) * 32 + 16.
-    fair = [read_video(film(headings, rng.integers(24, size=8))) for _ in range(60)]
+    fair = [landmark_map(read_video(film(headings, rng.integers(24, size=8))).sure) for _ in range(60)]
     assert abs(chance(fair) - 1 / 24) < .008  # 14,160 pairs
-    blue = [read_video(film(headings, rng.integers(4, size=8) * 6 + 4)) for _ in range(40)]  # a model that loves blue
+    blue = [landmark_map(read_video(film(headings, rng.integers(4, size=8) * 6 + 4)).sure) for _ in range(40)]  # a model that loves blue
     assert abs(chance(blue) - 1 / 4) < .03
     assert chance(fair[:1] * 2) == 1 and np.isnan(chance(fair[:1]))
 
@@ -1901,10 +1902,10 @@ def test_chance_is_the_true_agreement_of_random_worlds():
 def test_held_is_true_exactly_for_contexts_with_a_latent_that_shows_the_landmark():
     heading = steady(300)
     reading = read_video(film(heading, SET))
-    event = next(e for e in events(reading, STEADY) if e.sector == 4)  # wholly in view while 123 <= heading <= 165
+    event = next(e for e in reappearances(reading, STEADY) if e.sector == 4)  # wholly in view while 123 <= heading <= 165
     shows = [j for j in range(40) if any(123 <= heading[f] <= 165 for f in range(max(0, 4 * j - 3), 4 * j + 1))]
-    assert [j for j in range(40) if held(event, reading, [j])] == shows
-    assert not held(event, reading, []) and held(event, reading, [0, 1, shows[0]])
+    assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
+    assert not is_in_memory(event, reading, []) and is_in_memory(event, reading, [0, 1, shows[0]])
 
 
 def test_chunks_are_nine_frames_and_then_twelve():
@@ -1979,7 +1980,7 @@ def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     which = evaluate.reach_worlds(13)
     assert len({w.seed for w in which}) == 13 and all(w.seed >= world.HELD_OUT for w in which)
     for w, seconds in list(zip(which, report.ABSENCES))[::4]:                            # 1, 6, 16.5 and 30 s
-        found = events(read_video(clip(w, 0, 1005)), world.make_world(w).caption)
+        found = reappearances(read_video(clip(w, 0, 1005)), world.make_world(w).caption)
         assert recall_at(found, seconds) == (1., recall_at(found, seconds)[1]) and recall_at(found, seconds)[1] > 0
 
 
