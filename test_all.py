@@ -310,13 +310,9 @@ def test_wans_autoencoder_goes_on_from_a_deque_or_a_list_of_what_it_remembers(bl
     close(vae.decode(latents[:, 3:], past)[0], whole[:, 9:], 1e-5)
 
 
-def test_autoencoders_refuse_sizes_that_they_cannot_encode():
-    for height, width in ((20, 24), (24, 20)):
-        with pytest.raises(ValueError, match=f"frames of {width}x{height}: give sides that 8 divides"):
-            TAE(TAEConfig(8, (16, 12, 8, 8))).encode(torch.zeros(1, 1, 3, height, width))
-    for frames, height, width in ((10, 16, 16), (9, 20, 16), (9, 16, 20)):
-        with pytest.raises(ValueError, match=f"{frames} frames of {width}x{height}: give 1 . 4n frames"):
-            WanVAE(WanVAEConfig(4)).encode(torch.zeros(1, frames, 3, height, width))
+def test_wans_autoencoder_refuses_frames_that_fill_no_latent():
+    with pytest.raises(ValueError, match="10 frames: give 1 . 4n"):
+        WanVAE(WanVAEConfig(4)).encode(torch.zeros(1, 10, 3, 16, 16))
 
 
 # ---- rope, memory, flow: a bounded KV cache, and the one rollout that reads it -----------------------------
