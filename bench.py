@@ -1,5 +1,14 @@
 """
-What a run costs: FLOPs, a table of times, an estimate of its memory.
+What a run costs: the FLOPs of a pass, the memory of a full-size run, and a table of times.
+
+    python bench.py                              # FLOPs of the full-size model
+    python sample.py --wan random --bench        # the table, with random weights
+
+A pass is counted on the meta device, where tensors have shapes and no values. The table measures the
+transformer alone and with each autoencoder, and holds it against what the device does in one large matrix
+product.
+
+Leaves out: the text encoder, which runs once a prompt; times of training.
 """
 import resource
 import sys
@@ -10,78 +19,99 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import BadInput
 from flow import generate
 from memory import CHUNK
 from model import DiT, DiTConfig
 from rope import rope_cos_sin
-from video import Decoder, chunks_of, frames_in
+from video import FRAMES, chunks_of, frames_in
 from wan_vae import WanVAE
 
-PEAK = 790e12  # FLOP/s that a large bf16 matrix product reaches on an H100: what --bench measures a GPU against
+H100 = 790e12  # FLOP/s of a large bf16 matrix product on an H100
 
 
 def flops(config, h, w, held):
-    """Floating-point operations of one pass over 3 latents (h, w) that sees `held` latents before them; counted, not run."""
-    (p, q), d = config.patch, config.dim // config.heads
+    """Floating-point operations of a pass over 3 latents (h, w) that sees `held` more: counted, not run."""
+    rows, columns = h // config.patch[0], w // config.patch[1]
+    d = config.dim // config.heads
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
-        net, old = DiT(config), torch.empty(1, held * (h // p) * (w // q), config.heads, d)
-        text = [(torch.empty(1, config.text_len, config.heads, d),) * 2] * config.layers
-        net(torch.empty(1, 3, config.channels, h, w), torch.empty(1, 3), text, rope_cos_sin(torch.arange(3), h // p, w // q, d),
-            [(old, [old])] * config.layers if held else None)
+        net = DiT(config)
+        old = torch.empty(1, held * rows * columns, config.heads, d)
+        text = torch.empty(1, config.text_len, config.heads, d)
+        memory = [(old, [old])] * config.layers if held else None
+        x = torch.empty(1, CHUNK, config.channels, h, w)
+        rope = rope_cos_sin(torch.arange(CHUNK), rows, columns, d)
+        net(x, torch.empty(1, CHUNK), [(text, text)] * config.layers, rope, memory)
     return count.get_total_flops()
 
 
-def estimate(m, b=1):
-    """Bytes on the device: weights, what the memory holds and its rotated keys, one pass, decoding."""
-    c, size, vae = m.dit.config, m.dit.blocks[0].ffn[0].weight.element_size(), m.vae
-    tokens, held = m.width * m.height // 256 * b, m.policy.sink + m.policy.slow + m.policy.fast
-    # decoding: at full resolution Wan's VAE remembers 2 frames before each of 7 convolutions, as much again at the coarser
+def memory_estimate(networks):
+    """Bytes on the device: weights, KV cache with its rotated keys, one pass, decoding."""
+    config, policy, vae = networks.dit.config, networks.policy, networks.vae
+    pixels = networks.width * networks.height
+    tokens = pixels // 256  # of a latent
+    size = networks.dit.blocks[0].ffn[0].weight.element_size()
+    seen = policy.sink + policy.slow + policy.fast
+    # three of each held latent's tokens: keys, rotated keys, values; two of the chunk's and of the text's
+    cache = config.layers * (tokens * (3 * seen - CHUNK) + 2 * config.text_len)
+    one_pass = CHUNK * (config.ffn_dim * size + 16 * config.dim * 4) + 2 * seen * config.dim * size
+    # at full resolution Wan's VAE remembers 2 frames before each of 7 convolutions, as much again at coarser
     # ones, and works on about 10 feature maps of a frame; the TAE on about 4 of 12 frames
-    maps = vae.config.dim * (2 * 14 + 10) if isinstance(vae, WanVAE) else vae.config.decoder[-1] * 4 * 12
-    return {"weights": sum(p.numel() * p.element_size() for net in (m.dit, vae) for p in net.parameters()),
-            "memory": c.layers * c.dim * size * (tokens * (3 * held - 3) + 2 * c.text_len * b),
-            "pass": tokens * (3 * (c.ffn_dim * size + 16 * c.dim * 4) + 2 * held * c.dim * size),
-            "decoding": m.width * m.height * b * size * maps}
+    if isinstance(vae, WanVAE):
+        maps = vae.config.dim * (2 * 14 + 10)
+    else:
+        maps = vae.config.decoder[-1] * 4 * FRAMES
+    weights = [*networks.dit.parameters(), *vae.parameters()]
+    return {"weights": sum(p.nbytes for p in weights), "memory": cache * config.dim * size,
+            "pass": tokens * one_pass, "decoding": pixels * size * maps}
 
 
-def peak():
-    """Most host memory used so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+def peak_memory():
+    """The most memory used so far, as a line: of the host, and of a cuda device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    line = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB"
+    if torch.cuda.is_available():
+        line += f", on the device {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
+    return line
 
 
-def peak_line():
-    on_device = torch.cuda.max_memory_allocated() / 2 ** 30
-    return f"peak memory {peak():.2f} GiB" + (f", on the device {on_device:.2f} GiB" if on_device else "")
+def chunk_seconds(networks, text, seed, chunks, vae):
+    """How long each chunk takes (chunks,), generated and decoded; vae None: not decoded"""
+    rollout = networks.rollout(networks.text(text))
+    past = None
+    clock = [time.perf_counter()]
+    for x0 in generate(rollout, [seed], chunks, networks.sampler, networks.latent):
+        video = x0
+        if vae is not None:
+            video, past = vae.decode(x0, past)
+        video.cpu()
+        clock.append(time.perf_counter())
+    return np.diff(clock)
 
 
-def bench(cfg, m, text):
-    """One table: frames a second with nothing, with each autoencoder; first frame; memory; share of what the FLOPs allow."""
-    chunks, steps, weight = chunks_of(frames_in(cfg.seconds)), m.sampler.steps, next(m.dit.parameters())
-    if chunks < 16:
-        raise BadInput("--bench needs --seconds 12 or more: the first 10 chunks fill the memory")
-    work = (steps + 1) * flops(m.dit.config, *m.latent[1:], m.policy.sink + m.policy.slow + m.policy.fast - CHUNK)
-    rate, how = PEAK, "790 TFLOP/s, an H100's large bf16 product"
-    if not weight.is_cuda:
-        x = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype)
-        rate = 2 * 2048 ** 3 / min(timeit.repeat(lambda: x @ x, number=1))
-        how = f"{rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here"
-    print(f"a chunk: {work / 1e12:.4f} TFLOP in {steps + 1} passes, so at most {12 * rate / work:.1f} frames/s at {how}\n"
-          f"{'':16}{'frames/s':>9} {'share':>6} {'first frame':>12} {'chunk 10-14':>12} {'last 5':>8} {'GiB at chunk 10':>16} "
-          f"{'at the end':>11}")
-    for name, vae in {"DiT only": None, **{f"with {k}": v for k, v in m.vaes.items()}}.items():
-        for n in (2 if m.compiled is None else 9, chunks):  # the first time to warm up
-            made = generate(m.rollout(m.text(text)), [cfg.seed], n, m.sampler, m.latent)
-            at, used = [time.perf_counter()], []
-            for _ in Decoder(vae).frames(made) if vae else (z.cpu() for z in made):
-                at.append(time.perf_counter())
-                used.append(torch.cuda.memory_allocated() / 2 ** 30 if weight.is_cuda else peak())
-        each = np.diff(at)
-        fps = 12 / np.median(each[10:])
-        print(f"{name:16}{fps:9.2f} {fps * work / 12 / rate:6.1%} {each[0]:10.2f} s {np.median(each[10:15]):10.3f} s "
-              f"{np.median(each[-5:]):6.3f} s {used[10]:16.2f} {used[-1]:11.2f}", flush=True)
-    print(peak_line())
+def bench(cfg, networks, text):
+    """One table: frames a second without and with each autoencoder, and as a share of what FLOPs allow."""
+    # 1. what the FLOPs allow on this device
+    policy, weight = networks.policy, networks.dit.blocks[0].ffn[0].weight
+    held = policy.sink + policy.slow + policy.fast - CHUNK
+    passes = networks.sampler.steps + 1
+    work = passes * flops(networks.dit.config, *networks.latent[1:], held)
+    x = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype)
+    rate = 2 * 2048 ** 3 / min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1))
+    bound = FRAMES * rate / work
+    print(f"a chunk: {work / 1e12:.4f} TFLOP in {passes} passes, so at most {bound:.1f} frames/s "
+          f"at {rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here")
+    # 2. what it does, once memory is full
+    print(f"{'':16} frames/s   share  first frame  chunk 10-14    last 5")
+    for name, vae in {"DiT only": None, **networks.vaes}.items():
+        seconds = chunk_seconds(networks, text, cfg.seed, chunks_of(frames_in(cfg.seconds)), vae)
+        fps = FRAMES / np.median(seconds[10:])
+        early = np.median(seconds[10:15])
+        late = np.median(seconds[-5:])
+        print(f"{name:16} {fps:8.2f} {fps / bound:7.1%} {seconds[0]:10.2f} s {early:10.3f} s {late:7.3f} s")
+    print(peak_memory())
 
 
 if __name__ == "__main__":
-    print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {flops(DiTConfig(), 60, 104, 18) / 1e12:.1f} TFLOP")
+    one = flops(DiTConfig(), 60, 104, 18)
+    print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {one / 1e12:.1f} TFLOP")
+    print(f"5 passes a chunk of 12 frames: {FRAMES * H100 / (5 * one):.1f} frames/s at most on an H100")

@@ -1,21 +1,25 @@
 """
-From a dataclass to a command line, and nothing else.
+What all scripts share at their border: options, errors with exit codes, devices, files that are written
+whole.
 
-A script's options are the fields of its dataclass; the comment behind a field is its help. Bad input of any kind is a
-BadInput, which main() turns into one line on stderr and exit code 2.
+A script's options are the fields of its dataclass; the comment behind a field is its help. Bad input of any
+kind is a BadInput, which run() turns into one line on stderr and exit code 2.
 
     python sample.py --help
 
 Leaves out: config files, nested options, environment variables.
 """
+import argparse
 import difflib
 import inspect
+import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import torch
-
 
 STUDENT = "stage2"  # the weights that sample.py and evaluate.py take unless told otherwise
 
@@ -24,62 +28,69 @@ class BadInput(ValueError):
     """The user's input is wrong: the message says what, with the value, and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
 def parse(cls, argv=None):
     """
-    cls   a dataclass; `name: int = 3  # help` becomes --name N (a trailing underscore in the name is dropped, _ is -)
-    argv  list of words, default sys.argv[1:]
-    returns an instance; raises BadInput for unknown names, missing values and wrong types
+    cls      a dataclass; `name: int = 3  # help` becomes --name INT (a trailing underscore is dropped, _
+             becomes -)
+    argv     list of words, default sys.argv[1:]
+    returns  an instance; raises BadInput for unknown names, missing values and wrong types
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    comments = dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    options = {"--" + f.name.strip("_").replace("_", "-"): f for f in fields(cls)}
-    if "--help" in words or "-h" in words:
-        print((inspect.getmodule(cls).__doc__ or "").strip() + "\n\noptions:")
-        for name, f in options.items():
-            print(f"  {name:20} {comments.get(f.name, '')} [{f.default}]")
-        sys.exit(0)
-    values = {}
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-            raise BadInput(f"unknown option {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-        f = options[name]
-        if f.type is bool and equals:
-            raise BadInput(f"{name} takes no value: leave out ={value}")
-        if f.type is not bool and not equals and not words:
-            raise BadInput(f"{name} needs a value: {name} {f.type.__name__.upper()}")
-        value = f.type is bool or (value if equals else words.pop(0))
-        try:
-            values[f.name] = f.type(value)
-        except ValueError:
-            raise BadInput(f"{name} must be {'a whole number' if f.type is int else 'a number'}, not {value!r}") from None
-    return cls(**values)
+    # the comment behind each field is its help
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
+    parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = []
+    for field in fields(cls):
+        option = "--" + field.name.strip("_").replace("_", "-")
+        options.append(option)
+        about = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(option, dest=field.name, action="store_true", help=about)
+        else:
+            parser.add_argument(option, dest=field.name, type=field.type, default=field.default, help=about,
+                                metavar=field.type.__name__.upper())
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        raise BadInput(f"unknown option {name}: {did_you_mean(name, options)}see --help")
+    return cls(**vars(known))
+
+
+def did_you_mean(word, words):
+    """The nearest of `words` as a question, or nothing."""
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def one_of(name, value, allowed):
     """Raises BadInput that names the nearest allowed value."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), list(allowed), n=1)
-        raise BadInput(f"{name} {value!r} is unknown: " + (f"did you mean {near[0]}? " if near else "")
-                       + f"choose from {', '.join(allowed)}")
+        near = did_you_mean(value, list(allowed))
+        raise BadInput(f"{name} {value!r} is unknown: {near}choose from {', '.join(allowed)}")
     return value
 
 
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not name:
-        return torch.device(next(d for d in ("cuda", "mps", "cpu") if there[d]))
-    if not there[one_of("--device", name, there)]:
-        raise BadInput(f"--device {name} is not available here: choose from {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if name and one_of("--device", name, ("cuda", "mps", "cpu")) not in there:
+        raise BadInput(f"--device {name} is not available here: choose from {', '.join(there)}")
+    return torch.device(name or there[0])
 
 
 def has_bf16(device):
     """
-    Does the device multiply bfloat16 matrices in hardware? A CPU without AMX or AVX-512 BF16 emulates them: measured on one
-    with AVX2 only, an update of the tiny autoencoder took 16 s in bf16 and 1.9 s in float32.
+    Does the device multiply bfloat16 matrices in hardware? A CPU without AMX or AVX-512 BF16 emulates them:
+    measured on one with AVX2 only, an update of the tiny autoencoder took 16 s in bf16 and 1.9 s in float32.
     """
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -89,6 +100,26 @@ def has_bf16(device):
 def fast_autocast(device):
     """Autocast to bfloat16 where that is faster than float32, and to nothing elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
+@contextmanager
+def whole_or_absent(path):
+    """
+    with whole_or_absent(path) as part: write to `part`, which becomes `path` at the end, or vanishes on an
+    error.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise BadInput(f"cannot write to {path.parent}: {error.strerror}") from None
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run(main):

@@ -2,25 +2,24 @@
 Makes videos: prompt -> mp4, and a picture of what the model remembered.
 
     python sample.py --seconds 60
-    python sample.py --prompt "Sand. The camera turns left, one turn in 20 seconds. | 20: Snow. The camera turns left, ..."
+    python sample.py --prompt "Sand. The camera turns left, one turn in 20 seconds. | 20: Snow. ..."
     python sample.py --wan Wan2.1-T2V-1.3B --ckpt self_forcing_dmd.pt --prompt "A calm sea at dawn." --vae tae
     python sample.py --teacher --continue clip.mp4     # the context teacher goes on, 21 latents at a time
 
-Chunks of 12 frames are generated, decoded and written one after another, so a long video needs no more memory than a short
-one. Beside each mp4 lies its memory picture: frames over time, how surprising each chunk was and which were kept, and what
-sink, slow and fast memory hold at the end.
+Chunks of 12 frames are generated, decoded and written one after another, so a long video needs no more memory
+than a short one. Beside each mp4 lies its memory picture: frames over time, how surprising each chunk was and
+which were kept, and what sink, slow and fast memory hold at the end.
 
-References: Context Forcing, arXiv 2602.06028. Leaves out: more than one device; a memory picture of the teacher.
+References: Context Forcing, arXiv 2602.06028.
+Leaves out: more than one device; a memory picture of the teacher.
 """
 import json
-import math
-import os
 import re
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -29,17 +28,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import world
-from bench import bench, estimate, peak_line
-from config import STUDENT, BadInput, one_of, parse, pick_device, run
+from bench import bench, memory_estimate, peak_memory
+from config import STUDENT, BadInput, one_of, parse, pick_device, run, whole_or_absent
 from erft import extend
-from flow import generate
+from flow import Rollout, generate
 from memory import CHUNK, PRESETS
 from text import read_prompts
-from video import FPS, Decoder, VideoWriter, chunk_at, chunks_of, frames_in, memory_picture, read_clip, touch
+from video import (FPS, THUMBNAILS, VideoWriter, chunk_at, chunks_of, frames_in, memory_picture, read_clip,
+                   to_uint8)
 from weights import VAES, WEIGHTS, load_tiny, read_file, wan_models
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH]  # on cuda, the fastest first
+# options that make a video what it is: a saved state brings them along
+SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
+                 "dtype"]
 
 
 @dataclass
@@ -54,12 +57,12 @@ class Config:
     tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student, or teacher
-    wan: str = ""              # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS (default: the shipped tiny models)
-    size: str = ""             # with --wan: WIDTHxHEIGHT in pixels (default 832x480; random on the cpu 192x128)
+    wan: str = ""              # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS (default: tiny)
+    size: str = ""             # with --wan: WIDTHxHEIGHT in pixels (default 832x480; random on cpu 192x128)
     vae: str = ""              # with --wan: wan | tae, which is faster (default wan)
     continue_: str = ""        # a video file to go on from; --seconds counts from its first frame
     teacher: bool = False      # with --continue: the context teacher goes on, 21 latents at a time
-    save_state: str = ""       # file for the state after the last whole chunk, at the end, on Ctrl-C and on SIGTERM
+    save_state: str = ""       # file for the state after the last whole chunk: at the end, or on Ctrl-C, SIGTERM
     resume: str = ""           # such a file to go on from, up to --seconds
     compile: bool = False      # torch.compile from the moment that memory is full
     bench: bool = False        # measure speed and memory, write no video
@@ -68,185 +71,322 @@ class Config:
     dtype: str = ""            # bf16 | fp32 (default: bf16 on cuda, else fp32)
 
 
-# ---- what is asked for -------------------------------------------------------------------------------------------------
+# ---- what is asked for ------------------------------------------------------------------------------------
 
-def check(cfg):
-    """The options that can be wrong before anything is loaded -> list of prompts, each with its switches (see segments)."""
-    for name, allowed in (("memory", PRESETS), ("positions", ("bounded", "unbounded")), ("dtype", ("", "bf16", "fp32")),
-                          ("vae", ("", *VAES))):
-        one_of(f"--{name}", getattr(cfg, name), allowed)
-    saved, several = cfg.save_state or cfg.resume, cfg.prompts or cfg.seeds > 1 or cfg.bench
-    for wrong, told in (
-            (not 0 < cfg.seconds <= 86400, f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}"),
-            (cfg.positions == "unbounded" and cfg.seconds > 255, "unbounded positions end at 255 s: use --positions bounded"),
-            (cfg.tau is not None and not -1 <= cfg.tau <= 1, f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau}"),
-            ((cfg.steps is not None and cfg.steps < 1) or cfg.seeds < 1 or not 0 <= cfg.seed < 2 ** 63,
-             "--steps and --seeds must be at least 1, --seed from 0 to 2^63 - 1"),
-            (not cfg.wan and (cfg.size or cfg.vae == "wan"),
-             "--size and --vae wan need --wan: the tiny model has one size and one autoencoder"),
-            (saved and several or cfg.resume and cfg.continue_,
-             "--save-state and --resume are for one video: leave out --prompts, --seeds, --bench and --continue"),
-            (cfg.teacher and (not cfg.continue_ or cfg.save_state or cfg.bench),
-             "--teacher goes on from a clip: give --continue CLIP, and leave out --save-state, --resume and --bench")):
-        if wrong:
-            raise BadInput(told)
-    end = math.inf if cfg.save_state else cfg.seconds  # a saved video may go on to a later switch
-    prompts = [(p, segments(p, end)) for p in (read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt])]
-    odd = [text for _, parts in prompts for _, text in parts if not cfg.wan and world.parse_caption(text) is None]
-    if odd:
-        print(f"warning: outside the small world's grammar, so anything may come: {odd[0][:60]!r}; it is {world.GRAMMAR}",
-              file=sys.stderr)
-    return prompts
+@dataclass
+class Job:
+    """One video to make."""
+    prompt: str
+    switches: dict  # chunk -> the text that holds from there on; chunk 0 is the start
+    seed: int       # of the noise
+    path: Path      # of the mp4
 
 
-def segments(prompt, end):
-    """'a | 20: b' -> [(0, 'a'), (27, 'b')]: which text holds from which chunk on; end: of the video, seconds"""
-    if len(prompt) > 4000:
-        raise BadInput(f"a prompt of {len(prompt)} characters: 4000 are the most, and 512 tokens hold about 2000")
-    if odd := re.search(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\U0010ffff]", prompt):  # control characters, halves of pairs
-        raise BadInput(f"the prompt holds U+{ord(odd[0]):04X}, which is no text: remove it")
-    try:
-        parts = [part.partition(":")[::2] for part in f"0:{prompt}".split("|")]
-        found = [(float(at), text.strip()) for at, text in parts]
-    except ValueError:
-        raise BadInput(f"cannot read a prompt switch in {prompt[:60]!r}: write 'a text | 20: the text from 20 s on'") from None
-    if not all(text for _, text in found):
-        raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
-    times = [at for at, _ in found] + [end]
-    if not all(a < b for a, b in zip(times, times[1:])):
-        raise BadInput(f"prompt switches must come one after another, before the end at {end:g} s: {prompt[:60]!r}")
-    return [(chunk_at(second), text) for second, text in found]
+def check_values(cfg):
+    """Each option by itself, before anything is loaded."""
+    one_of("--memory", cfg.memory, PRESETS)
+    one_of("--positions", cfg.positions, ("bounded", "unbounded"))
+    one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
+    one_of("--vae", cfg.vae, ("", *VAES))
+    if not 0 < cfg.seconds <= 86400:
+        raise BadInput(f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}")
+    if cfg.tau is not None and not -1 <= cfg.tau <= 1:
+        raise BadInput(f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau}")
+    if cfg.steps is not None and cfg.steps < 1:
+        raise BadInput(f"--steps must be at least 1, not {cfg.steps}")
+    if cfg.seeds < 1:
+        raise BadInput(f"--seeds must be at least 1, not {cfg.seeds}")
+    if not 0 <= cfg.seed < 2 ** 63:
+        raise BadInput(f"--seed must lie from 0 to 2^63 - 1, not {cfg.seed}")
 
 
-# ---- speed and memory -------------------------------------------------------------------------------------------------
+def check_combinations(cfg):
+    """Options that need or exclude one another."""
+    if cfg.positions == "unbounded" and cfg.seconds > 255:
+        raise BadInput("unbounded positions end at 255 s: use --positions bounded")
+    if not cfg.wan and (cfg.size or cfg.vae == "wan"):
+        raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
+    if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench):
+        raise BadInput("--save-state, --resume are for one video: leave out --prompts, --seeds and --bench")
+    if cfg.resume and cfg.continue_:
+        raise BadInput("--resume and --continue are two ways to go on: leave one of them out")
+    if cfg.teacher and not cfg.continue_:
+        raise BadInput("--teacher goes on from a clip: give --continue CLIP")
+    if cfg.teacher and (cfg.save_state or cfg.bench):
+        raise BadInput("--teacher has no state and no table: leave out --save-state and --bench")
+    if cfg.bench and cfg.seconds < 12:
+        raise BadInput("--bench needs --seconds 12 or more: the first 10 chunks fill the memory")
 
 
-# ---- videos --------------------------------------------------------------------------------------------------------------
+def check_text(text):
+    """What no text encoder can read."""
+    if len(text) > 4000:
+        raise BadInput(f"a prompt of {len(text)} characters: 4000 are the most, 512 tokens hold about 2000")
+    # control characters, halves of surrogate pairs
+    unreadable = re.search(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\U0010ffff]", text)
+    if unreadable:
+        raise BadInput(f"the prompt holds U+{ord(unreadable[0]):04X}, which is no text: remove it")
 
-# what a saved state holds: options that make a video
-KEPT = ("prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae", "dtype")
+
+def read_switches(prompt, end):
+    """'a | 20: b' -> {0: 'a', 27: 'b'}: which text holds from which chunk on; end: of the video in seconds"""
+    check_text(prompt)
+    switches, times = {}, []
+    for part in f"0:{prompt}".split("|"):
+        second, _, text = part.partition(":")
+        try:
+            times.append(float(second))
+        except ValueError:
+            raise BadInput(f"cannot read a prompt switch in {prompt[:60]!r}: "
+                           "write 'a text | 20: the text from 20 s on'") from None
+        if not text.strip():
+            raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
+        if len(times) > 1 and not times[-2] < times[-1] < end:
+            raise BadInput("prompt switches must come one after another, "
+                           f"before the end at {end:g} s: {prompt[:60]!r}")
+        switches[chunk_at(times[-1])] = text.strip()
+    return switches
+
+
+def plan_jobs(cfg, done):
+    """The options -> list of Job; done: frames that a resumed video has already"""
+    prompts = read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt]
+    end = float("inf") if cfg.save_state else cfg.seconds  # a saved video may go on to a later switch
+    jobs = {}  # by path: prompts that are alike in their first 120 letters must not share a file
+    for prompt in prompts:
+        switches = read_switches(prompt, end)
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:120] or "video"
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            stem = f"{name}-{seed}-from-{done}" if done else f"{name}-{seed}"
+            if stem in jobs:
+                stem = f"{stem}-{len(jobs)}"
+            jobs[stem] = Job(prompt, switches, seed, Path(cfg.out) / f"{stem}.mp4")
+    return list(jobs.values())
+
+
+def warn_of_grammar(jobs):
+    """The tiny text encoder has read nothing but the small world's captions."""
+    for job in jobs:
+        for text in job.switches.values():
+            if world.parse_caption(text) is None:
+                print("warning: outside the small world's grammar, so anything may come: "
+                      f"{text[:60]!r}; it is {world.GRAMMAR}", file=sys.stderr)
+                return
 
 
 def load_state(cfg, device):
-    """-> cfg with the options of the saved video, the state that film() saved"""
-    state, default = read_file(cfg.resume, "the state", True, device)[0], asdict(Config())
+    """-> cfg with the options of the saved video, and the state that save_state() wrote"""
+    state = read_file(cfg.resume, "the state", True, device)[0]
     if not isinstance(state, dict) or "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
+    default = asdict(Config())
     for name, value in state["options"].items():
-        if getattr(cfg, name) not in (default[name], value):
-            raise BadInput(f"{cfg.resume} was made with --{name} {value}, not {getattr(cfg, name)}: leave the option out")
+        asked = getattr(cfg, name)
+        if asked not in (default[name], value):
+            raise BadInput(f"{cfg.resume} was made with --{name} {value}, not {asked}: leave the option out")
+    done = state["frames"]
+    if frames_in(cfg.seconds) <= done:
+        raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     return replace(cfg, **state["options"]), state
 
 
-def teach(m, roll, texts, history, seed):
-    """The context teacher goes on, 21 latents at a time, from what memory.frames_in_memory holds of all that is there; a chunk each."""
+def load_networks(cfg, jobs, device, dtype):
+    """Networks, sampled and with the memory that the options ask for."""
+    if cfg.wan:
+        texts = sorted({text for job in jobs for text in job.switches.values()})
+        networks = wan_models(cfg, texts, device, dtype)
+    else:
+        shipped = "teacher" if cfg.teacher else STUDENT
+        networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
+    sampler = networks.sampler
+    if cfg.steps is not None:
+        sampler = replace(sampler, steps=cfg.steps)
+    if cfg.tau is not None:
+        sampler = replace(sampler, tau=cfg.tau)
+    compiled = torch.compile(networks.dit, dynamic=False) if cfg.compile else None
+    policy = replace(PRESETS[cfg.memory], tau=sampler.tau)
+    return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
+
+
+# ---- videos -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Video:
+    """A video under way: with the options, all that a saved state holds."""
+    rollout: Rollout
+    past: list = None             # what the autoencoder remembers of the frames before, from vae.decode()
+    frames: int = 0               # written so far, those of an earlier file included
+    surplus: torch.Tensor = None  # (f, h, w, 3) uint8 decoded beyond --seconds, for --resume
+    thumbnails: dict = field(default_factory=dict)  # second -> frame (h, w, 3) uint8, for the memory picture
+
+    def load_state_dict(self, state):
+        self.rollout.load_state_dict(state["rollout"])
+        self.past = state["past"]
+        self.frames = state["frames"]
+        self.surplus = state["surplus"].cpu()
+        self.thumbnails = {second: frame.cpu() for second, frame in state["thumbnails"].items()}
+
+    def state_dict(self):
+        """Noise is keyed by (seed, chunk, step), so the chunk's number is all the random state there is."""
+        return {"rollout": self.rollout.state_dict(), "past": list(self.past), "frames": self.frames,
+                "surplus": self.surplus, "thumbnails": self.thumbnails}
+
+    def write(self, frames, total, file, bar):
+        """Decoded frames (f, h, w, 3) uint8 into the file, up to `total` in all."""
+        if self.frames / total * THUMBNAILS >= len(self.thumbnails):
+            self.thumbnails[self.frames / FPS] = frames[0].clone()
+        room = total - self.frames
+        self.surplus = frames[room:].clone()
+        frames = frames[:room]
+        file.write(frames.numpy())
+        bar.update(len(frames))
+        self.frames += len(frames)
+
+
+class StopSignals:
+    """
+    with StopSignals(patient) as stop: Ctrl-C and SIGTERM end the program with 130 and 143. If patient, the
+    first of them only sets stop.code: the chunk under way is finished and the state saved. The second does
+    not wait.
+    """
+    def __init__(self, patient):
+        self.patient = patient
+        self.code = 0
+
+    def __enter__(self):
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number, stack):
+        if self.code or not self.patient:
+            sys.exit(128 + number)
+        self.code = 128 + number
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def text_at(texts, chunk):
+    """texts: chunk -> text that holds from there on; -> the one that holds at `chunk`"""
+    return texts[max(start for start in texts if start <= chunk)]
+
+
+def extend_with_teacher(networks, texts, history, grid, seed):
+    """
+    Generator: the context teacher goes on without end, 21 latents at a time, seeing what slow-fast memory
+    would hold of all that is there.
+    texts    chunk -> net.text of the prompt that holds from there on
+    history  (1, 3m, c, h, w)
+    yields   x0 (1, 3, c, h, w)
+    """
     while True:
-        text = texts[max(turn for turn in texts if turn <= history.shape[1] // CHUNK)]
-        new = extend(m.dit, history, text, roll.grid, m.sampler, [seed])
+        text = text_at(texts, history.shape[1] // CHUNK)
+        new = extend(networks.dit, history, text, grid, networks.sampler, [seed])
         history = torch.cat([history, new], dim=1)
         yield from new.split(CHUNK, dim=1)
 
 
-def film(cfg, m, prompt, parts, seed, path, history, state, bar, stop):
+def render_video(cfg, networks, job, history, state, stop, bar):
     """
-    One video, from its first frame, a clip or a saved state to its mp4 and memory picture. parts: of the prompt, from
-    segments(); history: None, or the latents (1, 3m, c, h, w) of the clip; stop: no longer empty once a signal came.
+    One video, from its first frame, a clip or a saved state to its mp4 and memory picture.
+    history  None, or the latents (1, 3m, c, h, w) of the clip to go on from
+    state    None, or what load_state() returned
+    returns  Video
     """
-    frames, made = frames_in(cfg.seconds), state["done"] if state else 0
+    total = frames_in(cfg.seconds)
     given = 0 if history is None else history.shape[1] // CHUNK
-    if any(0 < turn < given for turn, _ in parts):
-        raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: {prompt[:60]!r}")
-    texts = {turn: m.text(text) for turn, text in parts}
-    roll, decoder, shots, left = m.rollout(texts[0]), Decoder(m.vae), [], []
-    if state:
-        roll.load_state_dict(state["rollout"])
-        decoder.past, shots = state["past"], [(at, frame.cpu()) for at, frame in state["shots"]]
-        left = [state["left"].cpu()] * bool(len(state["left"]))
-        roll.text = texts[max(turn for turn in texts if turn < roll.chunk)]
-    count = chunks_of(frames) - max(given, roll.chunk)
-    empty = m.text("") if m.sampler.guidance != 1 else None
-    new = (islice(teach(m, roll, texts, history, seed), count) if cfg.teacher else
-           generate(roll, [seed], count, m.sampler, m.latent, empty, history, {turn: texts[turn] for turn in texts if turn}))
-
-    def chunks():
-        for z in chain(history.split(CHUNK, dim=1) if given else (), new):
-            yield z
-            if stop and roll.chunk:
-                return
-
-    about = json.dumps({"AI-generated": True, "prompt": prompt, "seed": seed, "model": m.name})
-    with VideoWriter(path, frames - made, about, m.width, m.height, m.scale) as file:
-        for clip in chain(left, decoder.frames(chunks())):
-            file.write(clip.numpy())
-            if made / frames * 12 >= len(shots):
-                shots.append((made / FPS, clip[0].clone()))
-            bar.update(min(len(clip), frames - made))
-            made += len(clip)
+    if any(0 < chunk < given for chunk in job.switches):
+        raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: "
+                       f"{job.prompt[:60]!r}")
+    # 1. the rollout: from nothing, or where a saved one stopped
+    texts = {chunk: networks.text(text) for chunk, text in job.switches.items()}
+    video = Video(networks.rollout(texts[0]))
+    rollout = video.rollout
+    if state is not None:
+        video.load_state_dict(state)
+        rollout.text = text_at(texts, rollout.chunk - 1)  # a switch at the next chunk is still to come
+    # 2. latents, a chunk at a time; those of a clip come first
+    count = chunks_of(total) - max(given, rollout.chunk)
+    if cfg.teacher:
+        chunks = islice(extend_with_teacher(networks, texts, history, rollout.grid, job.seed), count)
+    else:
+        sampler = networks.sampler
+        uncond = networks.text("") if sampler.guidance != 1 else None
+        later = {chunk: text for chunk, text in texts.items() if chunk > 0}
+        chunks = generate(rollout, [job.seed], count, sampler, networks.latent, uncond, history, later)
+    if history is not None:
+        chunks = chain(history.split(CHUNK, dim=1), chunks)
+    # 3. decode and write them one after another
+    about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
+    with VideoWriter(job.path, about, networks.scale) as file:
+        if video.surplus is not None and len(video.surplus):
+            video.write(video.surplus, total, file, bar)
+        for x0 in chunks:
+            decoded, video.past = networks.vae.decode(x0, video.past)
+            video.write(to_uint8(decoded)[0].cpu(), total, file, bar)
+            if stop.code and rollout.chunk:
+                break
+    bar.write(f"wrote {job.path}")
+    # 4. what the memory holds now
     if not cfg.teacher:
-        memory_picture(path.with_suffix(".png"), shots, roll, m.vae, prompt)
-    bar.write(f"wrote {path}" + (f" and {path.stem}.png" if not cfg.teacher else ""))
-    if cfg.save_state:  # noise is keyed by (seed, chunk, step), so the chunk is the random state
-        torch.save({"options": {k: getattr(cfg, k) for k in KEPT}, "done": min(made, frames), "past": list(decoder.past),
-                    "rollout": roll.state_dict(),
-                    "shots": shots, "left": clip[len(clip) - max(0, made - frames):].clone()}, f"{cfg.save_state}.part")
-        os.replace(f"{cfg.save_state}.part", cfg.save_state)
-        bar.write(f"saved {cfg.save_state} at {min(made, frames) / FPS:g} s: --resume {cfg.save_state} goes on")
+        memory_picture(job.path.with_suffix(".png"), video.thumbnails, rollout, networks.vae, job.prompt)
+    return video
 
 
+@torch.no_grad()
 def main():
-    cfg, state, stop, started = parse(Config), None, [], time.time()
+    started = time.time()
+    # 1. what is asked for
+    cfg = parse(Config)
     device = pick_device(cfg.device)
+    check_values(cfg)
+    state, done = None, 0
     if cfg.resume:
         cfg, state = load_state(cfg, device)
-    prompts, frames, done = check(cfg), frames_in(cfg.seconds), state["done"] if state else 0
-    if frames <= done:
-        raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    jobs = {}  # by file: a prompt given twice, or two alike in their first 120 letters, must not share one
-    for prompt, parts in prompts:
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:120] or "video"
-            path = Path(cfg.out) / (f"{name}-{seed}" + (f"-from-{done}" if done else "") + ".mp4")
-            path = path if path not in jobs else path.with_stem(f"{path.stem}-{len(jobs)}")
-            jobs[path] = prompt, parts, seed
-
-    def interrupted(number, frame):
-        if not cfg.save_state or stop:
-            sys.exit(128 + number)
-        stop.append(number)  # the chunk under way is finished first; a second signal does not wait
-
-    with (torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16 and not cfg.wan),
-          sdpa_kernel(ATTENTION, set_priority=True) if device.type == "cuda" else nullcontext(), ExitStack() as stack):
-        if cfg.save_state:
-            part = Path(f"{cfg.save_state}.part")
-            touch(part)
-            stack.callback(part.unlink, missing_ok=True)
-        texts = sorted({text for _, parts in prompts for _, text in parts})
-        shipped = WEIGHTS / ("teacher.safetensors" if cfg.teacher else f"{STUDENT}.safetensors")
-        m = wan_models(cfg, texts, device, dtype) if cfg.wan else load_tiny(cfg.ckpt or shipped, device)
-        sampler = replace(m.sampler, steps=cfg.steps or m.sampler.steps, tau=m.sampler.tau if cfg.tau is None else cfg.tau)
-        m = replace(m, sampler=sampler, policy=replace(PRESETS[cfg.memory], tau=sampler.tau), positions=cfg.positions,
-                    compiled=torch.compile(m.dit, dynamic=False) if cfg.compile else None)
-        print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {m.name}, {sampler.steps} steps, "
-              f"memory {cfg.memory}")
+        done = state["frames"]
+    check_combinations(cfg)
+    jobs = plan_jobs(cfg, done)
+    if not cfg.wan:
+        warn_of_grammar(jobs)
+    frames = frames_in(cfg.seconds)
+    # 2. precision: weights of the raw folder are converted, the tiny ones autocast
+    bf16 = cfg.dtype == "bf16" or not cfg.dtype and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
+    attention = sdpa_kernel(ATTENTION, set_priority=True) if device.type == "cuda" else nullcontext()
+    state_file = whole_or_absent(cfg.save_state) if cfg.save_state else nullcontext()
+    with autocast, attention, state_file as state_part:
+        # 3. networks
+        networks = load_networks(cfg, jobs, device, torch.bfloat16 if bf16 else torch.float32)
+        print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
+              f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
-            print(f"estimate on {device.type}, GiB:", {k: round(v / 2 ** 30, 2) for k, v in estimate(m).items()})
+            for name, size in memory_estimate(networks).items():
+                print(f"estimate on {device.type}: {name} {size / 2 ** 30:.2f} GiB")
         if cfg.bench:
-            return bench(cfg, m, texts[0])
+            return bench(cfg, networks, jobs[0].switches[0])
+        # 4. the clip to go on from
         history = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, interrupted))
         if cfg.continue_:
-            clip = torch.from_numpy(read_clip(cfg.continue_, m.width, m.height, frames)).movedim(-1, -3)
-            history = m.vae.encode(clip[None].to(device) / 127.5 - 1).float()
-        bar = tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01)  # delay: not before any error
-        stack.enter_context(bar)
-        for path, job in jobs.items():
-            film(cfg, m, *job, path, history, state, bar, stop)
-            if stop:
-                sys.exit(128 + stop[0])
+            clip = torch.from_numpy(read_clip(cfg.continue_, networks.width, networks.height, frames))
+            clip = clip.movedim(-1, -3)[None].to(device) / 127.5 - 1
+            history = networks.vae.encode(clip).float()
+        # 5. the videos; the bar waits, so that no error is told behind it
+        bar = tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01)
+        with StopSignals(patient=bool(cfg.save_state)) as stop, bar:
+            for job in jobs:
+                video = render_video(cfg, networks, job, history, state, stop, bar)
+        # 6. the state, with the options that made the video
+        if cfg.save_state:
+            options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
+            torch.save({"options": options, **video.state_dict()}, state_part)
+            print(f"saved {cfg.save_state} at {video.frames / FPS:g} s: --resume {cfg.save_state} goes on")
+    if stop.code:
+        sys.exit(stop.code)
     wall, count = time.time() - started, frames * len(jobs) - done
-    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_line()}")
+    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_memory()}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,34 @@
 """
-Video files in and out, and a picture of what the memory held.
+Video files in and out, frames and chunks of seconds, and the memory picture.
 
-References: Context Forcing, arXiv 2602.06028.
+Frames are uint8 (f, h, w, 3) here and 16 a second in every file. A chunk is 3 latents, 12 frames, 0.75 s; the
+first latent of a video holds one frame instead of four, so the first chunk has 9 frames.
+
+    python sample.py --seconds 60    # writes a video and its memory picture
+
+References: imageio's ffmpeg plugin; Wan's autoencoder (1 + 4 (n - 1) frames <-> n latents).
+Leaves out: sound, other rates than 16 frames a second.
 """
 import logging
 import math
-import os
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
+import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps  # comes with imageio
 
-import world
-from config import BadInput
-from memory import CHUNK, size
+from config import BadInput, whole_or_absent
+from memory import CHUNK
 
 FPS = 16
+FRAMES = 4 * CHUNK  # of a chunk
+THUMBNAILS = 12          # frames of a video in its memory picture
+SIZE = 128, 64           # pixels of a thumbnail
+LEFT, STEP, ROW = 70, 132, 90    # pixels: left margin, from thumbnail to thumbnail, from row to row
+BARS, BASE, HELD = 140, 330, 376  # pixels from the top: bars between BARS and BASE, what is held from HELD on
 
 
 def frames_in(seconds):
@@ -24,58 +36,15 @@ def frames_in(seconds):
 
 
 def chunks_of(frames):
-    """Chunks of 3 latents that hold so many frames; the first latent is one frame, the others four."""
-    return math.ceil((math.ceil((frames - 1) / 4) + 1) / CHUNK)
+    """How many chunks hold so many frames."""
+    return math.ceil((frames + 3) / FRAMES)
 
 
 def chunk_at(second):
     """The first chunk that begins at this second or later."""
-    return math.ceil((round(second * FPS, 6) + 3) / 12) if second else 0
-
-
-def touch(path):
-    """Makes the file, empty, or says why that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise BadInput(f"cannot write to {path.parent}: {error.strerror}") from None
-
-
-class VideoWriter:
-    """One video file under way: with Mp4(...) as file: raw frames into ffmpeg, whole or absent."""
-    def __init__(self, path, frames, comment, width, height, scale):
-        import imageio_ffmpeg
-        self.path, self.part, self.left = path, path.with_name(f".{path.stem}.{os.getpid()}.part.mp4"), frames
-        try:
-            imageio_ffmpeg.get_ffmpeg_exe()
-        except RuntimeError:
-            raise BadInput("ffmpeg is missing: pip install 'imageio[ffmpeg]', or set IMAGEIO_FFMPEG_EXE") from None
-        touch(self.part)
-        self.pipe = imageio_ffmpeg.write_frames(
-            str(self.part), (width, height), fps=FPS, codec="libx264", quality=None, macro_block_size=1,
-            output_params=["-crf", "16", "-preset", "veryfast", "-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor",
-                           "-metadata", f"comment={comment}"])
-        self.pipe.send(None)
-
-    def __enter__(self):
-        return self
-
-    def write(self, frames):
-        """(f, h, w, 3) uint8; frames past the asked length are dropped"""
-        try:
-            for frame in frames[:self.left]:
-                self.pipe.send(np.ascontiguousarray(frame))
-        except OSError as error:
-            raise BadInput(f"ffmpeg stopped writing {self.path} ({error.strerror}): is the disk full?") from None
-        self.left -= min(self.left, len(frames))
-
-    def __exit__(self, error, *_):
-        self.pipe.close()
-        if error:
-            self.part.unlink(missing_ok=True)
-        else:
-            os.replace(self.part, self.path)
+    if second == 0:
+        return 0
+    return math.ceil((round(second * FPS, 6) + 3) / FRAMES)
 
 
 def to_uint8(video):
@@ -83,96 +52,141 @@ def to_uint8(video):
     return (video * 127.5 + 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
-class Decoder:
-    """Latents of one video to frames on the host. On cuda in a stream of its own, beside the next chunk: one chunk late."""
-    def __init__(self, vae):
-        self.vae, self.past = vae, None
-        self.side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
+# ---- files ------------------------------------------------------------------------------------------------
 
-    def frames(self, chunks):
-        """Iterable of latents (1, 3, c, h, w) -> generator of (f, h, w, 3) uint8"""
-        late = []
-        for z in chain(chunks, [None]):
-            if z is not None and self.side:
-                self.side.wait_stream(torch.cuda.current_stream())
-                z.record_stream(self.side)
-            with torch.cuda.stream(self.side):  # None: changes nothing
-                if z is not None:
-                    past, self.past = self.past, None  # WanVAE's is used up
-                    video, self.past = self.vae.decode(z, past)
-                    made = to_uint8(video)[0].to("cpu", non_blocking=self.side is not None)  # pins its copy
-                    late.append((made, self.side and self.side.record_event()))
-            while len(late) > (self.side is not None and z is not None):
-                frames, arrived = late.pop(0)
-                if arrived:
-                    arrived.synchronize()
-                yield frames
+class VideoWriter:
+    """with VideoWriter(path) as file: file.write(frames). An mp4, whole or absent."""
+    def __init__(self, path, comment="", scale=1):
+        """comment: its metadata; scale: each pixel becomes a square of so many"""
+        try:
+            imageio_ffmpeg.get_ffmpeg_exe()
+        except RuntimeError:
+            raise BadInput("ffmpeg is missing: pip install 'imageio[ffmpeg]', "
+                           "or set IMAGEIO_FFMPEG_EXE") from None
+        self.path = path
+        self.comment = comment
+        self.scale = scale
+
+    def __enter__(self):
+        self.whole = whole_or_absent(self.path)
+        part = self.whole.__enter__()
+        nearest = f"scale=iw*{self.scale}:ih*{self.scale}:flags=neighbor"
+        options = ["-crf", "16", "-preset", "veryfast", "-vf", nearest]
+        options += ["-metadata", f"comment={self.comment}"]
+        self.writer = imageio.get_writer(part, format="FFMPEG", fps=FPS, codec="libx264", macro_block_size=1,
+                                         ffmpeg_params=options)
+        return self
+
+    def write(self, frames):
+        """(f, h, w, 3) uint8"""
+        try:
+            for frame in frames:
+                self.writer.append_data(frame)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"ffmpeg stopped writing {self.path} ({reason}): is the disk full?") from None
+
+    def __exit__(self, *error):
+        self.writer.close()
+        self.whole.__exit__(*error)
 
 
-def read_video(path, width, height, most):
-    """The first `most` frames of a video file at 16 a second, scaled and cropped to (f, h, w, 3) uint8; its own (w, h)"""
-    import imageio_ffmpeg
+def read_frames(path, width, height, most):
+    """
+    The first `most` frames of a video file at 16 a second, scaled and cut at the sides to width x height.
+    returns  (f, height, width, 3) uint8, and the file's own (width, height)
+    """
     logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
-    fit = f"fps={FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
+    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
+    filters = f"fps={FPS},{cover},crop={width}:{height}"
     try:
-        source = imageio_ffmpeg.read_frames(str(Path(path).resolve(strict=True)), output_params=["-vf", fit])
-        size = next(source)["source_size"]
-        frames = [np.frombuffer(frame, np.uint8) for frame, _ in zip(source, range(most))]
-        source.close()
-    except (OSError, RuntimeError, ValueError, StopIteration) as error:
-        raise BadInput(f"cannot read the clip {path} ({str(error).strip().splitlines()[-1][:100]})") from None
+        file = Path(path).resolve(strict=True)
+        with imageio.get_reader(file, format="FFMPEG", output_params=["-vf", filters]) as reader:
+            size = reader.get_meta_data()["source_size"]
+            frames = list(islice(reader, most))
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[-1][:100]
+        raise BadInput(f"cannot read the clip {path} ({reason})") from None
     return np.array(frames, np.uint8).reshape(-1, height, width, 3), size
 
 
 def read_clip(path, width, height, most):
-    """What --continue goes on from: of the end of a video file of fewer than `most` frames, (12 m - 3, h, w, 3) uint8."""
-    frames, _ = read_video(path, width, height, most + 1)
-    if len(frames) < 9 or len(frames) >= most:
+    """
+    What --continue goes on from: whole chunks from the end of a video file of fewer than `most` frames.
+    returns  (12 m - 3, height, width, 3) uint8
+    """
+    frames, _ = read_frames(path, width, height, most + 1)
+    if not 9 <= len(frames) < most:
         count = f"more than {most}" if len(frames) > most else len(frames)
-        raise BadInput(f"the clip {path} has {count} frames at 16 a second: 9 or more are needed, fewer than --seconds gives")
-    return frames[(len(frames) + 3) % 12:]
+        raise BadInput(f"the clip {path} has {count} frames at 16 a second: 9 or more are needed, "
+                       "fewer than --seconds gives")
+    return frames[(len(frames) + 3) % FRAMES:]
 
 
-def memory_picture(path, shots, roll, vae, prompt):
-    """shots: list of (second, (h, w, 3) uint8 tensor); roll: the finished Rollout"""
-    from PIL import Image, ImageDraw
-    memory, policy, sims, keeps = roll.memory, roll.memory.policy, torch.cat(roll.similarities).tolist(), torch.cat(roll.kept).tolist()
-    held, latents = (torch.cat([getattr(s, name)[0] for s in memory.segments()]) for name in ("frame", "latent"))
-    red, grey, blue = (200, 60, 40), (150, 150, 150), (30, 60, 200)
-    h, gap, left, base = world.HEIGHT * 2, 4, 70, 330  # base: of bars 190 high, a third or more of which the threshold takes
-    w = h * shots[0][1].shape[1] // shots[0][1].shape[0]
-    width = left + len(shots) * (w + gap)
-    page = Image.new("RGB", (width, 430 + math.ceil(len(held) / len(shots)) * (h + 26)), "white")
+# ---- the memory picture -----------------------------------------------------------------------------------
+
+def memory_picture(path, thumbnails, rollout, vae, prompt):
+    """
+    What a model saw and kept: frames over time, the surprisal of each chunk, what memory holds at the end.
+    thumbnails  second -> frame (h, w, 3) uint8
+    rollout     the finished one, of one video
+    """
+    memory = rollout.memory
+    rows = math.ceil(memory.frames().shape[1] / THUMBNAILS)
+    page = Image.new("RGB", (LEFT + THUMBNAILS * STEP, HELD + rows * ROW), "white")
     pen = ImageDraw.Draw(page)
-
-    def thumb(frame, i, y, text, colour):
-        """Picture number i of those that lie `len(shots)` to a row from y on."""
-        x, y = left + i % len(shots) * (w + gap), y + i // len(shots) * (h + 26)
-        page.paste(Image.fromarray(frame.numpy()).resize((w, h), Image.NEAREST), (x, y))
-        pen.text((x, y + h + 2), text, colour)
-
-    pen.text((gap, 8), f"what the model saw and kept: {prompt}", "black")
-    for i, (second, frame) in enumerate(shots):
-        thumb(frame, i, 30, f"{second:.0f} s", "black")
-    wide, most = (width - left - gap) / len(sims), max(3 * (1 - policy.tau), 1.05 * (1 - min(sims)), 1e-6)
-    for i, (sim, keep) in enumerate(zip(sims, keeps)):
-        x, tested = left + i * wide, policy.slow and i % policy.interval == 0
-        top = base - max(0, 1 - sim) / most * 190
-        pen.rectangle([x + 1, top, x + max(2, wide - 1), base], fill=(red if keep else grey) if tested else (215,) * 3)
-        if policy.slow and CHUNK * i in held.tolist():
-            pen.ellipse([x + wide / 2 - 3, base + 4, x + wide / 2 + 3, base + 10], fill=red)
-    pen.line([left, base, width, base], fill="black")
-    pen.text((gap, base - 190), "surprisal", "black")
-    if policy.keep == "surprisal":
-        line = base - max(0, 1 - policy.tau) / most * 190
-        pen.line([left, line, width, line], fill=blue)
-        pen.text((gap, line - 6), f"1 - {policy.tau:.4f}", blue)
-    pen.text((left, base + 14), "each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory when it "
-             "leaves fast; grey: tested, not kept; pale: not tested; dot: still held at the end", "black")
-    pen.text((gap, base + 46), "memory\nat the end", "black")
-    parts = [(name, colour) for name, colour in (("sink", (0, 120, 60)), ("slow", red), ("fast", (90,) * 3))
-             for _ in range(size(getattr(memory, name)))]
-    for i, ((name, colour), src, z) in enumerate(zip(parts, held.tolist(), latents)):
-        view = to_uint8(vae.decode(z[None, None])[0][0, -1]).cpu()  # each alone, as the first of a video
-        thumb(view, i, base + 46, f"{name} {max(0, 4 * src - 3) / FPS:.1f} s", colour)
+    pen.text((4, 8), f"what the model saw and kept: {prompt}", "black")
+    # 1. frames over time
+    for i, (second, frame) in enumerate(thumbnails.items()):
+        paste_thumbnail(page, i, 30, frame, f"{second:.0f} s", "black")
+    # 2. surprisal
+    draw_surprisal(pen, page.width, rollout)
+    # 3. what is held, each latent decoded alone, as the first of a video
+    pen.text((4, HELD), "memory\nat the end", "black")
+    i = 0
+    for name, colour in (("sink", "green"), ("slow", "crimson"), ("fast", "black")):
+        segment = getattr(memory, name)
+        if segment is None:
+            continue
+        for number, latent in zip(segment.frame[0].tolist(), segment.latent[0]):
+            decoded, _ = vae.decode(latent[None, None])
+            second = max(0, 4 * number - 3) / FPS
+            paste_thumbnail(page, i, HELD, to_uint8(decoded)[0, -1].cpu(), f"{name} {second:.1f} s", colour)
+            i += 1
     page.save(path)
+
+
+def paste_thumbnail(page, i, top, frame, caption, colour):
+    """frame (h, w, 3) uint8: number i of those that lie in rows from `top` down"""
+    x = LEFT + i % THUMBNAILS * STEP
+    y = top + i // THUMBNAILS * ROW
+    page.paste(ImageOps.contain(Image.fromarray(frame.numpy()), SIZE, Image.NEAREST), (x, y))
+    ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, colour)
+
+
+def draw_surprisal(pen, width, rollout):
+    """A bar for each chunk from LEFT to `width`, and the threshold."""
+    policy = rollout.memory.policy
+    surprisal = (1 - torch.cat(rollout.similarities)).clamp(min=0).tolist()
+    kept = torch.cat(rollout.kept).tolist()
+    # the threshold's line takes a third of the height at most, and the tallest bar nearly all of it
+    threshold = max(0, 1 - policy.tau)
+    scale = (BASE - BARS) / max(3 * threshold, 1.05 * max(surprisal), 1e-6)
+    step = (width - LEFT) / len(surprisal)
+    for chunk, value in enumerate(surprisal):
+        x = LEFT + chunk * step
+        colour = "grey"
+        if policy.slow == 0 or chunk % policy.interval > 0:
+            colour = "lightgrey"
+        elif kept[chunk]:
+            colour = "crimson"
+        pen.rectangle([x + 1, BASE - value * scale, x + max(2, step - 1), BASE], fill=colour)
+    # axis, threshold, legend
+    pen.line([LEFT, BASE, width, BASE], fill="black")
+    pen.text((4, BARS), "surprisal", "black")
+    if policy.keep == "surprisal":
+        line = BASE - threshold * scale
+        pen.line([LEFT, line, width, line], fill="blue")
+        pen.text((4, line - 6), f"1 - {policy.tau:.4f}", "blue")
+    pen.text((LEFT, BASE + 14), "each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory "
+             "when it leaves fast; grey: tested, not kept; pale: not tested", "black")
