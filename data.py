@@ -26,7 +26,7 @@ from tqdm import tqdm
 import world
 from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
-from video import FPS, read_video
+from video import FPS, read_frames
 from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
 from world import WorldSpec
 
@@ -158,7 +158,7 @@ def encode_videos(cfg, device):
     least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
     for file in tqdm(new, desc="encoding clips"):
         try:
-            frames, (w, h) = read_video(file, m.width, m.height, most)
+            frames, (w, h) = read_frames(file, m.width, m.height, most)
         except BadInput:
             skipped.append(f"{file}: cannot be read as a video")
             continue
