@@ -1,311 +1,445 @@
 """
-The causal start model: stage init, which the paper does not have. Teacher forcing on packed histories, then regression to the
-model's own ODE trajectories at the four noise levels that the student will use.
+The causal start model: stage init. Not in the paper, which takes a causal model that others have trained.
+
+Distillation needs a student that is causal and remembers before it starts. It is made in two parts:
+
+    ar     teacher forcing: a chunk is noised and predicted from the real latents that memory would hold then. Most
+           passes are packs: one clean past, several noised copies of the target behind it, and an attention mask in
+           which the copies see the past but not each other. The last updates go through the real memory instead.
+    ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels it
+           predicts the x0 that 16 Euler steps reach from there.
+
+    python causal.py           # draws who sees whom in a pack
+
+References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 2506.08009 (teacher forcing mask).
+Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import world
-from data import CHUNKS, LESSON_CHUNKS, LINGERS, Histories, fingerprint, latent_cache, lesson_worlds, training_worlds
-from flow import (Rollout, Sampler, add_noise, augment_context_noise, denoise, draw_noise, flow_matching_loss, schedule, shifted,
-                  v_from_x0)
-from memory import CHUNK, PRESETS, frames_in_memory
+from data import CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, take_frames
+from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames, schedule,
+                  shifted, v_from_x0)
+from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
+from text import bytes_to_ids
 from weights import write_safetensors
 from world import WorldSpec
 
-HEADED = 32            # clips from which the latents' compass is read
-CLIPS = 1024           # training clips in the latent cache
-COPIES = 4             # noised copies of a target chunk that share one clean past: most of the compute is supervised
-LESSON_CLIPS = 1600    # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-TWINS = 640            # clips of each set that have a twin: the same motion past other landmarks
-MIX = {                # init_ar: until which share of the updates, how often a pack is of which kind, and from a lesson
-    # first 7 chunks, whole past, a chunk left out before the target, no sink and fast memory, fast memory from a twin
-    .2: (.15, .255, .2975, .2975, 0, .7), .65: (.10, .30, 0, .10, .50, .7), 1: (.10, .60, 0, .05, .25, .2)}
-# With the last second at hand a network draws on from that and does not learn in an hour to choose among keyframes. Where
-# that second is missing, or shows other landmarks, every column must be looked up by what tells the heading: the sky.
-SEQUENTIAL = 0.975     # from this share of the updates on pasts go through the real memory, chunk by chunk
-ODE_CLIPS, ODE_CHUNKS = 256, 20         # init_ode: videos of the causal model's own, and their length
+COPIES = 4               # noised copies of a target that share one clean past: most of the compute is supervised
+COUNTERFACTUALS = 640    # clips of each set that have a counterfactual: the same motion past other landmarks
+SLOW = PRESETS["slowfast"].slow
+PROBE_CLIPS = 32         # clips that the heading probe is fitted to
+ODE_CLIPS = 256          # videos of the causal model's own ...
+ODE_CHUNKS = 20          # ... their length ...
+ODE_STEPS = 16           # ... and the Euler steps of a chunk
+
+# Which history a pass has. With the last second at hand a network draws on from that, and does not learn in an hour
+# to choose among keyframes. Where that second is missing, or shows other landmarks, every column must be looked up.
+KINDS = (
+    "prefix",          # the first 7 chunks, each predicted from those before it
+    "full_history",    # all that a memory policy holds
+    "skip_chunk",      # one or two chunks are missing between past and target, and as many keyframes
+    "keyframes_only",  # no sink, no fast memory
+    "swapped_recent",  # fast memory comes from a counterfactual
+)
+HISTORY_CURRICULUM = [  # until this share of the updates: how often each kind, a rollout, and a clip of steady turns
+    dict(until=.2, prefix=.15, full_history=.255, skip_chunk=.2975, keyframes_only=.2975, swapped_recent=.0,
+         rollout=.0, steady_turns=.7),
+    dict(until=.65, prefix=.10, full_history=.30, skip_chunk=.0, keyframes_only=.10, swapped_recent=.50,
+         rollout=.0, steady_turns=.7),
+    dict(until=.975, prefix=.10, full_history=.60, skip_chunk=.0, keyframes_only=.05, swapped_recent=.25,
+         rollout=.0, steady_turns=.2),
+    dict(until=1., prefix=.10, full_history=.60, skip_chunk=.0, keyframes_only=.05, swapped_recent=.25,
+         rollout=.8, steady_turns=.2),
+]
+FOLDER_CURRICULUM = [  # the same for folders of videos
+    dict(until=1., prefix=.15, full_history=.85, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0,
+         rollout=.0, steady_turns=.0),
+]
 
 
-# ---- clips and their latents --------------------------------------------------------------------------------
-
-def encoded(s, worlds, latents):
-    return latent_cache(Path(s.cfg.out) / "cache", s.tae, worlds, latents, s.device, s.rank)
-
-
-def clips(s, lessons, room=CHUNK):
-    """
-    Clips of all motions, or of the lessons; or those of --data. room: as for Histories
-    returns  latents, with latents[which (b, 1), frames (b, f)] -> (b, f, c, h, w); which (b,) -> text features; Histories;
-             worlds or None
-    """
-    if s.film:
-        return s.film, lambda which: s.film.text(which).to(s.device), s.film, None
-    worlds, chunks = ((lesson_worlds(LESSON_CLIPS, s.cfg.seed), LESSON_CHUNKS) if lessons else
-                      (training_worlds(CLIPS, s.cfg.seed), CHUNKS))
-    captions = [world.make_world(w).caption for w in worlds]
-    return (encoded(s, worlds, chunks * CHUNK), lambda which: s.features([captions[i] for i in which]),
-            Histories(worlds, chunks, room), worlds)
+@dataclass
+class Objective:
+    """How a pass is noised and judged."""
+    grid: tuple                 # latent rows and columns after patching
+    shift: float                # of the noise levels
+    context_noise: float = 0.   # most noise on a latent of the clean past
+    probe: torch.Tensor = None  # directions of a latent that count more, as in flow.flow_matching_loss
+    probe_weight: float = 0.
 
 
-def directions(s, wanted):
-    """Of the small world: (2, c h w), in which latents show the heading, for flow.flow_matching_loss"""
-    if s.film or s.cfg.wan or not wanted:
-        return None
-    worlds = [WorldSpec(i, "turn") for i in range(HEADED)]
-    return compass(encoded(s, worlds, CHUNKS * CHUNK).flatten(0, 1), Histories(worlds).heading.flatten()).to(s.device)
+# ---- packs: teacher forcing in one pass ------------------------------------------------------------------------------
 
+@dataclass
+class Pack:
+    """p clean latents of a past, and f target latents: noised copies of one or more chunks."""
+    past: torch.Tensor          # (b, p, c, h, w) clean; anything where nothing is there
+    past_frame: torch.Tensor    # (b, p) frame numbers, -1 = nothing there
+    target: torch.Tensor        # (b, f, c, h, w) clean, all copies
+    target_frame: torch.Tensor  # (b, f)
+    copy: torch.Tensor          # (f,) which copy a target latent belongs to: 0, 0, 0, 1, 1, 1, ...
+    position: torch.Tensor      # (b, p + f) temporal positions
 
-def taken(s, latents, which, frames):
-    """Frames (b, f) of the clips which (b,); -1, nothing there, gives any -> (b, f, c, h, w)"""
-    return latents[which[:, None], frames.clamp(min=0)].to(s.device).float()
-
-
-def frames_from(chunk, frames=CHUNK):
-    return chunk[:, None] * CHUNK + torch.arange(frames)  # (b,) -> (b, frames)
-
-
-# ---- packed histories: what a Rollout would see, in one pass --------------------------------------------------
 
 def stratified_noise(x0, copies, shift):
     """
     x0 (b, f, ...), f a multiple of copies, noised at `copies` levels a sample, spread evenly over 0..1 and shifted
     returns  x_t, t (b, f), v
     """
-    u = (torch.rand(len(x0), copies) + torch.rand(len(x0), copies).argsort(1)) / copies
+    within = torch.rand(len(x0), copies)
+    stratum = torch.rand(len(x0), copies).argsort(1)
+    u = (within + stratum) / copies
     t = shifted(u, shift).repeat_interleave(x0.shape[1] // copies, 1).to(x0.device)
     noise = torch.randn(x0.shape, device=x0.device)
     return add_noise(x0, noise, t), t, noise - x0
 
 
-def packed_attention_mask(src, target, own):
+def packed_attention_mask(pack):
     """
-    Who sees whom in a pack of clean past latents and noised target latents.
-    src     (b, p)  frame numbers of the past, -1 = nothing there
-    target  (b, f)  chunk number of each target latent; own (f,) which noised copy it belongs to
-    returns (b, p + f, p + f) bool: the past sees what is not newer (chunk mates included); a target latent sees every
-            older chunk of the past and its own copy
+    Who sees whom: the past sees what is not newer (chunk mates included); a target latent sees every older chunk of
+    the past and its own copy.
+    returns  (b, p + f, p + f) bool
     """
-    past, there = src.div(CHUNK, rounding_mode="floor"), src >= 0
-    among = (past[:, :, None] >= past[:, None]) & there[:, None] | torch.eye(src.shape[1], dtype=torch.bool)
-    ahead = torch.zeros(len(src), src.shape[1], len(own), dtype=torch.bool)
-    to_past = (past[:, None] < target[:, :, None]) & there[:, None]
-    to_own = (own[:, None] == own[None]).expand(len(src), -1, -1)
-    return torch.cat([torch.cat([among, ahead], 2), torch.cat([to_past, to_own], 2)], 1)
+    b, p = pack.past_frame.shape
+    f = len(pack.copy)
+    there = pack.past_frame[:, None] >= 0
+    past = pack.past_frame.div(CHUNK, rounding_mode="floor")
+    target = pack.target_frame // CHUNK
+    # rows see columns; an empty place sees itself, because a softmax over nothing has no value
+    past_to_past = (past[:, :, None] >= past[:, None]) & there | torch.eye(p, dtype=torch.bool)
+    past_to_target = torch.zeros(b, p, f, dtype=torch.bool)
+    target_to_past = (target[:, :, None] > past[:, None]) & there
+    target_to_target = (pack.copy[:, None] == pack.copy[None]).expand(b, -1, -1)
+    rows_of_past = torch.cat([past_to_past, past_to_target], dim=2)
+    rows_of_target = torch.cat([target_to_past, target_to_target], dim=2)
+    return torch.cat([rows_of_past, rows_of_target], dim=1)
 
 
-def drop_frames(src, gone):
-    """Takes latents out of a padded past src (b, p) where gone (b, p) bool says so; what is left closes up, -1 behind it."""
-    src = src.masked_fill(gone, -1)
-    return src.gather(1, (src < 0).long().argsort(stable=True, dim=1))
-
-
-def packed_positions(src, copies, gap=0):
-    """Bounded positions of a padded past (b, p) and of `copies` of the chunk `gap` chunks on: (b, p + 3 copies)"""
-    new = (src >= 0).sum(1, keepdim=True) + CHUNK * gap + torch.arange(CHUNK).repeat(copies)
-    return torch.cat([torch.arange(src.shape[1]).expand(len(src), -1), new], 1)
-
-
-def packed_forward(net, text, past, src, target, positions, own, xt, t, grid):
+def packed_forward(net, text, pack, xt, t, grid):
     """
-    Several noised copies of target latents share one clean past: what a Rollout would see, chunk by chunk, in one pass.
-    past       (b, p, c, h, w) clean latents of the frame numbers src (b, p), -1 = nothing there
-    target     (b, f) frame numbers of all copies; own (f,) which copy a latent belongs to; positions (b, p + f)
-    xt, t      (b, f, c, h, w) noised, (b, f)
-    returns    v (b, f, c, h, w) of the target
+    What a Rollout would see, in one pass.
+    xt, t    (b, f, c, h, w), (b, f) the noised target
+    returns  v (b, f, c, h, w) of the target
     """
-    x, at = torch.cat([past, xt], 1), torch.cat([torch.zeros(src.shape, device=t.device), t], 1)
-    rope = rope_cos_sin(positions.to(t.device), *grid, net.config.dim // net.config.heads)
-    mask = packed_attention_mask(src, target.div(CHUNK, rounding_mode="floor"), own).to(t.device)
-    return net(x, at, text, rope, mask=mask)[0][:, src.shape[1]:]
+    p = pack.past_frame.shape[1]
+    x = torch.cat([pack.past, xt], dim=1)
+    levels = torch.cat([torch.zeros(pack.past_frame.shape, device=t.device), t], dim=1)
+    rope = rope_cos_sin(pack.position.to(t.device), *grid, net.config.dim // net.config.heads)
+    mask = packed_attention_mask(pack).to(t.device)
+    v, _ = net(x, levels, text, rope, mask=mask)
+    return v[:, p:]
+
+
+def packed_positions(past_frame, copies, skip=0):
+    """Bounded positions of a padded past (b, p) and of `copies` of the chunk `skip` chunks on: (b, p + 3 copies)"""
+    b, p = past_frame.shape
+    held = (past_frame >= 0).sum(1, keepdim=True)
+    new = held + CHUNK * skip + torch.arange(CHUNK).repeat(copies)
+    return torch.cat([torch.arange(p).expand(b, -1), new], dim=1)
+
+
+def drop_frames(frame, gone):
+    """Frame numbers (b, p) without those where gone (b, p) says so; what is left closes up, -1 behind it."""
+    frame = frame.masked_fill(gone, -1)
+    return frame.gather(1, (frame < 0).long().argsort(stable=True, dim=1))
+
+
+def chunk_frames(chunk):
+    """Chunk numbers (b,) -> the frame numbers of their latents (b, 3)"""
+    return CHUNK * chunk[:, None] + torch.arange(CHUNK)
+
+
+# ---- ar: teacher forcing ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Pass:
+    """What one pass is like, the same in all processes."""
+    kind: str             # of KINDS, or "rollout"
+    steady_turns: bool    # on clips of steady turns, or of all motions
+    skip: int = 0         # skip_chunk: chunks that are missing
+    length: int = 0       # rollout: chunks of past ...
+    policy: str = ""      # ... memory preset ...
+    supervised: list = field(default_factory=list)  # ... and the chunks that have a loss
+
+
+def draw_pass(rng, done, curriculum=HISTORY_CURRICULUM):
+    """done: share of the updates that is done -> Pass"""
+    chance = next(row for row in curriculum if done < row["until"])
+    if chance["rollout"] and rng.random() < chance["rollout"]:
+        kind = "rollout"
+    else:
+        kind = str(rng.choice(KINDS, p=[chance[kind] for kind in KINDS]))
+    length = int(rng.integers(12, CHUNKS))
+    is_other = rng.random() < Histories.OTHER
+    steady_turns = kind != "rollout" and rng.random() < chance["steady_turns"]
+    skip = int(rng.integers(1, 3)) if kind == "skip_chunk" else 0
+    policy = str(rng.choice(Histories.OTHER_POLICIES)) if is_other else "slowfast"
+    supervised = rng.choice(np.arange(FULL, length + 1), 3, replace=False).tolist()
+    return Pass(kind, steady_turns, skip, length, policy, supervised)
+
+
+def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
+    """
+    clips    data.WorldClips or ClipFolder
+    drawn    Pass
+    returns  scalar loss
+    """
+    if drawn.kind == "swapped_recent":
+        history = clips.draw_counterfactual(rng, batch)
+    else:
+        history = clips.draw_history(rng, batch, ahead=1 + drawn.skip)
+    text = net.text(clips.text(history.clip))
+    if drawn.kind == "rollout":
+        return rollout_loss(net, text, clips, history.clip, drawn, rng, objective)
+    if drawn.kind == "prefix":
+        pack = prefix_pack(clips, history)
+    else:
+        pack = history_pack(clips, history, drawn, rng)
+    return packed_loss(net, text, pack, objective)
+
+
+def packed_loss(net, text, pack, objective):
+    """Flow matching on the target of a Pack."""
+    xt, t, v_star = stratified_noise(pack.target, len(pack.copy.unique()), objective.shift)
+    pack = replace(pack, past=augment_context_noise(pack.past, objective.context_noise))
+    v = packed_forward(net, text, pack, xt, t, objective.grid)
+    # where a video begins to look is undetermined: no probe on its first chunk
+    probe_t = t * (pack.target_frame >= CHUNK).to(t.device)
+    return flow_matching_loss(v, v_star, probe_t, objective.probe, objective.probe_weight).mean()
+
+
+def prefix_pack(clips, history):
+    """Plain block-causal training on the first 7 chunks: each is one "copy", and sees those before it."""
+    frame = torch.arange(CHUNK * FULL).expand(len(history.clip), -1)
+    latents = clips.frames(history.clip, frame)
+    return Pack(latents, frame, latents, frame, frame[0] // CHUNK, torch.cat([frame, frame], dim=1))
+
+
+def history_pack(clips, history, drawn, rng):
+    """A long past at once: what a policy holds, or what the kind of history leaves of it."""
+    frame = history.frame
+    if drawn.kind == "keyframes_only":
+        frame = frame[:, CHUNK:CHUNK + SLOW]
+    if drawn.kind == "skip_chunk":
+        frame = drop_frames(frame, random_keyframes(rng, frame, CHUNK * drawn.skip))
+    if drawn.kind == "swapped_recent" and drawn.steady_turns:
+        frame = drop_frames(frame, recent_keyframes(rng, clips.histories.heading, history))
+    past = clips.frames(history.clip, frame)
+    if drawn.kind == "swapped_recent":
+        is_recent = frame >= CHUNK * (history.chunk - 1)[:, None]
+        other = clips.frames(history.clip, frame, counterfactual=True)
+        past = torch.where(over_frames(is_recent).to(past.device), other, past)
+
+    target_frame = chunk_frames(history.chunk + drawn.skip).repeat(1, COPIES)
+    target = clips.frames(history.clip, target_frame)
+    copy = torch.arange(COPIES).repeat_interleave(CHUNK)
+    return Pack(past, frame, target, target_frame, copy, packed_positions(frame, COPIES, drawn.skip))
+
+
+def random_keyframes(rng, frame, count):
+    """Where slow memory is full, `count` keyframes of each sample: (b, p) bool"""
+    chosen = torch.zeros(frame.shape, dtype=torch.bool)
+    for row in (frame[:, -1] >= 0).nonzero()[:, 0]:
+        chosen[row, CHUNK + rng.choice(SLOW, count, replace=False)] = True
+    return chosen
+
+
+def recent_keyframes(rng, heading, history):
+    """Of a steady turn, keyframes of the last half turn: they would show the view, a known way off. (b, p) bool"""
+    now = heading[history.clip, CHUNK * history.chunk - 1]
+    turned = heading[history.clip[:, None], history.frame] - now[:, None]
+    recent = turned.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
+    recent[:, :CHUNK] = False   # sink
+    recent[:, -CHUNK:] = False  # fast
+    return recent
+
+
+def rollout_loss(net, text, clips, clip, drawn, rng, objective):
+    """Real clips (b,) through the real memory, chunk after chunk; some chunks are predicted on the way."""
+    keep = clips.histories.draw_keep(rng, clip)
+    without_gradient = [(k.detach(), v.detach()) for k, v in text]
+    rollout = Rollout(net, without_gradient, PRESETS[drawn.policy], objective.grid)
+    copy = torch.arange(COPIES).repeat_interleave(CHUNK)
+    loss = 0
+    for i in range(drawn.length + 1):
+        x0 = clips.frames(clip, chunk_frames(torch.full_like(clip, i)))
+        mask = (copy[:, None] == copy[None])[None].to(x0.device)
+        memory, rope = rollout.read_context()
+        if i in drawn.supervised:
+            xt, t, v_star = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), COPIES, objective.shift)
+            rope = [table.repeat(1, COPIES, 1, 1) for table in rope]
+            v, _ = net(xt, t, text, rope, memory, mask)
+            error = flow_matching_loss(v, v_star, t, objective.probe, objective.probe_weight).mean()
+            loss = loss + error / len(drawn.supervised)
+        if i < drawn.length:
+            x0 = augment_context_noise(x0, objective.context_noise)
+            rollout.append(x0, keep[:, i].to(x0.device))
+    return loss
+
+
+# ---- ode: regression to ODE trajectories -----------------------------------------------------------------------------
+
+@dataclass
+class Trajectories:
+    """Videos that the causal model has made."""
+    x: torch.Tensor           # (n, 3 chunks, levels + 1, c, h, w) bfloat16: each latent on its way, the last is x0
+    past_frame: torch.Tensor  # (n, chunks, 18) frame numbers of what each chunk saw, -1 = nothing
+
+
+def ode_captions(prompts, seed):
+    """Captions for the videos, of `prompts` or of the small world."""
+    drawn = np.random.default_rng([seed, 0x0DE]).integers(len(prompts) or world.HELD_OUT, size=ODE_CLIPS)
+    if prompts:
+        return [prompts[i] for i in drawn]
+    return [world.make_world(WorldSpec(int(i))).caption for i in drawn]
 
 
 @torch.no_grad()
-def path_cache(folder, net, start, captions, chunks, sampler, latent, together, rank=0, processes=1):
+def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent, batch, rank=0, processes=1):
     """
-    Videos of net, a causal model, in 16 Euler steps, with what each chunk was at the sampler's few noise levels on the way;
-    kept on disk like clips, made `together` at a time, each process its share.
-    start    captions -> a fresh flow.Rollout under them
-    returns  (n, 3 chunks, levels + 1, c, h, w) bfloat16 on the CPU, the last is x0; (n, chunks, 18) frame numbers of each
-             chunk's past, -1 = nothing there
+    Kept on disk, made `batch` at a time; of several processes each makes its share.
+    net         the causal model
+    rollout_of  list of captions -> a fresh Rollout of it
+    latent      (c, h, w)
+    returns     Trajectories
     """
-    mark, files = fingerprint(net).hexdigest()[:8], []
-    for at in tqdm(range(0, len(captions), together), desc="paths of the causal model", disable=rank > 0):
-        files.append(Path(folder) / f"paths_{mark}_{at:05d}.safetensors")
-        if files[-1].exists() or at // together % processes != rank:
-            continue
-        some = captions[at:at + together]
-        roll, xs, device = start(some), [], next(net.parameters()).device
-        for i in range(chunks):
-            roll.read_context()
-            seen = []
-
-            def predict(x, level):
-                seen.append(x)
-                return roll.predict(x, torch.full(x.shape[:2], level, device=device))[0]
-            noise = draw_noise(range(at, at + len(some)), i, 0, (CHUNK, *latent), device)
-            x0, _ = denoise(predict, noise, schedule(16, sampler.shift), None, renoise=False)
-            roll.append(x0)
-            xs.append(torch.stack([*seen[::16 // sampler.steps], x0], 2).bfloat16().cpu())
-        held = frames_in_memory(roll.memory.policy, torch.stack(roll.kept, 1).cpu())[:chunks]
-        held = torch.stack([F.pad(h, (0, 18 - h.shape[1]), value=-1) for h in held], 1)
-        write_safetensors(files[-1], {"x": torch.cat(xs, 1), "held": held})
+    files = []
+    mark = fingerprint(net)
+    for first in tqdm(range(0, len(captions), batch), desc="ODE trajectories", disable=rank > 0):
+        file = Path(folder) / f"trajectories_{mark}_{first:05d}.safetensors"
+        files.append(file)
+        is_mine = first // batch % processes == rank
+        if is_mine and not file.exists():
+            some = captions[first:first + batch]
+            seeds = range(first, first + len(some))
+            made = record_trajectories(rollout_of(some), seeds, chunks, sampler, latent)
+            write_safetensors(file, vars(made))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    made = [load_file(f) for f in files]
-    return torch.cat([m["x"] for m in made]), torch.cat([m["held"] for m in made])
+    made = [load_file(file) for file in files]
+    return Trajectories(*(torch.cat([m[name] for m in made]) for name in ("x", "past_frame")))
 
 
-def compass(latents, heading):
+def record_trajectories(rollout, seeds, chunks, sampler, latent):
+    """Some chunks of each video, in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
+    levels = schedule(ODE_STEPS, sampler.shift)
+    every = ODE_STEPS // sampler.steps
+    videos = []
+    for chunk in range(chunks):
+        rollout.read_context()
+        x = draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.text[0][0].device)
+        states = []
+        for level, below in zip(levels, [*levels[1:], 0.]):
+            states.append(x)
+            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=x.device))
+            x = x + (below - level) * v
+        rollout.append(x)
+        videos.append(torch.stack([*states[::every], x], dim=2).bfloat16().cpu())
+    kept = torch.stack(rollout.kept, dim=1).cpu()
+    return Trajectories(torch.cat(videos, dim=1), held_frames(rollout.memory.policy, kept))
+
+
+def trajectory_loss(net, text, trajectories, clip, chunk, levels, objective):
     """
-    Where latents show the heading: ridge regression of its cosine and sine on latents.
-    latents (n, c, h, w) of about unit variance; heading (n,) columns -> (2, c h w). On held-out worlds it reads to 1.3 columns.
+    Regression to x0 from all of the student's noise levels at once, with the past that each chunk really had.
+    clip, chunk  (b,) numbers of trajectories and of their chunks
+    levels       (n,) the student's noise levels, those of the trajectories
+    returns      scalar loss
     """
-    x, angle = latents.flatten(1).float(), heading.float() * (2 * torch.pi / world.COLUMNS)
+    device = text[0][0].device
+    copies = len(levels)
+    past_frame = trajectories.past_frame[clip, chunk]
+    target_frame = chunk_frames(chunk)
+    past = take_frames(trajectories.x[:, :, -1], clip, past_frame, device)
+    x = take_frames(trajectories.x, clip, target_frame, device)
+    xt = rearrange(x[:, :, :-1], "b f n c h w -> b (n f) c h w")
+    x0 = x[:, :, -1].repeat(1, copies, 1, 1, 1)
+    t = levels.repeat_interleave(CHUNK).expand(len(clip), -1).to(device)
+    copy = torch.arange(copies).repeat_interleave(CHUNK)
+    position = packed_positions(past_frame, copies)
+    pack = Pack(past, past_frame, x0, target_frame.repeat(1, copies), copy, position)
+    v = packed_forward(net, text, pack, xt, t, objective.grid)
+    # the error of x0 is t times that of v; small, so in float32
+    v_star = v_from_x0(xt, x0, t)
+    scale = over_frames(t)
+    ones = torch.ones_like(t)
+    with torch.autocast(device.type, enabled=False):
+        loss = flow_matching_loss(v * scale, v_star * scale, ones, objective.probe, objective.probe_weight)
+    return loss.mean()
+
+
+# ---- what is read off real clips -------------------------------------------------------------------------------------
+
+def fit_heading_probe(latents, heading):
+    """
+    Where latents show the heading: ridge regression of its cosine and sine on latents. On held-out worlds it is right
+    to 1.3 columns.
+    latents  (n, c, h, w) of about unit variance
+    heading  (n,) columns
+    returns  (2, c h w)
+    """
+    x = latents.flatten(1).float()
+    angle = heading.float() * (2 * torch.pi / world.COLUMNS)
+    y = torch.stack([angle.cos(), angle.sin()], dim=1)
     gram = x.T @ x / len(x) + .1 * torch.eye(x.shape[1])
-    return torch.linalg.solve(gram, x.T @ torch.stack([angle.cos(), angle.sin()], 1) / len(x)).T.contiguous()
+    return torch.linalg.solve(gram, x.T @ y / len(x)).T.contiguous()
 
 
-def stage_init_ar(s, heading_weight, default_sampler):
-    """Flow matching on real pasts: the causal model that the student will be distilled from, and the text encoder."""
-    dit, film, same = s.start.requires_grad_(), s.film, torch.arange(COPIES).repeat_interleave(CHUNK)
-    sources, watched, slow = [clips(s, False), clips(s, True)], directions(s, True), PRESETS["slowfast"].slow
-    twins = [film or encoded(s, [replace(w, counterfactual=True) for w in worlds[:TWINS]], z.shape[1]) for z, _, _, worlds in sources]
-
-    def choose(shared, done):
-        mix = (.15, .85, 0, 0, 0, 0) if film else next(mix for until, mix in MIX.items() if done < until)
-        sequential = not film and done >= SEQUENTIAL and shared.random() < .8
-        kind = "sequential" if sequential else str(shared.choice(["first", "packed", "gap", "lost", "twin"], p=mix[:-1]))
-        length = int(shared.integers(12, CHUNKS))
-        other = shared.random() < Histories.OTHER
-        lesson = kind != "sequential" and shared.random() < mix[-1]
-        gap = int(shared.integers(1, 3)) if kind == "gap" else 0
-        return {"kind": kind, "lesson": lesson, "gap": gap, "length": length,
-                "policy": str(shared.choice(Histories.LAYOUTS)) if other else "slowfast",
-                "supervised": set(shared.choice(np.arange(7, length + 1), 3, replace=False).tolist())}
-
-    def error(v, v_star, t):
-        return flow_matching_loss(v, v_star, t, watched, heading_weight).mean()
-
-    def first(rng, chosen, which, chunk, src, text):
-        """The first 7 chunks: plain block-causal training, clean half and noised half"""
-        src = torch.arange(7 * CHUNK).expand(s.batch, -1)
-        x0 = taken(s, sources[chosen["lesson"]][0], which, src)
-        xt, t, v = stratified_noise(x0, 7, s.shift)
-        past, positions, own = augment_context_noise(x0, s.context_noise), torch.cat([src, src], 1), src[0] // CHUNK
-        begun = t * (src >= CHUNK).to(s.device)  # nothing tells where the first chunk looks
-        return error(packed_forward(dit, text, past, src, src, positions, own, xt, t, s.grid), v, begun)
-
-    def pack(rng, chosen, which, chunk, src, text):
-        """A long past at once: the latents a policy holds, packed, or what the kind of pack leaves of them"""
-        kind, lesson, gap = chosen["kind"], chosen["lesson"], chosen["gap"]
-        latents, _, paths, _ = sources[lesson]
-        if kind == "lost":
-            src = src[:, CHUNK:CHUNK + slow].contiguous()
-        gone = torch.zeros(src.shape, dtype=torch.bool)
-        for row in (src[:, -1] >= 0).nonzero()[:, 0] if gap else ():  # where slow memory is full, any keyframes
-            gone[row, CHUNK + rng.choice(slow, CHUNK * gap, replace=False)] = True
-        if kind == "twin" and lesson:  # keyframes of the last half turn show the view, a known way off
-            off = paths.heading[which[:, None], src] - paths.heading[which, CHUNK * chunk - 1, None]
-            gone = off.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
-            gone[:, :CHUNK] = gone[:, -CHUNK:] = False
-        src, target = drop_frames(src, gone), frames_from(chunk + gap).repeat(1, COPIES)
-        past, x0 = taken(s, latents, which, src), taken(s, latents, which, target)
-        if kind == "twin":
-            last = (src >= CHUNK * (chunk - 1)[:, None])[..., None, None, None].to(s.device)
-            past = torch.where(last, taken(s, twins[lesson], which, src), past)
-        xt, t, v = stratified_noise(x0, COPIES, s.shift)
-        past = augment_context_noise(past, s.context_noise)
-        return error(packed_forward(dit, text, past, src, target, packed_positions(src, COPIES, gap), same, xt, t, s.grid), v, t)
-
-    def sequential(rng, chosen, which, chunk, src, text):
-        """The real memory, chunk after chunk; some chunks are supervised on the way"""
-        latents, _, paths, _ = sources[chosen["lesson"]]
-        keep = torch.from_numpy(np.stack([paths.keep[str(rng.choice(paths.RULES))][c] for c in which])).to(s.device)
-        roll, loss = Rollout(dit, [(k.detach(), v.detach()) for k, v in text], PRESETS[chosen["policy"]], s.grid), 0
-        for i in range(chosen["length"] + 1):
-            x0 = latents[which, i * CHUNK:(i + 1) * CHUNK].to(s.device).float()
-            memory, rope = roll.read_context()
-            if i in chosen["supervised"]:
-                xt, t, v = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), COPIES, s.shift)
-                own = (same[:, None] == same[None])[None].to(s.device)
-                made = dit(xt, t, text, [z.repeat(1, COPIES, 1, 1) for z in rope], memory, own)[0]
-                loss = loss + error(made, v, t) / len(chosen["supervised"])
-            if i < chosen["length"]:
-                roll.append(augment_context_noise(x0, s.context_noise), keep[:, i])
-        return loss
-
-    def loss_of(rng, chosen):
-        _, told, paths, _ = sources[chosen["lesson"]]
-        kind, only = chosen["kind"], [TWINS] * (chosen["kind"] == "twin")
-        which, chunk, src = map(torch.from_numpy, paths.draw(rng, s.batch, 1 + chosen["gap"], *only))
-        some = {"first": first, "sequential": sequential}.get(kind, pack)
-        with s.autocast:
-            loss = some(rng, chosen, which, chunk, src, dit.text(told(which)))
-        return loss, {f"loss_{kind}": loss.item()}
-
-    nets = {"init_ar": dit} | ({} if s.cfg.wan else {"text": s.encoder})
-    return nets, choose, [("init_ar", loss_of)], Sampler() if s.cfg.wan else default_sampler
-
-
-def stage_init_ode(s, heading_weight, wan_chunks):
-    """Regression to the causal model's own paths at the four levels that the student will use."""
-    sampler, chunks = replace(Sampler(**s.facts["sampler"]), renoise=True), wan_chunks if s.cfg.wan else ODE_CHUNKS
-    dit, watched, levels = s.start, directions(s, True), torch.tensor(schedule(sampler.steps, sampler.shift))
-    seeds = np.random.default_rng([s.cfg.seed, 0x0DE]).integers(len(s.prompts) or world.HELD_OUT, size=ODE_CLIPS)
-    captions = [s.prompts[i] if s.prompts else world.make_world(WorldSpec(int(i))).caption for i in seeds]
-    policy, together = replace(PRESETS["slowfast"], tau=sampler.tau), 1 if s.cfg.wan else 32
-
-    def start(some):
-        return Rollout(dit, dit.text(s.features(some)), policy, s.grid, pool=sampler.pool)
-    with torch.autocast(s.device.type, torch.bfloat16, enabled=bool(s.cfg.wan)):
-        paths, held = path_cache(Path(s.cfg.out, "cache"), dit, start, captions, chunks, sampler, s.latent, together, s.rank,
-                                 s.processes)
-
-    def loss_of(rng, chosen):
-        which, chunk = (torch.from_numpy(rng.integers(n, size=s.batch)) for n in (len(paths), chunks))
-        src, target = held[which, chunk], frames_from(chunk)
-        past, x = taken(s, paths[:, :, -1], which, src), taken(s, paths, which, target)  # x (b, 3, levels + 1, ...)
-        xt, x0 = x[:, :, :-1].transpose(1, 2).flatten(1, 2), x[:, :, -1].repeat(1, len(levels), 1, 1, 1)
-        t = levels.repeat_interleave(CHUNK).expand(s.batch, -1).to(s.device)
-        with s.autocast:
-            text = dit.text(s.features([captions[i] for i in which]))
-            v = packed_forward(dit, text, past, src, target.repeat(1, len(levels)), packed_positions(src, len(levels)),
-                       torch.arange(len(levels)).repeat_interleave(CHUNK), xt, t, s.grid)
-        by_x0 = t[..., None, None, None]  # the error of x0
-        return flow_matching_loss(v * by_x0, v_from_x0(xt, x0, t) * by_x0, torch.ones_like(t), watched, heading_weight).mean(), {}
-
-    return {"init_ode": dit.requires_grad_()}, lambda shared, done: None, [("init_ode", loss_of)], sampler
+def heading_probe(cache):
+    """The same for the small world; cache: (worlds, latents) -> latents, as from data.latent_cache"""
+    worlds = [WorldSpec(i, "turn") for i in range(PROBE_CLIPS)]
+    latents = cache(worlds, CHUNKS * CHUNK)
+    return fit_heading_probe(latents.flatten(0, 1), Histories(worlds).heading.flatten())
 
 
 @torch.no_grad()
-def calibrate(net, conditions, device):
+def calibrate(net, encoder, tae, device):
     """
-    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video;
-    keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer lingering chunks.
+    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video.
+    Keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer chunks in which
+    the camera lingers.
     returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
     """
     worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)] + [WorldSpec(i, "linger") for i in range(8)]
-    (text, x0, grid), paths = conditions(worlds, CHUNKS), Histories(worlds)
-    at = torch.arange(CHUNKS)[None] % 2 == 0
-    at = at & (torch.arange(CHUNKS) > 1)                    # tested chunks that have one before them
-    turns, lingers = torch.arange(16)[:, None] < 8, torch.from_numpy(paths.moved) < LINGERS
-    choices = []
+    histories = Histories(worlds)
+    # their captions and latents
+    ids, mask = bytes_to_ids([world.make_world(spec).caption for spec in worlds], net.config.text_len)
+    text = net.text(encoder(ids.to(device), mask.to(device)))
+    x0 = torch.cat([encode_world(tae, spec, CHUNKS * CHUNK, device) for spec in worlds])
+    grid = [n // p for n, p in zip(x0.shape[-2:], net.config.patch)]
+    # tested chunks that have one before them, by motion
+    number = torch.arange(CHUNKS)
+    tested = (number % 2 == 0) & (number > 1)
+    turns = torch.arange(len(worlds))[:, None] < 8
+    lingers = histories.moved < LINGERS
+    motions = {"slow turns": turns, "lingering": ~turns & lingers, "between": ~turns & ~lingers}
+    found = []
     for pool in ("mean", "token"):
-        roll = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
-        for i in range(CHUNKS):
-            roll.read_context()
-            roll.append(x0[:, i * CHUNK:(i + 1) * CHUNK], torch.from_numpy(paths.keep["moving"][:, i]).to(device))
-        sims = torch.stack(roll.similarities, 1).cpu()
-        tau = sims[at & turns].quantile(.95).item()
-        kept = {name: (sims < tau)[at & which].float().mean().item() for name, which in
-                (("slow turns", turns), ("lingering", ~turns & lingers), ("between", ~turns & ~lingers))}
-        choices.append((kept["lingering"], {"tau": tau, "pool": pool, "kept": kept}))
-    return min(choices, key=lambda c: c[0])[1]
+        # how like the chunk before it is each chunk?
+        rollout = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
+        for i, chunk in enumerate(x0.split(CHUNK, dim=1)):
+            rollout.read_context()
+            rollout.append(chunk, histories.keep["moving"][:, i].to(device))
+        similarity = torch.stack(rollout.similarities, dim=1).cpu()
+        # the threshold, and what it keeps
+        tau = similarity[tested & turns].quantile(.95).item()
+        kept = {name: (similarity < tau)[tested & which].float().mean().item() for name, which in motions.items()}
+        found.append({"tau": tau, "pool": pool, "kept": kept})
+    return min(found, key=lambda choice: choice["kept"]["lingering"])
+
+
+if __name__ == "__main__":
+    past_frame = torch.tensor([[0, 1, 2, 6, 7, 8]])
+    target_frame = torch.tensor([[9, 10, 11] * 2])
+    pack = Pack(None, past_frame, None, target_frame, torch.tensor([0] * 3 + [1] * 3), None)
+    names = [f"past {n}" for n in past_frame[0].tolist()] + [f"target {n}" for n in target_frame[0].tolist()]
+    for name, row in zip(names, packed_attention_mask(pack)[0].tolist()):
+        print(f"{name:10}", "".join("#" if seen else "." for seen in row))

@@ -1,18 +1,19 @@
 """
-Training clips as latents, encoded once and kept on disk: those of the small world, or a folder of videos.
+Training clips as latents, encoded once and kept on disk, and which past each of their chunks is trained with.
 
-The autoencoder is frozen after its own stage, so every later stage trains on latents: a folder of safetensors shards, each
-written whole, so that a stopped run goes on with the shard it stopped at. Batches of clips with a past are drawn here too:
-which latents a memory policy would hold (memory.frames_in_memory), and how often windows in which a landmark comes back are drawn.
+The autoencoder is frozen after its own stage, so every later stage trains on latents: clips of the small world, or a
+folder of videos with captions. Both have the same three methods: frames() of some clips, text() of their captions, and
+draw_history(): which chunk is predicted, and which latents a memory policy would hold then (memory.frames_in_memory).
+Files are written whole, so a run that was stopped goes on where it stopped.
 
-    python data.py             # prints what the policies hold for one clip, and how windows are weighted
-    python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # clips with a .txt caption beside each -> shards
+    python data.py             # prints what memory holds for one clip, and how targets are weighted
+    python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos, a .txt caption beside each -> latents
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own policy).
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,16 @@ from video import FPS, read_frames
 from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
 from world import WorldSpec
 
-CHUNKS = 41                     # of a training clip: histories of up to 40 chunks (30 s) and a target
-LINGERS = 3.5                   # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-BACK = 12                       # windows in which a landmark or the camera turns back are drawn so many times as often
-LESSON_CHUNKS = 27              # of a lesson clip
-SHARD = 64                      # clips a file
-PAST, AHEAD = (7, 27), 7        # folders of videos: chunks of a past (5 to 20 s), and of what follows
+FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
+CLIPS = 1024              # training clips of the small world, all motions
+CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a target
+STEADY_TURN_CLIPS = 1600  # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
+STEADY_TURN_CHUNKS = 27
+LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
+BACK = 12                 # chunks in which something comes back are targets so many times as often
+SHARD = 64                # clips a file
+LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
+AHEAD = 7                 # ... and of what follows it
 
 
 @dataclass
@@ -47,18 +52,40 @@ class Config:
     device: str = ""  # cuda | mps | cpu (default: the best there is)
 
 
+@dataclass
+class History:
+    """What a batch of samples has seen when it predicts a chunk."""
+    clip: torch.Tensor   # (b,) numbers of the clips
+    chunk: torch.Tensor  # (b,) numbers of the chunks to predict
+    frame: torch.Tensor  # (b, m) frame numbers of the latents in memory then, -1 = empty
+
+
 def frames_of(latents):
     """Video frames of n latents: the first latent is one frame, each later one is four."""
     return 1 + 4 * (latents - 1)
 
 
+def held_frames(policy, keep, evict_first=True):
+    """
+    memory.frames_in_memory as one tensor.
+    keep     (b, chunks) bool: which chunks become keyframes
+    returns  (b, chunks, 18, or 21 before room is made) frame numbers, -1 = empty
+    """
+    places = 18 if evict_first else 21
+    held = frames_in_memory(policy, keep[:, :-1], evict_first)
+    return torch.stack([F.pad(frame, (0, places - frame.shape[1]), value=-1) for frame in held], dim=1)
+
+
+# ---- the small world: latents ----------------------------------------------------------------------------------------
+
 def training_worlds(clips, seed):
-    """The WorldSpecs of a training run's clips; never held-out ones."""
-    return [WorldSpec(int(s)) for s in np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)]
+    """WorldSpecs of a training run's clips; never held-out ones."""
+    seeds = np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)
+    return [WorldSpec(int(s)) for s in seeds]
 
 
-def lesson_worlds(clips, seed):
-    """Worlds for the first lessons in remembering: steady turns of 8 to 16 s, so all comes back within 12 keyframes."""
+def steady_turn_worlds(clips, seed):
+    """The same, with steady turns of 8 to 16 s."""
     seeds = np.random.default_rng([seed, 0x1E55]).integers(world.HELD_OUT, size=clips)
     return [WorldSpec(int(s), "turn", 8 + int(s) % 9) for s in seeds]
 
@@ -71,138 +98,262 @@ def encode_world(tae, spec, latents, device):
         return tae.encode(video.to(device) * 2 - 1).float()
 
 
-def fingerprint(net):
-    return hashlib.sha256(b"".join(p.detach().cpu().float().numpy().tobytes() for p in net.parameters()))
+def fingerprint(net, about=""):
+    """Eight letters that tell these weights, and whatever `about` says, from others."""
+    digest = hashlib.sha256(about.encode())
+    for p in net.parameters():
+        digest.update(p.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
-    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and encoded
-    into it first where they are not there yet; by the first of several processes, the others wait. The folder's name carries
-    a fingerprint of autoencoder and worlds: others never meet these latents.
+    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and
+    encoded into it first where they are not there yet, by the first of several processes.
     """
-    mark = fingerprint(tae)
-    mark.update(repr((worlds[0], worlds[-1], latents)).encode())
-    files = [Path(folder) / f"latents_{mark.hexdigest()[:8]}" / f"{i:05d}.safetensors" for i in range(0, len(worlds), SHARD)]
-    for i, file in enumerate(tqdm(files, desc="encoding clips", disable=rank > 0 or all(f.exists() for f in files))):
-        if rank == 0 and not file.exists():
-            batch = worlds[i * SHARD:(i + 1) * SHARD]
-            write_safetensors(file, {"latents": torch.cat([encode_world(tae, w, latents, device).bfloat16() for w in batch])})
+    folder = Path(folder) / f"latents_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}"
+    shards = {folder / f"{i:05d}.safetensors": worlds[i:i + SHARD] for i in range(0, len(worlds), SHARD)}
+    missing = [file for file in shards if not file.exists()]
+    if rank == 0:
+        for file in tqdm(missing, desc="encoding clips", disable=not missing):
+            encoded = [encode_world(tae, spec, latents, device).bfloat16() for spec in shards[file]]
+            write_safetensors(file, {"latents": torch.cat(encoded)})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    return torch.cat([load_file(f)["latents"] for f in files])
+    return torch.cat([load_file(file)["latents"] for file in shards])
+
+
+# ---- the small world: histories --------------------------------------------------------------------------------------
+# Headings are closed form, so where the camera lingers and what comes back is known without looking at a frame.
+
+def chunk_starts(chunks):
+    """Number of each chunk's first video frame: 0, 9, 21, 33, ..."""
+    return np.maximum(0, 12 * np.arange(chunks) - 3)
+
 
 
 class Histories:
-    """
-    Which past a clip's chunks are trained with, for every clip and keep rule at once.
-    Headings are closed form, so "lingering" and "a landmark comes back" are known without looking at a frame.
-    """
-    RULES = ("uniform2", "uniform1", "moving")                          # slow memory: a third each
-    LAYOUTS = ("longlive", "longlive21", "infinity", "window")          # the ablations' layouts
-    OTHER = 0.15                                                        # share of samples that use those
+    """What memory would hold at each chunk of each clip, and how often that chunk is drawn as a target."""
+    KEEP_RULES = ("uniform2", "uniform1", "moving")                      # slow memory: a third of the samples each
+    OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")    # those of the comparison ...
+    OTHER = 0.15                                                         # ... and their share of the samples
 
-    def __init__(self, worlds, chunks=CHUNKS, room=CHUNK):
-        """room: latents that memory makes room for before it is looked at; 0 = a teacher's context, 21 latents"""
-        self.chunks, frames = chunks, np.arange(frames_of(chunks * CHUNK))
-        heading = np.stack([w.motion.heading(w.start, frames) for w in map(world.make_world, worlds)])   # (b, frames)
-        starts = np.maximum(0, 12 * np.arange(chunks) - 3)              # first frame of each chunk
-        parts = np.split(heading, starts[1:], 1)
-        self.moved = moved = np.stack([np.abs(p[:, -1] - p[:, 0]) for p in parts], 1)                   # (b, chunks)
-        seen = np.stack([(np.abs(world.offsets(p)) <= world.GONE).any(1) for p in parts], 1)            # (b, chunks, 8)
-        before = np.cumsum(seen, 1) - seen > 0
-        ahead = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
-        back = np.stack([(p != ahead[:, i - 1, None]).any(1) for i, p in zip(starts, np.split(ahead, starts[1:], 1))], 1)
-        back[:, 1:] |= (seen[:, 1:] & ~seen[:, :-1] & before[:, :-1]).any(2)
-        back[:, :7] = False
-        self.weight = np.where(back, float(BACK), 1.0)
-        self.heading = torch.from_numpy(heading[:, ::4])                # at each latent's last frame, unwrapped
-        even = np.arange(chunks) % 2 == 0
-        self.keep = {"uniform2": np.broadcast_to(even, moved.shape), "uniform1": np.ones(moved.shape, bool),
-                     "moving": even & (moved > LINGERS)}
-        rules = [(name, "slowfast", keep) for name, keep in self.keep.items()]
-        rules += [(name, name, np.zeros(moved.shape, bool)) for name in self.LAYOUTS]
-        self.held = {name: np.stack([F.pad(held, (0, 21 - room - held.shape[1]), value=-1).numpy() for held in frames_in_memory(
-            PRESETS[preset], torch.from_numpy(keep[:, :-1].copy()), room > 0)], 1)
-            for name, preset, keep in rules}                            # (b, chunks, 18) frame numbers, -1 = nothing
+    def __init__(self, worlds, chunks=CHUNKS, evict_first=True):
+        """
+        worlds       list of WorldSpec
+        evict_first  as in memory.frames_in_memory: what a student sees, or (False) a teacher's context
+        """
+        self.chunks = chunks
+
+        # where the camera looks at each frame, in columns, unwrapped; kept at the last frame of each latent
+        frames = np.arange(frames_of(chunks * CHUNK))
+        motions = [world.make_world(spec) for spec in worlds]
+        heading = np.stack([w.motion.heading(w.start, frames) for w in motions])  # (b, frames)
+        self.heading = torch.from_numpy(heading[:, ::4])
+
+        # how far it moves within each chunk
+        start = chunk_starts(chunks)
+        end = np.append(start[1:], len(frames)) - 1
+        self.moved = torch.from_numpy(np.abs(heading[:, end] - heading[:, start]))  # (b, chunks)
+
+        # chunks in which something comes back are drawn more often
+        back = self.landmark_returns(heading, start) | self.camera_returns(heading, start)
+        self.weight = np.where(back, float(BACK), 1.)
+
+        # which chunks become keyframes, by each rule
+        even = torch.arange(chunks) % 2 == 0
+        every = torch.ones_like(self.moved, dtype=torch.bool)
+        self.keep = {"uniform2": even & every, "uniform1": every, "moving": even & (self.moved > LINGERS)}
+
+        # and so what memory holds at each chunk: (b, chunks, 18 or 21) frame numbers, -1 = empty
+        self.held = {rule: held_frames(PRESETS["slowfast"], keep, evict_first) for rule, keep in self.keep.items()}
+        for policy in self.OTHER_POLICIES:
+            self.held[policy] = held_frames(PRESETS[policy], ~every, evict_first)
+
+    @staticmethod
+    def landmark_returns(heading, start):
+        """heading (b, frames) -> (b, chunks) bool: a landmark was seen, was out of view for a chunk, and comes back"""
+        in_view = np.abs(world.offsets(heading)) <= world.GONE      # (b, frames, 8)
+        seen = np.logical_or.reduceat(in_view, start, axis=1)       # (b, chunks, 8)
+        seen_so_far = np.logical_or.accumulate(seen, axis=1)
+        returns = np.zeros(seen.shape[:2], bool)
+        returns[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & seen_so_far[:, :-1]).any(2)
+        return returns
+
+    @staticmethod
+    def camera_returns(heading, start):
+        """heading (b, frames) -> (b, chunks) bool: the camera changes its direction (at the last frame it stops)"""
+        direction = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
+        turns = np.diff(direction, axis=1, prepend=direction[:, :1]) != 0
+        return np.logical_or.reduceat(turns, start, axis=1)
 
     def draw(self, rng, batch, ahead=1, clips=None):
         """
-        -> clip numbers (b,), target chunks (b,) >= 7 with `ahead` chunks from there on, and the frame numbers that memory
-        holds then (b, 18 or 21), -1 where nothing is. clips: only the first so many, and only full memories
+        ahead    so many chunks follow the past
+        clips    None, or: only the first so many clips, and only policies that fill all places
+        returns  History
         """
         drawn = []
         for _ in range(batch):
-            name = str(rng.choice(self.LAYOUTS if rng.random() < self.OTHER and ahead == 1 and not clips else self.RULES))
-            c, last = rng.integers(clips or len(self.weight)), self.chunks - ahead + 1
-            n = 7 + rng.choice(last - 7, p=self.weight[c, 7:last] / self.weight[c, 7:last].sum())
-            drawn.append((c, n, self.held[name][c, n]))
-        return [np.stack(x) for x in zip(*drawn)]
+            other = rng.random() < self.OTHER and ahead == 1 and not clips
+            name = str(rng.choice(self.OTHER_POLICIES if other else self.KEEP_RULES))
+            clip = rng.integers(clips or len(self.weight))
+            weight = self.weight[clip, FULL:self.chunks - ahead + 1]
+            chunk = FULL + rng.choice(len(weight), p=weight / weight.sum())
+            drawn.append((clip, chunk, self.held[name][clip, chunk]))
+        clip, chunk, frame = zip(*drawn)
+        return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))
+
+    def draw_keep(self, rng, clip):
+        """clip (b,) -> (b, chunks) bool: keep decisions of a rule drawn for each"""
+        return torch.stack([self.keep[str(rng.choice(self.KEEP_RULES))][c] for c in clip])
 
 
-# ---- the full size, and folders of videos --------------------------------------------------------------------------------
+def take_frames(latents, clip, frame, device):
+    """Of latents (clips, n, ...): frames (b, f) of clips (b,), float32 on the device; -1, an empty place, gives any."""
+    return latents[clip[:, None], frame.clamp(min=0)].to(device).float()
+
+
+class WorldClips:
+    """Clips of the small world, with histories of theirs."""
+    def __init__(self, worlds, chunks, cache, features, device, evict_first=True, counterfactuals=0):
+        """
+        worlds           list of WorldSpec
+        cache            (worlds, latents) -> latents of so many frames each, as from latent_cache()
+        features         captions -> (b, m, text_dim)
+        counterfactuals  so many clips have a counterfactual: the same motion past other landmarks
+        """
+        self.latents = cache(worlds, chunks * CHUNK)
+        self.captions = [world.make_world(spec).caption for spec in worlds]
+        self.features = features
+        self.device = device
+        self.histories = Histories(worlds, chunks, evict_first)
+        self.counterfactuals = counterfactuals
+        if counterfactuals:
+            others = [replace(spec, counterfactual=True) for spec in worlds[:counterfactuals]]
+            self.other_latents = cache(others, chunks * CHUNK)
+
+    def frames(self, clip, frame, counterfactual=False):
+        """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""
+        latents = self.other_latents if counterfactual else self.latents
+        return take_frames(latents, clip, frame, self.device)
+
+    def text(self, clip):
+        return self.features([self.captions[c] for c in clip])
+
+    def draw_history(self, rng, batch, ahead=1):
+        return self.histories.draw(rng, batch, ahead)
+
+    def draw_counterfactual(self, rng, batch):
+        return self.histories.draw(rng, batch, clips=self.counterfactuals)
+
+
+def training_clips(cache, features, seed, device, evict_first=True, counterfactuals=0):
+    """The small world's training clips, as WorldClips: of all motions, and of steady turns."""
+    both = (cache, features, device, evict_first, counterfactuals)
+    all_motions = WorldClips(training_worlds(CLIPS, seed), CHUNKS, *both)
+    steady_turns = WorldClips(steady_turn_worlds(STEADY_TURN_CLIPS, seed), STEADY_TURN_CHUNKS, *both)
+    return all_motions, steady_turns
+
+
+# ---- folders of videos -----------------------------------------------------------------------------------------------
+
+def find_videos(folder):
+    """-> {video file: its caption}, and a line for each file that has none"""
+    captions, skipped = {}, []
+    for file in sorted(Path(folder).rglob("*")):
+        if not file.is_file() or file.suffix == ".txt":
+            continue
+        text = file.with_suffix(".txt")
+        if text.is_file():
+            captions[file] = text.read_text("utf-8", "replace").strip()
+        else:
+            skipped.append(f"{file}: no caption in a .txt beside it")
+    if not captions:
+        raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
+    return captions, skipped
+
+
+def read_whole_chunks(file, width, height):
+    """The first whole chunks of a video, at most 25 s -> (f, h, w, 3) uint8; BadInput where it is too short or small."""
+    least = frames_of((FULL + AHEAD) * CHUNK)
+    most = frames_of((LONGEST + AHEAD) * CHUNK)
+    try:
+        frames, (w, h) = read_frames(file, width, height, most)
+    except BadInput:
+        raise BadInput(f"{file}: cannot be read as a video") from None
+    if w < width or h < height or len(frames) < least:
+        raise BadInput(f"{file}: {w}x{h}, {len(frames) / FPS:.1f} s; "
+                       f"needed are {width}x{height}, {least / FPS:.1f} s")
+    chunks = (len(frames) + 3) // 12
+    return frames[:12 * chunks - 3]
+
 
 @torch.no_grad()
 def encode_videos(cfg, device):
-    """A shard a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
-    files = sorted(f for f in Path(cfg.videos).rglob("*") if f.is_file() and f.suffix != ".txt")
-    captions = {f: t.read_text("utf-8", "replace").strip() for f in files if (t := f.with_suffix(".txt")).is_file()}
-    if not captions:
-        raise BadInput(f"--videos {cfg.videos} holds no video with a caption in a .txt of the same name")
-    skipped = [f"{f}: no caption in a .txt beside it" for f in files if f not in captions]
-    shards = {f: Path(cfg.out) / "clips" / f"{f.relative_to(cfg.videos)}.safetensors" for f in captions}
-    new = [f for f in captions if not shards[f].exists()]
-    features = wan_text(cfg, device, [captions[f] for f in new]) if cfg.wan else None
-    m = wan_networks(cfg, device) if cfg.wan else load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
-    features = features or m.features
-    least, most = (frames_of((past + AHEAD) * CHUNK) for past in PAST)
+    """A file a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
+    captions, skipped = find_videos(cfg.videos)
+    shards = {file: Path(cfg.out) / "clips" / f"{file.relative_to(cfg.videos)}.safetensors" for file in captions}
+    new = [file for file in captions if not shards[file].exists()]
+    # the autoencoder, and text features of the captions
+    if cfg.wan:
+        features = wan_text(cfg, device, [captions[file] for file in new])
+        networks = wan_networks(cfg, device)
+    else:
+        networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
+        features = networks.features
     for file in tqdm(new, desc="encoding clips"):
         try:
-            frames, (w, h) = read_frames(file, m.width, m.height, most)
-        except BadInput:
-            skipped.append(f"{file}: cannot be read as a video")
+            frames = read_whole_chunks(file, networks.width, networks.height)
+        except BadInput as reason:
+            skipped.append(str(reason))
             continue
-        if w < m.width or h < m.height or len(frames) < least:
-            skipped.append(f"{file}: {w}x{h}, {len(frames) / FPS:.1f} s; needed are {m.width}x{m.height}, "
-                           f"{least / FPS:.1f} s")
-            continue
-        frames = frames[:(len(frames) + 3) // 12 * 12 - 3]  # whole chunks
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with fast_autocast(device):
-            made = {"latents": m.vae.encode(video / 127.5 - 1)[0], "text": features([captions[file]])[0]}
-        write_safetensors(shards[file], {k: v.bfloat16() for k, v in made.items()}, {"caption": captions[file]})
-    print(f"{sum(s.exists() for s in shards.values())} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
+            latents = networks.vae.encode(video / 127.5 - 1)[0]
+            text = features([captions[file]])[0]
+        tensors = {"latents": latents.bfloat16(), "text": text.bfloat16()}
+        write_safetensors(shards[file], tensors, {"caption": captions[file]})
+    done = sum(shard.exists() for shard in shards.values())
+    print(f"{done} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
 
 
-class Clips:
-    """
-    What encode_videos wrote, read when it is drawn: clips[which, frames], with clip numbers (b, 1) and numbers of their
-    latents (b, f), is what the tensor of latent_cache would give, and draw() is that of Histories.
-    """
-    def __init__(self, folder, latent, room=0):
-        """latent (c, h, w) that the model takes; room: latents that memory makes room for before it is looked at"""
-        self.files, self.chunks, self.captions = sorted((Path(folder) / "clips").rglob("*.safetensors")), [], []
+class ClipFolder:
+    """What encode_videos() wrote, read when it is drawn."""
+    def __init__(self, folder, latent, device, evict_first=True):
+        """latent: (c, h, w) that the model takes; evict_first as for Histories"""
+        self.device = device
+        self.files = sorted((Path(folder) / "clips").rglob("*.safetensors"))
         if not self.files:
             raise BadInput(f"--data {folder} holds no encoded clips: python data.py --videos DIR --out {folder}")
+        self.captions = []
+        self.chunks = []
         for file in self.files:
-            with safe_open(file, "pt") as f:
-                n, *shape = f.get_slice("latents").get_shape()
-                self.captions.append(f.metadata()["caption"])
+            with safe_open(file, "pt") as content:
+                n, *shape = content.get_slice("latents").get_shape()
+                self.captions.append(content.metadata()["caption"])
             if shape != list(latent):
-                raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: see --wan and --size of data.py")
+                raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
+                               "see --wan and --size of data.py")
             self.chunks.append(n // CHUNK)
-        self.held = frames_in_memory(PRESETS["uniform2"], torch.arange(PAST[1])[None] % 2 == 0, room > 0)  # after each number of chunks
+        # every second chunk is kept, so what memory holds depends on the number of chunks alone
+        every_second = torch.arange(LONGEST + 1)[None] % 2 == 0
+        self.held = held_frames(PRESETS["uniform2"], every_second, evict_first)[0]
 
-    def draw(self, rng, batch, ahead=1):
-        which = rng.integers(len(self.files), size=batch)
-        chunk = np.array([rng.integers(PAST[0], min(PAST[1], self.chunks[c] - ahead) + 1) for c in which])
-        return which, chunk, np.stack([self.held[n][0].numpy() for n in chunk])
+    def frames(self, clip, frame):
+        """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""
+        clips = [load_file(self.files[c])["latents"][f] for c, f in zip(clip, frame.clamp(min=0))]
+        return torch.stack(clips).to(self.device).float()
 
-    def __getitem__(self, at):
-        return torch.stack([load_file(self.files[c])["latents"][frames] for c, frames in zip(at[0][:, 0], at[1])])
+    def text(self, clip):
+        return pad_sequence([load_file(self.files[c])["text"] for c in clip], batch_first=True).to(self.device)
 
-    def text(self, which):
-        return pad_sequence([load_file(self.files[c])["text"] for c in which], batch_first=True)
+    def draw_history(self, rng, batch, ahead=1):
+        """Pasts of 7 to 27 chunks, with `ahead` chunks behind them -> History"""
+        clip = rng.integers(len(self.files), size=batch)
+        last = [min(LONGEST, self.chunks[c] - ahead) for c in clip]
+        chunk = torch.tensor([rng.integers(FULL, n + 1) for n in last])
+        return History(torch.from_numpy(clip), chunk, self.held[chunk])
 
 
 def main():
@@ -210,12 +361,13 @@ def main():
     if cfg.videos:
         return encode_videos(cfg, pick_device(cfg.device))
     worlds = training_worlds(256, 0)
-    h = Histories(worlds)
+    histories = Histories(worlds)
     for i in range(3):
-        print(world.make_world(worlds[i]).caption, "chunk 30 sees", h.held["moving"][i, 30].tolist())
-    share = (h.weight[:, 7:] > 1).mean()
+        held = histories.held["moving"][i, 30].tolist()
+        print(f"{world.make_world(worlds[i]).caption}\n    at chunk 30, memory holds {held}")
+    share = (histories.weight[:, FULL:] > 1).mean()
     drawn = share * BACK / (share * BACK + 1 - share)
-    print(f"a landmark or the camera turns back in {share:.0%} of windows; those are {drawn:.0%} of draws")
+    print(f"something comes back in {share:.0%} of the chunks; those are {drawn:.0%} of the targets")
 
 
 if __name__ == "__main__":

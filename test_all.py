@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import bench
 import causal
@@ -47,7 +47,7 @@ import sample
 import train
 import video
 import world
-from data import Histories, encode_world, lesson_worlds, training_worlds
+from data import Histories, encode_world, steady_turn_worlds, training_worlds
 from evaluate import continuations, returns
 from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
@@ -911,6 +911,318 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+# ---- the causal start model ------------------------------------------------------------------------------------------
+
+def numbered(worlds, latents):
+    """In place of a latent cache: latents (clips, latents, 3, 1, 1) that say: clip, frame, of a counterfactual?"""
+    clip, frame = torch.meshgrid(torch.arange(len(worlds)), torch.arange(latents), indexing="ij")
+    other = torch.full_like(clip, worlds[0].counterfactual)
+    return torch.stack([clip, frame, other], dim=2)[..., None, None].bfloat16()
+
+
+def numbered_clips(worlds, chunks):
+    return data.WorldClips(worlds, chunks, numbered, list, torch.device("cpu"), counterfactuals=2)
+
+
+def drawn_pass(kind, **given):
+    return causal.Pass(kind, **{"steady_turns": True, **given})
+
+
+def causal_predictions(net, text, x0, predict_at):
+    """A rollout over clean x0; predict_at: chunk -> (xt, t) -> chunk -> v of those, as sampling would predict it"""
+    roll, found = Rollout(net, text, PRESETS["slowfast"], (2, 4)), {}
+    for i in range(max(predict_at) + 1):
+        roll.read_context()
+        if i in predict_at:
+            found[i] = roll.predict(*predict_at[i])[0]
+        if i < max(predict_at):
+            roll.append(x0[:, 3 * i:3 * i + 3])
+    return found
+
+
+def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind_to_each_other():
+    net, x0 = random_dit(), noise(1, 18, 16, 4, 8)
+    text, xt, t = random_text(net), noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6)
+    past_frame = torch.cat([torch.arange(15), torch.full((3,), -1)])[None]   # three empty places
+    past = torch.cat([x0[:, :15], torch.full((1, 3, 16, 4, 8), 9.)], dim=1)  # what stands there is not seen
+    target_frame = torch.tensor([[15, 16, 17] * 2])
+    pack = causal.Pack(past, past_frame, x0[:, [15, 16, 17] * 2], target_frame, torch.tensor([0, 0, 0, 1, 1, 1]),
+                       causal.packed_positions(past_frame, 2))
+    v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
+    for copy in (slice(0, 3), slice(3, 6)):
+        want = causal_predictions(net, text, x0, {5: (xt[:, copy], t[:, copy])})[5]
+        assert (v[:, copy] - want).abs().max() < 1e-5
+
+
+def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it():
+    net, x0 = random_dit(), noise(1, 123, 16, 4, 8)
+    clips = data.WorldClips(training_worlds(1, 0), 41, lambda worlds, latents: x0, list, torch.device("cpu"))
+    pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
+    text, xt, t = random_text(net), noise(1, 21, 16, 4, 8, seed=3), torch.rand(1, 21)
+    v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
+    want = causal_predictions(net, text, x0, {i: (xt[:, 3 * i:3 * i + 3], t[:, 3 * i:3 * i + 3]) for i in range(7)})
+    assert torch.equal(pack.target, x0[:, :21])
+    assert (v - torch.cat(list(want.values()), dim=1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind, skip", [("full_history", 0), ("skip_chunk", 1), ("skip_chunk", 2),
+                                        ("keyframes_only", 0), ("swapped_recent", 0)])
+def test_each_kind_of_history_holds_what_it_says(kind, skip):
+    clips = numbered_clips(steady_turn_worlds(4, 0), 27)
+    rng = np.random.default_rng(1)
+    if kind == "swapped_recent":
+        history = clips.draw_counterfactual(rng, 32)
+        assert set(history.clip.tolist()) == {0, 1}  # only these have a counterfactual
+    else:
+        history = clips.draw_history(rng, 32, 1 + skip)
+    pack = causal.history_pack(clips, history, drawn_pass(kind, skip=skip), rng)
+    for b in range(32):
+        was = [n for n in history.frame[b].tolist() if n >= 0]
+        now = [n for n in pack.past_frame[b].tolist() if n >= 0]
+        is_full, chunk = len(was) == 18, int(history.chunk[b])
+        # the target: four copies of the chunk, or of one of the next two; positions go on behind what is missing
+        target = [3 * (chunk + skip) + i for i in range(3)] * 4
+        assert pack.target_frame[b].tolist() == target
+        assert pack.position[b, -12:].tolist() == [len(now) + 3 * skip + i for i in range(3)] * 4
+        # the past
+        sink, keyframes, recent = was[:3], was[3:-3], was[-3:]
+        if kind == "full_history" or kind == "skip_chunk" and not is_full:
+            assert now == was
+        elif kind == "skip_chunk":
+            assert now[:3] == sink and now[-3:] == recent and len(now) == 18 - 3 * skip and set(now) <= set(was)
+        elif kind == "keyframes_only":
+            assert now == was[3:15]
+        else:
+            heading = clips.histories.heading[history.clip[b]]
+            turned = {n: (heading[n] - heading[3 * chunk - 1]).abs().item() for n in keyframes}
+            gone = [turned[n] for n in keyframes if n not in now]
+            kept = [turned[n] for n in keyframes if n in now]
+            assert now[:3] == sink and now[-3:] == recent and max(gone) < min([*kept, 192])
+            assert min([*kept, 128]) >= 128  # a half turn, in columns
+        # the latents are those of these clips and frames; only recent ones, and only where they are swapped, differ
+        clip, frame, other = pack.past[b, :len(now), :, 0, 0].unbind(1)
+        assert (clip == history.clip[b]).all() and frame.tolist() == now
+        assert other.tolist() == [float(kind == "swapped_recent" and n in recent) for n in now]
+        assert pack.target[b, :, 1, 0, 0].tolist() == target and not pack.target[b, :, 2].any()
+
+
+def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
+    x0 = torch.zeros(64, 12, 2, 2, 2)
+    xt, t, v = causal.stratified_noise(x0, 4, 3.)
+    u = t / (3 - 2 * t)  # the shift undone
+    assert torch.equal((u[:, ::3] * 4).long().sort(1).values, torch.arange(4).expand(64, 4))
+    assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1)) and len(t.unique()) == 256
+    assert torch.allclose(xt, t[..., None, None, None] * v) and len(v.unique()) > .99 * v.numel()
+
+
+def test_the_loss_is_the_mean_error_and_the_first_chunk_has_no_probe(monkeypatch):
+    pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), None, torch.full((8, 6, 1, 1, 1), 3.), torch.arange(6).expand(8, -1),
+                       torch.arange(6) // 3, None)
+    seen = []
+
+    def predict(net, text, pack, xt, t, grid):
+        seen.append((pack.past, t))
+        return -3 - (t > 2).float()[..., None, None, None] + (xt - (1 - t[..., None, None, None]) * 3) / t[..., None, None, None] + 1
+    monkeypatch.setattr(causal, "packed_forward", predict)  # v* + 1
+    probe = torch.ones(1, 1)
+    objective = causal.Objective((1, 1), 3., .5, probe, 10.)
+    loss = causal.packed_loss(None, None, pack, objective)
+    past, t = seen[0]
+    assert torch.allclose(loss, 1 + 10 * t[:, 3:].square().sum(1).mean() / 6, rtol=1e-4)
+    assert 0 < past.abs().mean() < .5  # the clean past is not quite clean
+
+
+def test_the_curriculum_tells_how_often_each_kind_is_drawn():
+    rng = np.random.default_rng(0)
+    for row, done in zip(causal.HISTORY_CURRICULUM, (0, .5, .8, .99)):
+        drawn = [causal.draw_pass(rng, done) for _ in range(2000)]
+        packs = [p for p in drawn if p.kind != "rollout"]
+        assert abs(1 - len(packs) / 2000 - row["rollout"]) < .04
+        for kind in causal.KINDS:
+            assert abs(sum(p.kind == kind for p in packs) / len(packs) - row[kind]) < .06, (done, kind)
+        assert abs(sum(p.steady_turns for p in packs) / len(packs) - row["steady_turns"]) < .06
+        assert all(p.skip in ((1, 2) if p.kind == "skip_chunk" else (0,)) for p in drawn)
+        assert all(7 <= min(p.supervised) and max(p.supervised) <= p.length <= 40 for p in drawn)
+    kinds = {causal.draw_pass(rng, done, causal.FOLDER_CURRICULUM).kind for done in np.linspace(0, .999, 200)}
+    assert kinds == {"prefix", "full_history"}  # folders of videos have no counterfactuals, and no headings
+
+
+def test_a_rollout_pass_predicts_from_the_real_memory(monkeypatch):
+    net, x0, t = random_dit(), noise(2, 123, 16, 4, 8), torch.rand(2, 12)
+    clips = data.WorldClips(training_worlds(2, 0), 41, lambda worlds, latents: x0, list, torch.device("cpu"))
+    text, drawn = random_text(net, 2), drawn_pass("rollout", length=9, policy="longlive", supervised=[7, 9])
+    offset = noise(2, 12, 16, 4, 8, seed=7)
+    monkeypatch.setattr(causal, "stratified_noise", lambda x0, copies, shift: (x0 + offset, t, offset))
+    loss = causal.rollout_loss(net, text, clips, torch.arange(2), drawn, np.random.default_rng(0), causal.Objective((2, 4), 3.))
+    roll, want = Rollout(net, text, PRESETS["longlive"], (2, 4)), []
+    for i in range(10):
+        chunk = x0[:, 3 * i:3 * i + 3]
+        roll.read_context()
+        if i in (7, 9):
+            for copy in range(4):
+                at = slice(3 * copy, 3 * copy + 3)
+                v, _ = roll.predict(chunk + offset[:, at], t[:, at])
+                want.append((v - offset[:, at]).square().mean())
+        roll.append(chunk)
+    assert torch.allclose(loss, torch.stack(want).mean(), rtol=1e-4)
+
+
+def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path, monkeypatch):
+    net, sampler = random_dit(), Sampler(steps=4, shift=3.)
+    captions = ["a", "b", "c"]
+
+    def rollout_of(some):
+        return Rollout(net, random_text(net, len(some)), PRESETS["slowfast"], (2, 4))
+
+    def made(**given):
+        return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, sampler, (16, 4, 8), 2, **given)
+    trajectories = made()
+    assert trajectories.x.shape == (3, 27, 5, 16, 4, 8) and trajectories.past_frame.shape == (3, 9, 18)
+    roll = rollout_of(captions[:2])
+    euler = Sampler(steps=16, shift=3., renoise=False)
+    want = torch.cat(list(generate(roll, [0, 1], 9, euler, (16, 4, 8))), dim=1)
+    assert torch.equal(trajectories.x[:2, :, -1], want.bfloat16())
+    # from noise to x0 along a straight line, if the velocity is small
+    assert torch.equal(trajectories.x[0, :3, 0], draw_noise([0], 0, 0, (3, 16, 4, 8))[0].bfloat16())
+    keep = torch.stack(roll.kept, dim=1)
+    for i, held in enumerate(frames_in_memory(PRESETS["slowfast"], keep)[:9]):
+        assert trajectories.past_frame[:2, i, :held.shape[1]].equal(held)
+        assert (trajectories.past_frame[:2, i, held.shape[1]:] == -1).all()
+    monkeypatch.setattr(causal, "record_trajectories", None)  # from here on all is on disk
+    assert torch.equal(made(rank=1, processes=2).x, trajectories.x)
+
+
+def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(monkeypatch):
+    levels = torch.tensor(flow.schedule(4, 3.))
+    x = noise(2, 27, 5, 16, 4, 8).bfloat16()
+    trajectories = causal.Trajectories(x, torch.arange(18).expand(2, 9, 18))
+    seen = []
+
+    def off_by_one(net, text, pack, xt, t, grid):
+        seen.append((pack, xt, t))
+        return flow.v_from_x0(xt, pack.target, t) + 1
+    monkeypatch.setattr(causal, "packed_forward", off_by_one)
+    clip, chunk = torch.tensor([1, 0]), torch.tensor([8, 3])
+    objective = causal.Objective((2, 4), 3.)
+    loss = causal.trajectory_loss(None, [(torch.zeros(1), None)], trajectories, clip, chunk, levels, objective)
+    assert torch.allclose(loss, levels.square().mean(), rtol=1e-3)
+    (pack, xt, t), own = seen[0], x[1, 24:27].float()
+    assert torch.equal(pack.past[0], x[1, :18, -1].float()) and torch.equal(pack.past[1], x[0, :18, -1].float())
+    for i in range(4):
+        at = slice(3 * i, 3 * i + 3)
+        assert torch.equal(xt[0, at], own[:, i]) and torch.equal(pack.target[0, at], own[:, -1])
+        assert (t[:, at] == levels[i]).all() and (pack.copy[at] == i).all()
+    assert pack.target_frame[0].tolist() == [24, 25, 26] * 4
+
+
+def test_a_heading_probe_from_few_clips_reads_held_out_worlds():
+    tae = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
+    worlds = [WorldSpec(i, "turn") for i in range(12)] + [WorldSpec(world.HELD_OUT + i) for i in range(4)]
+    latents = torch.cat([encode_world(tae, w, 81, torch.device("cpu")) for w in worlds])
+    heading = Histories(worlds, 27).heading
+    probe = causal.fit_heading_probe(latents[:12].flatten(0, 1), heading[:12].flatten())
+    x, y = (latents[12:].flatten(0, 1).flatten(1) @ probe.T).T
+    off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading[12:].flatten()).numpy())
+    assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
+
+
+def test_tau_is_calibrated_to_keep_95_percent_of_slow_turns_with_the_pooling_that_keeps_less_lingering(monkeypatch):
+    class Measured:
+        """A rollout in which chunks are unlike each other by how far the camera moved ("token"), or by chance ("mean")"""
+        def __init__(self, net, text, policy, grid, pool):
+            self.pool, self.similarities = pool, []
+
+        def read_context(self):
+            pass
+
+        def append(self, x0, keep):
+            i = len(self.similarities)
+            chance = .01 * noise(16, seed=i)
+            self.similarities.append(chance + (1 - histories[0].moved[:, i] if self.pool == "token" else 0))
+            token_similarities.extend([self.similarities] if self.pool == "token" and i == 0 else [])
+    histories, token_similarities = [], []
+    make = Histories.__init__
+    monkeypatch.setattr(Histories, "__init__", lambda self, worlds: (histories.append(self), make(self, worlds))[1])
+    monkeypatch.setattr(causal, "Rollout", Measured)
+    monkeypatch.setattr(causal, "encode_world", lambda tae, spec, latents, device: torch.zeros(1, latents, 16, 4, 8))
+    found = causal.calibrate(random_dit(), lambda ids, mask: noise(16, 20, 64), None, torch.device("cpu"))
+    assert found["pool"] == "token" and found["kept"]["lingering"] == 0
+    assert abs(found["kept"]["slow turns"] - .95) < .02
+    of_slow_turns = torch.stack(token_similarities[0][2::2])[:, :8]  # every second chunk is tested, not the first one
+    assert found["tau"] == of_slow_turns.quantile(.95).item()
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    net, encoder = random_dit().requires_grad_(True), TextEncoder(tiny_text)
+    ids, mask = bytes_to_ids(["Snow. The camera turns left, one turn in 9 seconds."])
+    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
+    net(noise(1, 3, 16, 4, 8), torch.rand(1, 3), net.text(encoder(ids, mask)), rope)[0].square().mean().backward()
+    for name, p in [*net.named_parameters(), *encoder.named_parameters()]:
+        assert p.grad is not None and (p.grad.abs().sum() > 0 or name.endswith("k.bias")), name
+
+
+# ---- training clips --------------------------------------------------------------------------------------------------
+
+def test_training_never_uses_held_out_worlds():
+    worlds = training_worlds(3000, 0) + steady_turn_worlds(3000, 0)
+    assert max(w.seed for w in worlds) < world.HELD_OUT
+    assert max(w.seed for w in worlds) > .99 * world.HELD_OUT and len({w.seed for w in worlds}) == 6000
+
+
+@pytest.mark.parametrize("evict_first", [True, False])
+def test_histories_hold_what_the_memory_would_hold(evict_first):
+    histories = Histories(training_worlds(3, 0), 20, evict_first)
+    for name, held in histories.held.items():
+        policy = PRESETS.get(name if name not in ("uniform1", "uniform2") else "slowfast", PRESETS["slowfast"])
+        keep = histories.keep.get(name, torch.zeros(3, 20, dtype=torch.bool))
+        for i, want in enumerate(frames_in_memory(policy, keep, evict_first)[:20]):
+            assert held[:, i, :want.shape[1]].equal(want) and (held[:, i, want.shape[1]:] == -1).all(), (name, i)
+    even = torch.arange(20) % 2 == 0
+    assert (histories.keep["uniform2"] == even).all() and histories.keep["uniform1"].all()
+    assert (histories.keep["moving"] == even & (histories.moved > 3.5)).all()
+
+
+def test_chunks_in_which_something_comes_back_are_targets_twelve_times_as_often():
+    worlds = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
+    histories = Histories(worlds, 30)
+    for spec, weight, moved in zip(worlds, histories.weight, histories.moved):
+        motion, start = world.make_world(spec).motion, world.make_world(spec).start
+        ever, before = set(), set()
+        for i in range(29):  # the last chunk ends where the clip ends
+            frames = np.arange(max(0, 12 * i - 3), 12 * i + 9)
+            heading = motion.heading(start, frames)
+            now = {s for s in range(8) if (np.abs(world.offsets(heading)[:, s]) <= world.GONE).any()}
+            moves = np.sign(np.diff(motion.heading(start, np.arange(max(0, frames[0] - 1), frames[-1] + 2))))
+            back = bool((now & ever) - before) or len(set(moves)) > 1
+            assert i < 7 or weight[i] == (12 if back else 1), (spec, i)
+            assert abs(moved[i] - abs(heading[-1] - heading[0])) < 1e-9
+            ever, before = ever | now, now
+    rng = np.random.default_rng(0)
+    history = histories.draw(rng, 3000, ahead=7)
+    assert history.chunk.min() == 7 and history.chunk.max() == 23  # seven chunks follow
+    for clip in range(3):
+        weight = histories.weight[clip, 7:24]
+        drawn = history.chunk[history.clip == clip].numpy()
+        share = np.array([(drawn == chunk).mean() for chunk in range(7, 24)])
+        assert np.abs(share - weight / weight.sum()).max() < .03
+
+
+def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
+    tae, device, worlds = shipped()[2], torch.device("cpu"), training_worlds(3, 0)
+    monkeypatch.setattr(data, "SHARD", 2)
+    latents = data.latent_cache(tmp_path, tae, worlds, 6, device)
+    want = torch.cat([encode_world(tae, spec, 6, device) for spec in worlds]).bfloat16()
+    assert torch.equal(latents, want)
+    (next(tmp_path.rglob("00002.safetensors"))).unlink()  # stopped after the first file
+    encoded = []
+    monkeypatch.setattr(data, "encode_world", lambda tae, spec, n, device: encoded.append(spec) or encode_world(tae, spec, n, device))
+    assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, device), want) and encoded == worlds[2:]
+    data.latent_cache(tmp_path, tae, worlds[:2], 6, device)
+    assert encoded == worlds[2:] + worlds[:2]
+    assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
+
+
 # ---- training layout ---------------------------------------------------------------------------------------------------
 
 def full_predictions(net, text, x0, xt, t):
@@ -921,22 +1233,6 @@ def full_predictions(net, text, x0, xt, t):
     mask = torch.cat([torch.cat([older | own, none], 1), torch.cat([older, own], 1)])[None]
     rope = rope_cos_sin(torch.arange(f).repeat(2), 2, 4, net.config.dim // net.config.heads)
     return net(torch.cat([x0, xt], 1), torch.cat([torch.zeros_like(t), t], 1), text, rope, mask=mask)[0][:, f:]
-
-
-def test_packed_training_pass_equals_the_causal_forward_where_nothing_is_left_out():
-    """Several noised copies of one chunk share a clean past, each blind to the others."""
-    net, x0 = random_dit(), noise(1, 15, 16, 4, 8)
-    xt, t, text = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6), random_text(net)
-    src, target = torch.arange(15)[None], torch.full((1, 6), 5)
-    src = torch.cat([src, torch.full((1, 3), -1)], 1)  # three empty places
-    mask = causal.packed_attention_mask(src, target, torch.tensor([0, 0, 0, 1, 1, 1]))
-    rope = rope_cos_sin(torch.tensor([*range(18), 15, 16, 17, 15, 16, 17]), 2, 4, 32)
-    x = torch.cat([x0, torch.full((1, 3, 16, 4, 8), 9.), xt], 1)
-    got = net(x, torch.cat([torch.zeros(1, 18), t], 1), text, rope, mask=mask)[0][:, 18:]
-    for copy in (slice(0, 3), slice(3, 6)):
-        whole, clean = torch.cat([x0, xt[:, copy]], 1), torch.cat([x0, x0[:, :3]], 1)
-        want = full_predictions(net, text, clean, whole, torch.cat([torch.zeros(1, 15), t[:, copy]], 1))[:, 15:]
-        assert (got[:, copy] - want).abs().max() < 1e-5
 
 
 def test_watched_directions_count_more_and_leave_the_best_prediction_where_it_is():
@@ -955,42 +1251,19 @@ def test_watched_directions_count_more_and_leave_the_best_prediction_where_it_is
     assert best.grad.abs().max() == 0
 
 
-def test_a_compass_from_few_clips_reads_the_heading_of_held_out_worlds():
-    tae = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
-    worlds = [WorldSpec(i, "turn") for i in range(12)] + [WorldSpec(world.HELD_OUT + i) for i in range(4)]
-    z = torch.cat([encode_world(tae, w, 81, torch.device("cpu")) for w in worlds])
-    heading = Histories(worlds, 27).heading
-    x, y = (z[12:].flatten(0, 1).flatten(1) @ causal.compass(z[:12].flatten(0, 1), heading[:12].flatten()).T).T
-    off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading[12:].flatten()).numpy())
-    assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
-
-
-def test_every_trainable_parameter_gets_a_gradient():
-    torch.manual_seed(0)
-    net, encoder = random_dit().requires_grad_(True), TextEncoder(tiny_text)
-    ids, mask = bytes_to_ids(["Snow. The camera turns left, one turn in 9 seconds."])
-    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
-    net(noise(1, 3, 16, 4, 8), torch.rand(1, 3), net.text(encoder(ids, mask)), rope)[0].square().mean().backward()
-    for name, p in [*net.named_parameters(), *encoder.named_parameters()]:
-        assert p.grad is not None and (p.grad.abs().sum() > 0 or name.endswith("k.bias")), name
-
-
-def test_histories_never_use_held_out_worlds_and_match_the_memory():
-    worlds = training_worlds(8, 0)
-    assert max(w.seed for w in worlds + lesson_worlds(1000, 0)) < world.HELD_OUT
-    h = Histories(worlds)
-    clips, chunk, src = h.draw(np.random.default_rng(0), 64)
-    assert src.shape == (64, 18) and (chunk >= 7).all() and all((s < 3 * n).all() for s, n in zip(src, chunk))
-    assert h.held["uniform2"][0, 30].tolist() == frames_in_memory(PRESETS["uniform2"], torch.tensor([[i % 2 == 0 for i in range(30)]]))[30][0].tolist()
-
-
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
+SHORT_CURRICULUM = [  # every kind of history in few updates
+    dict(until=.3, prefix=.2, full_history=.2, skip_chunk=.2, keyframes_only=.2, swapped_recent=.2, rollout=.0, steady_turns=.5),
+    dict(until=.5, prefix=.5, full_history=.5, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.0, steady_turns=1.),
+    dict(until=.6, prefix=.5, full_history=.5, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.8, steady_turns=1.),
+    dict(until=1., prefix=1., full_history=.0, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.8, steady_turns=.0),
+]
 AS_SMALL = {  # module: what a small training run sets there
     train: {"SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "FIRST": 8, "LAST": 10, "RAMP": .6,
             "HEADING": {part: .1 for part in train.HEADING}, "CRITIC_PASSES": 2, "tiny_dit": SMALL},
-    causal: {"CLIPS": 2, "LESSON_CLIPS": 2, "TWINS": 2, "ODE_CLIPS": 2, "ODE_CHUNKS": 9, "SEQUENTIAL": .5, "HEADED": 2,
-             "MIX": {.3: (.2, .2, .2, .2, .2, .5), .6: (.5, .5, 0, 0, 0, 1), 1: (1, 0, 0, 0, 0, 0)},
+    data: {"CLIPS": 2, "STEADY_TURN_CLIPS": 2},
+    causal: {"COUNTERFACTUALS": 2, "ODE_CLIPS": 2, "ODE_CHUNKS": 9, "PROBE_CLIPS": 2, "HISTORY_CURRICULUM": SHORT_CURRICULUM,
              "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
 }
 
@@ -1247,26 +1520,36 @@ def run_script(script, monkeypatch, *words):
     config.run(script.main)
 
 
-def test_videos_become_shards_and_a_stopped_run_goes_on_with_the_next_clip(videos, monkeypatch, tmp_path, capsys):
+def test_a_folder_of_videos_is_encoded_and_a_stopped_run_goes_on_with_the_next_clip(videos, monkeypatch, tmp_path, capsys):
     words, out = ["--videos", videos, "--out", tmp_path / "data"], tmp_path / "data" / "clips"
     run_script(data, monkeypatch, *words)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     first, second = out / "good.mp4.safetensors", out / "more" / "good.mp4.safetensors"
-    assert sorted(out.rglob("*.*")) == [first, second] and "2 clips are in" in told and "3 skipped" in told
-    assert "short.mp4: 64x32, 9.0 s" in told and "broken.mp4: cannot be read" in told and "mute.mp4: no caption" in told
+    assert sorted(out.rglob("*.*")) == [first, second] and "2 clips are in" in printed and "3 skipped" in printed
+    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4: cannot be read", "mute.mp4: no caption"):
+        assert line in printed
     want, when = second.read_bytes(), first.stat().st_mtime_ns
     second.unlink()
     run_script(data, monkeypatch, *words)
     assert second.read_bytes() == want and first.stat().st_mtime_ns == when
-    clips = data.Clips(tmp_path / "data", (16, 4, 8))
+
+
+def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enough_behind(videos, monkeypatch, tmp_path):
+    run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path)
+    clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"), evict_first=False)
     assert clips.chunks == [14, 17] and clips.captions == [world.make_world(WorldSpec(i)).caption for i in (0, 1)]
-    which, chunk, src = map(torch.from_numpy, clips.draw(np.random.default_rng(0), 64, 7))
-    assert set(chunk[which == 0].tolist()) == {7} and set(chunk[which == 1].tolist()) == {7, 8, 9, 10}
-    keep = torch.arange(10)[None] % 2 == 0
-    assert all(s.tolist() == frames_in_memory(PRESETS["uniform2"], keep[:, :n], 0)[-1][0].tolist() for s, n in zip(src, chunk))
-    real = data.encode_world(shipped()[2], WorldSpec(0), 42, torch.device("cpu"))[0]
-    assert (clips[torch.tensor([[0]]), torch.arange(42)[None]][0] - real).std() < .3 * real.std()  # h264 came between
-    assert clips.text(which[:2]).shape == (2, 96, 64)
+    history = clips.draw_history(np.random.default_rng(0), 64, 7)
+    assert set(history.chunk[history.clip == 0].tolist()) == {7}
+    assert set(history.chunk[history.clip == 1].tolist()) == {7, 8, 9, 10}
+    held = frames_in_memory(PRESETS["uniform2"], torch.arange(10)[None] % 2 == 0, evict_first=False)
+    assert all(frame.tolist() == held[chunk][0].tolist() for frame, chunk in zip(history.frame, history.chunk))
+    # latents are those of the file, and close to those of the world (h264 came between)
+    latents = clips.frames(torch.tensor([1, 0]), torch.tensor([[4, 2], [-1, 41]]))
+    stored = load_file(clips.files[1])["latents"].float()
+    assert torch.equal(latents[0], stored[[4, 2]]) and latents.dtype == torch.float32
+    real = encode_world(shipped()[2], WorldSpec(0), 42, torch.device("cpu"))[0]
+    assert (clips.frames(torch.tensor([0]), torch.arange(42)[None])[0] - real).std() < .3 * real.std()
+    assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
 
 def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):

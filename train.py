@@ -50,9 +50,8 @@ import causal
 import dmd
 import erft
 import world
-from causal import clips, directions, frames_from, taken
 from config import BadInput, has_bf16, one_of, parse, pick_device, run
-from data import Clips
+from data import ClipFolder, latent_cache, training_clips
 from evaluate import conditions, gates, held_out, probe
 from flow import (Rollout, Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, generate, schedule,
                   shifted)
@@ -148,7 +147,7 @@ class Shared:
     tae: object = None       # autoencoder
     encoder: object = None   # text encoder; None at full size
     features: object = None  # list of captions -> (b, m, text_dim)
-    film: Clips = None       # --data, a folder of clips
+    film: ClipFolder = None       # --data, a folder of clips
     prompts: list = ()       # --data: its captions or prompts; none: the small world's
     latent: tuple = None     # (c, h, w)
     grid: tuple = None       # rows and columns of its tokens
@@ -302,7 +301,7 @@ def setup(cfg, part, device):
         s.tae.to(memory_format=torch.channels_last)
     s.grid = s.latent[1] // patch[0], s.latent[2] // patch[1]
     if cfg.data and not s.prompts:
-        s.film = Clips(cfg.data, s.latent, CHUNK if part == "init_ar" else 0)
+        s.film = ClipFolder(cfg.data, s.latent, device, evict_first=part == "init_ar")
         s.prompts = s.film.captions
     if cfg.wan:
         few = s.prompts[:1] if part in ("init_ar", "teacher") else s.prompts  # the others' features lie beside their latents
@@ -338,17 +337,80 @@ def stage_vae(s):
     return Stage({"vae": s.tae}, lambda shared, done: done, [("vae", loss_of)], SAMPLER)
 
 
+def cache_of(s):
+    """(worlds, latents) -> their latents, from the cache of this --out"""
+    def cache(worlds, latents):
+        return latent_cache(Path(s.cfg.out) / "cache", s.tae, worlds, latents, s.device, s.rank)
+    return cache
+
+
+def clips_of(s, evict_first=True, counterfactuals=0):
+    """-> clips of all motions, and of steady turns; with --data, both are its folder."""
+    if s.film:
+        return s.film, s.film
+    return training_clips(cache_of(s), s.features, s.cfg.seed, s.device, evict_first, counterfactuals)
+
+
+def probe_of(s):
+    """The heading probe, for the parts that have a weight for it, in the small world only"""
+    if s.film or s.cfg.wan or s.part not in HEADING:
+        return None
+    return causal.heading_probe(cache_of(s)).to(s.device)
+
+
 def stage_init_ar(s):
-    return Stage(*causal.stage_init_ar(s, HEADING["init_ar"], SAMPLER))
+    """Teacher forcing on real pasts: the causal model that the student is distilled from, and the text encoder."""
+    dit = s.start.requires_grad_()
+    clips, steady_turns = clips_of(s, counterfactuals=causal.COUNTERFACTUALS)
+    curriculum = causal.FOLDER_CURRICULUM if s.film else causal.HISTORY_CURRICULUM
+    objective = causal.Objective(s.grid, s.shift, s.context_noise, probe_of(s), HEADING["init_ar"])
+
+    def choose(shared, done):
+        return causal.draw_pass(shared, done, curriculum)
+
+    def loss_of(rng, drawn):
+        source = steady_turns if drawn.steady_turns else clips
+        with s.autocast:
+            loss = causal.teacher_forcing_loss(dit, source, drawn, rng, s.batch, objective)
+        return loss, {f"loss_{drawn.kind}": loss.item()}
+
+    nets = {"init_ar": dit}
+    if not s.cfg.wan:
+        nets["text"] = s.encoder
+    return Stage(nets, choose, [("init_ar", loss_of)], Sampler() if s.cfg.wan else SAMPLER)
 
 
 def stage_init_ode(s):
-    return Stage(*causal.stage_init_ode(s, HEADING["init_ode"], TARGET))
+    """Regression to the causal model's own trajectories at the four levels that the student will use."""
+    dit = s.start
+    sampler = replace(Sampler(**s.facts["sampler"]), renoise=True)
+    policy = replace(PRESETS["slowfast"], tau=sampler.tau)
+    chunks = TARGET if s.cfg.wan else causal.ODE_CHUNKS
+    captions = causal.ode_captions(s.prompts, s.cfg.seed)
+    objective = causal.Objective(s.grid, s.shift, 0., probe_of(s), HEADING["init_ode"])
+    levels = torch.tensor(schedule(sampler.steps, sampler.shift))
+
+    def rollout_of(captions):
+        return Rollout(dit, dit.text(s.features(captions)), policy, s.grid, pool=sampler.pool)
+
+    with torch.autocast(s.device.type, torch.bfloat16, enabled=bool(s.cfg.wan)):
+        trajectories = causal.ode_trajectories(
+            Path(s.cfg.out, "cache"), dit, rollout_of, captions, chunks, sampler, s.latent,
+            1 if s.cfg.wan else 32, s.rank, s.processes)
+
+    def loss_of(rng, chosen):
+        clip = torch.from_numpy(rng.integers(len(captions), size=s.batch))
+        chunk = torch.from_numpy(rng.integers(chunks, size=s.batch))
+        with s.autocast:
+            text = dit.text(s.features([captions[c] for c in clip]))
+            return causal.trajectory_loss(dit, text, trajectories, clip, chunk, levels, objective), {}
+
+    return Stage({"init_ode": dit.requires_grad_()}, lambda shared, done: None, [("init_ode", loss_of)], sampler)
 
 
 def stage_bidirectional(s):
     """Base and teacher: 21 latents at once, from text, or after a context."""
-    dit, sources, watched = s.start.requires_grad_(), [clips(s, False, 0), clips(s, True, 0)], directions(s, s.part in HEADING)
+    dit, sources, watched = s.start.requires_grad_(), clips_of(s, evict_first=False), probe_of(s)
     bank = erft.ErrorBank(s.latent, shift=s.shift) if s.part == "teacher" else None
     if bank and s.rank == 0:
         print(f"error bank: {bank.errors.nbytes / 2 ** 30:.2f} GiB of host memory at most")
@@ -358,16 +420,18 @@ def stage_bidirectional(s):
                 "context": s.part == "teacher" and shared.random() >= DROP, "lost": shared.random() < .3 * (done < .5)}
 
     def loss_of(rng, chosen):
-        latents, told, paths, _ = sources[chosen["lesson"]]
-        which, chunk, src = map(torch.from_numpy, paths.draw(rng, s.batch, TARGET))
+        clips = sources[chosen["lesson"]]
+        history = clips.draw_history(rng, s.batch, TARGET)
+        which, chunk, src = history.clip, history.chunk, history.frame
         if not chosen["context"]:
             src, chunk = src[:, :0], torch.zeros_like(chunk)
         elif chosen["lost"] and not s.cfg.wan:
             src = src[:, CHUNK:CHUNK + PRESETS["slowfast"].slow]
-        context, x0 = taken(s, latents, which, src), taken(s, latents, which, frames_from(chunk, erft.TARGET))
+        context = clips.frames(which, src)
+        x0 = clips.frames(which, CHUNK * chunk[:, None] + torch.arange(erft.TARGET))
         t, noise = shifted(torch.rand(s.batch), s.shift).to(s.device), torch.randn(x0.shape, device=s.device)
         with s.autocast:
-            features = told(which) if chosen["text"] else s.features([""] * s.batch)
+            features = clips.text(which) if chosen["text"] else s.features([""] * s.batch)
             if bank is None:
                 at = t[:, None].expand(x0.shape[:2])
                 v = erft.predict_velocity(dit, context, add_noise(x0, noise, at), at, dit.text(features), s.grid)
@@ -388,7 +452,7 @@ def stage_dmd(s):
     teacher = ready(s.cfg, s.part, s.device, "base" if first else "teacher", s.cfg.teacher)[0]
     critic = copy.deepcopy(teacher).requires_grad_()
     levels, policy = schedule(sampler.steps, sampler.shift), replace(PRESETS["slowfast"], tau=sampler.tau)
-    watched = directions(s, s.part in HEADING)
+    watched = probe_of(s)
 
     def choose(shared, done):
         most = TARGET if first else dmd.longest_rollout(done, FIRST, LAST, s.ramp)
@@ -572,7 +636,7 @@ def finish(s, shown, sampler):
     """Writes the averaged weights, and what made them."""
     kept = {}
     if s.part == "init_ar" and not s.cfg.wan:
-        found = causal.calibrate(shown["init_ar"], lambda *a: conditions(shown["init_ar"], shown["text"], s.tae, *a, s.device), s.device)
+        found = causal.calibrate(shown["init_ar"], shown["text"], s.tae, s.device)
         kept = found.pop("kept")
         sampler = replace(sampler, **found)
         print(f"tau {found['tau']:.4f} ({found['pool']}), tested chunks kept:",
