@@ -50,7 +50,7 @@ class Reading:
     landmark: np.ndarray    # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view
     confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / to the next best; 0 if not wholly in view
     psnr: np.ndarray        # (f,) dB, peak 1, against the nearest frame that can be rendered
-    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view, nan if there is none
+    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view: always one or two
     frozen: np.ndarray      # (f,) bool: valid, but the camera stands
 
     @property
@@ -108,8 +108,7 @@ def read_frames(x, ground):
     columns = np.arange(WIDTH)[:, None] + .5 - WIDTH // 2
     in_box = np.abs(columns - offset[:, None]) < HALF + 1  # (f, 64, 8)
     in_box = (in_box & whole[:, None]).any(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # no landmark in view: nan, as promised
-        box_error = (error[:, :, TOP:FOOT].mean(-1) * in_box).sum(1) / in_box.sum(1)
+    box_error = (error[:, :, TOP:FOOT].mean(-1) * in_box).sum(1) / in_box.sum(1)
     return Reading(heading=i / SUB % COLUMNS,
                    ground=np.full(len(x), ground),
                    landmark=np.where(whole, landmark, -1),
