@@ -28,7 +28,7 @@ import world
 from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
 from video import FPS, read_frames
-from weights import WEIGHTS, load_tiny, wan_networks, wan_text, write_safetensors
+from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
 from world import WorldSpec
 
 FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
@@ -297,11 +297,11 @@ def encode_videos(cfg, device):
     new = [file for file in captions if not shards[file].exists()]
     # the autoencoder, and text features of the captions
     if cfg.wan:
-        features = wan_text(cfg, device, [captions[file] for file in new])
-        networks = wan_networks(cfg, device)
+        cache = Path(cfg.out) / "text"
+        prompts = [captions[file] for file in new]
+        networks = load_wan(cfg.wan, "", cfg.size, ["wan"], device, torch.float32, cache, prompts)
     else:
         networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
-        features = networks.features
     for file in tqdm(new, desc="encoding clips"):
         try:
             frames = read_whole_chunks(file, networks.width, networks.height)
@@ -311,7 +311,7 @@ def encode_videos(cfg, device):
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with fast_autocast(device):
             latents = networks.vae.encode(video / 127.5 - 1)[0]
-            text = features([captions[file]])[0]
+            text = networks.features([captions[file]])[0]
         tensors = {"latents": latents.bfloat16(), "text": text.bfloat16()}
         write_safetensors(shards[file], tensors, {"caption": captions[file]})
     done = sum(shard.exists() for shard in shards.values())

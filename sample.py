@@ -36,7 +36,7 @@ from memory import CHUNK, PRESETS
 from text import read_prompts
 from video import (FPS, THUMBNAILS, VideoWriter, chunk_at, chunks_of, frames_in, memory_picture, read_clip,
                    to_uint8)
-from weights import VAES, WEIGHTS, load_tiny, read_file, wan_models
+from weights import VAES, WEIGHTS, load_tiny, load_wan, read_file
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.MATH]  # on cuda, the fastest first
@@ -194,7 +194,15 @@ def load_networks(cfg, jobs, device, dtype):
     """Networks, sampled and with the memory that the options ask for."""
     if cfg.wan:
         texts = sorted({text for job in jobs for text in job.switches.values()})
-        networks = wan_models(cfg, texts, device, dtype)
+        is_random = cfg.wan.startswith("random")
+        vaes = [cfg.vae or "wan"]
+        if cfg.bench:  # the others too, where they are
+            there = [name for name in VAES if is_random or (Path(cfg.wan) / VAES[name]).exists()]
+            vaes += [name for name in there if name not in vaes]
+        cache = Path(cfg.out) / "text"
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, vaes, device, dtype, cache, [*texts, ""])
+        if not cfg.ckpt and not is_random:
+            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
     else:
         shipped = "teacher" if cfg.teacher else STUDENT
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)

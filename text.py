@@ -15,6 +15,7 @@ import html
 import importlib
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class TextConfig:  # the defaults are UMT5-XXL
     buckets: int = 32
 
 
+END = 1  # the id of the mark that ends a text; 0 pads
+
 tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
 
@@ -45,8 +48,11 @@ def bucket(offset, buckets=32, max_distance=128):
     offset   key position minus query position, any int tensor
     returns  bucket number of the same shape: half for each sign, 8 exact distances, then logarithmic up to 128
     """
-    half, exact, far = buckets // 2, buckets // 4, offset.abs()
-    log = exact + (torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)).long()
+    half = buckets // 2
+    exact = buckets // 4
+    far = offset.abs()
+    octaves = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact)  # 0 at 8, 1 at 128
+    log = exact + (octaves * (half - exact)).long()
     return (offset > 0).long() * half + torch.where(far < exact, far, log.clamp(max=half - 1))
 
 
@@ -54,13 +60,17 @@ class TextAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
-        self.q, self.k, self.v = (nn.Linear(c.dim, c.dim_attn, bias=False) for _ in range(3))
+        self.q = nn.Linear(c.dim, c.dim_attn, bias=False)
+        self.k = nn.Linear(c.dim, c.dim_attn, bias=False)
+        self.v = nn.Linear(c.dim, c.dim_attn, bias=False)
         self.o = nn.Linear(c.dim_attn, c.dim, bias=False)
 
     def forward(self, x, bias):
-        q, k, v = (rearrange(f(x), "b m (k d) -> b k m d", k=self.heads) for f in (self.q, self.k, self.v))
+        """x (b, m, dim); bias (1 or b, k, m, m) is added to the scores, which are not divided by sqrt(d)"""
+        q, k, v = (rearrange(project(x), "b m (k d) -> b k m d", k=self.heads) for project in (self.q, self.k, self.v))
         score = torch.einsum("bkqd,bksd->bkqs", q, k) + bias
-        y = torch.einsum("bkqs,bksd->bkqd", score.float().softmax(-1).to(v.dtype), v)
+        weight = score.float().softmax(-1).to(v.dtype)
+        y = torch.einsum("bkqs,bksd->bkqd", weight, v)
         return self.o(rearrange(y, "b k m d -> b m (k d)"))
 
 
@@ -68,7 +78,8 @@ class GatedMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gate = nn.Sequential(nn.Linear(c.dim, c.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
-        self.fc1, self.fc2 = nn.Linear(c.dim, c.dim_ffn, bias=False), nn.Linear(c.dim_ffn, c.dim, bias=False)
+        self.fc1 = nn.Linear(c.dim, c.dim_ffn, bias=False)
+        self.fc2 = nn.Linear(c.dim_ffn, c.dim, bias=False)
 
     def forward(self, x):
         return self.fc2(self.fc1(x) * self.gate(x))
@@ -77,15 +88,18 @@ class GatedMLP(nn.Module):
 class TextBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(c.dim), RMSNorm(c.dim)
-        self.attn, self.ffn = TextAttention(c), GatedMLP(c)
+        self.norm1 = RMSNorm(c.dim)
+        self.norm2 = RMSNorm(c.dim)
+        self.attn = TextAttention(c)
+        self.ffn = GatedMLP(c)
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(c.buckets, c.heads)})
 
     def forward(self, x, mask):
         """x (b, m, dim); mask (b, 1, 1, m) is 0 where a key may be seen and the type's lowest number where not"""
-        at = torch.arange(x.shape[1], device=x.device)
+        position = torch.arange(x.shape[1], device=x.device)
+        offset = position[None] - position[:, None]
         table = self.pos_embedding["embedding"]
-        bias = rearrange(table(bucket(at[None] - at[:, None], table.num_embeddings)), "q s k -> 1 k q s")
+        bias = rearrange(table(bucket(offset, table.num_embeddings)), "q s k -> 1 k q s")
         x = x + self.attn(self.norm1(x), bias + mask)
         return x + self.ffn(self.norm2(x))
 
@@ -104,10 +118,11 @@ class TextEncoder(nn.Module):
         returns    (b, m, dim) features, zero where padded, as the DiT takes them
         """
         x = self.token_embedding(ids)
-        lowest = torch.finfo(x.dtype).min
-        hide = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(mask == 0, lowest)[:, None, None]
+        # what is added to the scores: 0, or the type's lowest number where a key is padding
+        hide = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+        hide = hide.masked_fill(mask == 0, torch.finfo(x.dtype).min)
         for block in self.blocks:
-            x = block(x, hide)
+            x = block(x, rearrange(hide, "b s -> b 1 1 s"))
         return self.norm(x) * mask[..., None].to(x.dtype)
 
 
@@ -115,17 +130,19 @@ def bytes_to_ids(captions, length=96):
     """list of str -> ids (b, length), mask (b, length): UTF-8 bytes + 2, an end mark, zeros; longer captions are cut."""
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     for row, caption in zip(ids, captions):
-        b = list(caption.encode("utf-8")[:length - 1])
-        row[:len(b) + 1] = torch.tensor([x + 2 for x in b] + [1])
+        codes = caption.encode("utf-8")[:length - 1]
+        row[:len(codes)] = torch.tensor(list(codes)) + 2
+        row[len(codes)] = END
     return ids, (ids > 0).long()
 
 
 def read_prompts(path):
     """A UTF-8 file, one prompt a line -> list of str"""
     try:
-        prompts = [p for p in map(str.strip, Path(path).read_text("utf-8").splitlines()) if p]
+        lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the prompts {path}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path} holds no prompts: write one a line")
     return prompts
@@ -143,11 +160,35 @@ def need(package):
 
 def clean(prompt):
     """Wan's cleaning: broken Unicode mended, full-width forms to ASCII, HTML entities resolved twice, white space single."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(need("ftfy").fix_text(prompt)))).strip()
+    text = need("ftfy").fix_text(prompt)
+    text = html.unescape(html.unescape(text))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def read_tokenizer(path):
+    """The tokenizer of UMT5, from its tokenizer.json"""
+    package = need("tokenizers")
+    try:
+        tokenizer = package.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exceptions
+        raise BadInput(f"cannot read {path} ({str(error)[:100]}): fetch it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenise(tokenizer, prompt, length):
+    """-> ids (1, m), m <= length: the cleaned prompt's and an end mark; no row is padded, the DiT pads the features."""
+    ids = tokenizer.encode(clean(prompt), add_special_tokens=False).ids
+    if len(ids) >= length:
+        print(f"warning: {len(ids) + 1} tokens, cut after {length}: {prompt[:60]!r}", file=sys.stderr)
+    return torch.tensor([ids[:length - 1] + [END]])
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    encoder, (ids, mask) = TextEncoder(tiny_text), bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
-    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters; {int(mask.sum())} ids -> features "
-          f"{tuple(encoder(ids, mask).shape)}")
+    encoder = TextEncoder(tiny_text)
+    ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
+    features = encoder(ids, mask)
+    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters")
+    print(f"{int(mask.sum())} ids {ids[0, :8].tolist()}... -> features {tuple(features.shape)}, zero from there on")

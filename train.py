@@ -59,7 +59,7 @@ from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import WEIGHTS, load, save_weights, wan_networks, wan_text
+from weights import WEIGHTS, load, load_wan, save_weights, wan_text
 from world import WorldSpec
 
 
@@ -270,7 +270,8 @@ def ready(cfg, part, device, name, given="", build=DiT, make_config=DiTConfig, f
         return net.to(device), facts
     if not (given or own.exists() or name == "base" or cfg.wan.startswith("random")):
         raise BadInput(f"{part} with --wan needs {name}: give a file by --init or --teacher, or train it in this --out")
-    m = wan_networks(cfg, device, given or (own if own.exists() else ""))
+    ckpt = given or (own if own.exists() else "")
+    m = load_wan(cfg.wan, ckpt, cfg.size, ["wan"], device, torch.float32, Path(cfg.out) / "text")
     m.dit.config.recompute = True
     return m.dit, {"sampler": asdict(m.sampler), "vae": m.vaes["wan"], "latent": (16, m.height // 8, m.width // 8)}
 
@@ -305,7 +306,10 @@ def setup(cfg, part, device):
         s.prompts = s.film.captions
     if cfg.wan:
         few = s.prompts[:1] if part in ("init_ar", "teacher") else s.prompts  # the others' features lie beside their latents
-        s.features = wan_text(cfg, device, ["", NEGATIVE, *few], rank, processes)
+        mine = sorted({"", NEGATIVE, *few})[rank::processes]
+        s.features = wan_text(cfg.wan, Path(cfg.out) / "text", mine, device)
+        if processes > 1:
+            dist.barrier()
     else:
         s.encoder = s.encoder or ready(cfg, part, device, "text", "", TextEncoder, TextConfig, "init_ar")[0]
         s.features = lambda captions: s.encoder(*(z.to(device) for z in bytes_to_ids(captions, tiny_dit.text_len)))

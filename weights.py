@@ -1,18 +1,22 @@
 """
-Everything that reads or writes networks: this project's own weights files, the raw folder of Wan2.1-T2V-1.3B, public
-students trained from it, and random weights of its form.
+All reading and writing of networks: this project's own weights files, the raw folder of Wan2.1-T2V-1.3B, public students
+trained from it, and random weights of its form.
 
-References: Wan 2.1, arXiv 2503.20314. Leaves out: LoRA, image-to-video and 14B models (refused by name).
+    python weights.py          # what each shipped file holds, and what made it
+
+A raw folder holds the DiT, its config.json, the text encoder with its tokenizer, and an autoencoder, under Wan's own file
+names. Public students are state dicts, flat or under "generator_ema", "generator" or "model", with whatever their training
+code wrapped around the names. Sizes are read off the tensors, names and shapes are checked strictly, no pickle runs code.
+
+References: Wan 2.1, arXiv 2503.20314; Self-Forcing, arXiv 2506.08009 (its checkpoints).
+Leaves out: LoRA, image-to-video and 14B models (refused by name).
 """
-import ctypes
 import hashlib
 import json
 import os
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +29,21 @@ from config import BadInput
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
-from text import TextConfig, TextEncoder, bytes_to_ids, clean, need
+from text import TextConfig, TextEncoder, bytes_to_ids, clean, read_tokenizer, tokenise
 from vae import TAE, TAEConfig
 from wan_vae import WanVAE, WanVAEConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
-DIT, T5, TOKENIZER = "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"
+
+# files of a raw Wan2.1-T2V-1.3B folder
+DIT = "diffusion_pytorch_model.safetensors"
+T5 = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER = "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
+
+TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # training code leaves these in names
+FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -41,7 +53,7 @@ def write_safetensors(path, tensors, about=None):
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, about)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, about)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {path}: {error}") from None
@@ -49,21 +61,23 @@ def write_safetensors(path, tensors, about=None):
 
 def save_weights(path, state, config, facts, dtype=torch.bfloat16):
     """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, seed, sampler, ...)"""
-    about = {"about": json.dumps({"config": asdict(config), "facts": facts})}  # one entry: their order in the file is random
-    write_safetensors(path, {k: v.to(dtype) for k, v in state.items()}, about)
+    about = {"config": asdict(config), "facts": facts}
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    write_safetensors(path, state, {"about": json.dumps(about)})  # one entry: their order in the file is random
 
 
-def read_file(path, what="weights", pickled=None, device="cpu"):
+def read_file(path, what="weights", pickled=False, device="cpu"):
     """
     A safetensors file, or a pickle of tensors (.pt, .pth, or as told), mapped from disk rather than read.
     returns  its content, and what a weights file of this project says about itself (else {})
     """
-    path, about = Path(path), {}
+    path = Path(path)
     try:
         if pickled or path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location=device, weights_only=True, mmap=True), about
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+            return torch.load(path, map_location=device, weights_only=True, mmap=True), {}
+        with safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get("about", "{}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
     except FileNotFoundError:
         raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
     except Exception as error:  # torch.load raises whatever the damage makes it meet
@@ -76,23 +90,21 @@ def load_weights(path):
     state, about = read_file(path)
     if "config" not in about:
         raise BadInput(f"{path} has no config in its metadata: it is not a weights file of this project")
-    return {k: v.float() for k, v in state.items()}, about["config"], about["facts"]
+    return {name: tensor.float() for name, tensor in state.items()}, about["config"], about["facts"]
 
 
 def load_state_dict_strict(net, state, name="weights"):
     """
-    Strict load: raises BadInput that lists the first few missing, unexpected and misshapen tensors. A net on the meta device
-    takes the tensors themselves, types and all.
+    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ. A net on the meta
+    device takes the tensors themselves, types and all.
     """
-    own, wrong = net.state_dict(), []
-    for kind, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()),
-                       ("misshapen", {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape})):
-        if keys:
-            wrong.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})")
-    if wrong:
-        raise BadInput(f"{name} do not fit the model: {'; '.join(wrong)}")
-    net.load_state_dict(state, assign=next(iter(own.values())).is_meta)
-    return net
+    on_meta = any(tensor.is_meta for tensor in net.state_dict().values())
+    try:
+        net.load_state_dict(state, assign=on_meta)
+    except RuntimeError as error:
+        faults = [line.strip()[:200] for line in str(error).splitlines()[1:4]]
+        raise BadInput(f"{name} do not fit the model: {' '.join(faults)}") from None
+    return net.eval().requires_grad_(False)
 
 
 def load(path, build, make_config):
@@ -102,128 +114,165 @@ def load(path, build, make_config):
         net = build(make_config(**config))
     except TypeError:
         raise BadInput(f"{path} holds another kind of network than {build.__name__}: give one made for it") from None
-    return load_state_dict_strict(net, state, str(path)).eval().requires_grad_(False), facts
+    return load_state_dict_strict(net, state, str(path)), facts
 
 
-# ---- public files: the raw Wan directory and students trained from it --------------------------------------------------
-
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # left in names by training code
-FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
-
+# ---- public files: the raw Wan folder and students trained from it -----------------------------------------------------
 
 def read_public(path):
     """-> state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)"""
-    whole, about = read_file(path)
-    whole = whole if isinstance(whole, dict) else {}
-    inner = [whole[k] for k in ("generator_ema", "generator", "model") if isinstance(whole.get(k), dict) and whole[k]]
-    inner = inner[0] if inner else whole
-    if any("lora" in k.lower() for k in (*whole, *inner)):
-        raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
-    state = {WRAPPERS.sub("", k).removeprefix("model."): v for k, v in inner.items()}
-    if not state or not all(torch.is_tensor(v) for v in state.values()):
+    content, about = read_file(path)
+    state = content
+    for key in ("model", "generator", "generator_ema"):  # the last of them that is there
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            state = content[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
+    if any("lora" in key.lower() for key in state):
+        raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
+    state = {WRAPPERS.sub("", key).removeprefix("model."): tensor for key, tensor in state.items()}
     return state, about.get("facts", {})
 
 
-def dit_config(state, folder, path):
-    """DiTConfig of a raw DiT, from its shapes and config.json; refuses 14B and image-to-video models."""
-    shape = {k: v.shape for k, v in state.items()}
-    first, file = shape.get("patch_embedding.weight", ()), Path(folder) / "config.json"
-    if len(first) != 5:
-        raise BadInput(f"{path} is no Wan DiT: it has no patch_embedding.weight")
-    if first[0] == 5120:
-        raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
-    if first[1] != 16 or any(k.startswith("img_emb") for k in state):
-        raise BadInput(f"{path} is an image-to-video model ({first[1]} input channels): only text-to-video is supported")
-    try:
-        c = json.loads(file.read_text()) if file.exists() else {}
-        layers = 30 if first[0] == 1536 else count_blocks(state)
-        return DiTConfig(first[0], shape["blocks.0.ffn.0.weight"][0], c.get("num_heads", max(1, first[0] // 128)),
-                         c.get("num_layers", layers), shape["time_embedding.0.weight"][1], shape["text_embedding.0.weight"][1],
-                         c.get("text_len", 512), patch=tuple(first[-2:]))
-    except ValueError:
-        raise BadInput(f"{file} is not JSON: fetch it again") from None
-    except KeyError as key:
-        raise BadInput(f"{path} is no Wan DiT: it has no {key}") from None
-
-
 def count_blocks(state):
-    return len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
 
 
-def load_on_device(net, state, path, device, dtype):
-    """A net built on the meta device gets its weights, tensor by tensor in the type they stay in; prints a fingerprint."""
-    names = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(state.items()))
-    print(f"{path}: {sum(v.numel() for v in state.values()):,} parameters in {len(state)} tensors, "
-          f"sha256 of names and shapes {hashlib.sha256(names.encode()).hexdigest()[:12]}")
-    own, ready = net.state_dict(), {}
-    for k, v in state.items():
-        fits = k in own and v.shape == own[k].shape
-        ready[k] = v.to(device, torch.float32 if FLOAT32.match(k) else dtype) if fits else v
-        if fits and v.is_cpu and sys.platform == "linux":  # hand back the pages of the file that were read: they count as ours
-            start = -(-v.data_ptr() // 4096) * 4096
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, v.data_ptr() + v.nbytes - start)), 21)
-    return load_state_dict_strict(net, ready, str(path)).eval().requires_grad_(False)
+def dit_config(state, path, file):
+    """DiTConfig of a raw DiT from Wan's config.json; refuses other models, 14B and image-to-video by their shapes."""
+    for name in ("patch_embedding.weight", "text_embedding.0.weight"):
+        if name not in state:
+            raise BadInput(f"{path} is no Wan DiT: it has no {name}")
+    dim, channels = state["patch_embedding.weight"].shape[:2]
+    if dim == 5120:
+        raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
+    if channels != 16:
+        raise BadInput(f"{path} is an image-to-video model ({channels} input channels): only text-to-video is supported")
+    try:
+        stated = json.loads(file.read_text())
+        return DiTConfig(
+            dim=stated["dim"],
+            ffn_dim=stated["ffn_dim"],
+            heads=stated["num_heads"],
+            layers=stated["num_layers"],
+            freq_dim=stated["freq_dim"],
+            text_dim=state["text_embedding.0.weight"].shape[1],
+            text_len=stated["text_len"],
+        )
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{file} is not Wan's ({error}): fetch it again") from None
+
+
+def text_config(state, path):
+    try:
+        vocab, dim = state["token_embedding.weight"].shape
+        buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
+        return TextConfig(
+            vocab=vocab,
+            dim=dim,
+            dim_attn=len(state["blocks.0.attn.q.weight"]),
+            dim_ffn=len(state["blocks.0.ffn.fc1.weight"]),
+            heads=heads,
+            layers=24 if dim == 4096 else count_blocks(state),
+            buckets=buckets,
+        )
+    except (KeyError, ValueError):
+        raise BadInput(f"{path} is no UMT5 encoder: fetch it again") from None
+
+
+def empty_vae(name, state, path):
+    """Wan's autoencoder ("wan") or the TAE ("tae") with the widths of a public state dict, on the meta device."""
+    try:
+        with torch.device("meta"):
+            if name == "wan":
+                return WanVAE(WanVAEConfig(len(state["encoder.conv1.weight"])))
+            widths = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
+            return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
+    except KeyError as key:
+        raise BadInput(f"{path} is not the autoencoder {name!r}: it has no {key}") from None
+
+
+def cast(name, tensor, device, dtype):
+    return tensor.to(device, torch.float32 if FLOAT32.match(name) else dtype)
+
+
+def load_on_device(net, path, device, dtype):
+    """Fills a net that was built on the meta device from a public file, each tensor in the type that it stays in."""
+    names = list(read_public(path)[0])
+    ready = {}
+    for first in range(0, len(names), 64):
+        # mapped anew: pages that were read count as this process's memory until the file is closed
+        state, _ = read_public(path)
+        for name in names[first:first + 64]:
+            ready[name] = cast(name, state[name], device, dtype)
+    print(f"{path}: {sum(tensor.numel() for tensor in ready.values()):,} parameters in {len(ready)} tensors")
+    return load_state_dict_strict(net, ready, str(path))
+
+
+# ---- text features of prompts, kept in files ---------------------------------------------------------------------------
+
+def feature_files(prompts, folder, cache):
+    """{prompt: file of its features}, named by a hash of the cleaned text and of what made them"""
+    made_by = []
+    for file in (folder / T5, folder / TOKENIZER):
+        facts = file.stat()
+        made_by.append((file.name, facts.st_size, facts.st_mtime_ns, TEXT_LENGTH))
+    files = {}
+    for prompt in prompts:
+        key = hashlib.sha256(repr((clean(prompt), made_by)).encode()).hexdigest()[:32]
+        files[prompt] = cache / f"{key}.safetensors"
+    return files
 
 
 @torch.no_grad()
-def encode_prompts(prompts, weights, tokenizer, cache, device, length=512):
+def encode_prompts(prompts, folder, cache, device):
     """
-    prompts    distinct texts; weights, tokenizer: paths of the UMT5 encoder and its tokenizer.json
-    cache      folder that keeps each prompt's features, named by a hash of the cleaned text and of the two files' facts
-    returns    {prompt: features (m, dim) bfloat16 of its m <= length tokens, on the CPU}; the encoder is loaded only if a
-               prompt is new, and gone on return
+    Makes the files of those prompts that have none: features (m, dim) bfloat16 of a prompt's m <= 512 tokens. The encoder
+    (11.4 GB) is loaded only then, on the CPU where the device has no room for it, and gone on return.
     """
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, length) for f in (weights, tokenizer)]
-    files = {p: cache / (hashlib.sha256(repr((clean(p), facts)).encode()).hexdigest()[:32] + ".safetensors") for p in prompts}
-    new = [p for p in prompts if not files[p].exists()]
-    if new:
-        package = need("tokenizers")
-        try:
-            words = package.Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the package raises bare Exceptions
-            raise BadInput(f"cannot read {tokenizer} ({str(error)[:100]}): fetch it again") from None
-        words.no_truncation()
-        words.no_padding()
-        s, _ = read_public(weights)
-        try:
-            vocab, dim = s["token_embedding.weight"].shape
-            buckets, heads = s["blocks.0.pos_embedding.embedding.weight"].shape
-            config = TextConfig(vocab, dim, len(s["blocks.0.attn.q.weight"]), len(s["blocks.0.ffn.fc1.weight"]), heads,
-                                24 if dim == 4096 else count_blocks(s), buckets)
-        except (KeyError, ValueError):
-            raise BadInput(f"{weights} is no UMT5 encoder: fetch it again") from None
-        with torch.device("meta"):
-            empty = TextEncoder(config)
-        encoder = load_on_device(empty, s, weights, device, torch.bfloat16)
-        for p in new:
-            ids = words.encode(clean(p), add_special_tokens=False).ids
-            if len(ids) >= length:
-                print(f"warning: {len(ids) + 1} tokens, cut after {length}: {p[:60]!r}", file=sys.stderr)
-            ids = torch.tensor([ids[:length - 1] + [1]], device=device)  # 1 ends a text; no row is padded, the DiT pads
-            write_safetensors(files[p], {"features": encoder(ids, torch.ones_like(ids))[0]})
-    return {p: load_file(files[p])["features"] for p in prompts}
+    files = feature_files(prompts, folder, cache)
+    new = [prompt for prompt in files if not files[prompt].exists()]
+    if not new:
+        return
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
+        device = torch.device("cpu")
+    tokenizer = read_tokenizer(folder / TOKENIZER)
+    config = text_config(read_public(folder / T5)[0], folder / T5)
+    with torch.device("meta"):
+        encoder = TextEncoder(config)
+    encoder = load_on_device(encoder, folder / T5, device, torch.bfloat16)
+    for prompt in tqdm(new, desc="text features", delay=5):
+        ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
+        write_safetensors(files[prompt], {"features": encoder(ids, torch.ones_like(ids))[0]})
 
 
-def public_vae(kind, state, path):
-    """Wan's autoencoder ("wan") or the TAE ("tae") of a public state dict's widths, on the meta device."""
-    try:
-        with torch.device("meta"):
-            if kind == "wan":
-                return WanVAE(WanVAEConfig(state["encoder.conv1.weight"].shape[0]))
-            wide = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
-            return TAE(TAEConfig(len(state["encoder.0.weight"]), wide))
-    except KeyError as key:
-        raise BadInput(f"{path} is not the autoencoder {kind!r}: it has no {key}") from None
+def wan_text(wan, cache, prompts, device):
+    """
+    Wan's text features, kept in the folder `cache`. Those of `prompts` are made now where it lacks them.
+    wan      the raw folder | random...: all features are zero
+    returns  function: list of texts -> (b, m, text_dim), zero where padded; reads only what is asked for
+    """
+    if str(wan).startswith("random"):
+        return lambda texts: torch.zeros(len(texts), 1, DiTConfig.text_dim, device=device)
+    folder = Path(wan)
+    encode_prompts(prompts, folder, cache, device)
+    torch.cuda.empty_cache()
+
+    def features(texts):
+        encode_prompts(texts, folder, cache, device)
+        files = feature_files(texts, folder, cache)
+        rows = [load_file(files[text])["features"] for text in texts]
+        return pad_sequence(rows, batch_first=True).to(device)
+    return features
 
 
-# ---- models ------------------------------------------------------------------------------------------------------------
+# ---- all that makes a video ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Networks:
     dit: DiT
     vaes: dict         # name -> autoencoder; the first is the one to use
-    features: object   # list of texts -> (b, m, text_dim)
+    features: object   # function: list of texts -> (b, m, text_dim)
     sampler: Sampler
     name: str          # of the weights
     width: int = world.WIDTH  # of the video, in pixels
@@ -239,15 +288,23 @@ class Networks:
 
     @property
     def latent(self):
+        """Shape of a latent, (c, h, w)"""
         return self.dit.config.channels, self.height // 8, self.width // 8
 
+    @property
+    def grid(self):
+        """Rows and columns of a latent's tokens"""
+        _, h, w = self.latent
+        p, q = self.dit.config.patch
+        return h // p, w // q
+
     def text(self, text):
+        """What the DiT attends to for one text"""
         return self.dit.text(self.features([text]))
 
     def rollout(self, text):
         """One video from nothing; text: what self.text() gives."""
-        grid = tuple(n // p for n, p in zip(self.latent[1:], self.dit.config.patch))
-        return Rollout(self.dit, text, self.policy, grid, self.positions, self.sampler.pool, self.compiled)
+        return Rollout(self.dit, text, self.policy, self.grid, self.positions, self.sampler.pool, self.compiled)
 
 
 def load_tiny(ckpt, device):
@@ -255,85 +312,100 @@ def load_tiny(ckpt, device):
     dit, facts = load(ckpt, DiT, DiTConfig)
     encoder, _ = load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)
     tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
-    dit, encoder, tae = dit.to(device), encoder.to(device), tae.to(device, memory_format=torch.channels_last)
+    if dit.config.text_dim != encoder.config.dim:
+        raise BadInput(f"{ckpt} is no network of the small world: give --wan with it")
+    dit.to(device)
+    encoder.to(device)
+    tae.to(device, memory_format=torch.channels_last)
 
     def features(texts):
-        return encoder(*(z.to(device) for z in bytes_to_ids(texts, dit.config.text_len)))
+        ids, mask = bytes_to_ids(texts, dit.config.text_len)
+        return encoder(ids.to(device), mask.to(device))
     return Networks(dit, {"tae": tae}, features, Sampler(**facts["sampler"]), Path(ckpt).name)
 
 
-def pair(name, text, *of):
-    """'832x480' -> [832, 480], multiples of the two numbers in `of`"""
-    found = [int(n) for n in text.split("x")] if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) else []
-    if not found or any(n % m for n, m in zip(found, of)):
-        raise BadInput(f"{name} {text!r} must be two whole numbers with an x between, multiples of {of[0]} and {of[1]}")
-    return found
+def two_numbers(option, words, multiples=(16, 16)):
+    """'832x480' -> [832, 480]"""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", words)
+    numbers = [int(number) for number in match.groups()] if match else []
+    if not numbers or any(number % multiple for number, multiple in zip(numbers, multiples)):
+        raise BadInput(f"{option} {words!r} must be two whole numbers with an x between, "
+                       f"multiples of {multiples[0]} and {multiples[1]}")
+    return numbers
 
 
-def wan_models(cfg, texts, device, dtype):
-    """The raw Wan directory, or random weights of its form; the text encoder has come and gone before the rest is read."""
-    folder, (name, _, form) = Path(cfg.wan), cfg.wan.partition(":")
-    random, small, facts = name == "random", name == "random" and device.type == "cpu", {}
-    width, height = pair("--size", cfg.size or ("192x128" if small else "832x480"), 16, 16)
-    kinds = [cfg.vae or "wan"]
-    kinds += [k for k in VAES if cfg.bench and k not in kinds and (random or (folder / VAES[k]).exists())]
-    if random:
-        dim, layers = pair("--wan random:", form or ("512x8" if small else "1536x30"), 16, 1)
-        ckpt, heads, w = Path("random weights"), 1 if dim % 128 else dim // 128, 96 if dim >= 1536 else max(4, dim // 64)
-        with torch.device("meta"):
-            nets = {DIT: DiT(DiTConfig(dim, dim * 35 // 6, heads, layers)), "wan": WanVAE(WanVAEConfig(w)),
-                    "tae": TAE(TAEConfig(w * 2 // 3, tuple(w * i // 3 for i in (8, 4, 2, 2))))}
-        torch.manual_seed(0)
-        states = {k: {name: torch.randn(z.shape, device=device) * .02 for name, z in nets[k].state_dict().items()}
-                  for k in (DIT, *kinds)}
-        known = {t: torch.zeros(1, nets[DIT].config.text_dim) for t in texts}
-    else:
-        ckpt = Path(cfg.ckpt or folder / DIT)
-        lacks = [f for f in [DIT] * (not cfg.ckpt) + [T5, TOKENIZER] + [VAES[k] for k in kinds] if not (folder / f).is_file()]
-        if lacks:
-            curl = f"curl -L -o {folder / VAES['tae']} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"
-            get = curl if lacks[0] == VAES["tae"] else f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
-            raise BadInput(f"{folder} lacks {', '.join(lacks)}: {get}")
-        if not cfg.ckpt:
-            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
-        state, facts = read_public(ckpt)
-        config = dit_config(state, folder, ckpt)
-        texts = texts + [""] * (Sampler(**facts.get("sampler", {})).guidance != 1)
-        roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 20e9
-        known = encode_prompts(texts, folder / T5, folder / TOKENIZER, Path(cfg.out) / "text",
-                               device if roomy else torch.device("cpu"), config.text_len)
-        torch.cuda.empty_cache()
-        states = {DIT: state, **{k: read_public(folder / VAES[k])[0] for k in kinds}}
-        with torch.device("meta"):
-            nets = {DIT: DiT(config), **{k: public_vae(k, states[k], folder / VAES[k]) for k in kinds}}
-    dit, *vaes = (load_on_device(nets[k], states.pop(k), ckpt if k == DIT else folder / VAES[k], device, dtype) for k in (DIT, *kinds))
-
-    def features(texts):
-        return pad_sequence([known[t] for t in texts], batch_first=True).to(device)
-    return Networks(dit, dict(zip(kinds, vaes)), features, Sampler(**facts.get("sampler", {})), ckpt.name, width, height, 1)
+def check_files(folder, names):
+    """Raises BadInput that says how to get the files which the raw folder lacks."""
+    lacks = [name for name in names if not (folder / name).is_file()]
+    if lacks:
+        get = f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
+        if lacks[0] == VAES["tae"]:
+            get = f"curl -L -o {folder / lacks[0]} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"
+        raise BadInput(f"{folder} lacks {', '.join(lacks)}: {get}")
 
 
-def wan_networks(cfg, device, ckpt=""):
-    """What sample.py --wan makes of the raw folder, with float32 weights; ckpt: another DiT. cfg: wan, size, out"""
-    options = {"wan": cfg.wan, "size": cfg.size, "out": cfg.out, "vae": "", "bench": False}
-    return wan_models(SimpleNamespace(ckpt=str(ckpt or Path(cfg.wan) / DIT), **options), [], device, torch.float32)
-
-
-def wan_text(cfg, device, texts, rank=0, processes=1):
+def load_wan(wan, ckpt, size, vaes, device, dtype, text_cache, prompts=()):
     """
-    Wan's text features, in files under out/text: those of `texts` are made now where they are new, a share on each process.
-    returns  list of texts -> (b, m, text_dim), zero where padded; reads only what is asked for
+    The networks of a raw Wan2.1-T2V-1.3B folder, or random ones.
+    wan         the folder | random | random:DIMxLAYERS
+    ckpt        "" or another DiT than the folder's: a public student, or one trained here
+    size        "WIDTHxHEIGHT" of the video in pixels, "" = 832x480
+    vaes        names of the autoencoders to load, of VAES; the first is the one to use
+    text_cache  folder of text features; those of `prompts` are made first, where it lacks them
     """
-    if cfg.wan.startswith("random"):
-        return lambda some: torch.zeros(len(some), 1, 4096, device=device)
-    files = [Path(cfg.wan) / name for name in (T5, TOKENIZER)] + [Path(cfg.out) / "text"]
-    mine = sorted(set(texts))[rank::processes]
-    for i in tqdm(range(0, len(mine), 4096), desc="text features", disable=rank > 0):
-        encode_prompts(mine[i:i + 4096], *files, device)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if str(wan).startswith("random"):
+        return random_wan(wan, size, vaes, device, dtype)
+    folder = Path(wan)
+    width, height = two_numbers("--size", size or "832x480")
+    own = [] if ckpt else [DIT]
+    check_files(folder, [*own, "config.json", T5, TOKENIZER, *(VAES[name] for name in vaes)])
+    path = Path(ckpt or folder / DIT)
+    state, facts = read_public(path)
+    config = dit_config(state, path, folder / "config.json")
+    # the text encoder is larger than all the rest: it has come and gone before that is read
+    features = wan_text(folder, text_cache, prompts, device)
+    with torch.device("meta"):
+        dit = DiT(config)
+    dit = load_on_device(dit, path, device, dtype)
+    autoencoders = {}
+    for name in vaes:
+        file = folder / VAES[name]
+        vae = empty_vae(name, read_public(file)[0], file)
+        autoencoders[name] = load_on_device(vae, file, device, dtype)
+    return Networks(dit, autoencoders, features, Sampler(**facts.get("sampler", {})), path.name, width, height, scale=1)
 
-    def features(some):
-        known = encode_prompts(sorted(set(some)), *files, torch.device("cpu"))
-        return pad_sequence([known[t] for t in some], batch_first=True).to(device)
-    return features
+
+def random_wan(form, size, vaes, device, dtype):
+    """
+    Random weights of Wan's form, to measure what it costs; arguments as load_wan's. Defaults: 1536x30 and 832x480, on a
+    CPU 512x8 and 192x128.
+    """
+    small = device.type == "cpu"
+    width, height = two_numbers("--size", size or ("192x128" if small else "832x480"))
+    _, _, numbers = form.partition(":")
+    dim, layers = two_numbers("--wan random:", numbers or ("512x8" if small else "1536x30"), (16, 1))
+    heads = 1 if dim % 128 else dim // 128
+    with torch.device("meta"):
+        nets = {"dit": DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers))}
+        if dim < 1536:
+            nets["wan"] = WanVAE(WanVAEConfig(4))
+            nets["tae"] = TAE(TAEConfig(8, (16, 12, 8, 8)))
+        else:
+            nets["wan"] = WanVAE(WanVAEConfig())
+            nets["tae"] = TAE(TAEConfig())
+
+    torch.manual_seed(0)
+    for name in ("dit", *vaes):
+        state = {}
+        for key, tensor in nets[name].state_dict().items():
+            state[key] = cast(key, torch.randn(tensor.shape, device=device) * .02, device, dtype)
+        load_state_dict_strict(nets[name], state)
+    autoencoders = {name: nets[name] for name in vaes}
+    features = wan_text(form, None, [], device)
+    return Networks(nets["dit"], autoencoders, features, Sampler(), "random weights", width, height, scale=1)
+
+
+if __name__ == "__main__":
+    for file in sorted(WEIGHTS.glob("*.safetensors")):
+        state, _, facts = load_weights(file)
+        print(f"{file.name:26} {sum(tensor.numel() for tensor in state.values()):9,} parameters, {facts}"[:150])
