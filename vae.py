@@ -15,7 +15,7 @@ list with the last frame that went into each MemBlock.
 The first latent of a video is one frame: encode() puts three copies in front of it, decode() drops three
 frames.
 
-    python vae.py              # draws frames of the small world, and what the shipped autoencoder makes of them
+    python vae.py              # draws a world, and what the shipped autoencoder makes of it
 
 References: TAEHV (github.com/madebyollin/taehv, MIT), variant taew2_1: same layers, names and numbers, tested
 on golden vectors. The small world uses it at small width, trained by train.py --stage vae.
