@@ -96,7 +96,8 @@ def bench(cfg, networks, text):
     passes = networks.sampler.steps + 1
     work = passes * flops(networks.dit.config, *networks.latent[1:], held)
     x = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype)
-    rate = 2 * 2048 ** 3 / min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1))
+    seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1))
+    rate = 2 * 2048 ** 3 / seconds
     bound = FRAMES * rate / work
     print(f"a chunk: {work / 1e12:.4f} TFLOP in {passes} passes, so at most {bound:.1f} frames/s "
           f"at {rate / 1e12:.3f} TFLOP/s, a product of 2048 x 2048 matrices here")

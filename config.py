@@ -42,8 +42,8 @@ def parse(cls, argv=None):
     """
     # the comment behind each field is its help
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     options = []
     for field in fields(cls):
         option = "--" + field.name.strip("_").replace("_", "-")
@@ -77,12 +77,9 @@ def one_of(name, value, allowed):
 
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    if name and one_of("--device", name, ("cuda", "mps", "cpu")) not in there:
+    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device in known if known[device]]
+    if name and one_of("--device", name, known) not in there:
         raise BadInput(f"--device {name} is not available here: choose from {', '.join(there)}")
     return torch.device(name or there[0])
 
@@ -105,8 +102,7 @@ def fast_autocast(device):
 @contextmanager
 def whole_or_absent(path):
     """
-    with whole_or_absent(path) as part: write to `part`, which becomes `path` at the end, or vanishes on an
-    error.
+    with whole_or_absent(path) as part: write to `part`; it becomes `path` at the end, or vanishes on an error.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")

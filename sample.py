@@ -62,7 +62,7 @@ class Config:
     vae: str = ""              # with --wan: wan | tae, which is faster (default wan)
     continue_: str = ""        # a video file to go on from; --seconds counts from its first frame
     teacher: bool = False      # with --continue: the context teacher goes on, 21 latents at a time
-    save_state: str = ""       # file for the state after the last whole chunk: at the end, or on Ctrl-C, SIGTERM
+    save_state: str = ""       # file for the state after the last whole chunk: at the end, or on a signal
     resume: str = ""           # such a file to go on from, up to --seconds
     compile: bool = False      # torch.compile from the moment that memory is full
     bench: bool = False        # measure speed and memory, write no video
@@ -175,19 +175,18 @@ def warn_of_grammar(jobs):
 
 
 def load_state(cfg, device):
-    """-> cfg with the options of the saved video, and the state that save_state() wrote"""
+    """-> cfg with the options of the saved video, and its Video.state_dict()"""
     state = read_file(cfg.resume, "the state", True, device)[0]
     if not isinstance(state, dict) or "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
-    default = asdict(Config())
+    video, default = state["video"], asdict(Config())
     for name, value in state["options"].items():
         asked = getattr(cfg, name)
         if asked not in (default[name], value):
             raise BadInput(f"{cfg.resume} was made with --{name} {value}, not {asked}: leave the option out")
-    done = state["frames"]
-    if frames_in(cfg.seconds) <= done:
-        raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
-    return replace(cfg, **state["options"]), state
+    if frames_in(cfg.seconds) <= video["frames"]:
+        raise BadInput(f"{cfg.resume} is {video['frames'] / FPS:g} s long already: give --seconds above that")
+    return replace(cfg, **state["options"]), video
 
 
 def load_networks(cfg, jobs, device, dtype):
@@ -222,46 +221,36 @@ def load_networks(cfg, jobs, device, dtype):
 class Video:
     """A video under way: with the options, all that a saved state holds."""
     rollout: Rollout
-    past: list = None             # what the autoencoder remembers of the frames before, from vae.decode()
-    frames: int = 0               # written so far, those of an earlier file included
-    surplus: torch.Tensor = None  # (f, h, w, 3) uint8 decoded beyond --seconds, for --resume
+    past: list = None  # what the autoencoder remembers of the frames before, from vae.decode()
+    frames: int = 0    # written so far, those of an earlier file included
+    surplus: torch.Tensor = torch.zeros(0)          # (f, h, w, 3) uint8 decoded beyond --seconds
     thumbnails: dict = field(default_factory=dict)  # second -> frame (h, w, 3) uint8, for the memory picture
-
-    def load_state_dict(self, state):
-        self.rollout.load_state_dict(state["rollout"])
-        self.past = state["past"]
-        self.frames = state["frames"]
-        self.surplus = state["surplus"].cpu()
-        self.thumbnails = {second: frame.cpu() for second, frame in state["thumbnails"].items()}
 
     def state_dict(self):
         """Noise is keyed by (seed, chunk, step), so the chunk's number is all the random state there is."""
-        return {"rollout": self.rollout.state_dict(), "past": list(self.past), "frames": self.frames,
-                "surplus": self.surplus, "thumbnails": self.thumbnails}
+        return {**vars(self), "rollout": self.rollout.state_dict(), "past": list(self.past)}
 
     def write(self, frames, total, file, bar):
-        """Decoded frames (f, h, w, 3) uint8 into the file, up to `total` in all."""
+        """Decoded frames (f, h, w, 3) uint8 into the file, up to `total` in all; the rest is kept."""
         if self.frames / total * THUMBNAILS >= len(self.thumbnails):
             self.thumbnails[self.frames / FPS] = frames[0].clone()
         room = total - self.frames
         self.surplus = frames[room:].clone()
         frames = frames[:room]
-        file.write(frames.numpy())
+        file.write(frames.cpu().numpy())
         bar.update(len(frames))
         self.frames += len(frames)
 
 
 class StopSignals:
     """
-    with StopSignals(patient) as stop: Ctrl-C and SIGTERM end the program with 130 and 143. If patient, the
-    first of them only sets stop.code: the chunk under way is finished and the state saved. The second does
-    not wait.
+    with StopSignals() as stop: Ctrl-C and SIGTERM end the program with 130 and 143. If stop.patient is set,
+    the first of them only sets stop.code, so that the chunk under way is finished and the state saved; the
+    second does not wait.
     """
-    def __init__(self, patient):
-        self.patient = patient
-        self.code = 0
-
     def __enter__(self):
+        self.patient = False
+        self.code = 0
         self.before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self.receive)
@@ -301,7 +290,7 @@ def render_video(cfg, networks, job, history, state, stop, bar):
     """
     One video, from its first frame, a clip or a saved state to its mp4 and memory picture.
     history  None, or the latents (1, 3m, c, h, w) of the clip to go on from
-    state    None, or what load_state() returned
+    state    None, or Video.state_dict() of the one to go on with
     returns  Video
     """
     total = frames_in(cfg.seconds)
@@ -311,11 +300,12 @@ def render_video(cfg, networks, job, history, state, stop, bar):
                        f"{job.prompt[:60]!r}")
     # 1. the rollout: from nothing, or where a saved one stopped
     texts = {chunk: networks.text(text) for chunk, text in job.switches.items()}
-    video = Video(networks.rollout(texts[0]))
-    rollout = video.rollout
+    rollout = networks.rollout(texts[0])
+    video = Video(rollout)
     if state is not None:
-        video.load_state_dict(state)
+        rollout.load_state_dict(state["rollout"])
         rollout.text = text_at(texts, rollout.chunk - 1)  # a switch at the next chunk is still to come
+        video = Video(**{**state, "rollout": rollout})
     # 2. latents, a chunk at a time; those of a clip come first
     count = chunks_of(total) - max(given, rollout.chunk)
     if cfg.teacher:
@@ -330,7 +320,7 @@ def render_video(cfg, networks, job, history, state, stop, bar):
     # 3. decode and write them one after another
     about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
     with VideoWriter(job.path, about, networks.scale) as file:
-        if video.surplus is not None and len(video.surplus):
+        if len(video.surplus):
             video.write(video.surplus, total, file, bar)
         for x0 in chunks:
             decoded, video.past = networks.vae.decode(x0, video.past)
@@ -361,11 +351,12 @@ def main():
         warn_of_grammar(jobs)
     frames = frames_in(cfg.seconds)
     # 2. precision: weights of the raw folder are converted, the tiny ones autocast
-    bf16 = cfg.dtype == "bf16" or not cfg.dtype and device.type == "cuda"
+    on_cuda = device.type == "cuda"
+    bf16 = cfg.dtype == "bf16" if cfg.dtype else on_cuda
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    attention = sdpa_kernel(ATTENTION, set_priority=True) if device.type == "cuda" else nullcontext()
+    attention = sdpa_kernel(ATTENTION, set_priority=True) if on_cuda else nullcontext()
     state_file = whole_or_absent(cfg.save_state) if cfg.save_state else nullcontext()
-    with autocast, attention, state_file as state_part:
+    with autocast, attention, state_file as state_part, StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, jobs, device, torch.bfloat16 if bf16 else torch.float32)
         print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
@@ -381,15 +372,15 @@ def main():
             clip = torch.from_numpy(read_clip(cfg.continue_, networks.width, networks.height, frames))
             clip = clip.movedim(-1, -3)[None].to(device) / 127.5 - 1
             history = networks.vae.encode(clip).float()
-        # 5. the videos; the bar waits, so that no error is told behind it
-        bar = tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01)
-        with StopSignals(patient=bool(cfg.save_state)) as stop, bar:
+        # 5. the videos; the bar is delayed, so that no error is told behind it
+        stop.patient = bool(cfg.save_state)
+        with tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01) as bar:
             for job in jobs:
                 video = render_video(cfg, networks, job, history, state, stop, bar)
         # 6. the state, with the options that made the video
         if cfg.save_state:
             options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
-            torch.save({"options": options, **video.state_dict()}, state_part)
+            torch.save({"options": options, "video": video.state_dict()}, state_part)
             print(f"saved {cfg.save_state} at {video.frames / FPS:g} s: --resume {cfg.save_state} goes on")
     if stop.code:
         sys.exit(stop.code)

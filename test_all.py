@@ -1984,13 +1984,14 @@ def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeyp
 
 
 def test_a_second_signal_does_not_wait():
-    with sample.StopSignals(patient=True) as stop:
+    with sample.StopSignals() as stop:
+        stop.patient = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.code == 143
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGINT)
         assert ended.value.code == 130
-    with sample.StopSignals(patient=False), pytest.raises(SystemExit):
+    with sample.StopSignals(), pytest.raises(SystemExit):
         os.kill(os.getpid(), signal.SIGTERM)
 
 

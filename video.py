@@ -64,17 +64,14 @@ class VideoWriter:
             raise BadInput("ffmpeg is missing: pip install 'imageio[ffmpeg]', "
                            "or set IMAGEIO_FFMPEG_EXE") from None
         self.path = path
-        self.comment = comment
-        self.scale = scale
+        self.whole = whole_or_absent(path)
+        self.options = ["-crf", "16", "-preset", "veryfast", "-metadata", f"comment={comment}"]
+        self.options += ["-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"]
 
     def __enter__(self):
-        self.whole = whole_or_absent(self.path)
         part = self.whole.__enter__()
-        nearest = f"scale=iw*{self.scale}:ih*{self.scale}:flags=neighbor"
-        options = ["-crf", "16", "-preset", "veryfast", "-vf", nearest]
-        options += ["-metadata", f"comment={self.comment}"]
         self.writer = imageio.get_writer(part, format="FFMPEG", fps=FPS, codec="libx264", macro_block_size=1,
-                                         ffmpeg_params=options)
+                                         ffmpeg_params=self.options)
         return self
 
     def write(self, frames):
@@ -151,7 +148,7 @@ def memory_picture(path, thumbnails, rollout, vae, prompt):
         for number, latent in zip(segment.frame[0].tolist(), segment.latent[0]):
             decoded, _ = vae.decode(latent[None, None])
             second = max(0, 4 * number - 3) / FPS
-            paste_thumbnail(page, i, HELD, to_uint8(decoded)[0, -1].cpu(), f"{name} {second:.1f} s", colour)
+            paste_thumbnail(page, i, HELD, to_uint8(decoded)[0, -1], f"{name} {second:.1f} s", colour)
             i += 1
     page.save(path)
 
@@ -160,7 +157,8 @@ def paste_thumbnail(page, i, top, frame, caption, colour):
     """frame (h, w, 3) uint8: number i of those that lie in rows from `top` down"""
     x = LEFT + i % THUMBNAILS * STEP
     y = top + i // THUMBNAILS * ROW
-    page.paste(ImageOps.contain(Image.fromarray(frame.numpy()), SIZE, Image.NEAREST), (x, y))
+    picture = Image.fromarray(frame.cpu().numpy())
+    page.paste(ImageOps.contain(picture, SIZE, Image.NEAREST), (x, y))
     ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, colour)
 
 
@@ -188,5 +186,6 @@ def draw_surprisal(pen, width, rollout):
         line = BASE - threshold * scale
         pen.line([LEFT, line, width, line], fill="blue")
         pen.text((4, line - 6), f"1 - {policy.tau:.4f}", "blue")
-    pen.text((LEFT, BASE + 14), "each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory "
-             "when it leaves fast; grey: tested, not kept; pale: not tested", "black")
+    legend = ("each bar a chunk of 0.75 s; red: kept, so its first latent goes to slow memory when it leaves "
+              "fast; grey: tested, not kept; pale: not tested")
+    pen.text((LEFT, BASE + 14), legend, "black")
