@@ -1810,6 +1810,8 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
     colours = [tuple(page[329, 70 + round((i + .5) * (page.shape[1] - 70) / 20)]) for i in range(20)]
     crimson, grey, pale = (220, 20, 60), (128, 128, 128), (211, 211, 211)
     assert colours == [crimson if i % 6 == 0 else grey if i % 2 == 0 else pale for i in range(20)]
+    # surprisal .1 at a threshold of .05, which takes a third of 190 pixels
+    assert (page[:330, 80] == crimson).all(1).sum() == 126 and tuple(page[330 - 64, 75]) == (0, 0, 255)
     held = memory.frames()[0]
     shown = [page[400 + 90 * (i // 12), 100 + i % 12 * 132, 0] for i in range(len(held))]
     assert shown == video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))[:, 0, 0, 0].tolist() and len(held) == 21
@@ -1855,8 +1857,11 @@ def test_sample_writes_the_frames_asked_for_with_provenance_and_a_memory_picture
     path = tmp_path / "grass-the-camera-turns-right-one-turn-in-12-seconds-4.mp4"
     assert sorted(tmp_path.iterdir()) == [path, path.with_suffix(".png")]
     assert iio.imread(path, plugin="FFMPEG").shape == (40, 256, 512, 3)
+    picture = iio.imread(path.with_suffix(".png"))  # four chunks, so four frames in the upper row
+    assert [(picture[60, 80 + 132 * i] == 255).all() for i in range(6)] == [False] * 4 + [True] * 2
     told = capsys.readouterr().out
-    assert "seed 4" in told and "40 frames in" in told and "peak memory" in told
+    assert "seed 4" in told and "40 frames in" in told
+    assert .1 < float(re.search(r"peak memory ([\d.]+) GiB", told)[1]) < 40
     about = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
     assert '"AI-generated": true' in about and "Grass. The camera" in about and config.STUDENT in about
 
@@ -1911,6 +1916,21 @@ def test_an_interrupted_run_leaves_no_half_written_video(monkeypatch, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_options_replace_what_the_weights_say_of_sampling():
+    cpu = torch.device("cpu")
+    plain = sample.load_networks(sample.Config(), [], cpu, torch.float32)
+    cfg = sample.Config(memory="uniform1", positions="unbounded", tau=.5, steps=2)
+    asked = sample.load_networks(cfg, [], cpu, torch.float32)
+    assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau) and plain.sampler.tau != .95
+    assert asked.policy == replace(PRESETS["uniform1"], tau=.5) and asked.positions == "unbounded"
+    assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
+
+
+def test_bf16_changes_the_tiny_models_frames(monkeypatch, tmp_path):
+    fp32, bf16 = (frames_of_run(monkeypatch, tmp_path, "--seconds", ".5", "--dtype", d)[0] for d in ("fp32", "bf16"))
+    assert 0 < np.abs(fp32.astype(float) - bf16).mean() < 10
+
+
 def test_a_prompt_outside_the_grammar_is_warned_about_once_and_goes_on(monkeypatch, tmp_path, capsys):
     run_sample(monkeypatch, tmp_path, "--seconds", ".5", "--prompt", "a calm sea", "--seeds", "2")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -1953,8 +1973,8 @@ def test_a_raw_directory_goes_through_to_an_mp4(raw, monkeypatch, tmp_path, caps
 
 @pytest.mark.parametrize("kind", ["tiny", "wan", "tae"])
 def test_head_and_tail_of_a_resumed_video_are_the_uninterrupted_one_bit_for_bit(kind, raw, monkeypatch, tmp_path):
-    """The head ends in the middle of a chunk; memory is full; the tiny one is past a prompt switch."""
-    words = ["--prompt", SWITCH.format(5)]
+    """The head ends in the middle of a chunk, the tiny one just before a prompt switch; the others' memory is full."""
+    words = ["--prompt", SWITCH.format(5.6)]
     if kind != "tiny":
         words = ["--wan", str(raw), "--vae", kind, "--size", "32x32", "--steps", "1", "--prompt", "a calm sea | 2: a storm"]
     state, out = str(tmp_path / "state"), tmp_path / "parts"
@@ -1965,20 +1985,22 @@ def test_head_and_tail_of_a_resumed_video_are_the_uninterrupted_one_bit_for_bit(
     assert len(list(out.glob("*.mp4"))) == 2 and len(list(out.glob("*-from-86.mp4"))) == 1
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, monkeypatch, tmp_path):
-    state, calls = str(tmp_path / "state"), []
-    whole, _ = frames_of_run(monkeypatch, tmp_path / "whole", "--seconds", "4")
+@pytest.mark.parametrize("name, code, at, frames", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
+def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, at, frames, clips, monkeypatch, tmp_path):
+    """While chunk 3 of a video is decoded, and while the first chunk of a clip is: its end and a new one come first."""
+    state, calls, words = str(tmp_path / "state"), [], ["--seconds", "4"]
+    words += ["--continue", clips[0]] if name == "SIGTERM" else []
+    whole, _ = frames_of_run(monkeypatch, tmp_path / "whole", *words)
 
     def signalled(decoded):
         calls.append(decoded)
-        if len(calls) == 3:
+        if len(calls) == at:
             os.kill(os.getpid(), getattr(signal, name))
         return video.to_uint8(decoded)
     with monkeypatch.context() as patch:
         patch.setattr(sample, "to_uint8", signalled)
-        head, stopped = frames_of_run(patch, tmp_path / "parts", "--seconds", "4", "--save-state", state)
-    assert stopped == code and len(head) == 33 and len(list((tmp_path / "parts").glob("*.mp4"))) == 1
+        head, stopped = frames_of_run(patch, tmp_path / "parts", *words, "--save-state", state)
+    assert stopped == code and len(head) == frames and len(list((tmp_path / "parts").glob("*.mp4"))) == 1
     tail, _ = frames_of_run(monkeypatch, tmp_path / "parts", "--seconds", "4", "--resume", state)
     assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob("*.part*"))
 
@@ -1996,9 +2018,12 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_a_state_is_refused_with_other_options_or_a_shorter_length(monkeypatch, tmp_path, capsys):
-    run_sample(monkeypatch, tmp_path / "first", "--seconds", "1", "--save-state", str(tmp_path / "state"))
+    words = ["--memory", "uniform1", "--positions", "unbounded", "--tau", ".5", "--steps", "2", "--seconds", "1"]
+    run_sample(monkeypatch, tmp_path / "first", *words, "--save-state", str(tmp_path / "state"))
     capsys.readouterr()
     resume = ["--resume", str(tmp_path / "state")]
+    cfg, _ = sample.load_state(sample.Config(resume=str(tmp_path / "state")), "cpu")
+    assert (cfg.memory, cfg.positions, cfg.tau, cfg.steps) == ("uniform1", "unbounded", .5, 2)
     assert "made with --seed 0, not 3" in refused(monkeypatch, tmp_path, capsys, *resume, "--seed", "3")
     assert "1 s long already" in refused(monkeypatch, tmp_path, capsys, *resume, "--seconds", "1")
     torch.save({"other": 1}, tmp_path / "state")
@@ -2097,7 +2122,9 @@ def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
     run_sample(monkeypatch, tmp_path, *words)
     told = capsys.readouterr().out
     rows = re.findall(r"^(DiT only|wan|tae) +([\d.]+) +([\d.]+)% +([\d.]+) s", told, re.M)
-    assert [name for name, *_ in rows] == ["DiT only", "wan", "tae"] and all(float(row[1]) > 0 for row in rows)
+    bound = float(re.search(r"at most ([\d.]+) frames/s", told)[1])
+    assert [name for name, *_ in rows] == ["DiT only", "wan", "tae"]
+    assert all(abs(float(share) - 100 * float(fps) / bound) < .06 + .01 * float(share) for _, fps, share, _ in rows)
     work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
     assert f"{work / 1e12:.4f} TFLOP in 2 passes" in told and not list(tmp_path.rglob("*.mp4"))
 
