@@ -247,7 +247,7 @@ class DiT(nn.Module):
         text        from self.text()
         rope        cos, sin of the tokens of x (rope_cos_sin over its latents' positions)
         memory      None, or one (keys, values) pair a layer (SelfAttention), seen by all tokens of x
-        mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column; without memory
+        mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
         prefix      so many frames in front are context: they see each other only, the frames after them see all
         modulation  None, or self.time(t), where the same t returns again and again
         returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
@@ -263,9 +263,11 @@ class DiT(nn.Module):
         x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()  # (b, f n, c)
         n = x.shape[1] // f  # tokens of a frame
 
-        # which frame sees which -> which token sees which
+        # which frame sees which -> which token sees which; all see the memory
         if mask is not None:
             mask = repeat(mask, "b f g -> b 1 (f n) (g m)", n=n, m=n)
+            if memory is not None:
+                mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
 
         block_modulation, head_modulation = self.time(t) if modulation is None else modulation
         kv = []

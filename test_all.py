@@ -2760,6 +2760,19 @@ def test_each_frame_is_scaled_by_its_own_noise_level():
         close(both[:, i:i + 1], one, 1e-5)
 
 
+def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
+    net, x = random_dit(), noise(1, 3, 16, 4, 8)
+    text, rope = random_text(net), rope_cos_sin(torch.arange(3), 2, 4, 32)
+    first = rope_cos_sin(torch.zeros(1), 2, 4, 32)
+    _, kv = net(x[:, :1], torch.zeros(1, 1), text, first)
+    memory = [(apply_rope(k, first), [v]) for k, v in kv]
+    mask = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 1, 1]]], dtype=torch.bool)
+    whole, _ = net(x, torch.zeros(1, 3), text, rope, mask=mask)
+    later = rope_cos_sin(torch.arange(1, 3), 2, 4, 32)
+    with_memory, _ = net(x[:, 1:], torch.zeros(1, 2), text, later, memory, mask=mask[:, 1:, 1:])
+    close(with_memory, whole[:, 1:], 1e-5)
+
+
 def test_a_fresh_network_predicts_zero_and_recomputing_changes_no_gradient():
     net = DiT(replace(tiny_dit, layers=2)).initialise()
     x, t, text = noise(1, 3, 16, 4, 8), torch.rand(1, 3), net.text(noise(1, 5, 64))
