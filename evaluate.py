@@ -1,23 +1,21 @@
 """
 The paper in miniature: what trained models remember and how their pictures hold, by the small world's judge.
 
-    python evaluate.py                            # all tables and figures; run it again to go on after a stop
-    python evaluate.py --quick                    # 16 worlds, 30 s, three policies: minutes
-    python evaluate.py --quick --memory window    # one policy only: change it in memory.py and see its curve
+    python evaluate.py                            # everything; run it again to go on after a stop
+    python evaluate.py --quick                    # three policies and exchanged memories, 32 worlds each
+    python evaluate.py --quick --memory NAME      # one preset of memory.py: its row and its forgetting curve
 
-Every set of videos is one job: weights, memory, positions, and which worlds. Each video leaves one line in out/evaluate.csv
-with all that the tables need, so a table costs nothing once its videos were made. Intervals are 95 % bootstraps over videos,
-paired where two rows share seeds. One training seed a row: intervals do not tell what another training would give.
+An EvalSet says which videos are made: whose weights, which memory, which worlds. Each video leaves one line
+in out/evaluate.csv with all that report.py needs: it is made once, and tables and figures cost nothing after
+that. A line counts as long as weights and preset are those that made it; whoever changes the code of
+Policy.should_keep gives an --out of its own.
 
-References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3. Leaves out: DINO and CLIP on the small world.
+References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
+Leaves out: DINO and CLIP on the small world.
 """
-import csv
 import hashlib
-import inspect
-import json
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,349 +24,428 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
 import judge
+import report
 import world
 from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
 from erft import TARGET, extend, predict_velocity
-from flow import Rollout, Sampler, add_noise, draw_noise, generate
+from flow import Rollout, add_noise, draw_noise, generate
 from memory import CHUNK, PRESETS, Policy, frames_in_memory
-from model import DiT, DiTConfig
-from report import ABSENCES, CAPTIONS, SECONDS, figures, tables
-from text import TextConfig, TextEncoder, bytes_to_ids
-from vae import TAE, TAEConfig
-from weights import WEIGHTS, load
-from world import WorldSpec
+from report import ABSENCES, EvalSet, Video
+from weights import WEIGHTS, load_tiny
+from world import FPS, HELD_OUT, WorldSpec, make_world
 
-GIVEN = 14                            # chunks of real history: 42 latents, 165 frames, 10.3 s
-BATCH = 16                            # videos made together
+GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
+BATCH = 16          # videos made together
+PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
+PROBED = PRESETS["uniform2"]     # the policy of probes; selects a teacher's context too (erft.extend)
+SPAN = 5 * FPS      # frames of an entry of Video.psnr
+JUMP = 15 / 360 * world.COLUMNS  # between two frames; the fastest caption moves 2 columns
 
 
 @dataclass
 class Config:
-    quick: bool = False  # 16 worlds and 30 s instead of 64 and 62.8 s, and the main rows only
+    quick: bool = False  # what memory is worth, and no more: 32 worlds, three policies
     memory: str = ""     # only the rows of this preset
-    worlds: int = 0      # number of held-out worlds a set (default: 64; 16 with --quick)
-    minutes: float = 0.  # make videos for so long, then tables of what is there; run again to go on (default: to the end)
+    worlds: int = 0      # number of held-out worlds a set (default: 64; 32 with --quick)
     ckpt: str = ""       # the student (default: config.STUDENT)
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
-    videos: str = ""     # moved: python metrics.py --videos DIR scores real videos
+    videos: str = ""     # real videos: python metrics.py --videos DIR
 
 
-# ---- videos -------------------------------------------------------------------------------------------------------------
+# ---- videos of the small world: real first chunks, then the model's own ------------------------------------
 
-def conditions(dit, encoder, tae, which, given, device):
-    """-> text keys and values of the captions, real first chunks as latents (b, 3 given, ...), grid"""
-    ids, mask = (z.to(device) for z in bytes_to_ids([world.make_world(w).caption for w in which], dit.config.text_len))
-    latent = dit.config.channels, world.HEIGHT // 8, world.WIDTH // 8
-    none = torch.zeros(len(which), 0, *latent, device=device)
-    real = torch.cat([encode_world(tae, w, given * CHUNK, device) for w in which]) if given else none
-    return dit.text(encoder(ids, mask)), real, (latent[1] // dit.config.patch[0], latent[2] // dit.config.patch[1])
-
-
-def draw(tae, z):
+def conditions(networks, specs, given):
     """
-    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, decoded a chunk at a time; in bf16 where that is fast: validity
-    moves by 0.02 dB. The models themselves run in float32, as in sample.py.
+    networks  weights.Networks of the small world
+    specs     WorldSpecs, one a video
+    given     chunks of real video
+    returns   net.text of the captions, real latents (b, 3 given, c, h, w), grid of latents after patching
+    """
+    text = networks.dit.text(networks.features([make_world(spec).caption for spec in specs]))
+    device = text[0][0].device
+    if given == 0:
+        return text, torch.zeros(len(specs), 0, *networks.latent, device=device), networks.grid
+    real = [encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs]
+    return text, torch.cat(real), networks.grid
+
+
+def decode_frames(vae, latents):
+    """
+    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, a chunk at a time; in bf16 where that is fast,
+    which moves the validity by 0.02 dB. The models themselves run in float32, as in sample.py.
     """
     frames, past = [], None
-    for chunk in z.split(CHUNK, 1):
-        with fast_autocast(z.device):
-            video, past = tae.decode(chunk, past)
+    for chunk in latents.split(CHUNK, dim=1):
+        with fast_autocast(latents.device):
+            video, past = vae.decode(chunk, past)
         frames.append((video * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy())
-    return np.concatenate(frames, 1)
+    return np.concatenate(frames, axis=1)
 
 
 @torch.no_grad()
-def continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, noise=0, positions="bounded", swap=False):
+def continue_student(networks, specs, given, chunks, policy, positions="bounded", swap=False):
     """
-    Real first chunks of the worlds of `which`, a list of WorldSpec, then the model's own.
-    swap     the first half of the worlds and the second exchange their slow memories before going on
+    given    chunks of each world's real video; then `chunks` of the student's own
+    swap     each two neighbours of the batch exchange their slow memories before going on
     returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
     """
-    text, history, grid = conditions(dit, encoder, tae, which, given, device)
-    roll = Rollout(dit, text, policy, grid, positions, sampler.pool)
-    seeds, latent = [noise + w.seed for w in which], history.shape[2:]
-    list(generate(roll, seeds, 0, sampler, latent, history=history if given else None))
+    sampler = networks.sampler
+    seeds = [spec.seed for spec in specs]
+    text, history, grid = conditions(networks, specs, given)
+    rollout = Rollout(networks.dit, text, policy, grid, positions, sampler.pool)
+    # the real part enters the memory, and nothing is made yet
+    if given:
+        list(generate(rollout, seeds, 0, sampler, networks.latent, history=history))
     if swap:
-        roll.memory.evict(CHUNK)
-        roll.memory.slow = roll.memory.slow.apply(lambda x: torch.cat(x.chunk(2)[::-1]))
-    z = torch.cat([history, *generate(roll, seeds, chunks, sampler, latent)], 1)
-    return draw(tae, z), torch.stack(roll.kept, 1).cpu()
+        rollout.memory.evict(CHUNK)
+        rollout.memory.slow = rollout.memory.slow.apply(swap_neighbours)
+    # the student's own part
+    own = generate(rollout, seeds, chunks, sampler, networks.latent)
+    latents = torch.cat([history, *own], dim=1)
+    return decode_frames(networks.vae, latents), torch.stack(rollout.kept, dim=1).cpu()
+
+
+def swap_neighbours(x):
+    pairs = rearrange(x, "(pair two) ... -> pair two ...", two=2)
+    return rearrange(pairs.flip(1), "pair two ... -> (pair two) ...")
 
 
 @torch.no_grad()
-def teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, device, shuffle=False, prefix=None):
+def continue_teacher(networks, specs, given, blocks, shuffle=False):
     """
-    Real first chunks of the worlds of `which`, then 21 latents at a time from the teacher, as continuations().
-    shuffle: each world goes on from the next one's past, which the teacher should show; prefix (b, n, ...): latents that take
-    the place of the real ones
+    given    chunks of each world's real video; then `blocks` times 21 latents of the teacher
+    shuffle  each goes on from the next world's past, and shows it if the teacher looks there
+    returns  as continue_student()
     """
-    text, z, grid = conditions(dit, encoder, tae, which, given, device)
-    z = z if prefix is None else prefix
+    text, latents, grid = conditions(networks, specs, given)
+    seeds = [spec.seed for spec in specs]
     for _ in range(blocks):
-        past = torch.cat([z[1:], z[:1]]) if shuffle else z
-        z = torch.cat([z, extend(dit, past, text, grid, sampler, [w.seed for w in which])], 1)
-    return draw(tae, z), torch.arange(z.shape[1] // CHUNK).expand(len(z), -1) % 2 == 0
+        past = latents.roll(-1, 0) if shuffle else latents
+        more = extend(networks.dit, past, text, grid, networks.sampler, seeds)
+        latents = torch.cat([latents, more], dim=1)
+    chunk = torch.arange(latents.shape[1] // CHUNK)
+    keep = chunk % PROBED.interval == 0
+    return decode_frames(networks.vae, latents), keep.expand(len(specs), -1)
 
 
-def returns(reading, caption, keep, policy, given):
-    """Events that fall due in the model's own part, outside the sink -> list of (event, was it held)."""
+def first_own_frame(given):
+    return frames_of(given * CHUNK) if given else 0
+
+
+def own_reappearances(reading, caption, keep, policy, given):
+    """
+    What was due back in the model's own part; what the sink shows does not count.
+    keep     (chunks,) bool of the rollout
+    returns  list of (judge.Reappearance, did the memory hold a latent that shows it?)
+    """
     contexts = frames_in_memory(policy, keep[None])
-    own = [e for e in judge.reappearances(reading, caption)
-           if e.returned >= frames_of(given * CHUNK) * (given > 0) and not e.in_sink]
-    return [(e, judge.is_in_memory(e, reading, contexts[min(judge.chunk_of(e.returned), len(contexts) - 1)][0].tolist()))
-            for e in own]
+    found = []
+    for event in judge.reappearances(reading, caption):
+        if event.returned >= first_own_frame(given) and not event.in_sink:
+            chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
+            held = contexts[chunk][0].tolist()
+            found.append((event, judge.is_in_memory(event, reading, held)))
+    return found
 
 
-# ---- while a network is trained: does it remember, does its teacher use the past? -------------------------------------------
+# ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
 
 def held_out(n):
-    """n worlds that turn once in 8 or 9 s: with 10 s of each given, returns are due after 5.4 or 6.1 s."""
-    return [WorldSpec(world.HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
+    """n worlds that turn once in 8 or 9 s: after 10 s, what was away for 5.4 or 6.1 s is due back."""
+    return [WorldSpec(HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
 
 
-def probe(net, encoder, tae, which, sampler, device, shuffle=None):
+def probe_student(networks, specs):
+    """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
+    policy = PROBED
+    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, policy)
+    return read_probe(specs, frames, keep)
+
+
+def probe_teacher(networks, specs, shuffle=False):
+    """The same of a teacher; shuffle: from another world's 10 s."""
+    frames, keep = continue_teacher(networks, specs, GIVEN, 1, shuffle)
+    return read_probe(specs, frames, keep)
+
+
+def read_probe(specs, frames, keeps):
     """
-    10 s of every held-out world of `which` are given, then net goes on; the judge reads what it made.
-    shuffle  None for a causal network; False for a teacher, True if it shall go on from another world's past
-    returns  dict: recall (share of the returning landmarks that are right), ceiling (share that memory still showed), chance,
-             number of returns, validity (dB to the nearest frame that the world can draw)
+    dict: recall (share of what was due back that is right), ceiling (share that memory still held), chance,
+    returns (how many were due), validity (dB to the nearest frame that the world can draw)
     """
-    policy = PRESETS["uniform2"]
-    if shuffle is None:
-        frames, keeps = continuations(net, encoder, tae, which, GIVEN, 5, policy, sampler, device)
-    else:
-        frames, keeps = teacher_continuations(net, encoder, tae, which, GIVEN, 1, sampler, device, shuffle)
-    readings, found, psnr = [judge.read_video(f) for f in frames], [], []
-    for w, r, keep in zip(which, readings, keeps):
-        found += returns(r, world.make_world(w).caption, keep, policy, GIVEN)
-        psnr.append(r.psnr[frames_of(GIVEN * CHUNK):].mean())
-    return {"recall": float(np.mean([e.right for e, _ in found] or [0])),
-            "ceiling": float(np.mean([h for _, h in found] or [0])), "chance": judge.chance([judge.landmark_map(r.sure) for r in readings]),
-            "returns": len(found), "validity": float(np.mean(psnr))}
+    right, held, maps, psnr = [], [], [], []
+    for spec, video, keep in zip(specs, frames, keeps):
+        reading = judge.read_video(video)
+        maps.append(judge.landmark_map(reading.sure))
+        psnr.append(reading.psnr[first_own_frame(GIVEN):].mean())
+        caption = make_world(spec).caption
+        for event, in_memory in own_reappearances(reading, caption, keep, PROBED, GIVEN):
+            right.append(event.right)
+            held.append(in_memory)
+    returns = len(right)
+    return {
+        "recall": sum(right) / max(1, returns),
+        "ceiling": sum(held) / max(1, returns),
+        "chance": judge.chance(maps),
+        "returns": returns,
+        "validity": float(np.mean(psnr)),
+    }
 
 
 @torch.no_grad()
-def gates(teacher, encoder, tae, which, sampler, device):
-    """Does the teacher use its context? Recall and loss at t = 0.7, and both with another world's past beside them -> dict"""
-    text, z, grid = conditions(teacher, encoder, tae, which, GIVEN + TARGET // CHUNK, device)
-    src = frames_in_memory(PRESETS["uniform2"], torch.arange(GIVEN)[None] % 2 == 0, evict_first=False)[-1][0]
-    context, x0, found = z[:, src], z[:, GIVEN * CHUNK:], {}
-    at, eps = torch.full(x0.shape[:2], .7, device=device), draw_noise(range(len(which)), 0, 0, x0.shape[1:], device)
-    for name, past, shuffle in (("", context, False), ("shuffled_", context.roll(1, 0), True)):
-        v = predict_velocity(teacher, past, add_noise(x0, eps, at), at, text, grid)
-        numbers = probe(teacher, encoder, tae, which, sampler, device, shuffle)
-        found |= {f"teacher_{name}loss": F.mse_loss(v, eps - x0).item(), f"teacher_{name}recall": numbers["recall"]}
-    return found | {"teacher_chance": numbers["chance"]}
+def check_teacher_uses_context(networks, specs):
+    """Recall, and loss at t = 0.7, from each world's own past and from another's: numbers for the log."""
+    text, latents, grid = conditions(networks, specs, GIVEN + TARGET // CHUNK)
+    device = latents.device
+    # what a teacher sees of the first 10 s
+    keep = torch.arange(GIVEN)[None] % 2 == 0
+    held = frames_in_memory(PROBED, keep, evict_first=False)[-1][0]
+    context, x0 = latents[:, held], latents[:, GIVEN * CHUNK:]
+    # the loss on the 21 latents that really follow
+    t = torch.full(x0.shape[:2], .7, device=device)
+    noise = draw_noise(range(len(specs)), 0, 0, x0.shape[1:], device)
+    xt = add_noise(x0, noise, t)
+    numbers = {}
+    for name, past in (("", context), ("shuffled_", context.roll(1, 0))):
+        v = predict_velocity(networks.dit, past, xt, t, text, grid)
+        probe = probe_teacher(networks, specs, shuffle=name == "shuffled_")
+        numbers[f"teacher_{name}loss"] = F.mse_loss(v, noise - x0).item()
+        numbers[f"teacher_{name}recall"] = probe["recall"]
+    return numbers | {"teacher_chance": probe["chance"]}
 
 
-# ---- jobs: which videos are made ----------------------------------------------------------------------------------------
+# ---- which videos are made ---------------------------------------------------------------------------------
 
-def reach_worlds(number):
-    """
-    Held-out worlds in which something is due back after each of ABSENCES in turn: looks aside up to 6 s, steady turns from
-    6 s, turns that linger from 12 s. -> list of WorldSpec
-    """
-    found, seed = [], world.HELD_OUT + 10_000
-    while len(found) < number:
-        w, seconds, seed = world.make_world(WorldSpec(seed)), ABSENCES[len(found) % len(ABSENCES)], seed + 1
-        if w.motion.kind in ["aside"] * (seconds <= 6) + ["turn"] * (seconds >= 6) + ["linger"] * (seconds >= 12):
-            far = np.abs(world.offsets(w.motion.heading(w.start, np.arange(frames_of(252)))))
-            for sector in far.T[far[:9].min(0) > world.WHOLE]:  # those that no sink holds
-                away = np.diff(np.cumsum(sector > world.GONE)[sector < world.WHOLE - 1]) / world.FPS
-                if (np.abs(away - seconds) <= .1 * seconds).any():
-                    found.append(WorldSpec(seed - 1))
-                    break
-    return found
+REAL = ("slowfast", "longlive")  # policies that also go on from real video
+
+
+@dataclass(frozen=True)
+class Length:
+    given: int   # chunks of real video
+    chunks: int  # of the model's own, after it
+
+
+LENGTHS = {  # by EvalSet.worlds
+    "text": Length(0, 84),                   # 62.8 s from the caption alone
+    "real": Length(GIVEN, 67),               # 50 s
+    "long": Length(0, 161),                  # 120 s
+    "teacher": Length(0, 42),                # 31 s
+    "turns": Length(GIVEN, PROBE_CHUNKS),    # 4 s, each world beside its counterfactual,
+    "swapped": Length(GIVEN, PROBE_CHUNKS),  # with which it exchanges its slow memory
+}
+
+
+def eval_sets(student, quick, memory):
+    """All rows of the tables -> list of EvalSet. A new preset of memory.py gets its rows by its name."""
+    if memory:
+        policies = [memory]
+    elif quick:
+        policies = ["slowfast", "uniform2", "longlive"]
+    else:
+        policies = list(PRESETS)
+    # what each policy remembers
+    sets = [EvalSet(student, policy) for policy in policies]
+    if not quick:
+        sets += [EvalSet(student, policy, worlds="real") for policy in policies if memory or policy in REAL]
+    if memory:
+        return sets
+    # whose memory the student follows
+    sets += [EvalSet(student, "uniform2", worlds=worlds) for worlds in ("turns", "swapped")]
+    if quick:
+        return sets
+    # positions and lengths that nobody trained; models before and beside the student; the teacher alone
+    sets += [EvalSet(student, policy, "unbounded") for policy in ("slowfast", "longlive", "infinity")]
+    sets += [EvalSet(student, worlds="long")]
+    sets += [EvalSet(weights) for weights in ("init_ar", "init_ode", "stage1", "stage2", "stage2_none")]
+    for weights in ("teacher", "teacher_plain"):
+        sets.append(EvalSet(weights, "uniform2", worlds="teacher", teacher=True))
+    return list(dict.fromkeys(sets))
 
 
 def worlds_of(name, number, seed):
-    """
-    A set of held-out worlds -> list of WorldSpec. "turns", "swapped": they turn once in 8 or 9 s, and a batch holds 8
-    worlds and their twins, the same places and motions with other landmarks.
-    """
-    first, pairs = world.HELD_OUT + seed, number // 2
-    if name == "reach":
-        return reach_worlds(number)
-    if name in ("turns", "swapped"):
-        return [WorldSpec(first + i, "turn", 8 + i % 2, twin) for start in range(0, pairs, BATCH // 2) for twin in (False, True)
-                for i in range(start, min(start + BATCH // 2, pairs))]
-    return [WorldSpec(first + i) for i in range(number // 4 if name == "long" else number)]
+    """The held-out worlds of an EvalSet.worlds -> list of WorldSpec"""
+    if name == "text":
+        return reach_worlds(number, seed)
+    if name in ("turns", "swapped"):  # pairs of neighbours: one place and motion, two sets of landmarks
+        pairs = [(i // 2, i % 2 == 1) for i in range(number - number % 2)]
+        return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2, other) for i, other in pairs]
+    if name == "long":
+        number = max(1, number // 4)
+    return [WorldSpec(HELD_OUT + seed + i) for i in range(number)]
 
 
-def jobs(student, quick, memory):
-    """
-    All sets of videos -> list of (weights, memory, positions, worlds). worlds: "text", "reach" from captions alone, "long" for
-    120 s, "real" after 10.3 s of real video. Teacher: "first" 5 s, "text" 31 s, 5 s after 5 s of "prefix" (real) or "stage1"
-    """
-    def rows(memories, sets, positions="bounded", weights=(student,)):
-        return [(w, m, positions, s) for w in weights for m in memories for s in sets]
-    swaps = rows(["uniform2"], ["turns", "swapped"])
-    if quick:
-        return rows([memory] if memory else ["slowfast", "uniform2", "longlive"], ["reach", "real"]) + swaps * (not memory)
-    found = rows(["slowfast", "longlive"], ["real", "text", "reach"]) + swaps
-    found += rows(["slowfast"], ["text"], weights=["init_ar", "init_ode", "stage1", "stage2", "stage2_none"])
-    found += rows(["teacher"], ["first"], "-", ["base"]) + rows(["teacher"], ["prefix", "stage1", "text"], "-", ["teacher"])
-    found += rows(["teacher"], ["text"], "-", ["teacher_plain"]) + rows(["longlive21"], ["text"]) + rows(["slowfast"], ["long"])
-    found += rows(["uniform2", "uniform1", "window", "infinity"], ["reach", "text"]) + rows(["slowfast"], ["text"], "unbounded")
-    found += rows(["longlive", "infinity"], ["reach", "text"], "unbounded")  # a window's frames adjoin: both are the same to it
-    return [j for j in dict.fromkeys(found) if not memory or j[1] == memory]
-
-
-@lru_cache
-def network(path, device):
-    """A file of weights -> network, how it is sampled (None: text encoder, autoencoder). Read once a process."""
-    kind = {"text": (TextEncoder, TextConfig), "vae": (TAE, TAEConfig)}.get(path.stem, (DiT, DiTConfig))
-    net, facts = load(path, *kind)
-    net = net.to(device, memory_format=torch.channels_last) if path.stem == "vae" else net.to(device)
-    return net, Sampler(**facts["sampler"]) if kind[0] is DiT else None
-
-
-@torch.no_grad()
-def make(job, which, chunks, files, device):
-    """
-    The videos of one batch of a job. files: name of weights -> path
-    returns  frames (b, f, 3, 32, 64) uint8, keep (b, chunks) bool, policy, number of chunks that were given
-    """
-    weights, memory, positions, worlds = job
-    (dit, sampler), (encoder, _), (tae, _) = (network(files[w], device) for w in (weights, "text", "vae"))
-    if memory == "teacher":  # 21 latents at a time, what it sees selected by the memory's own plan
-        given, blocks, prefix = {"first": (0, 1, None), "text": (0, 6, None)}.get(worlds, (7, 1, None))
-        if worlds == "stage1":  # the first 7 chunks are Stage 1's own
-            first, own = network(files["stage1"], device)
-            text, none, grid = conditions(first, encoder, tae, which, 0, device)
-            roll = Rollout(first, text, PRESETS["slowfast"], grid, pool=own.pool)
-            prefix = torch.cat(list(generate(roll, [w.seed for w in which], given, own, none.shape[2:])), 1)
-        video, keep = teacher_continuations(dit, encoder, tae, which, given, blocks, sampler, device, prefix=prefix)
-        return video, keep, PRESETS["uniform2"], given
-    policy, given = replace(PRESETS[memory], tau=sampler.tau), 0 if worlds in ("text", "reach", "long") else GIVEN
-    chunks = {"long": 161, "real": min(chunks, 67), "turns": 5, "swapped": 5}.get(worlds, chunks)  # 120 s, 50 s, 4 s
-    return *continuations(dit, encoder, tae, which, given, chunks, policy, sampler, device, positions=positions,
-                          swap=worlds == "swapped"), policy, given
-
-
-def measure(frames, caption, keep, policy, given):
-    """
-    One video -> its line of the CSV: dict of numbers and lists. psnr, box, sky, floor: an entry for 5 s of the model's own;
-    agreement: for each of SECONDS, landmarks within 0.5 s against the map as first read; *_5: of the first 5 s; events: seconds
-    of absence, right, as at first sight, held, second of the model's own in which it was due, sector, what was read
-    """
-    r, start, step, fps = judge.read_video(frames), frames_of(given * CHUNK) if given else 0, 5 * world.FPS, world.FPS
-    spans = [slice(i, i + step) for i in range(start, len(frames) - step + 1, step)] or [slice(start, len(frames))]
-    sure, path, ground = r.sure, judge.track(r.heading), np.bincount(r.ground[start:start + fps]).argmax()
-    drawn = world.render(world.panorama(int(ground), ()), r.heading[::8])  # sky and floor as they should look there
-    off = (frames[::8] / np.float32(255) - drawn) ** 2
-    sky, floor = (100 * np.sqrt(part.mean((1, 2, 3))).repeat(8) for part in (off[:, :, :world.TOP], off[:, :, world.FOOT + 1:]))
-    first, same = np.where((sure >= 0).any(0), (sure >= 0).argmax(0), len(sure) - 1), []
-    for t in SECONDS:  # what was first read at least a second before
-        now = slice(t * fps - fps // 2, t * fps + fps // 2)
-        seen = (sure[now] >= 0) & (first < now.start - fps)
-        same.append((sure[now] == sure[first, range(8)])[seen].mean() if seen.any() else None)
-
-    def flips(x):
-        pace = (x[fps:] - x[:-fps])[::fps]
-        side = np.sign(pace[np.abs(pace) > judge.STILL])
-        return int((side[1:] != side[:-1]).sum())
-    asked = world.parse_caption(caption)[1].heading(path[0], np.arange(len(path)))
-    jumps = np.flatnonzero(np.abs(np.diff(path)) > 15 / 360 * world.COLUMNS)
-    return {"psnr": [r.psnr[s].mean() for s in spans], "box": [np.nanmean(r.box_psnr[s]) for s in spans],
-            "sky": [sky[s].mean() for s in spans], "floor": [floor[s].mean() for s in spans], "agreement": same,
-            "map": judge.landmark_map(sure), "map_5": judge.landmark_map(sure[:step]), "turning": judge.turning_rate(r.heading, caption),
-            "turning_5": judge.turning_rate(r.heading[:step], caption), "seconds": len(frames) / fps,
-            "frozen": float(r.frozen.mean()), "jumps": len(jumps), "reversals": abs(flips(path) - flips(asked)),
-            "snaps": int((np.abs(world.wrap(path[jumps + 1] - path[0])) < 4).sum()),
-            "events": [[e.absence, int(e.right), int(e.as_first), int(h), (e.returned - start) / fps, e.sector, e.shown]
-                       for e, h in returns(r, caption, keep, policy, given)]}
-
-
-def batch(task):
-    """Makes and measures one batch, in whatever process -> its lines of the CSV, none when the time is over"""
-    (mark, *job), which, chunks, files, device, strip, until = task
-    if time.time() > until:
-        return []
-    started = time.time()
-    frames, keeps, policy, given = make(job, which, chunks, files, device)
-    facts = {"fps": frames.shape[0] * frames.shape[1] / (time.time() - started),
-             "parameters": sum(z.numel() for z in network(files[job[0]], device)[0].parameters())}
-    if strip:  # of the first video: a frame every 10 s, every second of a short one
-        some = frames[0, ::160 if frames.shape[1] > 320 else 16].transpose(0, 2, 3, 1)
-        iio.imwrite(strip, np.concatenate(list(some), 1).repeat(2, 0).repeat(2, 1))
-    captions = [world.make_world(w).caption for w in which]
-    found = [json.dumps(measure(*z, policy, given) | facts, default=float) for z in zip(frames, captions, keeps)]
-    return [[mark, *job, json.dumps(astuple(w)), *line] for w, *line in zip(which, captions, found)]
-
-
-def read_lines(path):
-    """The CSV -> (mark, *job) -> world -> what was measured"""
-    found = {}
-    for *key, w, _, line in list(csv.reader(path.read_text().splitlines()))[1:]:
-        w = WorldSpec(*json.loads(w))
-        found.setdefault(tuple(key), {})[w] = json.loads(line) | {"world": w}
+def reach_worlds(number, seed):
+    """Worlds in which a landmark is due back after each of ABSENCES in turn -> list of WorldSpec"""
+    found, seed = [], HELD_OUT + 10_000 + seed
+    while len(found) < number:
+        spec = WorldSpec(seed)
+        if brings_back(spec, ABSENCES[len(found) % len(ABSENCES)]):
+            found.append(spec)
+        seed += 1
     return found
 
 
-def make_rows(cfg, todo, files, device):
-    """
-    Makes what is not in the CSV yet; on a CPU in as many processes as torch may use threads, which beats threads
-    returns  job -> its lines in the order of worlds_of(): list of dicts. Lines of other weights or of a policy that has changed
-             since have another mark and do not count
-    """
-    number, out, sets, tasks = cfg.worlds or (16 if cfg.quick else 64), Path(cfg.out), {}, []
-    path, until = out / ("evaluate_quick.csv" if cfg.quick else "evaluate.csv"), time.time() + (60 * cfg.minutes or np.inf)
-    (out / "strips").mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text("mark,weights,memory,positions,worlds,world,caption,found\n")
-    there, sums = read_lines(path), {w: hashlib.sha256(f.read_bytes()).hexdigest() for w, f in files.items()}
-    for job in todo:
-        facts = [sums[w] for w in ("vae", "text", job[0], *["stage1"] * (job[3] == "stage1"))]
-        facts += [PRESETS.get(job[1]), inspect.getsource(Policy.should_keep)]
-        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8], *job
-        sets[key] = worlds_of(job[3], number, cfg.seed)
-        left = [w for w in sets[key] if w not in there.get(key, {})]
-        for i in range(0, len(left), BATCH):
-            strip = out / "strips" / ("_".join(job) + ".png") if left[i] == sets[key][0] else None
-            tasks.append((key, left[i:i + BATCH], 41 if cfg.quick else 84, files, device, strip, until))
-    workers = max(1, min(torch.get_num_threads(), len(tasks))) if device.type == "cpu" else 1
+def brings_back(spec, seconds):
+    """By its motion: is a landmark outside the sink due back after `seconds` out of view, within a tenth?"""
+    w = make_world(spec)
+    suits = {"aside": seconds <= 6, "turn": seconds >= 6, "linger": seconds >= 12}
+    if not suits[w.motion.kind]:
+        return False
+    heading = w.motion.heading(w.start, np.arange(frames_of(LENGTHS["text"].chunks * CHUNK)))
+    far = np.abs(world.offsets(heading))  # (f, 8)
+    outside_sink = far[:9].min(0) > world.WHOLE
+    for sector in far.T[outside_sink]:
+        gone = np.cumsum(sector > world.GONE)  # frames so far that show nothing of it
+        away = np.diff(gone[sector < world.WHOLE - 1]) / FPS
+        if (np.abs(away - seconds) <= .1 * seconds).any():
+            return True
+    return False
+
+
+# ---- making and measuring ----------------------------------------------------------------------------------
+
+load_once = lru_cache(load_tiny)  # in each process
+
+
+@dataclass
+class Batch:
+    """What one process makes at a time."""
+    eval_set: EvalSet
+    policy: Policy  # what eval_set.memory names
+    specs: list
+    weights: Path
+    made_by: str
+    device: torch.device
+    strip: Path  # where a film strip of the first video goes, or None
+
+
+def make_videos(batch):
+    """-> frames (b, f, 3, 32, 64) uint8, keep (b, chunks) bool"""
+    networks = load_once(batch.weights, batch.device)
+    length = LENGTHS[batch.eval_set.worlds]
+    if batch.eval_set.teacher:
+        return continue_teacher(networks, batch.specs, length.given, length.chunks * CHUNK // TARGET)
+    # the weights bring the threshold that was calibrated for them; a preset that names its own keeps it
+    policy = batch.policy
+    if policy.tau == Policy.tau:
+        policy = replace(policy, tau=networks.sampler.tau)
+    swap = batch.eval_set.worlds == "swapped"
+    positions = batch.eval_set.positions
+    return continue_student(networks, batch.specs, length.given, length.chunks, policy, positions, swap)
+
+
+def measure(frames, caption, keep, policy, given):
+    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
+    reading = judge.read_video(frames)
+    # pictures: what is left over behind the last 5 s does not count
+    start = first_own_frame(given)
+    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
+    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
+    # motion
+    path = judge.track(reading.heading)
+    jumps = np.abs(np.diff(path)) > JUMP
+    # memory
+    events = []
+    for event, held in own_reappearances(reading, caption, keep, policy, given):
+        events.append({"absence": round(event.absence, 3), "right": event.right, "held": held,
+                       "sector": event.sector, "shown": event.shown})
+    return {
+        "psnr": psnr,
+        "landmarks": judge.landmark_map(reading.sure),
+        "reappearances": events,
+        "turning": judge.turning_rate(reading.heading, caption),
+        "jumps": int(jumps.sum()),
+        "minutes": len(frames) / FPS / 60,
+    }
+
+
+def run_batch(batch):
+    """Makes and measures -> list of report.Video"""
+    frames, keeps = make_videos(batch)
+    if batch.strip:  # a frame every 10 s
+        iio.imwrite(batch.strip, rearrange(frames[0, ::10 * FPS], "f c h w -> h (f w) c"))
+    given = LENGTHS[batch.eval_set.worlds].given
+    videos = []
+    for spec, video, keep in zip(batch.specs, frames, keeps):
+        caption = make_world(spec).caption
+        measured = measure(video, caption, keep, batch.policy, given)
+        videos.append(Video(batch.eval_set, spec, caption, batch.made_by, **measured))
+    return videos
+
+
+@lru_cache
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def made_by(eval_set, files):
+    """What a line of the CSV rests on: a fingerprint of the networks, and the preset in words."""
+    digests = [digest(files[name]) for name in (eval_set.weights, "text", "vae")]
+    return f"{hashlib.sha256(b''.join(digests)).hexdigest()[:8]} {PRESETS[eval_set.memory]}"
+
+
+def make_missing(sets, files, number, seed, device, path):
+    """Makes the videos that the CSV lacks, 16 at a time, a process a core, and adds their lines."""
+    there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
+    folder = path.parent / "strips"
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = []
+    for eval_set in sets:
+        maker = made_by(eval_set, files)
+        specs = worlds_of(eval_set.worlds, number, seed)
+        missing = [spec for spec in specs if (eval_set, spec, maker) not in there]
+        for i in range(0, len(missing), BATCH):
+            strip = folder / f"{eval_set.name}.png" if missing[i] == specs[0] else None
+            batches.append(Batch(eval_set, PRESETS[eval_set.memory], missing[i:i + BATCH],
+                                 files[eval_set.weights], maker, device, strip))
+    if not batches:
+        return
+    # on a CPU, processes of one thread each beat threads
+    workers = min(torch.get_num_threads(), len(batches)) if device.type == "cpu" else 1
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool, path.open("a", 1 << 20, newline="") as f:  # so large a buffer that a batch is written whole or not at all
-        made = pool.map(batch, tasks) if workers > 1 else map(batch, tasks)
-        for lines in tqdm(made, "videos, 16 at a time", len(tasks), disable=not tasks):
-            csv.writer(f).writerows(lines)
-            f.flush()
-    there = read_lines(path)
-    return {key[1:]: [there[key][w] for w in which if w in there.get(key, {})] for key, which in sets.items()}
+    with pool:
+        made = pool.map(run_batch, batches) if workers > 1 else map(run_batch, batches)
+        for videos in tqdm(made, "videos, 16 at a time", len(batches)):
+            report.append_csv(path, videos)
 
 
 def main():
     cfg = parse(Config)
     if cfg.videos:
-        raise BadInput(f"real videos are scored by another script: python metrics.py --videos {cfg.videos} --dino DIR")
-    device, started, out = pick_device(cfg.device), time.time(), Path(cfg.out)
+        raise BadInput(f"for real videos: python metrics.py --videos {cfg.videos} --dino DIR --clip DIR")
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
-    if cfg.worlds < 0 or not 0 <= cfg.minutes < 1e6:
-        raise BadInput(f"--worlds and --minutes must be above 0, not {cfg.worlds}, {cfg.minutes}")
-    files, student = {f.stem: f for f in WEIGHTS.glob("*.safetensors")}, STUDENT
+    if cfg.worlds < 0:
+        raise BadInput(f"--worlds must be above 0, not {cfg.worlds}")
+    device = pick_device(cfg.device)
+    # which networks are there, and which rows can be made of them
+    files = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
+    student = STUDENT
     if cfg.ckpt:
-        student, files = Path(cfg.ckpt).stem, files | {Path(cfg.ckpt).stem: Path(cfg.ckpt)}
-    wanted = jobs(student, cfg.quick, cfg.memory)
-    todo = [j for j in wanted if j[0] in files and (j[3] != "stage1" or "stage1" in files)]
-    if lacking := sorted({j[0] for j in wanted} - set(files)):
+        student = Path(cfg.ckpt).stem
+        files[student] = Path(cfg.ckpt)
+    sets = eval_sets(student, cfg.quick, cfg.memory)
+    lacking = sorted({s.weights for s in sets} - set(files))
+    if lacking:
         print("no weights, so no rows for: " + ", ".join(lacking))
-    rows = make_rows(cfg, todo, files, device)
-    command = "python evaluate.py" + " --quick" * cfg.quick
-    figures(rows, student, out)
-    lines = [f"`{command}`: {student}, one training seed, {max(map(len, rows.values()))} held-out worlds a set, 95 % bootstrap "
-             "intervals over videos", *tables(rows, student), ""]
-    lines += [f"![{text}]({name}) {text}. `{command}`" for name, text in CAPTIONS.items() if (out / name).exists()]
-    lines += ["", f"{time.time() - started:.0f} s"]
-    (out / ("evaluate_quick.md" if cfg.quick else "evaluate.md")).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    sets = [s for s in sets if s.weights in files]
+    # videos, then all tables of what is in the CSV
+    path = Path(cfg.out, "evaluate.csv")
+    number = cfg.worlds or (32 if cfg.quick else 64)
+    make_missing(sets, files, number, cfg.seed, device, path)
+    current = []
+    for video in report.read_csv(path):
+        known = video.eval_set.weights in files and video.eval_set.memory in PRESETS
+        if known and video.made_by == made_by(video.eval_set, files):
+            current.append(video)
+    report.write(current, student, Path(cfg.out))
 
 
 if __name__ == "__main__":

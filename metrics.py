@@ -1,186 +1,259 @@
 """
-The paper's and VBench's scores of real videos: DINO and CLIP from local folders, and a layout for VBench's own code.
+Scores of real videos: the paper's and VBench's consistencies by DINO and CLIP, and a folder for VBench's own code.
 
-    python metrics.py --videos DIR --dino DIR --clip DIR --vbench DIR    # nothing is downloaded by itself
+    python metrics.py --videos DIR --dino DIR --clip DIR --prompts FILE    # out/videos.csv and a table
+    python metrics.py --videos DIR --vbench DIR                            # links and prompts.json, for VBench
 
-References: Context Forcing, arXiv 2602.06028, table 1; VBench, arXiv 2311.17982.
+Nothing is downloaded by itself: hf download facebook/dinov2-base --local-dir DIR, openai/clip-vit-large-patch14.
+Features f_i of frame i have norm 1, so a product is a cosine.
+
+    dino_t, clip_f_t       mean of f_i f_0 over frames within half a second of t      Context Forcing, table 1
+    clip_t_t               the same with the prompt's feature for f_0
+    subject, background    mean over i > 0 of [max(0, f_i f_i-1) + max(0, f_i f_0)] / 2, of DINO and of CLIP    VBench
+
+References: Context Forcing, arXiv 2602.06028, table 1; VBench, arXiv 2311.17982 (resizing and colours too; its own
+networks are facebook/dino-vitb16 and openai/clip-vit-base-patch32).
+Leaves out: motion, aesthetics, imaging quality: VBench's own code has them.
 """
 import csv
 import json
+import math
 import re
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
-from config import BadInput, one_of, parse, pick_device, run
-from report import SECONDS, ratio
+from config import BadInput, parse, pick_device, run
+from report import estimate
+
+SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
+BATCH = 16  # frames
 
 
 @dataclass
 class Config:
-    videos: str = ""   # a folder of real videos (mp4, gif) to score
-    dino: str = ""     # a folder with DINOv2 (its score), or DINO ViT-B/16 (VBench's subject consistency)
-    clip: str = ""     # a folder with CLIP (frame to frame, frame to text; ViT-B/32: VBench's background)
-    prompts: str = ""  # a .json, name -> prompt, or the file of lines that sample.py took (default: the file names)
-    vbench: str = ""   # a new folder to lay them out in for VBench's own code
+    videos: str = ""   # a folder of videos (mp4, gif)
+    dino: str = ""     # a folder with DINOv2, or DINO ViT-B/16 (VBench's)
+    clip: str = ""     # a folder with CLIP (VBench's: ViT-B/32)
+    prompts: str = ""  # the file of lines that sample.py took (default: the file names are the prompts)
+    vbench: str = ""   # a new folder to lay the videos out in for VBench's own code
     out: str = "out"   # folder for videos.csv
     device: str = ""   # cuda | mps | cpu (default: the best there is)
 
 
-NETWORKS = {  # where to get one; its kinds; resizing, mean and deviation of red, green, blue as in VBench
-    "--dino": ("facebook/dinov2-base", ("vit", "dinov2"), "bilinear", (.485, .456, .406), (.229, .224, .225)),
-    "--clip": ("openai/clip-vit-large-patch14", ("clip",), "bicubic",
-               (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))}
+# ---- networks -------------------------------------------------------------------------------------------------
 
-
-def read_batches(path):
-    """Yields (frames a second, (b, 3, h, w) uint8), 16 frames at a time. Raises OSError that says why it cannot."""
-    import imageio_ffmpeg
+@contextmanager
+def from_folder(option, folder, source):
+    """Whatever a damaged folder makes transformers raise becomes one line that says where to get a good one."""
     try:
-        facts = next(source := imageio_ffmpeg.read_frames(str(path.resolve())))
-        while batch := [np.frombuffer(f, np.uint8).reshape(*facts["size"][::-1], 3) for _, f in zip(range(16), source)]:
-            yield facts["fps"], torch.from_numpy(np.stack(batch)).movedim(-1, 1)  # (b, 3, h, w)
-    except (OSError, RuntimeError, ValueError, StopIteration) as error:
-        raise OSError((str(error).strip() or "no video").splitlines()[-1][:100]) from None
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:150]
+        raise BadInput(f"cannot use {option} {folder} ({reason}): pip install -r requirements-eval.txt, "
+                       f"hf download {source} --local-dir {folder}") from None
 
 
-def encoders(option, folder, device):
-    """
-    A network of transformers, from a local folder -> two functions to features of norm 1, a name. Raises BadInput
-    images  (b, 3, h, w) uint8 -> (b, d), the CLS token at 224 pixels' shorter side or CLIP of the middle square; text -> (d,)
-    """
-    get, kinds, mode, *colours = NETWORKS[option]
-    try:
-        import transformers
-        path, clip = Path(folder).resolve(strict=True), option == "--clip"
-        model, facts = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
-        one_of("network", model.config.model_type, kinds)
-        words = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) if clip else None
-        if lost := [k for k in facts["missing_keys"] if not k.startswith("pooler.")]:  # DINO's has none, none is used
-            raise OSError(f"{len(lost)} weights are missing, as {lost[0]}")  # transformers would go on with random ones
-    except Exception as error:  # whatever the damage makes it meet
-        raise BadInput(f"cannot use {option} {folder} ({(str(error).strip() or repr(error)).splitlines()[0][:150]}): "
-                       f"pip install -r requirements-eval.txt, hf download {get} --local-dir {folder}") from None
-    model, c = model.to(device).eval(), model.config.vision_config if clip else model.config
-    mean, std = (torch.tensor(z, device=device)[:, None, None] for z in colours)
-    side, more = c.image_size if clip else 224, {"interpolate_pos_encoding": True} if c.model_type == "vit" else {}
+def load_network(folder, kinds):
+    """-> a network of transformers; raises where weights are missing, for which transformers would put random ones"""
+    from transformers import AutoModel
+    path = Path(folder).resolve(strict=True)
+    network, info = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]  # DINO's, which is not used
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, as {missing[0]}")
+    if network.config.model_type not in kinds:
+        raise ValueError(f"it holds a {network.config.model_type}, not one of {', '.join(kinds)}")
+    return network.eval()
 
-    def images(frames):
-        size = [int(side * n / min(frames.shape[-2:])) for n in frames.shape[-2:]]
-        x = (F.interpolate(frames.to(device).float(), size, mode=mode) / 255 - mean) / std  # not antialiased, as VBench's
-        if not clip:
-            return F.normalize(model(x, **more).last_hidden_state[:, 0]).cpu()
-        top, left = (round((n - side) / 2) for n in size)
-        x = model.vision_model(x[..., top:top + side, left:left + side]).pooler_output
-        return F.normalize(model.visual_projection(x)).cpu()
 
-    def text(string):
-        ids = words(string, truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors="pt")
-        return F.normalize(model.text_projection(model.text_model(**ids.to(device)).pooler_output))[0].cpu()
-    return images, text, f"{c.model_type}, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size}"
+def prepare(frames, side, mode, colours):
+    """(b, 3, h, w) uint8 -> float, the shorter side resized as VBench does (not antialiased), colours normalised"""
+    h, w = frames.shape[-2:]
+    size = [int(side * n / min(h, w)) for n in (h, w)]
+    average, deviation = torch.tensor(colours, device=frames.device)[:, :, None, None]
+    return (F.interpolate(frames.float(), size, mode=mode) / 255 - average) / deviation
 
+
+class Dino:
+    COLOURS = (.485, .456, .406), (.229, .224, .225)  # mean and deviation
+
+    def __init__(self, folder, device):
+        with from_folder("--dino", folder, "facebook/dinov2-base"):
+            self.network = load_network(folder, ("vit", "dinov2")).to(device)
+        # DINO's own positions are for 224 x 224 pixels; DINOv2 always fits them to the size
+        self.more = {"interpolate_pos_encoding": True} if self.network.config.model_type == "vit" else {}
+
+    def images(self, frames):
+        """(b, 3, h, w) uint8 -> (b, d): the CLS token of the whole frame"""
+        x = prepare(frames.to(self.network.device), 224, "bilinear", self.COLOURS)
+        return F.normalize(self.network(x, **self.more).last_hidden_state[:, 0]).cpu()
+
+
+class Clip:
+    COLOURS = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+
+    def __init__(self, folder, device):
+        with from_folder("--clip", folder, "openai/clip-vit-large-patch14"):
+            from transformers import AutoTokenizer
+            self.network = load_network(folder, ("clip",)).to(device)
+            self.words = AutoTokenizer.from_pretrained(Path(folder).resolve(), local_files_only=True)
+
+    def images(self, frames):
+        """(b, 3, h, w) uint8 -> (b, d) of the middle square"""
+        side = self.network.config.vision_config.image_size
+        x = prepare(frames.to(self.network.device), side, "bicubic", self.COLOURS)
+        top, left = (round((n - side) / 2) for n in x.shape[-2:])
+        x = x[..., top:top + side, left:left + side]
+        pooled = self.network.vision_model(x).pooler_output
+        return F.normalize(self.network.visual_projection(pooled)).cpu()
+
+    def text(self, prompt):
+        """-> (d,)"""
+        longest = self.network.config.text_config.max_position_embeddings
+        ids = self.words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self.network.device)
+        pooled = self.network.text_model(**ids).pooler_output
+        return F.normalize(self.network.text_projection(pooled))[0].cpu()
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------
 
 def consistency(features):
-    """(n, d) of norm 1 -> mean over i > 0 of [max(0, cos(f_i, f_i-1)) + max(0, cos(f_i, f_0))] / 2: VBench, arXiv 2311.17982"""
-    near, first = (features[1:] * features[:-1]).sum(1), features[1:] @ features[0]
-    return ((near.clip(0) + first.clip(0)) / 2).mean().item()  # one frame has no pair: nan
+    """VBench's, of (n, d) features of norm 1; NaN for one frame, which has no pair"""
+    to_last = (features[1:] * features[:-1]).sum(1)
+    to_first = features[1:] @ features[0]
+    return ((to_last.clamp(min=0) + to_first.clamp(min=0)) / 2).mean().item()
 
 
 def windows(name, cosines, fps):
-    """(n,), of every frame -> {name_t: mean from t - 0.5 s to t + 0.5 s or the end; nan after it}: arXiv 2602.06028, table 1"""
-    return {f"{name}_{t}": cosines[(torch.arange(len(cosines)) / fps - t).abs() <= .5 + 1e-5].mean().item() for t in SECONDS}
+    """The paper's: cosines (n,) of all frames -> {name_t: mean within half a second of t; NaN behind the end}"""
+    seconds = torch.arange(len(cosines)) / fps
+    near = {t: (seconds - t).abs() <= .5 + 1e-5 for t in SECONDS}
+    return {f"{name}_{t}": cosines[near[t]].mean().item() for t in SECONDS}
 
 
-def dynamic(small, fps):
-    """
-    Dynamic degree, APPROXIMATE: VBench's rule with block matching at 64 pixels for its network RAFT -> bool. A pair 1/8 s apart
-    moves if its fastest 5 % do more than 6/256 of the shorter side; a video, if pairs as many as a quarter of its samples do.
-    small: (n, 64, w) grey, 0..255. A pixel moves by the shift of up to 4 at which its 7 x 7 fits best
-    """
-    lengths, small, moving = torch.cartesian_prod(*[torch.arange(-4., 5)] * 2).norm(dim=1), small[::max(1, round(fps / 8))], 0
-    for a, b in zip(small.float(), small[1:].float()):
-        shifted = F.pad(b[None], (4, 4, 4, 4), mode="replicate")[0].unfold(0, len(b), 1).unfold(1, b.shape[1], 1)
-        costs = F.avg_pool2d((shifted - a).abs().flatten(0, 1), 7, 4, 3)  # (81, h/4, w/4)
-        costs[40] -= 2  # for staying: noise stands still
-        moving += int(lengths[costs.argmin(0)].flatten().topk(costs[0].numel() // 20 + 1).values.mean() > 1.5 * max(1, 8 / fps))
-    return moving >= max(1, round(len(small) / 4))
+def frame_features(path, encoders):
+    """A file, 16 frames at a time -> frames a second, n frames, {name: (n, d)}. Raises OSError if it cannot be read."""
+    fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+    count = 0
+    found = {name: [] for name in encoders}
+    frames = iio.imiter(path, plugin="FFMPEG")
+    batch = list(islice(frames, BATCH))
+    while batch:
+        x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
+        count += len(batch)
+        for name, encoder in encoders.items():
+            found[name].append(encoder.images(x))
+        batch = list(islice(frames, BATCH))
+    return fps, count, {name: torch.cat(features) for name, features in found.items()}
 
 
-def score_video(path, images, text):
-    """A row of the CSV, with plain cosines. images: dino, clip -> encoder, either may be absent; text (d,). Raises OSError"""
-    images = {"grey": lambda z: F.interpolate(z.float(),
-                                              scale_factor=64 / min(z.shape[2:]), mode="area").mean(1).byte()} | images
-    parts = [(fps, {name: f(frames) for name, f in images.items()}) for fps, frames in read_batches(path)]
-    fps, got = parts[0][0], {name: torch.cat([part[name] for _, part in parts]) for name in images}  # some kB a frame
-    row = {"video": path.name, "frames": len(got["grey"]), "fps": fps, "dynamic_approx": int(dynamic(got["grey"], fps))}
-    if "dino" in got:
-        row |= {"subject": consistency(f := got["dino"])} | windows("dino", f @ f[0], fps)
-    if "clip" in got:
-        row |= {"background": consistency(f := got["clip"])}
-        row |= windows("clip_f", f @ f[0], fps) | windows("clip_t", f @ text, fps)
+def score_video(path, encoders, prompt):
+    """-> a row of the CSV, cosines as they are"""
+    fps, frames, features = frame_features(path, encoders)
+    row = {"video": path.name, "prompt": prompt, "fps": fps, "frames": frames}
+    if "dino" in features:
+        f = features["dino"]
+        row |= {"subject": consistency(f)} | windows("dino", f @ f[0], fps)
+    if "clip" in features:
+        f = features["clip"]
+        row |= {"background": consistency(f)} | windows("clip_f", f @ f[0], fps)
+        row |= windows("clip_t", f @ encoders["clip"].text(prompt), fps)
     return row
 
 
-def lay_out(prompts, to):
-    """Links videos, path -> text, as to/videos/TEXT-0.mp4, .. and writes to/prompts.json -> VBench's command"""
-    names = {}
-    (to / "videos").mkdir(parents=True)
-    for path, text in prompts.items():
-        stem = re.sub(r"[/\s]+", " ", text).encode()[:200].decode(errors="ignore")  # file systems take 255 bytes
-        names[name := next(z for i in range(len(prompts)) if (z := f"{stem}-{i}{path.suffix}") not in names)] = text
-        (to / "videos" / name).symlink_to(path.resolve())
-    (to / "prompts.json").write_text(json.dumps(names, indent=1))
-    return (f"python evaluate.py --mode custom_input --videos_path '{to}/videos' --prompt_file '{to}/prompts.json' --dimension"
-            " subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality imaging_quality")
+def print_table(rows):
+    print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
+    for name in list(rows[0])[4:]:
+        there = [row for row in rows if not math.isnan(row[name])]
+        # VBench's totals are over pairs of frames, the paper's over videos
+        pairs_of_frames = name in ("subject", "background")
+        weights = [row["frames"] - 1 if pairs_of_frames else 1 for row in there]
+        mean, low, high = 100 * estimate([(row[name] * n, n) for row, n in zip(there, weights)])
+        print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+
+
+# ---- VBench's own code ----------------------------------------------------------------------------------------
+
+def lay_out(prompts, folder):
+    """path -> prompt. Links the videos as folder/videos/PROMPT-0.mp4, .. and writes folder/prompts.json."""
+    (folder / "videos").mkdir(parents=True)
+    count, names = Counter(), {}
+    for path, prompt in prompts.items():
+        stem = re.sub(r"[/\s]+", " ", prompt).encode()[:200].decode(errors="ignore")  # file systems take 255 bytes
+        name = f"{stem}-{count[stem]}.mp4"
+        count[stem] += 1
+        names[name] = prompt
+        (folder / "videos" / name).symlink_to(path.resolve())
+    (folder / "prompts.json").write_text(json.dumps(names, indent=1))
+    print(f"in VBench's repository (github.com/Vchitect/VBench):\npython evaluate.py --mode custom_input "
+          f"--videos_path '{folder}/videos' --prompt_file '{folder}/prompts.json' --dimension subject_consistency "
+          "background_consistency motion_smoothness dynamic_degree aesthetic_quality imaging_quality")
+
+
+# ---- the command line -----------------------------------------------------------------------------------------
+
+def read_prompts(paths, file):
+    """The prompt of each video: the line of the file that sample.py named it after (a-cat-0.mp4), or its name."""
+    names = {path: re.sub(r"-\d+$", "", path.stem) for path in paths}
+    if not file:
+        return names
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read --prompts {file}: {error}") from None
+    prompts = {re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:120]: line.strip() for line in lines}
+    unknown = [path.name for path, name in names.items() if name not in prompts]
+    if unknown:
+        raise BadInput(f"--prompts {file} has no line for {unknown[0]}")
+    return {path: prompts[name] for path, name in names.items()}
 
 
 @torch.no_grad()
 def main():
-    """Every mp4 and gif of --videos -> out/videos.csv, a table, VBench's layout"""
     cfg = parse(Config)
-    paths = sorted(p for p in Path(cfg.videos or ".none").glob("*") if p.suffix in (".mp4", ".gif") and p.name[0] != ".")
+    paths = sorted(Path(cfg.videos or ".none").glob("[!.]*.mp4"))
     if not paths:
-        raise BadInput(f"no mp4 or gif in --videos {cfg.videos or 'DIR'}: python sample.py --prompts FILE --seeds 5 makes some")
-    if not cfg.dino + cfg.clip + cfg.vbench:
-        raise BadInput(f"give --dino, --clip DIR: pip install -r requirements-eval.txt; hf download {NETWORKS['--dino'][0]}")
+        raise BadInput(f"no mp4 in --videos {cfg.videos or 'DIR'}: python sample.py --prompts FILE --seeds 5 makes some")
+    if not (cfg.dino or cfg.clip or cfg.vbench):
+        raise BadInput("give --dino DIR, --clip DIR or --vbench DIR: pip install -r requirements-eval.txt; "
+                       "hf download facebook/dinov2-base --local-dir DIR")
     if cfg.vbench and Path(cfg.vbench, "videos").exists():
         raise BadInput(f"--vbench {cfg.vbench} holds videos already: give a new folder")
-    try:  # a JSON, name with or without -N.mp4 -> text; or the lines that sample.py took, which names its files so
-        told = Path(cfg.prompts).read_text(encoding="utf-8") if cfg.prompts else ""
-        given = json.loads(told) if cfg.prompts.endswith(".json") else {
-            re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:120]: line.strip() for line in told.splitlines()}
-        stems = {p: re.sub(r"-\d+$", "", p.stem) for p in paths}
-        prompts = {p: str(given[p.name if p.name in given else s]) for p, s in stems.items()} if cfg.prompts else stems
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"--prompts {cfg.prompts} must hold a text for every video: {error!r}") from None
-    images, texts, rows = {}, {}, []
-    for option, folder in [z for z in (("--dino", cfg.dino), ("--clip", cfg.clip)) if z[1]]:
-        images[option[2:]], text, name = encoders(option, folder, pick_device(cfg.device))
-        texts = {t: text(t) for t in set(prompts.values())} if option == "--clip" else {}
-        print(f"{option} {folder}: {name}")
-    for path in tqdm(paths, desc="videos"):
+    prompts = read_prompts(paths, cfg.prompts)
+    device = pick_device(cfg.device)
+    encoders = {}
+    if cfg.dino:
+        encoders["dino"] = Dino(cfg.dino, device)
+    if cfg.clip:
+        encoders["clip"] = Clip(cfg.clip, device)
+    # what cannot be read is named and left out
+    rows = []
+    for path in tqdm(paths, "videos"):
         try:
-            rows.append(score_video(path, images, texts.get(prompts[path])) | {"prompt": prompts[path]})
+            rows.append(score_video(path, encoders, prompts[path]))
         except OSError as error:
-            tqdm.write(f"skipped {path.name}: {error}")
+            tqdm.write(f"skipped {path.name}: {str(error).splitlines()[-1]}")
             del prompts[path]
     if not rows:
         raise BadInput(f"none of the {len(paths)} files in {cfg.videos} can be read")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.out) / "videos.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([rows[0], *(r.values() for r in rows)])
-    print(f"\n{len(rows)} of {len(paths)} videos: mean times 100 [95 % bootstrap interval over videos] (videos so long)")
-    for name in list(rows[0])[3:-1]:  # without video, frames, fps; prompt
-        weights = [r["frames"] - 1 if name in ("subject", "background") else 1 for r in rows]  # as in VBench's totals
-        there = np.array([(r[name], w) for r, w in zip(rows, weights) if r[name] == r[name]], float)
-        mean, low, high = 100 * np.array(ratio(there * there[:, 1:] ** [1, 0])) if len(there) else [np.nan] * 3
-        print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+    with open(Path(cfg.out, "videos.csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print_table(rows)
     if cfg.vbench:
-        print(f"\nin VBench's repository (github.com/Vchitect/VBench):\n{lay_out(prompts, Path(cfg.vbench).resolve())}")
+        lay_out(prompts, Path(cfg.vbench).resolve())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ out/<part>/: log.jsonl (one JSON object an update), strip_*.png (look at them), 
 <part>.safetensors, which goes to weights/ when it is better than what is there.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds, and now and then
-what the judge says of held-out worlds (evaluate.probe): recall, ceiling, chance, returns, validity. Stages 1 and 2 have no
+what the judge says of held-out worlds (evaluate.probe_student): recall, ceiling, chance, returns, validity. Stages 1 and 2 have no
 loss that means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise levels), r (exit
 step), L (chunks of the rollout), kept_<motion> (share of tested chunks kept) and oldest (age of the oldest keyframe, s).
@@ -52,14 +52,14 @@ import erft
 import world
 from config import BadInput, has_bf16, one_of, parse, pick_device, run
 from data import ClipFolder, latent_cache, training_clips
-from evaluate import conditions, gates, held_out, probe
+from evaluate import check_teacher_uses_context, conditions, held_out, probe_student, probe_teacher
 from flow import (Rollout, Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, generate, schedule,
                   shifted)
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import WEIGHTS, load, load_wan, save_weights, wan_text
+from weights import WEIGHTS, Networks, load, load_wan, save_weights, wan_text
 from world import WorldSpec
 
 
@@ -611,6 +611,15 @@ def refresh(shown, average):
             p.copy_(a.full_tensor() if isinstance(a, DTensor) else a)
 
 
+def tiny_networks(s, shown, net, sampler):
+    """What evaluate.py takes: a network of the small world, with the text encoder that is trained beside it if one is"""
+    encoder = shown.get("text", s.encoder)
+
+    def features(captions):
+        return encoder(*(z.to(s.device) for z in bytes_to_ids(captions, tiny_dit.text_len)))
+    return Networks(net, {"tae": s.tae}, features, sampler, s.part)
+
+
 @torch.no_grad()
 def strip(s, shown, sampler, path):
     """
@@ -623,7 +632,7 @@ def strip(s, shown, sampler, path):
     else:
         net, which = shown[s.part], [WorldSpec(world.HELD_OUT + i) for i in range(1 if s.cfg.wan else 4)]
         text = (net.text(s.features(s.prompts[:1])) if s.cfg.wan else
-                conditions(net, shown.get("text", s.encoder), s.tae, which, 0, s.device)[0])
+                conditions(tiny_networks(s, shown, net, sampler), which, 0)[0])
         if s.part in ("base", "teacher"):
             none = torch.zeros(len(which), 0, *s.latent, device=s.device)
             z = erft.extend(net, none, text, s.grid, sampler, range(len(which)))
@@ -684,7 +693,8 @@ def train(cfg, part, device):
     log, latest, bad, ending = open(out / "log.jsonl", "a") if s.rank == 0 else None, {}, 0, False
     if part == "stage2" and step == 0 and s.rank == 0 and not cfg.wan:
         whole = Sampler(steps=16, shift=SHIFT, renoise=False)
-        found = {k: round(v, 4) for k, v in gates(stage.teacher, s.encoder, s.tae, worlds, whole, device).items()}
+        found = {k: round(v, 4) for k, v in check_teacher_uses_context(
+            tiny_networks(s, {}, stage.teacher, whole), worlds).items()}
         log.write(json.dumps({"step": 0, **found}) + "\n")
         print("gates:", ", ".join(f"{k} {v}" for k, v in found.items()))
     often = OFTEN if part.startswith("stage") else 1
@@ -705,8 +715,8 @@ def train(cfg, part, device):
         if part != "vae" and not cfg.wan and step % (PROBE_EVERY // often) == 0:
             refresh(shown, average)
             if s.rank == 0 and part != "base":
-                found |= probe(shown[part], shown.get("text", s.encoder), s.tae, worlds, stage.sampler, device,
-                               False if part == "teacher" else None)
+                probe = probe_teacher if part == "teacher" else probe_student
+                found |= probe(tiny_networks(s, shown, shown[part], stage.sampler), worlds)
         numbers = {"step": step, **found, "lr": movers[part].optimizers[0].param_groups[0]["lr"], "skipped": bad,
                    "seconds": time.time() - started}
         if s.rank == 0:
