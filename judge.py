@@ -24,7 +24,7 @@ blamed on memory.
 References: none, the world is this project's own.
 Leaves out: scenes of anything but sky, ground and one landmark a sector.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +39,7 @@ READABLE = .5  # confidence from which a reading counts: the best drawing is at 
                # Rendered clips, blurred and at 26 dB: > .65; morphs, halves, mixed colours, nothing: < .40
 VALID = 17     # dB; plain grey, the most flattering level, reaches 16.3
 STILL = 1      # columns within a second either way; the slowest caption moves 2
+VIEW = (np.arange(WIDTH) - WIDTH // 2) * SUB  # sub-columns of a frame's pixels, counted from the heading
 
 
 # ---- what each frame shows ---------------------------------------------------------------------------------
@@ -103,12 +104,10 @@ def read_frames(x, ground):
         i = i + np.rint(shift.clip(-step, step)).astype(int)
     # 4. How far is the frame from the nearest that can be rendered, and how far are the landmarks in it?
     error = frame_errors(x, i, landmark, drawings)
-    offset = offsets(i / SUB)
-    whole = np.abs(offset) <= WHOLE
-    columns = np.arange(WIDTH)[:, None] + .5 - WIDTH // 2
-    in_box = np.abs(columns - offset[:, None]) < HALF + 1  # (f, 64, 8)
-    in_box = (in_box & whole[:, None]).any(-1)
-    box_error = (error[:, :, TOP:FOOT].mean(-1) * in_box).sum(1) / in_box.sum(1)
+    whole = np.abs(offsets(i / SUB)) <= WHOLE
+    in_box = (box_columns(i, HALF + 1) & whole[:, None]).any(-1)  # (f, 64)
+    box_rows = error[:, :, TOP:FOOT].mean(-1)
+    box_error = (box_rows * in_box).sum(1) / in_box.sum(1)
     return Reading(heading=i / SUB % COLUMNS,
                    ground=np.full(len(x), ground),
                    landmark=np.where(whole, landmark, -1),
@@ -149,9 +148,10 @@ def heading_templates(ground):
     returns  templates (256 * SUB, 64 * 22), norms (256 * SUB,): the nearest has the largest x @ template -
              norm
     """
-    column = np.arange(COLUMNS * SUB)[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB
+    column = np.arange(COLUMNS * SUB)[:, None] + VIEW  # (256 * SUB, 64)
     b = uncovered(panorama(ground, ())[column % (COLUMNS * SUB)])
-    between = np.abs(column / SUB % SECTOR + .5 - SECTOR // 2) >= HALF + 1  # (256 * SUB, 64): in no box
+    off_middle = np.abs(column / SUB % SECTOR + .5 - SECTOR // 2)
+    between = off_middle >= HALF + 1  # in no box
     b[..., -4:-1] *= between[..., None]
     b[..., -1] = between / -2  # times uncovered()'s square: - x^2 / 2 of the sky that counts
     norms = (b[..., :-1] ** 2).sum((1, 2)) / 2
@@ -178,23 +178,31 @@ def landmark_distances(x, i, drawings):
         n = np.flatnonzero(in_view[:, s] & (i % SUB == phase))
         # The drawings, on the 22 columns of the box.
         start = s * SECTOR + SECTOR // 2 - PANEL
-        drawn = drawings[:, start * SUB + phase:(start + 2 * PANEL) * SUB:SUB, TOP:FOOT]
-        drawn = rearrange(drawn, "a x h c -> a x (h c)")
+        box = slice(start * SUB + phase, (start + 2 * PANEL) * SUB, SUB)
+        drawn = rearrange(drawings[:, box, TOP:FOOT], "a x h c -> a x (h c)")
         # The frames, on the same columns; those out of view are black, and not compared.
-        column = wrap(start - i[n] // SUB + WIDTH // 2)[:, None] + np.arange(2 * PANEL)
+        first = wrap(start - i[n] // SUB + WIDTH // 2)
+        column = first[:, None] + np.arange(2 * PANEL)
         inside = ((column >= 0) & (column < WIDTH)).astype(np.float32)  # (n, 22)
         seen = x[n[:, None], column.clip(0, WIDTH - 1), TOP:FOOT]
         seen = rearrange(seen, "n x h c -> n x (h c)") * inside[..., None]
         # |seen - drawn|^2 = seen^2 + drawn^2 - 2 seen drawn
+        seen_square = (seen ** 2).sum((1, 2))[:, None]
         drawn_square = inside @ (drawn ** 2).sum(-1).T
         product = np.tensordot(seen, drawn, ((1, 2), (1, 2)))
-        distance[n, s] = (seen ** 2).sum((1, 2))[:, None] + drawn_square - 2 * product
+        distance[n, s] = seen_square + drawn_square - 2 * product
     return distance.clip(1e-3)  # float32 leaves about 1e-4 of an exact match
+
+
+def box_columns(i, half):
+    """(f, 64, 8) bool: which columns, are within `half` columns of which landmark's middle."""
+    column = VIEW[:, None] / SUB + .5
+    return np.abs(column - offsets(i / SUB)[:, None]) < half
 
 
 def frame_errors(x, i, landmark, drawings):
     """(f, 64, 32): each pixel's squared distance to the frame at sub-columns i (f,) with landmarks (f, 8)."""
-    column = (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)  # (f, 64)
+    column = (i[:, None] + VIEW) % (COLUMNS * SUB)  # (f, 64)
     stands = np.take_along_axis(landmark, column // (SECTOR * SUB), 1)
     return ((drawings[stands, column] - x) ** 2).mean(-1)
 
@@ -207,21 +215,25 @@ def track(heading):
     # The median on a circle is the one that is nearest to all.
     apart = np.abs(wrap(near[:, :, None] - near[:, None])).sum(-1)
     median = near[np.arange(len(near)), apart.argmin(-1)]
-    return np.unwrap(np.where(np.abs(wrap(heading - median)) < 6, heading, median), period=COLUMNS)
+    is_close = np.abs(wrap(heading - median)) < 6
+    return np.unwrap(np.where(is_close, heading, median), period=COLUMNS)
+
+
+def travelled(path):
+    """Columns, in steps of a second."""
+    return np.abs(path[FPS:] - path[:-FPS]).sum()
 
 
 def turning_rate(heading, caption):
-    """Columns travelled, in steps of a second, over those of the caption's motion; negative the wrong way."""
+    """Columns travelled over those of the caption's motion; negative: the wrong way; nan: a foreign caption."""
     parsed = parse_caption(caption)
     if parsed is None:
         return np.nan
     _, motion = parsed
     path = track(heading)
     asked = motion.heading(path[0], np.arange(len(path)))
-    travelled = np.abs(path[FPS:] - path[:-FPS]).sum()
-    asked_for = np.abs(asked[FPS:] - asked[:-FPS]).sum()
     same_way = np.sign((path - path[0]).mean() * (asked - asked[0]).mean())
-    return float(same_way * travelled / asked_for)
+    return float(same_way * travelled(path) / travelled(asked))
 
 
 # ---- reappearances: what came back -------------------------------------------------------------------------
@@ -359,20 +371,15 @@ def chance(maps):
     return float(agree / pairs) if pairs else np.nan
 
 
-def report(frames, caption):
-    reading = read_video(frames)
-    print(f"validity {reading.psnr.mean():.0f} dB, speed {turning_rate(reading.heading, caption):.0%}")
-    names = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS] + ["nothing"]
-    for event in reappearances(reading, caption):
-        verdict = "right" if event.right else "WRONG"
-        print(f"  {names[event.before]:16} {event.absence:.1f} s away, now {names[event.shown]:16} {verdict}")
-
-
 if __name__ == "__main__":
+    names = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS] + ["nothing"]
     spec = WorldSpec(0, "turn", 8)
-    frames = clip(spec, 0, 14 * FPS)
-    print(make_world(spec).caption)
-    report(frames, make_world(spec).caption)
-    print("the same, with other landmarks from second 6 on:")
-    frames[6 * FPS:] = clip(WorldSpec(0, "turn", 8, counterfactual=True), 6 * FPS, 8 * FPS)
-    report(frames, make_world(spec).caption)
+    caption = make_world(spec).caption
+    video = clip(spec, 0, 14 * FPS)
+    damaged = video.copy()
+    damaged[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
+    for title, frames in ((caption, video), ("The same, with other landmarks from second 6 on:", damaged)):
+        print(title)
+        for event in reappearances(read_video(frames), caption):
+            verdict = "right" if event.right else "WRONG"
+            print(f"  {names[event.before]:16} away for {event.absence} s, now {names[event.shown]:16}", verdict)

@@ -198,32 +198,36 @@ def coverage(shape, radius):
     return reduce(inside.astype(float), "x (y sub) -> x y 1", "mean", sub=8)
 
 
+def wave(periods):
+    return np.sin(2 * np.pi * periods)
+
+
 def ground_pattern(ground, x, y):
     """At columns x (n, 1) and rows y (32,): how much lighter the ground is there, from -1 to 1."""
     if GROUNDS[ground] == "Grass":
-        return np.sin(2 * np.pi * x / 8)  # stripes
+        return wave(x / 8)  # stripes
     if GROUNDS[ground] == "Sand":
-        return np.sin(2 * np.pi * (x / 16 + y / 6))  # slanting waves
+        return wave(x / 16 + y / 6)  # slanting
     if GROUNDS[ground] == "Snow":
-        return np.sin(2 * np.pi * x / 32)  # wide stripes
-    slabs = np.sin(2 * np.pi * x / 16) * np.sin(2 * np.pi * (y - HORIZON) / 8)
-    return np.sign(slabs)
+        return wave(x / 32)  # wide stripes
+    return np.sign(wave(x / 16) * wave((y - HORIZON) / 8))  # slabs
 
 
 @lru_cache(maxsize=None)
 def background(ground):
     """(256 * SUB, 32, 3): sky and ground before integration."""
-    x = ((np.arange(COLUMNS * SUB) + .5) / SUB)[:, None]
+    x = (np.arange(COLUMNS * SUB)[:, None] + .5) / SUB
     y = np.arange(HEIGHT) + .5
     hue = (np.array([5., 3., 1.]) + x / COLUMNS * 6) % 6  # of red, green, blue; runs round once
     sky = .60 - .60 * .30 * np.clip(np.minimum(hue, 4 - hue), 0, 1)
     floor = GROUND_RGB[ground] * (1 + .10 * ground_pattern(ground, x, y)[..., None])
-    return np.where((y < HORIZON)[:, None], sky.astype(np.float32)[:, None], floor).clip(0, 1)
+    sky = sky.astype(np.float32)[:, None]
+    return np.where((y < HORIZON)[:, None], sky, floor).clip(0, 1)
 
 
 def integrate(strip):
     """(256 * SUB, 32, 3) -> the same in float32, entry i the pixel whose left edge is at sub-column i."""
-    around = np.pad(strip, ((SUB, 2 * SUB), (0, 0), (0, 0)), mode="wrap").astype(np.float64)
+    around = np.concatenate([strip[-SUB:], strip, strip[:2 * SUB]]).astype(np.float64)
     # Two running means over one column each: the softening, and the pixel.
     total = np.cumsum(around, 0)
     soft = np.cumsum(total[SUB:] - total[:-SUB], 0)[SUB // 2 - 2:]  # half a column to the left: it is centred
