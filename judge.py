@@ -225,7 +225,7 @@ def travelled(path):
 
 
 def turning_rate(heading, caption):
-    """Columns travelled over those of the caption's motion; negative: the wrong way; nan: a foreign caption."""
+    """Columns travelled over those of the caption's motion; negative: the wrong way; nan: foreign caption."""
     parsed = parse_caption(caption)
     if parsed is None:
         return np.nan
@@ -381,5 +381,5 @@ if __name__ == "__main__":
     for title, frames in ((caption, video), ("The same, with other landmarks from second 6 on:", damaged)):
         print(title)
         for event in reappearances(read_video(frames), caption):
-            verdict = "right" if event.right else "WRONG"
-            print(f"  {names[event.before]:16} away for {event.absence} s, now {names[event.shown]:16}", verdict)
+            print(f"  {names[event.before]:16} away for {event.absence} s, now {names[event.shown]:16}",
+                  "right" if event.right else "WRONG")
