@@ -189,22 +189,30 @@ def load_state(cfg, device):
     return replace(cfg, **state["options"]), video
 
 
+def wanted_vaes(cfg):
+    """Names of the autoencoders to load, the one to use first; --bench measures all that are there."""
+    names = [cfg.vae or "wan"]
+    for name in VAES:
+        is_there = cfg.wan.startswith("random") or (Path(cfg.wan) / VAES[name]).exists()
+        if cfg.bench and is_there and name not in names:
+            names.append(name)
+    return names
+
+
 def load_networks(cfg, jobs, device, dtype):
-    """Networks, sampled and with the memory that the options ask for."""
+    """Networks, and how the options ask for them to be sampled and to remember."""
+    # 1. those of the small world, or of Wan's form
     if cfg.wan:
         texts = sorted({text for job in jobs for text in job.switches.values()})
-        is_random = cfg.wan.startswith("random")
-        vaes = [cfg.vae or "wan"]
-        if cfg.bench:  # the others too, where they are
-            there = [name for name in VAES if is_random or (Path(cfg.wan) / VAES[name]).exists()]
-            vaes += [name for name in there if name not in vaes]
         cache = Path(cfg.out) / "text"
-        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, vaes, device, dtype, cache, [*texts, ""])
-        if not cfg.ckpt and not is_random:
-            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps", file=sys.stderr)
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, wanted_vaes(cfg), device, dtype, cache, [*texts, ""])
+        if not cfg.ckpt and not cfg.wan.startswith("random"):
+            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps",
+                  file=sys.stderr)
     else:
         shipped = "teacher" if cfg.teacher else STUDENT
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
+    # 2. options in place of the weights' own
     sampler = networks.sampler
     if cfg.steps is not None:
         sampler = replace(sampler, steps=cfg.steps)
@@ -304,7 +312,7 @@ def render_video(cfg, networks, job, history, state, stop, bar):
     video = Video(rollout)
     if state is not None:
         rollout.load_state_dict(state["rollout"])
-        rollout.text = text_at(texts, rollout.chunk - 1)  # a switch at the next chunk is still to come
+        rollout.text = text_at(texts, rollout.chunk)
         video = Video(**{**state, "rollout": rollout})
     # 2. latents, a chunk at a time; those of a clip come first
     count = chunks_of(total) - max(given, rollout.chunk)
