@@ -2131,6 +2131,8 @@ def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
     assert [name for name, *_ in rows] == ["DiT only", "wan", "tae"]
     assert all(abs(float(share) - 100 * float(fps) / bound) < .06 + .01 * float(share) for _, fps, share, _ in rows)
     work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
+    rate = float(re.search(r"at ([\d.]+) TFLOP/s", told)[1]) * 1e12
+    assert bound == pytest.approx(12 * rate / work, rel=.02)
     assert f"{work / 1e12:.4f} TFLOP in 2 passes" in told and not list(tmp_path.rglob("*.mp4"))
 
 
