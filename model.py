@@ -1,16 +1,18 @@
 """
 The Wan 2.1 video DiT, able to run causally: one set of weights, three ways to look.
 
-A video's latents become tokens; each block attends over tokens, attends to the text, and passes an MLP. AdaLN scales and
-shifts by the noise level of the token's own frame. What a token may see is decided outside: nothing given = the whole clip
-(bidirectional), a frame mask = block-causal training (teacher forcing), keys and values from the KV cache = generation
-chunk by chunk. The forward is pure: it returns the keys and values that it made and writes nothing.
+A video's latents become tokens; each block attends over tokens, attends to the text, and passes an MLP. AdaLN
+scales and shifts by the noise level of the token's own frame. What a token may see is decided outside:
+nothing given = the whole clip (bidirectional), a frame mask = block-causal training (teacher forcing), keys
+and values from the KV cache = generation chunk by chunk. The forward is pure: it returns the keys and values
+that it made and writes nothing.
 
     python model.py            # parameters of the two configs, and one pass of the small one
 
-References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 825); DiT, arXiv 2212.09748 (AdaLN);
-Self-Forcing, arXiv 2506.08009 (one noise level per frame). Tested against both on golden vectors.
-Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B model.
+References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 825); DiT, arXiv 2212.09748
+(AdaLN); Self-Forcing, arXiv 2506.08009 (one noise level per frame). Tested against both on golden vectors.
+Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B
+model.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -38,10 +40,23 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     recompute: bool = False  # training: keep only the blocks' inputs, and run each again in the backward pass
 
 
-tiny_dit = DiTConfig(dim=128, ffn_dim=480, heads=4, layers=7, freq_dim=64, text_dim=64, text_len=96, patch=(4, 1))
+tiny_dit = DiTConfig(
+    dim=128,
+    ffn_dim=480,
+    heads=4,
+    layers=7,
+    freq_dim=64,
+    text_dim=64,
+    text_len=96,
+    patch=(4, 1),
+)
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
+
+def mlp(c_in, hidden, c_out, activation):
+    return nn.Sequential(nn.Linear(c_in, hidden), activation, nn.Linear(hidden, c_out))
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps=1e-6):
@@ -50,7 +65,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        return normed.to(x.dtype) * self.weight
 
 
 def modulate(x, shift, scale):
@@ -75,7 +91,7 @@ def timestep_embedding(t, dim):
     t        (b, f) noise levels in [0, 1], which Wan counts in thousandths
     returns  (b, f, dim) float32: cosines, then sines, of 1000 t at dim / 2 frequencies
     """
-    # Made on the CPU in float64, which not every device has (in bfloat16 937.5 would become 936), and moved as float32.
+    # Made on the CPU in float64, which not every device has, and moved as float32: in bfloat16 937.5 is 936.
     home = "meta" if t.is_meta else "cpu"
     half = dim // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=home) / half)
@@ -85,8 +101,8 @@ def timestep_embedding(t, dim):
 
 def attend(q, k, v, mask=None):
     """
-    Softmax attention. On a CPU another kernel runs while gradients are enabled, so the same call gives other last bits
-    with and without torch.no_grad().
+    Softmax attention. On a CPU another kernel runs while gradients are enabled, so the same call gives other
+    last bits with and without torch.no_grad().
     q        (b, n, k, d); k, v (b, s, k, d)
     mask     None, or (b or 1, 1, n, s) bool, True = seen
     returns  (b, n, k d)
@@ -94,7 +110,8 @@ def attend(q, k, v, mask=None):
     q = rearrange(q, "b n k d -> b k n d")
     k = rearrange(k.to(q.dtype), "b s k d -> b k s d")
     v = rearrange(v.to(q.dtype), "b s k d -> b k s d")
-    if q.device.type == "cpu" and torch.is_grad_enabled():  # its backward takes half the time of the fused kernel's
+    # on a CPU the backward of this takes half the time of the fused kernel's
+    if q.device.type == "cpu" and torch.is_grad_enabled():
         y = plain_attention(q, k, v, mask)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -136,9 +153,10 @@ class SelfAttention(Attention):
         """
         x        (b, n, c)
         rope     cos, sin of the n tokens (rope_cos_sin)
-        memory   None, or what stands before them in the KV cache: keys (b, s, k, d), rotated already, and a list of values
-                 that are s long together. A list, because at full size the values of sink, slow and fast memory are 2.6 GB
-                 that would be copied twice: joined by the cache, then joined with the new ones.
+        memory   None, or what stands before them in the KV cache: keys (b, s, k, d), rotated already, and a
+                 list of values that are s long together. A list, because at full size the values of sink,
+                 slow and fast memory are 2.6 GB that would be copied twice: joined by the cache, then joined
+                 with the new ones.
         mask     None, or (b or 1, 1, n, s + n) bool
         prefix   the first so many tokens see each other only, the others see everything: two calls, no mask
         returns  (b, n, c), and this call's own keys, not rotated, and values
@@ -147,11 +165,13 @@ class SelfAttention(Attention):
         q = apply_rope(self.queries(x), rope)
         keys = apply_rope(k, rope)
         values = v
+        # the KV cache stands in front
         if memory is not None:
             old_keys, old_values = memory
-            keys = torch.cat([old_keys.to(k.dtype), keys], dim=1)
-            values = torch.cat([*(old.to(v.dtype) for old in old_values), v], dim=1)
+            keys = torch.cat([old_keys, keys], dim=1)
+            values = torch.cat([*old_values, v], dim=1)
         y = attend(q[:, prefix:], keys, values, mask)
+        # context that does not see what follows it
         if prefix:
             context = attend(q[:, :prefix], keys[:, :prefix], values[:, :prefix])
             y = torch.cat([context, y], dim=1)
@@ -170,16 +190,23 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.heads)
         self.cross_attn = CrossAttention(c.dim, c.heads)
         self.norm3 = nn.LayerNorm(c.dim, eps=1e-6)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
-        """x (b, f n, c) float32; modulation (b, f, 6, c) float32: shift, scale, gate for attention, then for the MLP"""
+        """
+        x           (b, f n, c) float32, the residual stream
+        modulation  (b, f, 6, c) float32: shift, scale, gate for self-attention, then for the MLP
+        """
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation, "b f s c -> s b f 1 c")
+        # self-attention
         y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
         x = add_gated(x, gate1, y)
-        x = x + self.cross_attn(self.norm3(x.to(self.norm3.weight.dtype)).to(dtype), text)
+        # cross-attention, neither modulated nor gated
+        y = self.norm3(x.to(self.norm3.weight.dtype))
+        x = x + self.cross_attn(y.to(dtype), text)
+        # MLP
         y = self.ffn(modulate(x, shift2, scale2).to(dtype))
         return add_gated(x, gate2, y), kv
 
@@ -196,7 +223,7 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
@@ -204,14 +231,14 @@ class DiT(nn.Module):
         self.config = config
         c = config
         self.patch_embedding = nn.Conv3d(c.channels, c.dim, (1, *c.patch), (1, *c.patch))
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.text_embedding = mlp(c.text_dim, c.dim, c.dim, nn.GELU(approximate="tanh"))
+        self.time_embedding = mlp(c.freq_dim, c.dim, c.dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
 
     def initialise(self):
-        """Random weights for training from nothing; the head starts at zero, so the first prediction is v = 0."""
+        """Random weights to train from nothing. The head starts at zero, so the first prediction is v = 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -221,7 +248,8 @@ class DiT(nn.Module):
 
     def text(self, features):
         """
-        features (b, m, text_dim), zero where padded; made text_len long by zeros, which ARE attended, as in Wan
+        features (b, m, text_dim), zero where padded; made text_len long by zeros, which ARE attended, as in
+        Wan
         returns  one (keys, values) pair a layer, each (b, text_len, k, d): computed once a prompt
         """
         features = F.pad(features, (0, 0, 0, self.config.text_len - features.shape[1]))
@@ -230,8 +258,9 @@ class DiT(nn.Module):
 
     def time(self, t):
         """
-        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: a list of (b, f, 6, c), one a block,
-        and the head's (b, f, 2, c). The head's comes from the embedding itself, the blocks' from its projection.
+        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: a list of (b, f, 6, c),
+        one a block, and the head's (b, f, 2, c). The head's comes from the embedding itself, the blocks' from
+        its projection.
         """
         wave = timestep_embedding(t, self.config.freq_dim)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
@@ -247,11 +276,13 @@ class DiT(nn.Module):
         text        from self.text()
         rope        cos, sin of the tokens of x (rope_cos_sin over its latents' positions)
         memory      None, or one (keys, values) pair a layer (SelfAttention), seen by all tokens of x
-        mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees column
-        prefix      so many frames in front are context: they see each other only, the frames after them see all
+        mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees
+                    column
+        prefix      so many frames in front are context: they see each other only, the frames after them see
+                    all
         modulation  None, or self.time(t), where the same t returns again and again
-        returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of x's tokens,
-                    keys after norm_k and before rotation, each (b, f n, k, d)
+        returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of
+                    x's tokens, keys after norm_k and before rotation, each (b, f n, k, d)
         source: Wan 2.1 (order of the modulations: shift, scale, gate)
         """
         # latents to tokens; the patches do not overlap, so the convolution is a matrix product
@@ -260,7 +291,8 @@ class DiT(nn.Module):
         h = x.shape[3] // p
         patches = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
         weight = self.patch_embedding.weight
-        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()  # (b, f n, c)
+        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        x = x.float()  # (b, f n, c)
         n = x.shape[1] // f  # tokens of a frame
 
         # which frame sees which -> which token sees which; all see the memory
@@ -269,15 +301,18 @@ class DiT(nn.Module):
             if memory is not None:
                 mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
 
+        # the blocks
         block_modulation, head_modulation = self.time(t) if modulation is None else modulation
         kv = []
         for i, block in enumerate(self.blocks):
-            if self.config.recompute and torch.is_grad_enabled():  # safe: the forward is pure
+            # safe to run again, because the forward is pure
+            if self.config.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             x, made = block(x, modulation=block_modulation[i], text=text[i], rope=rope,
                             memory=None if memory is None else memory[i], mask=mask, prefix=prefix * n)
             kv.append(made)
 
+        # tokens to latents; the channel is a patch's fastest index
         v = self.head(x, head_modulation).float()
         return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
 
@@ -286,9 +321,11 @@ if __name__ == "__main__":
     for name, config in (("Wan2.1-T2V-1.3B", DiTConfig()), ("tiny", tiny_dit)):
         with torch.device("meta"):
             net = DiT(config)
-        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters in {len(net.state_dict())} tensors")
-    net = DiT(tiny_dit).initialise().requires_grad_(False)
+        count = sum(p.numel() for p in net.parameters())
+        print(f"{name}: {count:,} parameters in {len(net.state_dict())} tensors")
+    net = DiT(tiny_dit).initialise()
     x = torch.randn(1, 3, 16, 4, 8)
-    rope = rope_cos_sin(torch.arange(3), 1, 8, 32)
-    v, kv = net(x, torch.ones(1, 3), net.text(torch.zeros(1, 1, 64)), rope)
-    print(f"latents {tuple(x.shape)} -> velocity {tuple(v.shape)}, and keys {tuple(kv[0][0].shape)} in each of {len(kv)} layers")
+    text = net.text(torch.zeros(1, 1, 64))
+    v, kv = net(x, torch.ones(1, 3), text, rope_cos_sin(torch.arange(3), 1, 8, 32))
+    print(f"latents {tuple(x.shape)} -> velocity {tuple(v.shape)}")
+    print(f"and keys {tuple(kv[0][0].shape)} in each of {len(kv)} layers, for the KV cache")

@@ -1,14 +1,14 @@
 """
 The UMT5 text encoder: prompts -> features that the DiT attends to.
 
-A pre-norm transformer encoder without biases and without 1/sqrt(d); where a word stands enters through a learned bias on
-attention scores, one table of 32 distance buckets a layer. The small world runs the same class at small width on bytes:
-id = byte + 2, 1 ends a caption, 0 pads.
+A pre-norm transformer encoder without biases and without 1/sqrt(d); where a word stands enters through a
+learned bias on attention scores, one table of 32 distance buckets a layer. The small world runs the same
+class at small width on bytes: id = byte + 2, 1 ends a caption, 0 pads.
 
     python text.py             # encodes a caption with an untrained tiny encoder
 
-References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and shapes of its 242 tensors, cleaning of prompts).
-Tested on golden vectors of the official code.
+References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and shapes of its 242 tensors,
+cleaning of prompts). Tested on golden vectors of the official code.
 Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
 import html
@@ -46,12 +46,15 @@ tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, lay
 def bucket(offset, buckets=32, max_distance=128):
     """
     offset   key position minus query position, any int tensor
-    returns  bucket number of the same shape: half for each sign, 8 exact distances, then logarithmic up to 128
+    returns  bucket number of the same shape: half for each sign, 8 exact distances, then logarithmic up to
+             128
     """
+    # near distances have a bucket each, far ones share
     half = buckets // 2
     exact = buckets // 4
     far = offset.abs()
-    octaves = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact)  # 0 at 8, 1 at 128
+    # 0 at a distance of 8, 1 at 128
+    octaves = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     log = exact + (octaves * (half - exact)).long()
     return (offset > 0).long() * half + torch.where(far < exact, far, log.clamp(max=half - 1))
 
@@ -65,9 +68,15 @@ class TextAttention(nn.Module):
         self.v = nn.Linear(c.dim, c.dim_attn, bias=False)
         self.o = nn.Linear(c.dim_attn, c.dim, bias=False)
 
+    def split(self, x):
+        return rearrange(x, "b m (k d) -> b k m d", k=self.heads)
+
     def forward(self, x, bias):
         """x (b, m, dim); bias (1 or b, k, m, m) is added to the scores, which are not divided by sqrt(d)"""
-        q, k, v = (rearrange(project(x), "b m (k d) -> b k m d", k=self.heads) for project in (self.q, self.k, self.v))
+        q = self.split(self.q(x))
+        k = self.split(self.k(x))
+        v = self.split(self.v(x))
+        # no 1/sqrt(d): the weights were trained without it
         score = torch.einsum("bkqd,bksd->bkqs", q, k) + bias
         weight = score.float().softmax(-1).to(v.dtype)
         y = torch.einsum("bkqs,bksd->bkqd", weight, v)
@@ -95,11 +104,13 @@ class TextBlock(nn.Module):
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(c.buckets, c.heads)})
 
     def forward(self, x, mask):
-        """x (b, m, dim); mask (b, 1, 1, m) is 0 where a key may be seen and the type's lowest number where not"""
+        """x (b, m, dim); mask (b, 1, 1, m): 0 where a key may be seen, the type's lowest number where not"""
+        # where a word stands enters through its distance to the others
         position = torch.arange(x.shape[1], device=x.device)
         offset = position[None] - position[:, None]
         table = self.pos_embedding["embedding"]
         bias = rearrange(table(bucket(offset, table.num_embeddings)), "q s k -> 1 k q s")
+        # pre-norm, as everywhere
         x = x + self.attn(self.norm1(x), bias + mask)
         return x + self.ffn(self.norm2(x))
 
@@ -127,10 +138,14 @@ class TextEncoder(nn.Module):
 
 
 def bytes_to_ids(captions, length=96):
-    """list of str -> ids (b, length), mask (b, length): UTF-8 bytes + 2, an end mark, zeros; longer captions are cut."""
+    """
+    List of str -> ids (b, length): UTF-8 bytes + 2, an end mark, zeros; and a mask (b, length), 1 where no 0.
+    Longer captions are cut.
+    """
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     for row, caption in zip(ids, captions):
         codes = caption.encode("utf-8")[:length - 1]
+        # 0 pads and 1 ends, so a byte is its value + 2
         row[:len(codes)] = torch.tensor(list(codes)) + 2
         row[len(codes)] = END
     return ids, (ids > 0).long()
@@ -148,7 +163,7 @@ def read_prompts(path):
     return prompts
 
 
-# ---- the full-size encoder's prompts -----------------------------------------------------------------------------------
+# ---- the full-size encoder's prompts -----------------------------------------------------------------------
 
 def need(package):
     """A package that only the full-size model uses."""
@@ -159,7 +174,7 @@ def need(package):
 
 
 def clean(prompt):
-    """Wan's cleaning: broken Unicode mended, full-width forms to ASCII, HTML entities resolved twice, white space single."""
+    """Wan's cleaning: Unicode mended, full-width forms to ASCII, HTML entities twice, white space single."""
     text = need("ftfy").fix_text(prompt)
     text = html.unescape(html.unescape(text))
     return re.sub(r"\s+", " ", text).strip()
@@ -170,7 +185,8 @@ def read_tokenizer(path):
     package = need("tokenizers")
     try:
         tokenizer = package.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exceptions
+    # the package raises bare Exceptions
+    except Exception as error:
         raise BadInput(f"cannot read {path} ({str(error)[:100]}): fetch it again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -178,7 +194,7 @@ def read_tokenizer(path):
 
 
 def tokenise(tokenizer, prompt, length):
-    """-> ids (1, m), m <= length: the cleaned prompt's and an end mark; no row is padded, the DiT pads the features."""
+    """-> ids (1, m), m <= length: the cleaned prompt and an end mark. The DiT pads the features, not this."""
     ids = tokenizer.encode(clean(prompt), add_special_tokens=False).ids
     if len(ids) >= length:
         print(f"warning: {len(ids) + 1} tokens, cut after {length}: {prompt[:60]!r}", file=sys.stderr)
@@ -191,4 +207,5 @@ if __name__ == "__main__":
     ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
     features = encoder(ids, mask)
     print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters")
-    print(f"{int(mask.sum())} ids {ids[0, :8].tolist()}... -> features {tuple(features.shape)}, zero from there on")
+    first = ids[0, :8].tolist()
+    print(f"{int(mask.sum())} ids {first}... -> features {tuple(features.shape)}, zero from there on")

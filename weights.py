@@ -1,12 +1,13 @@
 """
-All reading and writing of networks: this project's own weights files, the raw folder of Wan2.1-T2V-1.3B, public students
-trained from it, and random weights of its form.
+All reading and writing of networks: this project's own weights files, the raw folder of Wan2.1-T2V-1.3B,
+public students trained from it, and random weights of its form.
 
     python weights.py          # what each shipped file holds, and what made it
 
-A raw folder holds the DiT, its config.json, the text encoder with its tokenizer, and an autoencoder, under Wan's own file
-names. Public students are state dicts, flat or under "generator_ema", "generator" or "model", with whatever their training
-code wrapped around the names. Sizes are read off the tensors, names and shapes are checked strictly, no pickle runs code.
+A raw folder holds the DiT, its config.json, the text encoder with its tokenizer, and an autoencoder, under
+Wan's own file names. Public students are state dicts, flat or under "generator_ema", "generator" or "model",
+with whatever their training code wrapped around the names. Sizes are read off the tensors, names and shapes
+are checked strictly, no pickle runs code.
 
 References: Wan 2.1, arXiv 2503.20314; Self-Forcing, arXiv 2506.08009 (its checkpoints).
 Leaves out: LoRA, image-to-video and 14B models (refused by name).
@@ -42,11 +43,15 @@ TOKENIZER = "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 
 TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # training code leaves these in names
-FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")  # small, and what they do shows in bf16
+
+# what training code leaves in names
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+
+# stay float32: they are small, and what they do shows in bf16
+FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def write_safetensors(path, tensors, about=None):
     """A safetensors file, whole or not at all; about: its metadata, {name: text}"""
@@ -60,10 +65,11 @@ def write_safetensors(path, tensors, about=None):
 
 
 def save_weights(path, state, config, facts, dtype=torch.bfloat16):
-    """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, seed, sampler, ...)"""
+    """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, sampler, ...)"""
     about = {"config": asdict(config), "facts": facts}
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    write_safetensors(path, state, {"about": json.dumps(about)})  # one entry: their order in the file is random
+    # one entry, because several would stand in the file in any order
+    write_safetensors(path, state, {"about": json.dumps(about)})
 
 
 def read_file(path, what="weights", pickled=False, device="cpu"):
@@ -80,9 +86,11 @@ def read_file(path, what="weights", pickled=False, device="cpu"):
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
     except FileNotFoundError:
         raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
-    except Exception as error:  # torch.load raises whatever the damage makes it meet
+    # torch.load raises whatever the damage makes it meet
+    except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? fetch it again") from None
+        raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? "
+                       "fetch it again") from None
 
 
 def load_weights(path):
@@ -95,8 +103,8 @@ def load_weights(path):
 
 def load_state_dict_strict(net, state, name="weights"):
     """
-    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ. A net on the meta
-    device takes the tensors themselves, types and all.
+    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ. A net on
+    the meta device takes the tensors themselves, types and all.
     """
     on_meta = any(tensor.is_meta for tensor in net.state_dict().values())
     try:
@@ -113,17 +121,19 @@ def load(path, build, make_config):
     try:
         net = build(make_config(**config))
     except TypeError:
-        raise BadInput(f"{path} holds another kind of network than {build.__name__}: give one made for it") from None
+        kind = build.__name__
+        raise BadInput(f"{path} holds another kind of network than {kind}: give one made for it") from None
     return load_state_dict_strict(net, state, str(path)), facts
 
 
-# ---- public files: the raw Wan folder and students trained from it -----------------------------------------------------
+# ---- public files: the raw Wan folder and students trained from it -----------------------------------------
 
 def read_public(path):
-    """-> state dict with bare names (of generator_ema, generator, model, or the top level), facts (of our own files)"""
+    """-> state dict with bare names, and the facts of a file of this project (else {})"""
     content, about = read_file(path)
+    # the weights stand at the top level, or under the last of these that is there
     state = content
-    for key in ("model", "generator", "generator_ema"):  # the last of them that is there
+    for key in ("model", "generator", "generator_ema"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             state = content[key]
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
@@ -134,12 +144,8 @@ def read_public(path):
     return state, about.get("facts", {})
 
 
-def count_blocks(state):
-    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
-
 def dit_config(state, path, file):
-    """DiTConfig of a raw DiT from Wan's config.json; refuses other models, 14B and image-to-video by their shapes."""
+    """DiTConfig of a raw DiT from Wan's config.json; refuses other models by their shapes."""
     for name in ("patch_embedding.weight", "text_embedding.0.weight"):
         if name not in state:
             raise BadInput(f"{path} is no Wan DiT: it has no {name}")
@@ -147,7 +153,8 @@ def dit_config(state, path, file):
     if dim == 5120:
         raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
     if channels != 16:
-        raise BadInput(f"{path} is an image-to-video model ({channels} input channels): only text-to-video is supported")
+        raise BadInput(f"{path} is an image-to-video model ({channels} input channels): "
+                       "only text-to-video is supported")
     try:
         stated = json.loads(file.read_text())
         return DiTConfig(
@@ -164,6 +171,7 @@ def dit_config(state, path, file):
 
 
 def text_config(state, path):
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     try:
         vocab, dim = state["token_embedding.weight"].shape
         buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
@@ -173,7 +181,7 @@ def text_config(state, path):
             dim_attn=len(state["blocks.0.attn.q.weight"]),
             dim_ffn=len(state["blocks.0.ffn.fc1.weight"]),
             heads=heads,
-            layers=24 if dim == 4096 else count_blocks(state),
+            layers=24 if dim == 4096 else len(blocks),
             buckets=buckets,
         )
     except (KeyError, ValueError):
@@ -181,7 +189,7 @@ def text_config(state, path):
 
 
 def empty_vae(name, state, path):
-    """Wan's autoencoder ("wan") or the TAE ("tae") with the widths of a public state dict, on the meta device."""
+    """Wan's autoencoder ("wan") or the TAE ("tae"), as wide as a public state dict, on the meta device."""
     try:
         with torch.device("meta"):
             if name == "wan":
@@ -197,7 +205,7 @@ def cast(name, tensor, device, dtype):
 
 
 def load_on_device(net, path, device, dtype):
-    """Fills a net that was built on the meta device from a public file, each tensor in the type that it stays in."""
+    """Fills a net on the meta device from a public file, each tensor in the type that it stays in."""
     names = list(read_public(path)[0])
     ready = {}
     for first in range(0, len(names), 64):
@@ -209,7 +217,7 @@ def load_on_device(net, path, device, dtype):
     return load_state_dict_strict(net, ready, str(path))
 
 
-# ---- text features of prompts, kept in files ---------------------------------------------------------------------------
+# ---- text features of prompts, kept in files ---------------------------------------------------------------
 
 def feature_files(prompts, folder, cache):
     """{prompt: file of its features}, named by a hash of the cleaned text and of what made them"""
@@ -227,13 +235,16 @@ def feature_files(prompts, folder, cache):
 @torch.no_grad()
 def encode_prompts(prompts, folder, cache, device):
     """
-    Makes the files of those prompts that have none: features (m, dim) bfloat16 of a prompt's m <= 512 tokens. The encoder
-    (11.4 GB) is loaded only then, on the CPU where the device has no room for it, and gone on return.
+    Makes the files of those prompts that have none: features (m, dim) bfloat16 of a prompt's m <= 512 tokens.
+    The encoder (11.4 GB) is loaded only then, on the CPU where the device has no room for it, and gone on
+    return.
     """
+    # which are new?
     files = feature_files(prompts, folder, cache)
     new = [prompt for prompt in files if not files[prompt].exists()]
     if not new:
         return
+    # the encoder and its tokenizer
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
         device = torch.device("cpu")
     tokenizer = read_tokenizer(folder / TOKENIZER)
@@ -266,7 +277,7 @@ def wan_text(wan, cache, prompts, device):
     return features
 
 
-# ---- all that makes a video ----------------------------------------------------------------------------------------------
+# ---- all that makes a video --------------------------------------------------------------------------------
 
 @dataclass
 class Networks:
@@ -304,7 +315,8 @@ class Networks:
 
     def rollout(self, text):
         """One video from nothing; text: what self.text() gives."""
-        return Rollout(self.dit, text, self.policy, self.grid, self.positions, self.sampler.pool, self.compiled)
+        pool = self.sampler.pool
+        return Rollout(self.dit, text, self.policy, self.grid, self.positions, pool, self.compiled)
 
 
 def load_tiny(ckpt, device):
@@ -358,12 +370,14 @@ def load_wan(wan, ckpt, size, vaes, device, dtype, text_cache, prompts=()):
     folder = Path(wan)
     width, height = two_numbers("--size", size or "832x480")
     own = [] if ckpt else [DIT]
+    # what is there, and does it fit?
     check_files(folder, [*own, "config.json", T5, TOKENIZER, *(VAES[name] for name in vaes)])
     path = Path(ckpt or folder / DIT)
     state, facts = read_public(path)
     config = dit_config(state, path, folder / "config.json")
     # the text encoder is larger than all the rest: it has come and gone before that is read
     features = wan_text(folder, text_cache, prompts, device)
+    # the DiT and the autoencoders
     with torch.device("meta"):
         dit = DiT(config)
     dit = load_on_device(dit, path, device, dtype)
@@ -372,28 +386,27 @@ def load_wan(wan, ckpt, size, vaes, device, dtype, text_cache, prompts=()):
         file = folder / VAES[name]
         vae = empty_vae(name, read_public(file)[0], file)
         autoencoders[name] = load_on_device(vae, file, device, dtype)
-    return Networks(dit, autoencoders, features, Sampler(**facts.get("sampler", {})), path.name, width, height, scale=1)
+    sampler = Sampler(**facts.get("sampler", {}))
+    return Networks(dit, autoencoders, features, sampler, path.name, width, height, scale=1)
 
 
 def random_wan(form, size, vaes, device, dtype):
     """
-    Random weights of Wan's form, to measure what it costs; arguments as load_wan's. Defaults: 1536x30 and 832x480, on a
-    CPU 512x8 and 192x128.
+    Random weights of Wan's form, to measure what it costs; arguments as load_wan's. Defaults: 1536x30 and
+    832x480, on a CPU 512x8 and 192x128.
     """
     small = device.type == "cpu"
     width, height = two_numbers("--size", size or ("192x128" if small else "832x480"))
     _, _, numbers = form.partition(":")
     dim, layers = two_numbers("--wan random:", numbers or ("512x8" if small else "1536x30"), (16, 1))
     heads = 1 if dim % 128 else dim // 128
+    # the DiT in the proportions of the full size, the autoencoders of one of two sizes
     with torch.device("meta"):
-        nets = {"dit": DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers))}
-        if dim < 1536:
-            nets["wan"] = WanVAE(WanVAEConfig(4))
-            nets["tae"] = TAE(TAEConfig(8, (16, 12, 8, 8)))
-        else:
-            nets["wan"] = WanVAE(WanVAEConfig())
-            nets["tae"] = TAE(TAEConfig())
-
+        nets = {
+            "dit": DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers)),
+            "wan": WanVAE(WanVAEConfig(4) if dim < 1536 else WanVAEConfig()),
+            "tae": TAE(TAEConfig(8, (16, 12, 8, 8)) if dim < 1536 else TAEConfig()),
+        }
     torch.manual_seed(0)
     for name in ("dit", *vaes):
         state = {}
@@ -401,11 +414,12 @@ def random_wan(form, size, vaes, device, dtype):
             state[key] = cast(key, torch.randn(tensor.shape, device=device) * .02, device, dtype)
         load_state_dict_strict(nets[name], state)
     autoencoders = {name: nets[name] for name in vaes}
-    features = wan_text(form, None, [], device)
+    features = wan_text(form, None, (), device)
     return Networks(nets["dit"], autoencoders, features, Sampler(), "random weights", width, height, scale=1)
 
 
 if __name__ == "__main__":
     for file in sorted(WEIGHTS.glob("*.safetensors")):
         state, _, facts = load_weights(file)
-        print(f"{file.name:26} {sum(tensor.numel() for tensor in state.values()):9,} parameters, {facts}"[:150])
+        count = sum(tensor.numel() for tensor in state.values())
+        print(f"{file.name:26} {count:9,} parameters, {facts}"[:110])
