@@ -102,7 +102,7 @@ def fast_autocast(device):
 @contextmanager
 def whole_or_absent(path):
     """
-    with whole_or_absent(path) as part: write to `part`; it becomes `path` at the end, or vanishes on an error.
+    with whole_or_absent(path) as part: write to `part`; it becomes `path` at the end, or vanishes on error.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")

@@ -1,8 +1,9 @@
 """
 One test per claim, on the CPU, with the shipped weights and the golden vectors of the official code.
 
-    python -m pytest test_all.py                  # all
-    python -m pytest test_all.py -m "not slow"    # without the long run
+    python -m pytest test_all.py                  # all but those that measure time or resident memory
+    python -m pytest test_all.py -m "not slow"    # without the long ones
+    python -m pytest test_all.py -m speed         # time and resident memory, on an idle machine
     GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
 """
 import ast
@@ -2348,6 +2349,7 @@ def test_sharpness_does_not_pulse_with_sub_pixel_phase():
         assert rms.max() / rms.min() < 1.10
 
 
+@pytest.mark.slow
 @pytest.mark.speed
 def test_a_minute_is_drawn_in_half_a_second_and_judged_in_one():
     minute = clip(WorldSpec(5), 0, 960)
@@ -3144,6 +3146,7 @@ def test_no_code_of_a_pickle_is_run_and_what_is_missing_is_named(raw, tmp_path, 
         load_raw(raw, prompts=["c"])
 
 
+@pytest.mark.slow
 @pytest.mark.speed
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", ["a.safetensors", "b.pth"])
@@ -3250,6 +3253,7 @@ def plain_pass(net, x, t, text, memory):
     return v.view(len(x), n, h, width, p, q, -1).permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.speed
 def test_a_pass_takes_no_longer_than_a_plain_reference():
     """dim 512, 8 layers, 96 tokens a latent, 18 latents held and 3 new; the same numbers, and the ratio of median times."""
