@@ -20,7 +20,6 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -323,7 +322,6 @@ class Batch:
     weights: Path
     made_by: str
     device: torch.device
-    strip: Path  # where a film strip of the first video goes, or None
 
 
 def make_videos(batch):
@@ -369,8 +367,6 @@ def measure(frames, caption, keep, policy, given):
 def run_batch(batch):
     """Makes and measures -> list of report.Video"""
     frames, keeps = make_videos(batch)
-    if batch.strip:  # a frame every 10 s
-        iio.imwrite(batch.strip, rearrange(frames[0, ::10 * FPS], "f c h w -> h (f w) c"))
     given = LENGTHS[batch.eval_set.worlds].given
     videos = []
     for spec, video, keep in zip(batch.specs, frames, keeps):
@@ -394,17 +390,14 @@ def made_by(eval_set, files):
 def make_missing(sets, files, number, seed, device, path):
     """Makes the videos that the CSV lacks, 16 at a time, a process a core, and adds their lines."""
     there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
-    folder = path.parent / "strips"
-    folder.mkdir(parents=True, exist_ok=True)
     batches = []
     for eval_set in sets:
         maker = made_by(eval_set, files)
         specs = worlds_of(eval_set.worlds, number, seed)
         missing = [spec for spec in specs if (eval_set, spec, maker) not in there]
         for i in range(0, len(missing), BATCH):
-            strip = folder / f"{eval_set.name}.png" if missing[i] == specs[0] else None
             batches.append(Batch(eval_set, PRESETS[eval_set.memory], missing[i:i + BATCH],
-                                 files[eval_set.weights], maker, device, strip))
+                                 files[eval_set.weights], maker, device))
     if not batches:
         return
     # on a CPU, processes of one thread each beat threads
@@ -438,6 +431,7 @@ def main():
     sets = [s for s in sets if s.weights in files]
     # videos, then all tables of what is in the CSV
     path = Path(cfg.out, "evaluate.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
     number = cfg.worlds or (32 if cfg.quick else 64)
     make_missing(sets, files, number, cfg.seed, device, path)
     current = []

@@ -60,10 +60,6 @@ class EvalSet:
     worlds: str = "text"        # one of evaluate.LENGTHS
     teacher: bool = False       # 21 latents at a time, no KV cache
 
-    @property
-    def name(self):
-        return f"{self.weights}_{self.memory}_{self.positions}_{self.worlds}"
-
 
 @dataclass
 class Video:
@@ -105,11 +101,13 @@ def read_csv(path):
 
 def append_csv(path, videos):
     """Adds a line a video: all of them at once, or none."""
+    # one flat row: which set, which world, what was measured
     rows = []
     for video in videos:
         values = vars(video.eval_set) | vars(video.world) | vars(video)
         del values["eval_set"], values["world"]
         rows.append({name: v if isinstance(v, str) else json.dumps(v) for name, v in values.items()})
+    # a buffer so large that it is written in one piece
     is_new = not path.exists()
     with open(path, "a", buffering=1 << 20, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -125,8 +123,9 @@ def number(pairs):
 
 
 def resampled(pairs):
-    """2,000 ratios of sums over videos drawn again, by the same draws for any two rows: they are paired."""
+    """2,000 ratios of sums over videos that are drawn again."""
     pairs = np.asarray(pairs, float).reshape(-1, 2)
+    # the same draws for any two rows of as many videos, which pairs them
     draws = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
     total, n = pairs[draws].sum(1).T
     return np.divide(total, n, out=np.full(len(n), np.nan), where=n > 0)
@@ -149,6 +148,7 @@ def better(ours, theirs, measure):
     Is `measure` (videos -> pairs) higher in our videos than in theirs, world by world?
     returns  "yes" or "no" where the difference's 95 % interval says so, else "not significant" or "no data"
     """
+    # the worlds of both, in one order
     ours = {video.world: video for video in ours}
     theirs = {video.world: video for video in theirs}
     both = [world for world in ours if world in theirs]
@@ -156,6 +156,7 @@ def better(ours, theirs, measure):
     their_pairs = measure([theirs[world] for world in both])
     if not number(our_pairs) or not number(their_pairs):
         return "no data"
+    # is nought in the interval of their difference?
     low, high = np.nanpercentile(resampled(our_pairs) - resampled(their_pairs), (2.5, 97.5))
     if low > 0:
         return "yes"
@@ -221,6 +222,7 @@ def half_way(videos, share=recall):
     Seconds out of view, between measured points, at which `share` (recall or ceiling) is half-way to chance;
     points with less than ten returns do not count.
     """
+    # the curve, and the level to which it falls
     points = [absence for absence in ABSENCES if number(share(videos, absence)) >= 10]
     curve = [(absence, mean(share(videos, absence))) for absence in points]
     best = max((value for _, value in curve), default=math.nan)
@@ -303,6 +305,7 @@ def target_table(rows, student):
     def of(worlds, memory="slowfast"):
         return rows.get(EvalSet(student, memory, worlds=worlds), [])
 
+    # each number twice: a target is met if both starts meet it
     swapped = of("swapped", "uniform2")
     from_text = target_numbers(of("text"), of("text", "longlive"), swapped)
     from_real = target_numbers(of("real"), of("real", "longlive"), swapped)
@@ -316,6 +319,7 @@ def target_table(rows, student):
 
 
 def summary(videos, first_row):
+    # in percent: memory; then pictures and motion
     cells = {
         "chance": single(100 * luck(videos)),
         "recall, %": percent(recall(videos)),
@@ -328,6 +332,7 @@ def summary(videos, first_row):
         "steady, %": percent(steady(videos)),
         "jumps a minute": decimal(jumps(videos)),
     }
+    # whose memory is it?
     if videos[0].eval_set.worlds in ("turns", "swapped"):
         cells["returns like its own world"] = percent(follows(videos, counterfactual=False))
         cells["like the counterfactual"] = percent(follows(videos, counterfactual=True))
@@ -346,6 +351,7 @@ def group(videos, student):
     rows = {}
     for video in videos:
         rows.setdefault(video.eval_set, []).append(video)
+    # whose row comes first is what the others are compared with
     presets = list(PRESETS)
     in_order = sorted(rows, key=lambda s: (s.weights != student, s.positions, presets.index(s.memory)))
     return {eval_set: rows[eval_set] for eval_set in in_order}
@@ -354,6 +360,7 @@ def group(videos, student):
 def all_tables(rows, student):
     """rows: EvalSet -> videos. -> lines of Markdown"""
     lines = target_table(rows, student)
+    # a section: a row of each set in one table, and its forgetting curve in another
     for title, worlds in SECTIONS.items():
         some = [eval_set for eval_set in rows if eval_set.worlds in worlds]
         names = {s: {"weights": s.weights, "memory": s.memory, "positions": s.positions} for s in some}
@@ -369,6 +376,7 @@ def draw_forgetting(axes, rows, student):
     for eval_set, videos in rows.items():
         if eval_set != EvalSet(student, eval_set.memory):
             continue
+        # five returns a point at least
         points = [absence for absence in ABSENCES if number(recall(videos, absence)) >= 5]
         if points:
             right, low, high = 100 * np.array([estimate(recall(videos, absence)) for absence in points]).T
@@ -379,7 +387,8 @@ def draw_forgetting(axes, rows, student):
             axes.plot(points, held, "--", color=colour, linewidth=.7)
             axes.axhline(100 * luck(videos), color=colour, linewidth=.5, linestyle=":")
     axes.set(xlabel="seconds out of view", ylabel="right returns, %", ylim=(0, 100))
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def write(videos, student, out):
@@ -387,6 +396,7 @@ def write(videos, student, out):
     rows = group(videos, student)
     lines = [f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py."]
     lines += all_tables(rows, student)
+    # the figure
     try:
         import matplotlib
         matplotlib.use("Agg")
