@@ -3,15 +3,17 @@ The causal start model: stage init. Not in the paper, which takes a causal model
 
 Distillation needs a student that is causal and remembers before it starts. It is made in two parts:
 
-    ar     teacher forcing: a chunk is noised and predicted from the real latents that memory would hold then. Most
-           passes are packs: one clean past, several noised copies of the target behind it, and an attention mask in
-           which the copies see the past but not each other. The last updates go through the real memory instead.
-    ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels it
-           predicts the x0 that 16 Euler steps reach from there.
+    ar     teacher forcing: a chunk is noised and predicted from the real latents that memory would hold then.
+           Most passes are packs: one clean past, several noised copies of the target behind it, and an
+           attention mask in which the copies see the past but not each other. The last updates go through the
+           real memory instead.
+    ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels
+           it predicts the x0 that 16 Euler steps reach from there.
 
     python causal.py           # draws who sees whom in a pack
 
-References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 2506.08009 (teacher forcing mask).
+References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 2506.08009 (teacher forcing
+mask).
 Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
 from dataclasses import dataclass, field, replace
@@ -25,15 +27,15 @@ from tqdm import tqdm
 
 import world
 from data import CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, take_frames
-from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames, schedule,
-                  shifted, v_from_x0)
+from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
+                  schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
 from text import bytes_to_ids
 from weights import write_safetensors
 from world import WorldSpec
 
-COPIES = 4               # noised copies of a target that share one clean past: most of the compute is supervised
+COPIES = 4               # noised copies of a target share one clean past: most of the compute is supervised
 COUNTERFACTUALS = 640    # clips of each set that have a counterfactual: the same motion past other landmarks
 SLOW = PRESETS["slowfast"].slow
 PROBE_CLIPS = 32         # clips that the heading probe is fitted to
@@ -41,8 +43,8 @@ ODE_CLIPS = 256          # videos of the causal model's own ...
 ODE_CHUNKS = 20          # ... their length ...
 ODE_STEPS = 16           # ... and the Euler steps of a chunk
 
-# Which history a pass has. With the last second at hand a network draws on from that, and does not learn in an hour
-# to choose among keyframes. Where that second is missing, or shows other landmarks, every column must be looked up.
+# Which history a pass has. With the last second at hand a network draws on from that, and does not learn in
+# an hour to choose among keyframes. Where it is missing, or shows other landmarks, all must be looked up.
 KINDS = (
     "prefix",          # the first 7 chunks, each predicted from those before it
     "full_history",    # all that a memory policy holds
@@ -50,7 +52,7 @@ KINDS = (
     "keyframes_only",  # no sink, no fast memory
     "swapped_recent",  # fast memory comes from a counterfactual
 )
-HISTORY_CURRICULUM = [  # until this share of the updates: how often each kind, a rollout, and a clip of steady turns
+HISTORY_CURRICULUM = [  # until this share of the updates: chances of each kind, a rollout, a steady turn
     dict(until=.2, prefix=.15, full_history=.255, skip_chunk=.2975, keyframes_only=.2975, swapped_recent=.0,
          rollout=.0, steady_turns=.7),
     dict(until=.65, prefix=.10, full_history=.30, skip_chunk=.0, keyframes_only=.10, swapped_recent=.50,
@@ -75,52 +77,60 @@ class Objective:
     probe: torch.Tensor = None  # directions of a latent that count more, as in flow.flow_matching_loss
     probe_weight: float = 0.
 
+    def error(self, v, v_star, t):
+        return flow_matching_loss(v, v_star, t, self.probe, self.probe_weight).mean()
 
-# ---- packs: teacher forcing in one pass ------------------------------------------------------------------------------
+
+# ---- packs: teacher forcing in one pass --------------------------------------------------------------------
 
 @dataclass
 class Pack:
-    """p clean latents of a past, and f target latents: noised copies of one or more chunks."""
+    """Latents of a clean past, and chunks to predict behind it: copies of one chunk, or different ones."""
     past: torch.Tensor          # (b, p, c, h, w) clean; anything where nothing is there
     past_frame: torch.Tensor    # (b, p) frame numbers, -1 = nothing there
-    target: torch.Tensor        # (b, f, c, h, w) clean, all copies
-    target_frame: torch.Tensor  # (b, f)
-    copy: torch.Tensor          # (f,) which copy a target latent belongs to: 0, 0, 0, 1, 1, 1, ...
-    position: torch.Tensor      # (b, p + f) temporal positions
+    target: torch.Tensor        # (b, f, c, h, w) clean
+    target_frame: torch.Tensor  # (b, f) frame numbers, three of a chunk after another
+    skip: int = 0               # so many chunks are missing between past and target
 
 
-def stratified_noise(x0, copies, shift):
+def stratified_noise(x0, shift):
     """
-    x0 (b, f, ...), f a multiple of copies, noised at `copies` levels a sample, spread evenly over 0..1 and shifted
+    x0 (b, f, ...) noised, each chunk at a level of its own: spread evenly over 0..1 in each sample, and
+    shifted
     returns  x_t, t (b, f), v
     """
+    copies = x0.shape[1] // CHUNK
     within = torch.rand(len(x0), copies)
     stratum = torch.rand(len(x0), copies).argsort(1)
-    u = (within + stratum) / copies
-    t = shifted(u, shift).repeat_interleave(x0.shape[1] // copies, 1).to(x0.device)
+    t = shifted((within + stratum) / copies, shift).repeat_interleave(CHUNK, dim=1).to(x0.device)
     noise = torch.randn(x0.shape, device=x0.device)
     return add_noise(x0, noise, t), t, noise - x0
 
 
 def packed_attention_mask(pack):
     """
-    Who sees whom: the past sees what is not newer (chunk mates included); a target latent sees every older chunk of
-    the past and its own copy.
-    returns  (b, p + f, p + f) bool
+    Who sees whom: a latent of the past what is not newer, chunk mates included; a latent of the target every
+    older chunk of the past, and its own chunk, in its own copy.
+    returns  (b, p + f, p + f) bool, rows see columns
     """
+    past_chunk = pack.past_frame // CHUNK
+    target_chunk = pack.target_frame // CHUNK
+    chunk = torch.cat([past_chunk, target_chunk], dim=1)
+    is_clean = torch.cat([pack.past_frame >= 0, torch.zeros_like(target_chunk, dtype=torch.bool)], dim=1)
+    older = (chunk[:, :, None] > chunk[:, None]) & is_clean[:, None]
+    # latents of one clean chunk, or of one copy, see each other
+    copy = torch.arange(target_chunk.shape[1]) // CHUNK
+    group = torch.cat([past_chunk, 1_000_000 + copy.expand_as(target_chunk)], dim=1)
+    return older | (group[:, :, None] == group[:, None])
+
+
+def packed_positions(pack):
+    """Bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past."""
     b, p = pack.past_frame.shape
-    f = len(pack.copy)
-    there = pack.past_frame[:, None] >= 0
-    past = pack.past_frame.div(CHUNK, rounding_mode="floor")
-    target = pack.target_frame // CHUNK
-    # rows see columns; an empty place sees itself, because a softmax over nothing has no value
-    past_to_past = (past[:, :, None] >= past[:, None]) & there | torch.eye(p, dtype=torch.bool)
-    past_to_target = torch.zeros(b, p, f, dtype=torch.bool)
-    target_to_past = (target[:, :, None] > past[:, None]) & there
-    target_to_target = (pack.copy[:, None] == pack.copy[None]).expand(b, -1, -1)
-    rows_of_past = torch.cat([past_to_past, past_to_target], dim=2)
-    rows_of_target = torch.cat([target_to_past, target_to_target], dim=2)
-    return torch.cat([rows_of_past, rows_of_target], dim=1)
+    is_older = pack.past_frame[:, None] // CHUNK < pack.target_frame[:, :, None] // CHUNK
+    seen = (is_older & (pack.past_frame >= 0)[:, None]).sum(2)
+    target = seen + CHUNK * pack.skip + pack.target_frame % CHUNK
+    return torch.cat([torch.arange(p).expand(b, -1), target], dim=1)
 
 
 def packed_forward(net, text, pack, xt, t, grid):
@@ -132,18 +142,10 @@ def packed_forward(net, text, pack, xt, t, grid):
     p = pack.past_frame.shape[1]
     x = torch.cat([pack.past, xt], dim=1)
     levels = torch.cat([torch.zeros(pack.past_frame.shape, device=t.device), t], dim=1)
-    rope = rope_cos_sin(pack.position.to(t.device), *grid, net.config.dim // net.config.heads)
+    rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.dim // net.config.heads)
     mask = packed_attention_mask(pack).to(t.device)
     v, _ = net(x, levels, text, rope, mask=mask)
     return v[:, p:]
-
-
-def packed_positions(past_frame, copies, skip=0):
-    """Bounded positions of a padded past (b, p) and of `copies` of the chunk `skip` chunks on: (b, p + 3 copies)"""
-    b, p = past_frame.shape
-    held = (past_frame >= 0).sum(1, keepdim=True)
-    new = held + CHUNK * skip + torch.arange(CHUNK).repeat(copies)
-    return torch.cat([torch.arange(p).expand(b, -1), new], dim=1)
 
 
 def drop_frames(frame, gone):
@@ -157,7 +159,7 @@ def chunk_frames(chunk):
     return CHUNK * chunk[:, None] + torch.arange(CHUNK)
 
 
-# ---- ar: teacher forcing ---------------------------------------------------------------------------------------------
+# ---- ar: teacher forcing -----------------------------------------------------------------------------------
 
 @dataclass
 class Pass:
@@ -208,19 +210,19 @@ def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
 
 def packed_loss(net, text, pack, objective):
     """Flow matching on the target of a Pack."""
-    xt, t, v_star = stratified_noise(pack.target, len(pack.copy.unique()), objective.shift)
+    xt, t, v_star = stratified_noise(pack.target, objective.shift)
     pack = replace(pack, past=augment_context_noise(pack.past, objective.context_noise))
     v = packed_forward(net, text, pack, xt, t, objective.grid)
     # where a video begins to look is undetermined: no probe on its first chunk
     probe_t = t * (pack.target_frame >= CHUNK).to(t.device)
-    return flow_matching_loss(v, v_star, probe_t, objective.probe, objective.probe_weight).mean()
+    return objective.error(v, v_star, probe_t)
 
 
 def prefix_pack(clips, history):
-    """Plain block-causal training on the first 7 chunks: each is one "copy", and sees those before it."""
+    """Plain block-causal training on the first 7 chunks: each sees those before it."""
     frame = torch.arange(CHUNK * FULL).expand(len(history.clip), -1)
     latents = clips.frames(history.clip, frame)
-    return Pack(latents, frame, latents, frame, frame[0] // CHUNK, torch.cat([frame, frame], dim=1))
+    return Pack(latents, frame, latents, frame)
 
 
 def history_pack(clips, history, drawn, rng):
@@ -240,8 +242,7 @@ def history_pack(clips, history, drawn, rng):
 
     target_frame = chunk_frames(history.chunk + drawn.skip).repeat(1, COPIES)
     target = clips.frames(history.clip, target_frame)
-    copy = torch.arange(COPIES).repeat_interleave(CHUNK)
-    return Pack(past, frame, target, target_frame, copy, packed_positions(frame, COPIES, drawn.skip))
+    return Pack(past, frame, target, target_frame, drawn.skip)
 
 
 def random_keyframes(rng, frame, count):
@@ -253,7 +254,7 @@ def random_keyframes(rng, frame, count):
 
 
 def recent_keyframes(rng, heading, history):
-    """Of a steady turn, keyframes of the last half turn: they would show the view, a known way off. (b, p) bool"""
+    """Of a steady turn, keyframes of the last half turn: they show the view, a known way off. (b, p) bool"""
     now = heading[history.clip, CHUNK * history.chunk - 1]
     turned = heading[history.clip[:, None], history.frame] - now[:, None]
     recent = turned.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
@@ -267,30 +268,30 @@ def rollout_loss(net, text, clips, clip, drawn, rng, objective):
     keep = clips.histories.draw_keep(rng, clip)
     without_gradient = [(k.detach(), v.detach()) for k, v in text]
     rollout = Rollout(net, without_gradient, PRESETS[drawn.policy], objective.grid)
-    copy = torch.arange(COPIES).repeat_interleave(CHUNK)
+    # the copies of a predicted chunk stand at the same positions and do not see each other
+    copy = torch.arange(COPIES * CHUNK) // CHUNK
+    own_copy = (copy[:, None] == copy)[None].to(text[0][0].device)
     loss = 0
     for i in range(drawn.length + 1):
         x0 = clips.frames(clip, chunk_frames(torch.full_like(clip, i)))
-        mask = (copy[:, None] == copy[None])[None].to(x0.device)
         memory, rope = rollout.read_context()
         if i in drawn.supervised:
-            xt, t, v_star = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), COPIES, objective.shift)
+            xt, t, v_star = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), objective.shift)
             rope = [table.repeat(1, COPIES, 1, 1) for table in rope]
-            v, _ = net(xt, t, text, rope, memory, mask)
-            error = flow_matching_loss(v, v_star, t, objective.probe, objective.probe_weight).mean()
-            loss = loss + error / len(drawn.supervised)
+            v, _ = net(xt, t, text, rope, memory, mask=own_copy)
+            loss = loss + objective.error(v, v_star, t) / len(drawn.supervised)
         if i < drawn.length:
             x0 = augment_context_noise(x0, objective.context_noise)
             rollout.append(x0, keep[:, i].to(x0.device))
     return loss
 
 
-# ---- ode: regression to ODE trajectories -----------------------------------------------------------------------------
+# ---- ode: regression to ODE trajectories -------------------------------------------------------------------
 
 @dataclass
 class Trajectories:
     """Videos that the causal model has made."""
-    x: torch.Tensor           # (n, 3 chunks, levels + 1, c, h, w) bfloat16: each latent on its way, the last is x0
+    x: torch.Tensor           # (n, 3 chunks, levels + 1, c, h, w) bf16: latents on their way, the last is x0
     past_frame: torch.Tensor  # (n, chunks, 18) frame numbers of what each chunk saw, -1 = nothing
 
 
@@ -329,7 +330,7 @@ def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent,
 
 
 def record_trajectories(rollout, seeds, chunks, sampler, latent):
-    """Some chunks of each video, in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
+    """Videos in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
     levels = schedule(ODE_STEPS, sampler.shift)
     every = ODE_STEPS // sampler.steps
     videos = []
@@ -356,34 +357,27 @@ def trajectory_loss(net, text, trajectories, clip, chunk, levels, objective):
     """
     device = text[0][0].device
     copies = len(levels)
+    # what the chunk saw, and what it was on the way
     past_frame = trajectories.past_frame[clip, chunk]
-    target_frame = chunk_frames(chunk)
     past = take_frames(trajectories.x[:, :, -1], clip, past_frame, device)
-    x = take_frames(trajectories.x, clip, target_frame, device)
+    x = take_frames(trajectories.x, clip, chunk_frames(chunk), device)
     xt = rearrange(x[:, :, :-1], "b f n c h w -> b (n f) c h w")
     x0 = x[:, :, -1].repeat(1, copies, 1, 1, 1)
     t = levels.repeat_interleave(CHUNK).expand(len(clip), -1).to(device)
-    copy = torch.arange(copies).repeat_interleave(CHUNK)
-    position = packed_positions(past_frame, copies)
-    pack = Pack(past, past_frame, x0, target_frame.repeat(1, copies), copy, position)
+    pack = Pack(past, past_frame, x0, chunk_frames(chunk).repeat(1, copies))
     v = packed_forward(net, text, pack, xt, t, objective.grid)
     # the error of x0 is t times that of v; small, so in float32
     v_star = v_from_x0(xt, x0, t)
-    scale = over_frames(t)
-    ones = torch.ones_like(t)
     with torch.autocast(device.type, enabled=False):
-        loss = flow_matching_loss(v * scale, v_star * scale, ones, objective.probe, objective.probe_weight)
-    return loss.mean()
+        return objective.error(over_frames(t) * v, over_frames(t) * v_star, torch.ones_like(t))
 
 
-# ---- what is read off real clips -------------------------------------------------------------------------------------
+# ---- what is read off real clips ---------------------------------------------------------------------------
 
 def fit_heading_probe(latents, heading):
     """
-    Where latents show the heading: ridge regression of its cosine and sine on latents. On held-out worlds it is right
-    to 1.3 columns.
-    latents  (n, c, h, w) of about unit variance
-    heading  (n,) columns
+    Where latents show the heading: ridge regression of its cosine and sine on latents. On held-out worlds it
+    is right to 1.3 columns. latents  (n, c, h, w) of about unit variance heading  (n,) columns
     returns  (2, c h w)
     """
     x = latents.flatten(1).float()
@@ -403,12 +397,13 @@ def heading_probe(cache):
 @torch.no_grad()
 def calibrate(net, encoder, tae, device):
     """
-    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real video.
-    Keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer chunks in which
-    the camera lingers.
+    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real
+    video. Keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer
+    chunks in which the camera lingers.
     returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
     """
-    worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)] + [WorldSpec(i, "linger") for i in range(8)]
+    worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)]
+    worlds += [WorldSpec(i, "linger") for i in range(8)]
     histories = Histories(worlds)
     # their captions and latents
     ids, mask = bytes_to_ids([world.make_world(spec).caption for spec in worlds], net.config.text_len)
@@ -431,7 +426,9 @@ def calibrate(net, encoder, tae, device):
         similarity = torch.stack(rollout.similarities, dim=1).cpu()
         # the threshold, and what it keeps
         tau = similarity[tested & turns].quantile(.95).item()
-        kept = {name: (similarity < tau)[tested & which].float().mean().item() for name, which in motions.items()}
+        kept = {}
+        for name, which in motions.items():
+            kept[name] = (similarity < tau)[tested & which].float().mean().item()
         found.append({"tau": tau, "pool": pool, "kept": kept})
     return min(found, key=lambda choice: choice["kept"]["lingering"])
 
@@ -439,7 +436,7 @@ def calibrate(net, encoder, tae, device):
 if __name__ == "__main__":
     past_frame = torch.tensor([[0, 1, 2, 6, 7, 8]])
     target_frame = torch.tensor([[9, 10, 11] * 2])
-    pack = Pack(None, past_frame, None, target_frame, torch.tensor([0] * 3 + [1] * 3), None)
+    pack = Pack(None, past_frame, None, target_frame)
     names = [f"past {n}" for n in past_frame[0].tolist()] + [f"target {n}" for n in target_frame[0].tolist()]
     for name, row in zip(names, packed_attention_mask(pack)[0].tolist()):
         print(f"{name:10}", "".join("#" if seen else "." for seen in row))

@@ -1,15 +1,16 @@
 """
 Training clips as latents, encoded once and kept on disk, and which past each of their chunks is trained with.
 
-The autoencoder is frozen after its own stage, so every later stage trains on latents: clips of the small world, or a
-folder of videos with captions. Both have the same three methods: frames() of some clips, text() of their captions, and
-draw_history(): which chunk is predicted, and which latents a memory policy would hold then (memory.frames_in_memory).
-Files are written whole, so a run that was stopped goes on where it stopped.
+The autoencoder is frozen after its own stage, so every later stage trains on latents: clips of the small
+world, or a folder of videos with captions. Both have the same three methods: frames() of some clips, text()
+of their captions, and draw_history(): which chunk is predicted, and which latents a memory policy would hold
+then (memory.frames_in_memory). Files are written whole, so a run that was stopped goes on where it stopped.
 
-    python data.py             # prints what memory holds for one clip, and how targets are weighted
-    python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos, a .txt caption beside each -> latents
+    python data.py             # prints what memory would hold of three clips, and where something comes back
+    python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos with .txt captions -> latents
 
-References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own policy).
+References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
+policy).
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
@@ -45,10 +46,10 @@ AHEAD = 7                 # ... and of what follows it
 
 @dataclass
 class Config:
-    videos: str = ""  # folder of clips to encode, at any depth, each with its caption in a .txt of the same name
+    videos: str = ""  # folder of clips to encode, at any depth, each with its caption in a .txt beside it
     out: str = "out"  # folder for the shards, DIR of train.py --data DIR; run again to go on
-    wan: str = ""     # a raw Wan2.1-T2V-1.3B folder: its autoencoder and text encoder (default: the shipped tiny ones)
-    size: str = ""    # with --wan: WIDTHxHEIGHT in pixels (default 832x480; else 64x32); smaller clips are skipped
+    wan: str = ""     # a raw Wan2.1-T2V-1.3B folder: with its autoencoder and text encoder (default: tiny)
+    size: str = ""    # with --wan: WIDTHxHEIGHT in pixels (default 832x480); smaller clips are skipped
     device: str = ""  # cuda | mps | cpu (default: the best there is)
 
 
@@ -73,10 +74,11 @@ def held_frames(policy, keep, evict_first=True):
     """
     places = 18 if evict_first else 21
     held = frames_in_memory(policy, keep[:, :-1], evict_first)
-    return torch.stack([F.pad(frame, (0, places - frame.shape[1]), value=-1) for frame in held], dim=1)
+    padded = [F.pad(frame, (0, places - frame.shape[1]), value=-1) for frame in held]
+    return torch.stack(padded, dim=1)
 
 
-# ---- the small world: latents ----------------------------------------------------------------------------------------
+# ---- the small world: latents ------------------------------------------------------------------------------
 
 def training_worlds(clips, seed):
     """WorldSpecs of a training run's clips; never held-out ones."""
@@ -108,8 +110,8 @@ def fingerprint(net, about=""):
 
 def latent_cache(folder, tae, worlds, latents, device, rank=0):
     """
-    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from `folder`, and
-    encoded into it first where they are not there yet, by the first of several processes.
+    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from
+    `folder`, and encoded into it first where they are not there yet, by the first of several processes.
     """
     folder = Path(folder) / f"latents_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}"
     shards = {folder / f"{i:05d}.safetensors": worlds[i:i + SHARD] for i in range(0, len(worlds), SHARD)}
@@ -123,8 +125,8 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     return torch.cat([load_file(file)["latents"] for file in shards])
 
 
-# ---- the small world: histories --------------------------------------------------------------------------------------
-# Headings are closed form, so where the camera lingers and what comes back is known without looking at a frame.
+# ---- the small world: histories ----------------------------------------------------------------------------
+# Headings are closed form: where the camera lingers, and what comes back, is known without a frame.
 
 def chunk_starts(chunks):
     """Number of each chunk's first video frame: 0, 9, 21, 33, ..."""
@@ -134,9 +136,9 @@ def chunk_starts(chunks):
 
 class Histories:
     """What memory would hold at each chunk of each clip, and how often that chunk is drawn as a target."""
-    KEEP_RULES = ("uniform2", "uniform1", "moving")                      # slow memory: a third of the samples each
-    OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")    # those of the comparison ...
-    OTHER = 0.15                                                         # ... and their share of the samples
+    KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
+    OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
+    OTHER = 0.15  # ... and their share of the samples
 
     def __init__(self, worlds, chunks=CHUNKS, evict_first=True):
         """
@@ -166,23 +168,25 @@ class Histories:
         self.keep = {"uniform2": even & every, "uniform1": every, "moving": even & (self.moved > LINGERS)}
 
         # and so what memory holds at each chunk: (b, chunks, 18 or 21) frame numbers, -1 = empty
-        self.held = {rule: held_frames(PRESETS["slowfast"], keep, evict_first) for rule, keep in self.keep.items()}
+        self.held = {}
+        for rule, keep in self.keep.items():
+            self.held[rule] = held_frames(PRESETS["slowfast"], keep, evict_first)
         for policy in self.OTHER_POLICIES:
             self.held[policy] = held_frames(PRESETS[policy], ~every, evict_first)
 
     @staticmethod
     def landmark_returns(heading, start):
-        """heading (b, frames) -> (b, chunks) bool: a landmark was seen, was out of view for a chunk, and comes back"""
+        """heading (b, frames) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
         in_view = np.abs(world.offsets(heading)) <= world.GONE      # (b, frames, 8)
         seen = np.logical_or.reduceat(in_view, start, axis=1)       # (b, chunks, 8)
         seen_so_far = np.logical_or.accumulate(seen, axis=1)
-        returns = np.zeros(seen.shape[:2], bool)
-        returns[:, 1:] = (seen[:, 1:] & ~seen[:, :-1] & seen_so_far[:, :-1]).any(2)
-        return returns
+        gone = seen_so_far & ~seen
+        comes_back = seen[:, 1:] & gone[:, :-1]
+        return np.pad(comes_back.any(2), ((0, 0), (1, 0)))
 
     @staticmethod
     def camera_returns(heading, start):
-        """heading (b, frames) -> (b, chunks) bool: the camera changes its direction (at the last frame it stops)"""
+        """heading (b, frames) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
         direction = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
         turns = np.diff(direction, axis=1, prepend=direction[:, :1]) != 0
         return np.logical_or.reduceat(turns, start, axis=1)
@@ -210,7 +214,7 @@ class Histories:
 
 
 def take_frames(latents, clip, frame, device):
-    """Of latents (clips, n, ...): frames (b, f) of clips (b,), float32 on the device; -1, an empty place, gives any."""
+    """Of latents (clips, n, ...): frames (b, f) of clips (b,), as float32; -1, an empty place, gives any."""
     return latents[clip[:, None], frame.clamp(min=0)].to(device).float()
 
 
@@ -256,7 +260,7 @@ def training_clips(cache, features, seed, device, evict_first=True, counterfactu
     return all_motions, steady_turns
 
 
-# ---- folders of videos -----------------------------------------------------------------------------------------------
+# ---- folders of videos -------------------------------------------------------------------------------------
 
 def find_videos(folder):
     """-> {video file: its caption}, and a line for each file that has none"""
@@ -275,7 +279,7 @@ def find_videos(folder):
 
 
 def read_whole_chunks(file, width, height):
-    """The first whole chunks of a video, at most 25 s -> (f, h, w, 3) uint8; BadInput where it is too short or small."""
+    """The first whole chunks of a video, 25 s at most -> (f, h, w, 3) uint8; BadInput if it is too small."""
     least = frames_of((FULL + AHEAD) * CHUNK)
     most = frames_of((LONGEST + AHEAD) * CHUNK)
     try:
@@ -291,9 +295,10 @@ def read_whole_chunks(file, width, height):
 
 @torch.no_grad()
 def encode_videos(cfg, device):
-    """A file a clip: latents (n, 16, h, w), text features (m, dim), both bfloat16; the caption is in the metadata."""
+    """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
     captions, skipped = find_videos(cfg.videos)
-    shards = {file: Path(cfg.out) / "clips" / f"{file.relative_to(cfg.videos)}.safetensors" for file in captions}
+    folder = Path(cfg.out) / "clips"
+    shards = {file: folder / f"{file.relative_to(cfg.videos)}.safetensors" for file in captions}
     new = [file for file in captions if not shards[file].exists()]
     # the autoencoder, and text features of the captions
     if cfg.wan:
@@ -325,7 +330,8 @@ class ClipFolder:
         self.device = device
         self.files = sorted((Path(folder) / "clips").rglob("*.safetensors"))
         if not self.files:
-            raise BadInput(f"--data {folder} holds no encoded clips: python data.py --videos DIR --out {folder}")
+            raise BadInput(f"--data {folder} holds no encoded clips: "
+                           f"python data.py --videos DIR --out {folder}")
         self.captions = []
         self.chunks = []
         for file in self.files:
@@ -342,11 +348,13 @@ class ClipFolder:
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""
-        clips = [load_file(self.files[c])["latents"][f] for c, f in zip(clip, frame.clamp(min=0))]
-        return torch.stack(clips).to(self.device).float()
+        rows = zip(clip, frame.clamp(min=0))
+        latents = [load_file(self.files[c])["latents"][numbers] for c, numbers in rows]
+        return torch.stack(latents).to(self.device).float()
 
     def text(self, clip):
-        return pad_sequence([load_file(self.files[c])["text"] for c in clip], batch_first=True).to(self.device)
+        features = [load_file(self.files[c])["text"] for c in clip]
+        return pad_sequence(features, batch_first=True).to(self.device)
 
     def draw_history(self, rng, batch, ahead=1):
         """Pasts of 7 to 27 chunks, with `ahead` chunks behind them -> History"""
@@ -360,14 +368,13 @@ def main():
     cfg = parse(Config)
     if cfg.videos:
         return encode_videos(cfg, pick_device(cfg.device))
-    worlds = training_worlds(256, 0)
+    # otherwise: what memory would hold at chunk 30 of three clips, and which chunks are targets more often
+    worlds = training_worlds(3, 0)
     histories = Histories(worlds)
-    for i in range(3):
-        held = histories.held["moving"][i, 30].tolist()
-        print(f"{world.make_world(worlds[i]).caption}\n    at chunk 30, memory holds {held}")
-    share = (histories.weight[:, FULL:] > 1).mean()
-    drawn = share * BACK / (share * BACK + 1 - share)
-    print(f"something comes back in {share:.0%} of the chunks; those are {drawn:.0%} of the targets")
+    for spec, held, weight in zip(worlds, histories.held["moving"][:, 30], histories.weight):
+        print(world.make_world(spec).caption)
+        print("    memory at chunk 30:", held.tolist())
+        print("    something comes back:", "".join("#" if w > 1 else "." for w in weight))
 
 
 if __name__ == "__main__":

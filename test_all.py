@@ -966,8 +966,7 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
     past_frame = torch.cat([torch.arange(15), torch.full((3,), -1)])[None]   # three empty places
     past = torch.cat([x0[:, :15], torch.full((1, 3, 16, 4, 8), 9.)], dim=1)  # what stands there is not seen
     target_frame = torch.tensor([[15, 16, 17] * 2])
-    pack = causal.Pack(past, past_frame, x0[:, [15, 16, 17] * 2], target_frame, torch.tensor([0, 0, 0, 1, 1, 1]),
-                       causal.packed_positions(past_frame, 2))
+    pack = causal.Pack(past, past_frame, x0[:, [15, 16, 17] * 2], target_frame)
     v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
     for copy in (slice(0, 3), slice(3, 6)):
         want = causal_predictions(net, text, x0, {5: (xt[:, copy], t[:, copy])})[5]
@@ -1003,7 +1002,8 @@ def test_each_kind_of_history_holds_what_it_says(kind, skip):
         # the target: four copies of the chunk, or of one of the next two; positions go on behind what is missing
         target = [3 * (chunk + skip) + i for i in range(3)] * 4
         assert pack.target_frame[b].tolist() == target
-        assert pack.position[b, -12:].tolist() == [len(now) + 3 * skip + i for i in range(3)] * 4
+        position = causal.packed_positions(pack)[b].tolist()
+        assert position == [*range(len(pack.past_frame[b])), *[len(now) + 3 * skip + i for i in range(3)] * 4]
         # the past
         sink, keyframes, recent = was[:3], was[3:-3], was[-3:]
         if kind == "full_history" or kind == "skip_chunk" and not is_full:
@@ -1028,7 +1028,7 @@ def test_each_kind_of_history_holds_what_it_says(kind, skip):
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
     x0 = torch.zeros(64, 12, 2, 2, 2)
-    xt, t, v = causal.stratified_noise(x0, 4, 3.)
+    xt, t, v = causal.stratified_noise(x0, 3.)
     u = t / (3 - 2 * t)  # the shift undone
     assert torch.equal((u[:, ::3] * 4).long().sort(1).values, torch.arange(4).expand(64, 4))
     assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1)) and len(t.unique()) == 256
@@ -1036,8 +1036,7 @@ def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
 
 
 def test_the_loss_is_the_mean_error_and_the_first_chunk_has_no_probe(monkeypatch):
-    pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), None, torch.full((8, 6, 1, 1, 1), 3.), torch.arange(6).expand(8, -1),
-                       torch.arange(6) // 3, None)
+    pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), None, torch.full((8, 6, 1, 1, 1), 3.), torch.arange(6).expand(8, -1))
     seen = []
 
     def predict(net, text, pack, xt, t, grid):
@@ -1072,7 +1071,7 @@ def test_a_rollout_pass_predicts_from_the_real_memory(monkeypatch):
     clips = data.WorldClips(training_worlds(2, 0), 41, lambda worlds, latents: x0, list, torch.device("cpu"))
     text, drawn = random_text(net, 2), drawn_pass("rollout", length=9, policy="longlive", supervised=[7, 9])
     offset = noise(2, 12, 16, 4, 8, seed=7)
-    monkeypatch.setattr(causal, "stratified_noise", lambda x0, copies, shift: (x0 + offset, t, offset))
+    monkeypatch.setattr(causal, "stratified_noise", lambda x0, shift: (x0 + offset, t, offset))
     loss = causal.rollout_loss(net, text, clips, torch.arange(2), drawn, np.random.default_rng(0), causal.Objective((2, 4), 3.))
     roll, want = Rollout(net, text, PRESETS["longlive"], (2, 4)), []
     for i in range(10):
@@ -1131,7 +1130,7 @@ def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(monkeypat
     for i in range(4):
         at = slice(3 * i, 3 * i + 3)
         assert torch.equal(xt[0, at], own[:, i]) and torch.equal(pack.target[0, at], own[:, -1])
-        assert (t[:, at] == levels[i]).all() and (pack.copy[at] == i).all()
+        assert (t[:, at] == levels[i]).all()
     assert pack.target_frame[0].tolist() == [24, 25, 26] * 4
 
 
