@@ -201,17 +201,19 @@ def empty_vae(name, state, path):
 
 
 def cast(name, tensor, device, dtype):
-    return tensor.to(device, torch.float32 if FLOAT32.match(name) else dtype)
+    kept = torch.float32 if FLOAT32.match(name) else dtype
+    # a copy also of what stays as it is, where the rest is converted: it would keep the whole file open
+    return tensor.to(device, kept, copy=tensor.dtype != dtype)
 
 
 def load_on_device(net, path, device, dtype):
     """Fills a net on the meta device from a public file, each tensor in the type that it stays in."""
     names = list(read_public(path)[0])
     ready = {}
-    for first in range(0, len(names), 64):
+    for first in range(0, len(names), 32):
         # mapped anew: pages that were read count as this process's memory until the file is closed
         state, _ = read_public(path)
-        for name in names[first:first + 64]:
+        for name in names[first:first + 32]:
             ready[name] = cast(name, state[name], device, dtype)
     print(f"{path}: {sum(tensor.numel() for tensor in ready.values()):,} parameters in {len(ready)} tensors")
     return load_state_dict_strict(net, ready, str(path))
