@@ -1,0 +1,404 @@
+"""
+What each stage trains: the networks and clips it starts from, what an update draws, and its loss. train.py runs them.
+
+    part       starts from           loss
+    vae        nothing               pixels, and latents of unit variance
+    init_ar    nothing (Wan: base)   teacher forcing on real pasts, causal.py
+    init_ode   init_ar               its own ODE trajectories at the student's four levels, causal.py
+    base       init_ar               flow matching on 21 latents at once
+    teacher    init_ar (Wan: base)   the same behind a context with errors in it, erft.py
+    stage1     init_ode              DMD against base, dmd.py
+    stage2     stage1                contextual DMD against teacher, dmd.py
+
+"""
+import copy
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+import causal
+import dmd
+import erft
+import world
+from checkpoint import barrier, get_processes, get_rank
+from config import BadInput, has_bf16
+from data import ClipFolder, latent_cache, training_clips
+from flow import Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, schedule, shifted
+from memory import CHUNK, PRESETS
+from model import DiT, DiTConfig, tiny_dit
+from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
+from vae import TAE, TAEConfig, tiny_tae
+from weights import WEIGHTS, Networks, load, load_wan, wan_text
+from world import WorldSpec
+
+NO_TEXT = .1      # base and teacher: share of the batches without text,
+NO_CONTEXT = .1   # and (teacher) without context
+SHARPEN = .7      # vae: from this share of the updates on the sky counts four times and channels are decorrelated: else
+                  # 3 % of the latents' variance tells the heading, and no network looks it up
+TARGET_CHUNKS = erft.TARGET // CHUNK
+NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
+            "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+            "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+
+# ---- what a part starts from ---------------------------------------------------------------------------------
+
+@dataclass
+class Inputs(Networks):
+    """What a part starts from, in weights.Networks, and what it is trained on."""
+    encoder: TextEncoder = None  # None at full size, where text features lie in files
+    device: torch.device = None
+    prompts: list = ()           # of --data; none: the small world's captions
+    folder: ClipFolder = None    # of --data
+    probe: torch.Tensor = None   # where latents show the heading
+    autocast: object = None      # of forward passes
+
+
+def find_weights(cfg, name, given="", part=""):
+    """The file given, else what this --out has trained under that name, else (small world) what ships."""
+    own = Path(cfg.out, part or name, f"{name}.safetensors")
+    if given or own.exists():
+        return given or own
+    return "" if cfg.wan else WEIGHTS / own.name
+
+
+def encode_text(encoder, device, captions):
+    ids, mask = bytes_to_ids(captions, tiny_dit.text_len)
+    return encoder(ids.to(device), mask.to(device))
+
+
+def tiny_inputs(cfg, part, preset, device):
+    """The small world: networks of the part before it, or new ones."""
+    torch.manual_seed(cfg.seed)
+    sampler = Sampler(steps=4, shift=preset.shift)
+    net = encoder = None
+    if part == "init_ar":
+        net = DiT(tiny_dit).initialise().to(device)
+        encoder = TextEncoder(tiny_text).to(device)
+    elif preset.start:
+        net, facts = load_part(cfg, preset.start, cfg.init, device)
+        encoder, _ = load(find_weights(cfg, "text", part="init_ar"), TextEncoder, TextConfig)
+        encoder.to(device)
+        sampler = Sampler(**facts["sampler"])
+    vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
+    vae.to(device, memory_format=torch.channels_last)
+    return Inputs(net, {"tae": vae}, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
+
+
+def load_part(cfg, name, given, device):
+    """A network of the small world, and what its file says of it."""
+    net, facts = load(find_weights(cfg, name, given), DiT, DiTConfig)
+    return net.to(device), facts
+
+
+def load_wan_part(cfg, part, name, given, device):
+    """A network of Wan's form, in a weights.Networks."""
+    file = find_weights(cfg, name, given)
+    if not file and name != "base" and not cfg.wan.startswith("random"):
+        raise BadInput(f"{part} with --wan needs {name}: "
+                       "give a file by --init or --teacher, or train it in this --out")
+    networks = load_wan(cfg.wan, file, cfg.size, ["wan"], device, torch.float32, Path(cfg.out, "text"))
+    networks.dit.config.recompute = True
+    return networks
+
+
+def load_inputs(cfg, part, preset, device):
+    """Networks, and what --data names -> Inputs"""
+    takes_clips = part in ("init_ar", "base", "teacher")
+    prompts = []
+    if cfg.data and not takes_clips and not Path(cfg.data).is_dir():
+        prompts = read_prompts(cfg.data)
+    # networks
+    if cfg.wan:
+        m = load_wan_part(cfg, part, preset.start, cfg.init, device)
+        inputs = Inputs(m.dit, m.vaes, None, m.sampler, m.name, m.width, m.height)
+    else:
+        inputs = tiny_inputs(cfg, part, preset, device)
+    inputs.device = device
+    inputs.policy = replace(PRESETS["slowfast"], tau=inputs.sampler.tau)
+    # clips, with their captions
+    if cfg.data and not prompts:
+        inputs.folder = ClipFolder(cfg.data, inputs.latent, device, evict_first=part == "init_ar")
+        prompts = inputs.folder.captions
+    inputs.prompts = prompts
+    # text features: those of clips lie beside them, but for the caption of a strip
+    if cfg.wan:
+        texts = {"", NEGATIVE, *(prompts[:1] if takes_clips else prompts)}
+        mine = sorted(texts)[get_rank()::get_processes()]
+        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device)
+        barrier()
+    elif preset.heading_weight and not inputs.folder:
+        inputs.probe = causal.heading_probe(partial(real_latents, cfg, inputs)).to(device)
+    use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
+    inputs.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    return inputs
+
+
+def real_latents(cfg, inputs, worlds, latents):
+    """Of the small world, from the cache of this --out."""
+    return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device, get_rank())
+
+
+def load_clips(cfg, inputs, evict_first=True, counterfactuals=0):
+    """-> clips of all motions, and of steady turns; with --data, both are its folder."""
+    if inputs.folder:
+        return inputs.folder, inputs.folder
+    cache = partial(real_latents, cfg, inputs)
+    return training_clips(cache, inputs.features, cfg.seed, inputs.device, evict_first, counterfactuals)
+
+
+# ---- one pass of each stage: adds to .grad, and returns numbers to log -----------------------------------------
+
+def vae_pass(inputs, batch, rng, done):
+    """Clips of 17 frames, 5 latents."""
+    vae = inputs.vae
+    is_late = done >= SHARPEN
+    clips = []
+    for _ in range(batch):
+        spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
+        clips.append(world.clip(spec, int(rng.integers(480)), 17))
+    video = torch.from_numpy(np.stack(clips)).to(inputs.device) * 2 - 1
+    with inputs.autocast:
+        z = vae.encode(video)
+        # noise on the latents: neighbouring latents must decode alike, which makes them easy to generate
+        noisy = z + (.2 if is_late else .1) * torch.randn_like(z)
+        decoded, _ = vae.run(vae.decoder, noisy, None)
+    # pixels
+    error = (decoded[:, 3:].float() - (video * .5 + .5)).square()
+    mse = error.mean()
+    sky = error[..., :world.TOP, :].mean()
+    # latents: mean 0 and variance 1 in each channel; in the end no channel tells of another
+    z = rearrange(z.float(), "b f c h w -> (b f w h) c")
+    mean = z.mean(0)
+    z = z - mean
+    spread = (z.std(0) - 1).square().mean()
+    if is_late:
+        spread = (z.T @ z / len(z) - torch.eye(z.shape[1], device=z.device)).square().sum(1).mean()
+    unit = mean.square().mean() + spread
+    loss = mse + 3 * is_late * sky + .02 * unit
+    loss.backward()
+    return {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item()), "unit": unit.item(),
+            "loss": loss.item()}
+
+
+def teacher_forcing_pass(inputs, batch, clips, objective, rng, drawn):
+    with inputs.autocast:
+        loss = causal.teacher_forcing_loss(inputs.dit, clips[drawn.steady_turns], drawn, rng, batch, objective)
+    loss.backward()
+    return {"loss": loss.item(), f"loss_{drawn.kind}": loss.item()}
+
+
+def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done):
+    n, chunks = trajectories.past_frame.shape[:2]
+    clip = torch.from_numpy(rng.integers(n, size=batch))
+    chunk = torch.from_numpy(rng.integers(chunks, size=batch))
+    features = inputs.features([captions[c] for c in clip])
+    levels = torch.tensor(schedule(inputs.sampler.steps, inputs.sampler.shift))
+    with inputs.autocast:
+        text = inputs.dit.text(features)
+        loss = causal.trajectory_loss(inputs.dit, text, trajectories, clip, chunk, levels, objective)
+    loss.backward()
+    return {"loss": loss.item()}
+
+
+def draw_bidirectional(has_context, rng, done):
+    drawn = {"steady_turns": rng.random() < .5, "text": rng.random() >= NO_TEXT, "context": False}
+    if has_context:
+        drawn["context"] = rng.random() >= NO_CONTEXT
+    drawn["keyframes_only"] = rng.random() < .3 and done < .5
+    return drawn
+
+
+def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
+    """21 latents at once: base from text, the teacher behind a context."""
+    net, batch = inputs.dit, preset.batch
+    clips = clips[drawn["steady_turns"]]
+    history = clips.draw_history(rng, batch, TARGET_CHUNKS)
+    first, frame = CHUNK * history.chunk, history.frame
+    if not drawn["context"]:
+        first, frame = 0 * first, frame[:, :0]
+    elif drawn["keyframes_only"] and not cfg.wan:
+        frame = frame[:, CHUNK:CHUNK + causal.SLOW]
+    context = clips.frames(history.clip, frame)
+    x0 = clips.frames(history.clip, first[:, None] + torch.arange(erft.TARGET))
+    features = clips.text(history.clip) if drawn["text"] else inputs.features([""] * batch)
+    t = shifted(torch.rand(batch), preset.shift).to(x0.device)
+    noise = torch.randn(x0.shape, device=x0.device)
+    with inputs.autocast:
+        if bank:
+            context = augment_context_noise(context, preset.context_noise)
+            probe_weight = preset.heading_weight * drawn["context"]
+            loss = erft.teacher_step(net, bank, int(rng.integers(2 ** 62)), context, x0, noise, t, features,
+                                     inputs.grid, cfg.errors, inputs.probe, probe_weight)
+            return {"loss": loss, "errors": float(bank.count.sum())}
+        t = t[:, None].expand(x0.shape[:2])
+        v = erft.predict_velocity(net, context, add_noise(x0, noise, t), t, net.text(features), inputs.grid)
+    loss = flow_matching_loss(v, noise - x0, t).mean()
+    loss.backward()
+    return {"loss": loss.item()}
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Stage:
+    nets: dict        # name -> network that is trained; all but a critic are averaged, and saved under their names
+    sampler: Sampler  # of them
+    draw: object      # (rng, share of the updates that is done) -> what an update is like, in all processes
+    run_pass: object  # (rng, drawn) -> numbers to log; one of the above
+    bank: erft.ErrorBank = None
+
+
+def only_done(rng, done):
+    return done
+
+
+def make_stage(cfg, part, preset, inputs):
+    if part == "vae":
+        return Stage({"vae": inputs.vae}, inputs.sampler, only_done, partial(vae_pass, inputs, preset.batch))
+    if part == "init_ar":
+        return causal_stage(cfg, preset, inputs)
+    if part == "init_ode":
+        return few_steps_stage(cfg, preset, inputs)
+    if part in ("base", "teacher"):
+        bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
+        clips = load_clips(cfg, inputs, evict_first=False)
+        sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
+        run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
+        return Stage({part: inputs.dit}, sampler, partial(draw_bidirectional, part == "teacher"), run_pass, bank)
+    return Distillation(cfg, part, preset, inputs)
+
+
+def causal_stage(cfg, preset, inputs):
+    """init_ar: teacher forcing on real pasts; trains the text encoder too."""
+    nets = {"init_ar": inputs.dit}
+    if inputs.encoder:
+        nets["text"] = inputs.encoder
+    clips = load_clips(cfg, inputs, counterfactuals=causal.COUNTERFACTUALS)
+    curriculum = causal.FOLDER_CURRICULUM if inputs.folder else causal.HISTORY_CURRICULUM
+    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise, inputs.probe, preset.heading_weight)
+    sampler = Sampler() if cfg.wan else inputs.sampler
+    return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum),
+                 partial(teacher_forcing_pass, inputs, preset.batch, clips, objective))
+
+
+def few_steps_stage(cfg, preset, inputs):
+    """init_ode: regression to the causal model's own trajectories at the levels that the student will use."""
+    net = inputs.dit
+    inputs.sampler = replace(inputs.sampler, renoise=True)
+    captions = causal.ode_captions(inputs.prompts, cfg.seed)
+
+    def rollout_of(captions):
+        return inputs.rollout(net.text(inputs.features(captions)))
+
+    chunks, together = (TARGET_CHUNKS, 1) if cfg.wan else (causal.ODE_CHUNKS, 32)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bool(cfg.wan)):
+        trajectories = causal.ode_trajectories(
+            Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
+            inputs.latent, together, get_rank(), get_processes())
+    objective = causal.Objective(inputs.grid, preset.shift, 0., inputs.probe, preset.heading_weight)
+    return Stage({"init_ode": net}, inputs.sampler, only_done,
+                 partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective))
+
+
+@dataclass
+class Videos:
+    """A batch of the student's own."""
+    trace: dmd.RolloutTrace
+    features: torch.Tensor  # text features of the prompts
+    kinds: list             # of motion, a name a video
+
+
+class Distillation:
+    """stage1: DMD in the first 5 s. stage2: contextual DMD behind long rollouts of the student's own."""
+    bank = None
+
+    def __init__(self, cfg, part, preset, inputs):
+        self.cfg, self.preset, self.inputs = cfg, preset, inputs
+        if cfg.wan:
+            self.teacher = load_wan_part(cfg, part, preset.teacher, cfg.teacher, inputs.device).dit
+        else:
+            self.teacher, _ = load_part(cfg, preset.teacher, cfg.teacher, inputs.device)
+        self.critic = copy.deepcopy(self.teacher)
+        self.nets = {part: inputs.dit, "critic": self.critic}
+        self.sampler = inputs.sampler
+        self.levels = schedule(self.sampler.steps, self.sampler.shift)
+        self.negative = inputs.features([NEGATIVE] * preset.batch) if preset.guidance != 1 else None
+
+    def draw(self, rng, done):
+        """r: exit step; L: chunks of the rollout"""
+        r = int(rng.integers(len(self.levels)))
+        longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
+        return {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
+
+    def rollout(self, rng, drawn):
+        """-> Videos"""
+        inputs = self.inputs
+        numbers = rng.integers(len(inputs.prompts) or world.HELD_OUT, size=self.preset.batch)
+        seeds = rng.integers(2 ** 62, size=self.preset.batch)
+        if inputs.prompts:
+            captions = [inputs.prompts[i] for i in numbers]
+            kinds = ["prompt"] * len(captions)
+        else:
+            worlds = [world.make_world(WorldSpec(int(i))) for i in numbers]
+            captions = [w.caption for w in worlds]
+            kinds = [w.motion.kind for w in worlds]
+        features = inputs.features(captions)
+
+        def fresh_noise(chunk, step):
+            return draw_noise(seeds, chunk, step, (CHUNK, *inputs.latent), inputs.device)
+
+        with torch.no_grad(), inputs.autocast:
+            roll = inputs.rollout(inputs.dit.text(features))
+            trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS)
+        if self.cfg.teacher_context == "none":
+            trace.context = trace.context[:, :0]
+        return Videos(trace, features, kinds)
+
+    def score_noise(self, x):
+        """Noise level (b,) and noise of the scores."""
+        t = dmd.score_level(torch.rand(len(x)), self.sampler.shift).to(x.device)
+        return t, torch.randn(x.shape, device=x.device)
+
+    def critic_pass(self, videos):
+        t, noise = self.score_noise(videos.trace.x)
+        with self.inputs.autocast:
+            loss, error = dmd.critic_step(self.critic, videos.features, videos.trace, t, noise, self.inputs.grid,
+                                          self.inputs.probe, self.preset.critic_heading_weight)
+        return {"critic_loss": loss, **error_by_level("fake", error, t)}
+
+    def student_pass(self, videos):
+        trace, preset = videos.trace, self.preset
+        t, noise = self.score_noise(trace.x)
+        with self.inputs.autocast:
+            norm, error = dmd.student_step(
+                self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise, self.inputs.grid,
+                preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
+        return {"norm": norm.mean().item(), "std": trace.x.std().item(), **error_by_level("real", error, t),
+                **kept_and_oldest(trace.rollout, videos.kinds)}
+
+
+def error_by_level(name, error, t):
+    """error, t (b,) -> mean in each quarter of the noise levels that was drawn: name_0 (little noise) .. name_3"""
+    found = {}
+    for quarter in (4 * t).long().unique().tolist():
+        found[f"{name}_{quarter}"] = error[(4 * t).long() == quarter].mean().item()
+    return found
+
+
+def kept_and_oldest(roll, kinds):
+    """Of a finished rollout: share of the tested chunks that were kept, by motion; age of the oldest keyframe, s"""
+    tested = torch.stack(roll.kept, dim=1)[:, ::roll.memory.policy.interval]
+    kept = tested.float().mean(1)
+    found = {}
+    for kind in set(kinds):
+        found[f"kept_{kind}"] = kept[[k == kind for k in kinds]].mean().item()
+    if roll.memory.slow:
+        age = CHUNK * roll.chunk - roll.memory.slow.frame[:, 0]
+        found["oldest"] = age.float().mean().item() / 4
+    return found
