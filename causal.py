@@ -113,6 +113,7 @@ def packed_attention_mask(pack):
     older chunk of the past, and its own chunk, in its own copy.
     returns  (b, p + f, p + f) bool, rows see columns
     """
+    # older chunks of the past, where something is there
     past_chunk = pack.past_frame // CHUNK
     target_chunk = pack.target_frame // CHUNK
     chunk = torch.cat([past_chunk, target_chunk], dim=1)
@@ -227,6 +228,7 @@ def prefix_pack(clips, history):
 
 def history_pack(clips, history, drawn, rng):
     """A long past at once: what a policy holds, or what the kind of history leaves of it."""
+    # what is left of the past
     frame = history.frame
     if drawn.kind == "keyframes_only":
         frame = frame[:, CHUNK:CHUNK + SLOW]
@@ -239,7 +241,7 @@ def history_pack(clips, history, drawn, rng):
         is_recent = frame >= CHUNK * (history.chunk - 1)[:, None]
         other = clips.frames(history.clip, frame, counterfactual=True)
         past = torch.where(over_frames(is_recent).to(past.device), other, past)
-
+    # noised copies of the next chunk, or of a later one
     target_frame = chunk_frames(history.chunk + drawn.skip).repeat(1, COPIES)
     target = clips.frames(history.clip, target_frame)
     return Pack(past, frame, target, target_frame, drawn.skip)
@@ -331,6 +333,7 @@ def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent,
 
 def record_trajectories(rollout, seeds, chunks, sampler, latent):
     """Videos in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
+    # the sampler's levels are every fourth of these
     levels = schedule(ODE_STEPS, sampler.shift)
     every = ODE_STEPS // sampler.steps
     videos = []
@@ -338,6 +341,7 @@ def record_trajectories(rollout, seeds, chunks, sampler, latent):
         rollout.read_context()
         x = draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.text[0][0].device)
         states = []
+        # Euler steps along the ODE, down to t = 0
         for level, below in zip(levels, [*levels[1:], 0.]):
             states.append(x)
             v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=x.device))

@@ -113,6 +113,7 @@ def latent_cache(folder, tae, worlds, latents, device, rank=0):
     The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from
     `folder`, and encoded into it first where they are not there yet, by the first of several processes.
     """
+    # others never meet these latents: the folder's name depends on autoencoder and worlds
     folder = Path(folder) / f"latents_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}"
     shards = {folder / f"{i:05d}.safetensors": worlds[i:i + SHARD] for i in range(0, len(worlds), SHARD)}
     missing = [file for file in shards if not file.exists()]
@@ -177,10 +178,10 @@ class Histories:
     @staticmethod
     def landmark_returns(heading, start):
         """heading (b, frames) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
-        in_view = np.abs(world.offsets(heading)) <= world.GONE      # (b, frames, 8)
-        seen = np.logical_or.reduceat(in_view, start, axis=1)       # (b, chunks, 8)
-        seen_so_far = np.logical_or.accumulate(seen, axis=1)
-        gone = seen_so_far & ~seen
+        # which landmarks each chunk shows, and which it misses that were seen
+        in_view = np.abs(world.offsets(heading)) <= world.GONE  # (b, frames, 8)
+        seen = np.logical_or.reduceat(in_view, start, axis=1)   # (b, chunks, 8)
+        gone = np.logical_or.accumulate(seen, axis=1) & ~seen
         comes_back = seen[:, 1:] & gone[:, :-1]
         return np.pad(comes_back.any(2), ((0, 0), (1, 0)))
 
@@ -199,6 +200,7 @@ class Histories:
         """
         drawn = []
         for _ in range(batch):
+            # a policy or keep rule, a clip, and one of its chunks by weight
             other = rng.random() < self.OTHER and ahead == 1 and not clips
             name = str(rng.choice(self.OTHER_POLICIES if other else self.KEEP_RULES))
             clip = rng.integers(clips or len(self.weight))
@@ -313,6 +315,7 @@ def encode_videos(cfg, device):
         except BadInput as reason:
             skipped.append(str(reason))
             continue
+        # encode, write
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
         with fast_autocast(device):
             latents = networks.vae.encode(video / 127.5 - 1)[0]
@@ -332,6 +335,7 @@ class ClipFolder:
         if not self.files:
             raise BadInput(f"--data {folder} holds no encoded clips: "
                            f"python data.py --videos DIR --out {folder}")
+        # captions and lengths, from the heads of the files
         self.captions = []
         self.chunks = []
         for file in self.files:
