@@ -388,7 +388,7 @@ def draw_forgetting(axes, rows, student):
             axes.axhline(100 * luck(videos), color=colour, linewidth=.5, linestyle=":")
     axes.set(xlabel="seconds out of view", ylabel="right returns, %", ylim=(0, 100))
     if axes.lines:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper right")
 
 
 def write(videos, student, out):

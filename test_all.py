@@ -3033,6 +3033,58 @@ def test_a_spoilt_video_shows_it():
     assert max(measured((frames * .8).astype(np.uint8))["psnr"]) < 30
 
 
+def tiny_teacher():
+    return weights.load_tiny(WEIGHTS / "teacher.safetensors", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shuffle, whose", [(False, [0, 1, 2]), (True, [1, 2, 0])])
+def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, whose, monkeypatch):
+    pasts = []
+
+    def extend(net, past, text, grid, sampler, seeds):
+        pasts.append(past)
+        return past[:, :1].expand(-1, 21, -1, -1, -1)
+
+    monkeypatch.setattr(evaluate, "extend", extend)
+    networks, specs = tiny_teacher(), evaluate.held_out(3)
+    frames, keep = evaluate.continue_teacher(networks, specs, 1, 2, shuffle)
+    real = evaluate.conditions(networks, specs, 1)[1]
+    assert torch.equal(pasts[0], real[whose])
+    assert [past.shape[1] for past in pasts] == [3, 24]
+    assert frames.shape == (3, 177, 3, 32, 64) and keep.tolist() == [[True, False] * 7 + [True]] * 3
+
+
+def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch):
+    """The network is replaced by one that knows the noise: what is left of the loss is the real latents."""
+    networks, specs, pasts = tiny_teacher(), evaluate.held_out(2), []
+    with torch.no_grad():
+        real = evaluate.conditions(networks, specs, 21)[1][:, 42:]
+    noise_drawn = draw_noise(range(2), 0, 0, real.shape[1:], "cpu")
+
+    def predict_velocity(net, past, xt, t, text, grid):
+        pasts.append(past)
+        assert torch.allclose(xt, .3 * real + .7 * noise_drawn, atol=1e-5)
+        return noise_drawn if len(pasts) == 1 else 2 * noise_drawn
+
+    monkeypatch.setattr(evaluate, "predict_velocity", predict_velocity)
+    monkeypatch.setattr(evaluate, "probe_teacher", lambda networks, specs, shuffle: {"recall": 2 - shuffle, "chance": .5})
+    found = evaluate.check_teacher_uses_context(networks, specs)
+    assert torch.equal(pasts[0], pasts[1].flip(0)) and not torch.equal(*pasts) and pasts[0].shape[1] == 21
+    assert found["teacher_loss"] == pytest.approx(real.square().mean().item(), rel=1e-4)
+    assert found["teacher_shuffled_loss"] == pytest.approx((real + noise_drawn).square().mean().item(), rel=1e-4)
+    assert (found["teacher_recall"], found["teacher_shuffled_recall"], found["teacher_chance"]) == (2, 1, .5)
+
+
+@pytest.mark.parametrize("policy, tau", [(PRESETS["slowfast"], None), (Policy(3, 12, 6, "surprisal", tau=.5), .5)])
+def test_the_threshold_is_the_weights_own_unless_the_preset_names_one(policy, tau, monkeypatch):
+    monkeypatch.setattr(evaluate, "continue_student", lambda *given: given)
+    path = WEIGHTS / "stage2.safetensors"
+    batch = evaluate.Batch(report.EvalSet("stage2", worlds="swapped"), policy, [], path, "", torch.device("cpu"))
+    networks, _, given, chunks, used, positions, swap = evaluate.make_videos(batch)
+    assert used == replace(policy, tau=tau or networks.sampler.tau)
+    assert (given, chunks, positions, swap) == (14, 5, "bounded", True)
+
+
 def test_neighbours_exchange_their_slow_memories():
     x = torch.arange(8).view(4, 2)
     assert evaluate.swap_neighbours(x).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
