@@ -1,7 +1,7 @@
 """
 What evaluate.py measured, one line a video, as tables and figures. Knows no network.
 
-    python report.py --csv out/evaluate.csv    # out/evaluate.md, forgetting.png, drifting.png, strips.png
+    python report.py --csv out/evaluate.csv    # out/evaluate.md and out/forgetting.png
 
 A number is a ratio of sums over a row's videos, "48 [33, 62]" with its 95 % bootstrap interval over videos;
 rows are compared in the worlds that both have. One training seed a row: intervals do not tell what another
