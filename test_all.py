@@ -2500,6 +2500,7 @@ def test_the_camera_moves_as_its_caption_says(motion, start, seconds, end):
 def test_a_frame_shows_what_stands_around_its_heading_and_the_sky_is_the_same_in_every_world():
     frames = draw_video([112, 104])
     assert np.allclose(frames[0, :, 16, 31:33], world.COLOUR_RGB[21 % 6][:, None], atol=.01)  # sector 3
+    assert frames[0, :, 16, 23].max() < .3  # its outline
     assert np.array_equal(frames[0, ..., :-8], frames[1, ..., 8:])
     skies = [draw_video([112], marks, ground)[..., :5, :] for marks in (SET, SET + 1) for ground in range(4)]
     assert np.array_equal(skies, [skies[0]] * 8)
@@ -2537,6 +2538,8 @@ def test_world_0_is_what_the_shipped_weights_have_seen():
     landmarks = (23, 4, 7, 14, 11, 18, 10, 1)
     assert make_world(WorldSpec(0)) == World(2, landmarks, 32.049880172813715, Motion("turn", 1, 16))
     assert make_world(WorldSpec(0, counterfactual=True)).landmarks == (16, 10, 3, 8, 1, 21, 9, 14)
+    assert [make_world(WorldSpec(seed)).motion for seed in (2, 3, 7)] == [
+        Motion("aside", 1, 12, 90), Motion("aside", 1, 12, 135), Motion("turn", -1, 40)]
 
 
 def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
