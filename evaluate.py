@@ -2,7 +2,7 @@
 The paper in miniature: what trained models remember and how their pictures hold, by the small world's judge.
 
     python evaluate.py                            # everything; run it again to go on after a stop
-    python evaluate.py --quick                    # three policies, 32 worlds each: 4 minutes on two idle cores
+    python evaluate.py --quick                    # three policies, 32 worlds each: 4 minutes on two cores
     python evaluate.py --quick --memory NAME      # one preset of memory.py, its row and its curve: a minute
 
 An EvalSet says which videos are made: whose weights, which memory, which worlds. Each video leaves one line

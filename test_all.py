@@ -2908,15 +2908,12 @@ def test_intervals_are_over_videos():
     assert middle == pytest.approx(4 / 6) and low == .5 and high == 1
     assert np.isnan(report.estimate([(0, 0)])).all()
     assert list(report.estimate([(1, 1), (8, 2)])) == [3, 1, 4]
+    normal = [(x, 1) for x in np.random.default_rng(0).standard_normal(400)]
+    assert np.diff(report.estimate(normal)[[1, 2]]) == pytest.approx(2 * 1.96 / 20, rel=.1)
 
 
-def test_intervals_hold_the_truth_19_times_of_20():
-    samples = [np.random.default_rng(i).standard_normal(50) for i in range(1, 201)]
-    estimates = [report.estimate([(x, 1) for x in sample]) for sample in samples]
-    assert .89 < np.mean([low <= 0 <= high for _, low, high in estimates]) < .98
-
-
-@pytest.mark.parametrize("gain, spread, verdict", [(.05, 0, "yes"), (-.05, 0, "no"), (0, .1, "not significant")])
+@pytest.mark.parametrize("gain, spread, verdict", [
+    (.05, 0, "yes"), (-.05, 0, "no"), (0, .1, "not significant")])
 def test_rows_are_compared_world_by_world(gain, spread, verdict):
     """Videos differ far more than the two rows do; the order of the lines does not matter."""
     rng = np.random.default_rng(0)
@@ -2935,7 +2932,7 @@ def test_rows_are_compared_in_the_worlds_that_both_have():
 
 
 def test_half_way_is_where_recall_has_fallen_half_the_way_from_its_best_to_chance():
-    falls = [(1, False), (2, True), (3, True), (4.5, True), (6, False), (9, False)]  # before its best: no fall
+    falls = [(1, False), (2, True), (3, True), (4.5, True), (6, False), (9, False)]  # no fall before the best
     videos = [video_row([(s, right, True) for s, right in falls], i) for i in range(24)]
     assert report.luck(videos) == 0
     assert report.half_way(videos) == pytest.approx(5.25)
@@ -2987,7 +2984,7 @@ def test_the_csv_gives_back_what_was_written(tmp_path):
     report.append_csv(tmp_path / "a.csv", [second])
     assert report.read_csv(tmp_path / "a.csv") == [first, second]
     head, line, _ = (tmp_path / "a.csv").read_text().splitlines()
-    assert head.startswith("weights,memory,positions,worlds,teacher,seed,kind,seconds,counterfactual,caption,")
+    assert head.startswith("weights,memory,positions,worlds,teacher,seed,kind,seconds,counterfactual,")
     assert line.startswith("student,slowfast,bounded,text,false,1000000000,null,null,false,Sand.,w p,")
 
 
@@ -3070,19 +3067,23 @@ def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch)
         return noise_drawn if len(pasts) == 1 else 2 * noise_drawn
 
     monkeypatch.setattr(evaluate, "predict_velocity", predict_velocity)
-    monkeypatch.setattr(evaluate, "probe_teacher", lambda networks, specs, shuffle: {"recall": 2 - shuffle, "chance": .5})
+    probe = {False: {"recall": 2, "chance": .5}, True: {"recall": 1, "chance": .5}}
+    monkeypatch.setattr(evaluate, "probe_teacher", lambda networks, specs, shuffle: probe[shuffle])
     found = evaluate.check_teacher_uses_context(networks, specs)
     assert torch.equal(pasts[0], pasts[1].flip(0)) and not torch.equal(*pasts) and pasts[0].shape[1] == 21
     assert found["teacher_loss"] == pytest.approx(real.square().mean().item(), rel=1e-4)
-    assert found["teacher_shuffled_loss"] == pytest.approx((real + noise_drawn).square().mean().item(), rel=1e-4)
+    shuffled = (real + noise_drawn).square().mean().item()
+    assert found["teacher_shuffled_loss"] == pytest.approx(shuffled, rel=1e-4)
     assert (found["teacher_recall"], found["teacher_shuffled_recall"], found["teacher_chance"]) == (2, 1, .5)
 
 
-@pytest.mark.parametrize("policy, tau", [(PRESETS["slowfast"], None), (Policy(3, 12, 6, "surprisal", tau=.5), .5)])
+@pytest.mark.parametrize("policy, tau", [
+    (PRESETS["slowfast"], None), (Policy(3, 12, 6, "surprisal", tau=.5), .5)])
 def test_the_threshold_is_the_weights_own_unless_the_preset_names_one(policy, tau, monkeypatch):
     monkeypatch.setattr(evaluate, "continue_student", lambda *given: given)
     path = WEIGHTS / "stage2.safetensors"
-    batch = evaluate.Batch(report.EvalSet("stage2", worlds="swapped"), policy, [], path, "", torch.device("cpu"))
+    eval_set = report.EvalSet("stage2", worlds="swapped")
+    batch = evaluate.Batch(eval_set, policy, [], path, "", torch.device("cpu"))
     networks, _, given, chunks, used, positions, swap = evaluate.make_videos(batch)
     assert used == replace(policy, tau=tau or networks.sampler.tau)
     assert (given, chunks, positions, swap) == (14, 5, "bounded", True)
@@ -3609,7 +3610,7 @@ def by_hand(features, other, fps):
 
 @pytest.mark.parametrize("n, fps", [(960, 16), (153, 16), (152, 16), (1, 16), (250, 24), (63, 6.25)])
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
-    x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0, which VBench counts as 0
+    x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
     got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], fps).values()]
     np.testing.assert_allclose(got, by_hand(x, x[0], fps), atol=1e-5)
@@ -3683,7 +3684,8 @@ def test_scores_of_files_are_a_plain_loop_over_frames(kind, real_videos):
             ("subject", "dino", dinos, dinos[0]), ("background", "clip_t", clips, text),
             ("background", "clip_f", clips, clips[0])):
         scores = [got[whole], *(got[f"{windows}_{t}"] for t in metrics.SECONDS)]
-        np.testing.assert_allclose(scores, by_hand(torch.stack(features).numpy(), other.numpy(), 2), atol=1e-4)
+        want = by_hand(torch.stack(features).numpy(), other.numpy(), 2)
+        np.testing.assert_allclose(scores, want, atol=1e-4)
         assert float(rows["a-cat-1.mp4"][whole]) == pytest.approx(1, abs=1e-3)  # it stands still
         assert rows["a-dog-0.mp4"][whole] == "nan"
     assert rows["a-dog-0.mp4"]["prompt"] == "A dog."
