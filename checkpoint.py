@@ -1,10 +1,10 @@
 """
 Checkpoints of a training run, and the few questions that its processes ask each other.
 
-A checkpoint is a folder that torch.distributed.checkpoint writes: every tensor under its name, whatever process held
-which part of it, so a run goes on with as many processes or with another number. It is written under another name and
-renamed when it is there: whole or absent. The last two are kept. Its index is a pickle: go on only in folders of your
-own.
+A checkpoint is a folder that torch.distributed.checkpoint writes: every tensor under its name, whatever
+process held which part of it, so a run goes on with as many processes or with another number. It is written
+under another name and renamed when it is there: whole or absent. The last two are kept. Its index is a
+pickle: go on only in folders of your own.
 """
 import os
 import shutil
@@ -65,12 +65,16 @@ def training_state(nets, optimizers, others):
 def save_checkpoint(folder, step, nets, optimizers, others):
     part = folder / f"part_{step:06d}"
     whole = folder / f"step_{step:06d}"
+    # what an earlier run has left of it goes
     if get_rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(whole, ignore_errors=True)
     barrier()
+    # all processes write, each what it holds
+    state = training_state(nets, optimizers, others)
     with quiet_alone():
-        dcp.save(training_state(nets, optimizers, others), checkpoint_id=part, no_dist=not dist.is_initialized())
+        dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
+    # whole now
     if get_rank() == 0:
         os.replace(part, whole)
         for old in sorted(folder.glob("step_*"))[:-2]:
@@ -79,10 +83,11 @@ def save_checkpoint(folder, step, nets, optimizers, others):
 
 def load_checkpoint(folder, nets, optimizers, others):
     """
-    The newest checkpoint that can be read goes into nets, optimizers and others. One that cannot is named and passed
-    over.
+    The newest checkpoint that can be read goes into nets, optimizers and others. One that cannot is named and
+    passed over.
     returns  its step; 0 if there is none
     """
+    # the newest first
     checkpoints = sorted(folder.glob("step_*"), reverse=True)
     for whole in checkpoints:
         state = training_state(nets, optimizers, others)
@@ -94,7 +99,9 @@ def load_checkpoint(folder, nets, optimizers, others):
             told = (str(reason).splitlines() or [type(reason).__name__])[0]
             print(f"cannot read {whole} ({told}): using the one before it", file=sys.stderr)
         else:
-            set_state_dict(nets, optimizers, model_state_dict=state["nets"], optim_state_dict=state["optimizers"])
+            # others have loaded themselves
+            set_state_dict(nets, optimizers, model_state_dict=state["nets"],
+                           optim_state_dict=state["optimizers"])
             return int(whole.name.removeprefix("step_"))
     if checkpoints:
         raise BadInput(f"no checkpoint in {folder} can be read: delete that folder to train from the start")

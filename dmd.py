@@ -197,6 +197,7 @@ def student_step(student, teacher, critic, features, video, t, noise, grid, guid
         if guidance != 1:
             away = predict_x0(teacher, negative, video.context, xt, t, grid)
             real = guide(real, away, guidance)
+    # eq. 6
     gradient, norm = dmd_gradient(video.x, fake, real)
     # what is small in pixels counts more; dmd's loss is a mean over a latent's numbers, the probe's is not
     if probe is not None:

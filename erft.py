@@ -50,10 +50,14 @@ def predict_velocity(net, context, xt, t, text, grid):
     returns  v (b, f, c, h, w) of the target; positions are 0..n + f - 1
     """
     n, f = context.shape[1], xt.shape[1]
+    # positions follow one another, context first
     head_dim = net.config.dim // net.config.heads
     rope = rope_cos_sin(torch.arange(n + f, device=xt.device), *grid, head_dim)
+    # the context is clean, t = 0, and sees only itself: prefix
     clean = torch.zeros(context.shape[:2], device=t.device)
-    v, _ = net(torch.cat([context, xt], dim=1), torch.cat([clean, t], dim=1), text, rope, prefix=n)
+    x = torch.cat([context, xt], dim=1)
+    level = torch.cat([clean, t], dim=1)
+    v, _ = net(x, level, text, rope, prefix=n)
     return v[:, n:]
 
 
@@ -66,6 +70,7 @@ def extend(net, history, text, grid, sampler, seeds, keep=None):
     returns  (b, 21, c, h, w)
     """
     b, m = len(history), history.shape[1] // CHUNK
+    # the context is what slow-fast memory would hold
     if keep is None:
         keep = (torch.arange(m) % 2 == 0).expand(b, -1)
     frame = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
@@ -211,14 +216,17 @@ def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJEC
     probe, probe_weight  as in flow.flow_matching_loss
     returns              loss
     """
+    # errors go into all that the network sees
     rng = np.random.default_rng([seed, 0])
     context, x0_seen, noise, injected = bank.inject(rng, context, x0, noise, t, p)
     level = t[:, None].expand(x0.shape[:2])
     xt = add_noise(x0_seen, noise, level)
     v = predict_velocity(net, context, xt, level, net.text(features), grid)
-    v_star = noise - x0  # the clean x0
+    # ... but not into the x0 that it shall predict
+    v_star = noise - x0
     loss = flow_matching_loss(v, v_star, level, probe, probe_weight).mean()
     loss.backward()
+    # its own errors, for later samples
     of_latents, of_noise = residuals(v.detach(), v_star, t)
     bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
     return loss.item()

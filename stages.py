@@ -1,5 +1,6 @@
 """
-What each stage trains: the networks and clips it starts from, what an update draws, and its loss. train.py runs them.
+What each stage trains: the networks and clips it starts from, what an update draws, and its loss. train.py
+runs them.
 
     part       starts from           loss
     vae        nothing               pixels, and latents of unit variance
@@ -38,15 +39,16 @@ from world import WorldSpec
 
 NO_TEXT = .1      # base and teacher: share of the batches without text,
 NO_CONTEXT = .1   # and (teacher) without context
-SHARPEN = .7      # vae: from this share of the updates on the sky counts four times and channels are decorrelated: else
-                  # 3 % of the latents' variance tells the heading, and no network looks it up
+# vae: from this share of the updates on the sky counts four times and channels are decorrelated; else 3 % of
+# the latents' variance tells the heading, and no network looks it up
+SHARPEN = .7
 TARGET_CHUNKS = erft.TARGET // CHUNK
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
             "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
 
-# ---- what a part starts from ---------------------------------------------------------------------------------
+# ---- what a part starts from -------------------------------------------------------------------------------
 
 @dataclass
 class Inputs(Networks):
@@ -77,6 +79,7 @@ def tiny_inputs(cfg, part, preset, device):
     torch.manual_seed(cfg.seed)
     sampler = Sampler(steps=4, shift=preset.shift)
     net = encoder = None
+    # the network, and the text encoder that belongs to it
     if part == "init_ar":
         net = DiT(tiny_dit).initialise().to(device)
         encoder = TextEncoder(tiny_text).to(device)
@@ -85,6 +88,7 @@ def tiny_inputs(cfg, part, preset, device):
         encoder, _ = load(find_weights(cfg, "text", part="init_ar"), TextEncoder, TextConfig)
         encoder.to(device)
         sampler = Sampler(**facts["sampler"])
+    # the autoencoder
     vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=torch.channels_last)
     return Inputs(net, {"tae": vae}, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
@@ -152,12 +156,13 @@ def load_clips(cfg, inputs, evict_first=True, counterfactuals=0):
     return training_clips(cache, inputs.features, cfg.seed, inputs.device, evict_first, counterfactuals)
 
 
-# ---- one pass of each stage: adds to .grad, and returns numbers to log -----------------------------------------
+# ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
 
 def vae_pass(inputs, batch, rng, done):
     """Clips of 17 frames, 5 latents."""
     vae = inputs.vae
     is_late = done >= SHARPEN
+    # real clips, in [-1, 1]
     clips = []
     for _ in range(batch):
         spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
@@ -178,17 +183,20 @@ def vae_pass(inputs, batch, rng, done):
     z = z - mean
     spread = (z.std(0) - 1).square().mean()
     if is_late:
-        spread = (z.T @ z / len(z) - torch.eye(z.shape[1], device=z.device)).square().sum(1).mean()
+        covariance = z.T @ z / len(z)
+        identity = torch.eye(z.shape[1], device=z.device)
+        spread = (covariance - identity).square().sum(1).mean()
     unit = mean.square().mean() + spread
     loss = mse + 3 * is_late * sky + .02 * unit
     loss.backward()
-    return {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item()), "unit": unit.item(),
-            "loss": loss.item()}
+    decibels = {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item())}
+    return decibels | {"unit": unit.item(), "loss": loss.item()}
 
 
 def teacher_forcing_pass(inputs, batch, clips, objective, rng, drawn):
     with inputs.autocast:
-        loss = causal.teacher_forcing_loss(inputs.dit, clips[drawn.steady_turns], drawn, rng, batch, objective)
+        clips = clips[drawn.steady_turns]
+        loss = causal.teacher_forcing_loss(inputs.dit, clips, drawn, rng, batch, objective)
     loss.backward()
     return {"loss": loss.item(), f"loss_{drawn.kind}": loss.item()}
 
@@ -217,6 +225,7 @@ def draw_bidirectional(has_context, rng, done):
 def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     """21 latents at once: base from text, the teacher behind a context."""
     net, batch = inputs.dit, preset.batch
+    # a real past as memory would hold it, or what is left of it, and the 21 latents that follow
     clips = clips[drawn["steady_turns"]]
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     first, frame = CHUNK * history.chunk, history.frame
@@ -227,10 +236,12 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     context = clips.frames(history.clip, frame)
     x0 = clips.frames(history.clip, first[:, None] + torch.arange(erft.TARGET))
     features = clips.text(history.clip) if drawn["text"] else inputs.features([""] * batch)
+    # one noise level a sample
     t = shifted(torch.rand(batch), preset.shift).to(x0.device)
     noise = torch.randn(x0.shape, device=x0.device)
     with inputs.autocast:
         if bank:
+            # a generated past is never clean
             context = augment_context_noise(context, preset.context_noise)
             probe_weight = preset.heading_weight * drawn["context"]
             loss = erft.teacher_step(net, bank, int(rng.integers(2 ** 62)), context, x0, noise, t, features,
@@ -243,11 +254,11 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     return {"loss": loss.item()}
 
 
-# ---- the stages ------------------------------------------------------------------------------------------------
+# ---- the stages --------------------------------------------------------------------------------------------
 
 @dataclass
 class Stage:
-    nets: dict        # name -> network that is trained; all but a critic are averaged, and saved under their names
+    nets: dict        # name -> network that is trained, averaged and saved; a critic is only trained
     sampler: Sampler  # of them
     draw: object      # (rng, share of the updates that is done) -> what an update is like, in all processes
     run_pass: object  # (rng, drawn) -> numbers to log; one of the above
@@ -269,8 +280,9 @@ def make_stage(cfg, part, preset, inputs):
         bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
         clips = load_clips(cfg, inputs, evict_first=False)
         sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
+        draw = partial(draw_bidirectional, part == "teacher")
         run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
-        return Stage({part: inputs.dit}, sampler, partial(draw_bidirectional, part == "teacher"), run_pass, bank)
+        return Stage({part: inputs.dit}, sampler, draw, run_pass, bank)
     return Distillation(cfg, part, preset, inputs)
 
 
@@ -281,7 +293,8 @@ def causal_stage(cfg, preset, inputs):
         nets["text"] = inputs.encoder
     clips = load_clips(cfg, inputs, counterfactuals=causal.COUNTERFACTUALS)
     curriculum = causal.FOLDER_CURRICULUM if inputs.folder else causal.HISTORY_CURRICULUM
-    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise, inputs.probe, preset.heading_weight)
+    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise,
+                                 inputs.probe, preset.heading_weight)
     sampler = Sampler() if cfg.wan else inputs.sampler
     return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum),
                  partial(teacher_forcing_pass, inputs, preset.batch, clips, objective))
@@ -320,6 +333,7 @@ class Distillation:
 
     def __init__(self, cfg, part, preset, inputs):
         self.cfg, self.preset, self.inputs = cfg, preset, inputs
+        # real score, and the critic, which starts from it
         if cfg.wan:
             self.teacher = load_wan_part(cfg, part, preset.teacher, cfg.teacher, inputs.device).dit
         else:
@@ -339,6 +353,7 @@ class Distillation:
     def rollout(self, rng, drawn):
         """-> Videos"""
         inputs = self.inputs
+        # prompts, and a seed for each video
         numbers = rng.integers(len(inputs.prompts) or world.HELD_OUT, size=self.preset.batch)
         seeds = rng.integers(2 ** 62, size=self.preset.batch)
         if inputs.prompts:
@@ -353,6 +368,7 @@ class Distillation:
         def fresh_noise(chunk, step):
             return draw_noise(seeds, chunk, step, (CHUNK, *inputs.latent), inputs.device)
 
+        # Algorithm 1; the target is the last 21 latents
         with torch.no_grad(), inputs.autocast:
             roll = inputs.rollout(inputs.dit.text(features))
             trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS)
@@ -368,23 +384,24 @@ class Distillation:
     def critic_pass(self, videos):
         t, noise = self.score_noise(videos.trace.x)
         with self.inputs.autocast:
-            loss, error = dmd.critic_step(self.critic, videos.features, videos.trace, t, noise, self.inputs.grid,
-                                          self.inputs.probe, self.preset.critic_heading_weight)
-        return {"critic_loss": loss, **error_by_level("fake", error, t)}
+            loss, error = dmd.critic_step(
+                self.critic, videos.features, videos.trace, t, noise, self.inputs.grid,
+                self.inputs.probe, self.preset.critic_heading_weight)
+        return {"critic_loss": loss} | error_by_level("fake", error, t)
 
     def student_pass(self, videos):
         trace, preset = videos.trace, self.preset
         t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
-                self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise, self.inputs.grid,
-                preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
-        return {"norm": norm.mean().item(), "std": trace.x.std().item(), **error_by_level("real", error, t),
-                **kept_and_oldest(trace.rollout, videos.kinds)}
+                self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise,
+                self.inputs.grid, preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
+        numbers = {"norm": norm.mean().item(), "std": trace.x.std().item()}
+        return numbers | error_by_level("real", error, t) | kept_and_oldest(trace.rollout, videos.kinds)
 
 
 def error_by_level(name, error, t):
-    """error, t (b,) -> mean in each quarter of the noise levels that was drawn: name_0 (little noise) .. name_3"""
+    """error, t (b,) -> mean in each quarter of the noise levels: name_0 (little noise) .. name_3"""
     found = {}
     for quarter in (4 * t).long().unique().tolist():
         found[f"{name}_{quarter}"] = error[(4 * t).long() == quarter].mean().item()
@@ -392,7 +409,7 @@ def error_by_level(name, error, t):
 
 
 def kept_and_oldest(roll, kinds):
-    """Of a finished rollout: share of the tested chunks that were kept, by motion; age of the oldest keyframe, s"""
+    """Of a finished rollout: share of tested chunks that were kept, by motion; oldest keyframe's age, s"""
     tested = torch.stack(roll.kept, dim=1)[:, ::roll.memory.policy.interval]
     kept = tested.float().mean(1)
     found = {}

@@ -52,6 +52,7 @@ import evaluate
 import flow
 import judge
 import metrics
+import optim
 import report
 import sample
 import stages
@@ -1292,12 +1293,17 @@ SHORT_CURRICULUM = [  # every kind of history in few updates
 
 def small_preset(preset):
     lengths = {"shortest": 8, "longest": 10, "ramp": .6} if preset.longest > 7 else {}
-    return replace(preset, heading_weight=min(.1, preset.heading_weight),
+    return replace(preset, heading_weight=min(.1, preset.heading_weight), save_every=2, probe_every=0,
                    critic_heading_weight=min(.1, preset.critic_heading_weight), **lengths)
 
 
+def with_presets(**fields):
+    """The small presets with other values in some fields."""
+    return {part: replace(preset, **fields) for part, preset in train.TINY.items()}
+
+
 AS_SMALL = {  # module: what a small training run sets there
-    train: {"SAVE_EVERY": 2, "STRIP_EVERY": 100, "PROBE_EVERY": 100, "PROBED": 2, "CRITIC_PASSES": 2,
+    train: {"PROBED": 2, "CRITIC_PASSES": 2,
             "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
     stages: {"tiny_dit": SMALL},
     data: {"CLIPS": 2, "STEADY_TURN_CLIPS": 2},
@@ -1372,20 +1378,21 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_training_after_the_update_and_the_run_goes_on(name, code, small_training, monkeypatch):
     go, out = small_training
-    words = ["--stage", "1", "--updates", "3"]
+    words = ["--stage", "teacher", "--updates", "3"]
     go(*words, out=out / "whole")
-    step = dmd.student_step
+    step = erft.teacher_step
 
     def interrupted(*a):
         os.kill(os.getpid(), getattr(signal, name))
         return step(*a)
-    monkeypatch.setattr(dmd, "student_step", interrupted)
+    monkeypatch.setattr(erft, "teacher_step", interrupted)
     with pytest.raises(SystemExit) as stopped:
         go(*words)
-    monkeypatch.setattr(dmd, "student_step", step)
-    assert stopped.value.code == code and [f.name for f in (out / "stage1").glob("step_*")] == ["step_000001"]
+    monkeypatch.setattr(erft, "teacher_step", step)
+    assert stopped.value.code == code
+    assert [f.name for f in (out / "teacher").glob("step_*")] == ["step_000001"]
     go(*words)
-    assert results(out, "1") == results(out / "whole", "1")
+    assert results(out, "teacher") == results(out / "whole", "teacher")
 
 
 def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training, monkeypatch):
@@ -1434,7 +1441,7 @@ def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
     for lr in (.1, .2):
         gradient = noise(4, 3, seed=int(10 * lr))
         weight.grad = 3 * gradient
-        norm, is_finite = train.optimizer_step([mine], lr, 0., 3, 1.)
+        norm, is_finite = optim.optimizer_step([mine], lr, 0., 3, 1.)
         other.grad = gradient / gradient.norm()
         plain.param_groups[0]["lr"] = lr
         plain.step()
@@ -1447,14 +1454,16 @@ def test_an_update_that_is_not_finite_changes_no_weight(gradient, loss):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.tensor([1., gradient, 1.])
-    _, is_finite = train.optimizer_step([optimizer], .1, loss, 1, 1.)
+    _, is_finite = optim.optimizer_step([optimizer], .1, loss, 1, 1.)
     assert not is_finite and torch.equal(weight, torch.ones(3)) and not optimizer.state
 
 
 @pytest.mark.parametrize("which", ["critic", "student", "teacher"])
-def test_ten_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, small_training, monkeypatch):
+def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, small_training, monkeypatch):
     go, out = small_training
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    assert train.BAD_IN_A_ROW == 10
+    monkeypatch.setattr(train, "BAD_IN_A_ROW", 3)
+    monkeypatch.setattr(train, "TINY", with_presets(save_every=1))
     module = erft if which == "teacher" else dmd
     step, calls = getattr(module, f"{which}_step"), []
 
@@ -1466,11 +1475,11 @@ def test_ten_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(whic
         return numbers
     monkeypatch.setattr(module, f"{which}_step", broken)
     stage, part = ("teacher", "teacher") if which == "teacher" else ("1", "stage1")
-    with pytest.raises(SystemExit, match="10 updates in a row"):
-        go("--stage", stage, "--updates", "20")
+    with pytest.raises(SystemExit, match="3 updates in a row"):
+        go("--stage", stage, "--updates", "9")
     averages = [checkpoint_of(folder)[1] for folder in sorted((out / part).glob("step_*"))]
     assert len(averages) == 2 and all(torch.equal(averages[0][k], averages[1][k]) for k in averages[0])
-    assert logged(out / part)[-1]["skipped"] == 10
+    assert logged(out / part)[-1]["skipped"] == 3
 
 
 def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training, monkeypatch):
@@ -1483,7 +1492,7 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
         seen.append([p.detach().clone() for p in nets["base"].parameters()])
         update(ema, nets, decay)
     monkeypatch.setattr(train, "update_ema", recorded)
-    monkeypatch.setattr(train, "TINY", train.TINY | {"base": replace(train.TINY["base"], ema_decay=.15, warmup=1)})
+    monkeypatch.setattr(train, "TINY", with_presets(ema_decay=.15, warmup=1))
     go("--stage", "base", "--updates", "3")
     average, *weights = seen
     for step, now in enumerate(weights):
@@ -1528,7 +1537,7 @@ def test_each_step_of_a_distillation_moves_its_own_network_along_its_own_gradien
 def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monkeypatch, capsys):
     """One run with the steps recorded: who plays which part, what the context is, and each number of the log."""
     go, out = small_training
-    monkeypatch.setattr(train, "PROBE_EVERY", 2 * train.OFTEN)
+    monkeypatch.setattr(train, "TINY", with_presets(probe_every=2))
     found = {"critic": [], "student": []}
 
     def record(which, step):
@@ -1614,7 +1623,7 @@ def in_each_of_two_processes(out):
     for module, values in AS_SMALL.items():
         for name, value in values.items():
             setattr(module, name, value)
-    train.SAVE_EVERY = 1
+    train.TINY = with_presets(save_every=1)
     rank, destroy, dist = int(os.environ["RANK"]), torch.distributed.destroy_process_group, torch.distributed
     dist.destroy_process_group = lambda: None
 
@@ -1661,9 +1670,10 @@ def two_processes(tmp_path_factory):
                       f"test_all.in_each_of_two_processes(Path({str(out)!r}))\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [])
-        for module, values in [*AS_SMALL.items(), (train, {"SAVE_EVERY": 1})]:
+        for module, values in AS_SMALL.items():
             for name, value in values.items():
                 patch.setattr(module, name, value)
+        patch.setattr(train, "TINY", with_presets(save_every=1))
         for stage in STAGES:
             train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
             copy_without_step_2(out, stage, "one", "one_two")
@@ -1701,7 +1711,7 @@ def test_a_signal_that_reaches_one_process_ends_both(two_processes):
 def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_training, monkeypatch):
     """Each stage starts from what the stage before it wrote; each network predicts held-out clips better than none."""
     _, out = small_training
-    monkeypatch.setattr(train, "TINY", {k: replace(v, warmup=2, ema_decay=.5) for k, v in train.TINY.items()})
+    monkeypatch.setattr(train, "TINY", with_presets(warmup=2, ema_decay=.5))
     for stage, updates in (("vae", 30), ("init", 60), ("base", 30), ("teacher", 30), ("1", 3), ("2", 3)):
         sys.argv = ["train.py", "--out", str(out), "--stage", stage, "--updates", str(updates), "--batch", "2"]
         train.main()
@@ -1792,6 +1802,7 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     prompts.write_text("a calm sea\n\na storm rises\n")
     run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
     train_words = [*size, out, "--updates", "2", "--data"]
+    monkeypatch.setattr(train, "WAN", {part: replace(preset, save_every=1) for part, preset in train.WAN.items()})
     guide, decode = dmd.guide, WanVAE.decode
     monkeypatch.setattr(dmd, "guide", lambda cond, uncond, w: weights.append(w) or guide(cond, uncond, w))
     monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))  # strips take half the time
@@ -2345,7 +2356,7 @@ def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = ("config rope memory world video judge flow model vae wan_vae text weights bench erft dmd "
-         "checkpoint data report causal stages evaluate metrics sample train").split()
+         "checkpoint optim data report causal stages evaluate metrics sample train").split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "metrics", "sample", "train"}
 PACKAGES = {"torch", "einops", "safetensors", "imageio", "tqdm", "numpy"} | {"PIL", "imageio_ffmpeg"}  # imageio's own
@@ -2399,8 +2410,7 @@ def branches(function):
 
 
 # files still to be rewritten: to be emptied
-DENSE = set("bench checkpoint config dmd erft judge model sample stages text train video "
-            "weights world".split())
+DENSE = set("bench config judge model sample text video weights world".split())
 
 
 @pytest.mark.parametrize("name", FILES)

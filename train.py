@@ -1,28 +1,30 @@
 """
-Trains every network of the project, one stage at a time. Read main() and train() first: they are at the end.
+Trains every network of the project, one stage at a time: the settings, one update, the run. What each stage
+starts from and minimises stands in stages.py.
 
     python train.py --stage vae        # the tiny autoencoder of the small world
-    python train.py --stage init       # ar: the causal model with memory, and the text encoder; ode: its four steps
+    python train.py --stage init       # ar: the causal model and the text encoder; ode: its four steps
     python train.py --stage base       # bidirectional, 21 latents: what Wan2.1 is for the full size
-    python train.py --stage teacher    # the context teacher, fine-tuned on pasts with errors in them (erft.py)
+    python train.py --stage teacher    # the context teacher, on pasts with errors in them (erft.py)
     python train.py --stage 1          # DMD: the student's first 5 s match the base model's (dmd.py)
     python train.py --stage 2          # contextual DMD: its long videos go on as the teacher would
 
     torchrun --nproc_per_node 8 train.py --stage 2    # the same on 8 devices, a batch each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --stage 2
-    ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # stages teacher, init, 1, 2 at full size
+    ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # full size: stages teacher, init, 1, 2
 
-Run the same command again to go on after a stop: all that is random in update n is drawn from (seed, n, which batch),
-so a resumed run is the uninterrupted run, and two processes are one that accumulates two batches. On two nodes --out
-must be a disk that both see. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an update),
-strip_*.png (look at them), two checkpoints, and at the end <part>.safetensors, the averaged weights.
+Run the same command again to go on after a stop, on any number of processes. All that is random in update n
+is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
+that accumulates two batches. On two nodes --out must be a disk that both see. Each part of a stage writes
+out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
+<part>.safetensors, the averages.
 
-The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds, and now and
-then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1 and 2 have no loss
-that means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents),
-fake_0..3 and real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the
-noise levels), r (exit step), L (chunks of the rollout), kept_<motion> (share of tested chunks kept) and oldest (age of
-the oldest keyframe, s).
+The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds,
+and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
+and 2 have no loss that means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the
+student's latents), fake_0..3 and real_0..3 (squared error of the critic's x0, and of the teacher's to the
+student's, by quarter of the noise levels), r (exit step), L (chunks of the rollout), kept_<motion> (share of
+tested chunks kept) and oldest (age of the oldest keyframe, s).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009; TAEHV.
 Leaves out: LoRA, mixed-precision optimizer states.
@@ -43,11 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn import ModuleDict
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import causal
@@ -57,10 +55,10 @@ from checkpoint import any_process, barrier, get_processes, get_rank, load_check
 from config import BadInput, one_of, parse, pick_device, run
 from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
-from model import DiT
+from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from stages import encode_text, load_inputs, make_stage
 from video import to_uint8
-from weights import load_state_dict_strict, save_weights
+from weights import save_weights
 from world import WorldSpec
 
 
@@ -72,79 +70,87 @@ class Config:
     batch: int = 0        # clips a process and pass (0: the stage's own default)
     accumulate: int = 1   # passes an update
     lr: float = 0.0       # peak learning rate (0: the stage's own default)
-    init: str = ""        # weights to start from (default: the stage before, from the same --out, else the shipped ones)
+    init: str = ""        # weights to start from (default: of the stage before, of this --out or shipped)
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
-    teacher_context: str = "memory"  # stage 2: memory | none: teacher and critic score without the student's context
+    teacher_context: str = "memory"  # stage 2: memory | none: teacher and critic see no context
     errors: float = 0.5   # stage teacher: share of samples that get errors injected; 0 is plain fine-tuning
-    data: str = ""        # base, teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: small world)
-    wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: train at full size, with --data
+    data: str = ""        # base, teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
     device: str = ""      # cuda | mps | cpu (default: the best there is)
     dtype: str = ""       # bf16 | fp32: autocast of the forward pass (default: bf16 where the device has it)
 
 
-# ---- settings of each part -----------------------------------------------------------------------------------
+# ---- settings of each part ---------------------------------------------------------------------------------
 
 PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
-    "vae": ["vae"], "init": ["init_ar", "init_ode"], "base": ["base"], "teacher": ["teacher"], "1": ["stage1"],
-    "2": ["stage2"]}
+    "vae": ["vae"],
+    "init": ["init_ar", "init_ode"],
+    "base": ["base"],
+    "teacher": ["teacher"],
+    "1": ["stage1"],
+    "2": ["stage2"],
+}
+CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
+PROBED = 16        # held-out worlds that a probe looks at
+BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
 @dataclass(frozen=True)
 class Preset:
     updates: int
-    batch: int                   # clips a process and pass
-    lr: float                    # peak
-    warmup: int                  # updates
-    ema_decay: float             # of the averaged weights, an update
-    start: str = ""              # whose weights it starts from; "" = nothing
-    shift: float = 3.            # training noise levels: uniform, shifted by this
-    context_noise: float = .15   # most noise on a latent of a clean past: a past of one's own making is not clean
-    heading_weight: float = 0.   # of the heading (flow_matching_loss). The sky's hue is next to nothing in the mean
-                                 # error; without this a network looked landmarks up by a sky that lagged behind
+    lr: float                   # peak
+    start: str = ""             # whose weights it starts from; "" = nothing
+    batch: int = 16             # clips a process and pass
+    warmup: int = 100           # updates
+    ema_decay: float = .995     # of the averaged weights, an update
+    shift: float = 3.           # training noise levels: uniform, shifted by this
+    context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
+    # of the heading in the loss: the sky's hue is next to nothing in the mean error, and a network whose sky
+    # lags behind looks the wrong landmarks up
+    heading_weight: float = 0.
+    save_every: int = 250       # updates: checkpoints,
+    strip_every: int = 500      # strips,
+    probe_every: int = 250      # and probes; 0 = never
     # stages 1 and 2
-    teacher: str = ""            # whose weights the real score has
-    shortest: int = 7            # chunks of a rollout: at least,
-    longest: int = 7             # at most,
-    ramp: float = 1.             # and after this share of the updates
-    critic_lr: float = 2.        # times lr
+    teacher: str = ""           # whose weights the real score has
+    shortest: int = 7           # chunks of a rollout: at least,
+    longest: int = 7            # at most,
+    ramp: float = 1.            # from this share of the updates on
+    critic_lr: float = 2.       # times lr
     critic_heading_weight: float = 0.
-    beta2: float = .99           # of AdamW
-    clip: float = 1.             # most gradient norm
-    guidance: float = 1.         # of the real score
+    beta2: float = .99          # of AdamW
+    clip: float = 1.            # most gradient norm
+    guidance: float = 1.        # of the real score
 
 
+DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.95, strip_every=100, probe_every=50)
 TINY = {
-    "vae": Preset(updates=3500, batch=8, lr=2e-3, warmup=100, ema_decay=.99),
-    "init_ar": Preset(updates=10000, batch=16, lr=1.5e-3, warmup=100, ema_decay=.995, heading_weight=40.),
-    "init_ode": Preset(updates=600, batch=16, lr=2e-4, warmup=50, ema_decay=.99, start="init_ar", heading_weight=40.),
-    "base": Preset(updates=3200, batch=16, lr=1.5e-3, warmup=100, ema_decay=.995, start="init_ar"),
+    "vae": Preset(3500, 2e-3, batch=8, ema_decay=.99, probe_every=0),
+    "init_ar": Preset(10000, 1.5e-3, heading_weight=40.),
+    "init_ode": Preset(600, 2e-4, "init_ar", warmup=50, ema_decay=.99, heading_weight=40.),
+    "base": Preset(3200, 1.5e-3, "init_ar", probe_every=0),
     # from init_ar, which remembers: from base it did not learn to (recall .10 after 500 updates against .33)
-    "teacher": Preset(updates=2200, batch=16, lr=7e-4, warmup=100, ema_decay=.995, start="init_ar", heading_weight=4.),
-    # its teacher makes the heading up: no weight on it
-    "stage1": Preset(updates=50, batch=16, lr=5e-5, warmup=1, ema_decay=.95, start="init_ode", teacher="base"),
-    "stage2": Preset(updates=80, batch=12, lr=6e-5, warmup=1, ema_decay=.95, start="stage1", teacher="teacher",
-                     shortest=14, longest=40, ramp=.5, heading_weight=1., critic_heading_weight=4.),
+    "teacher": Preset(2200, 7e-4, "init_ar", heading_weight=4.),
+    # no weight on the heading: its teacher makes that up
+    "stage1": replace(DISTIL, updates=50, lr=5e-5, start="init_ode", teacher="base"),
+    "stage2": replace(DISTIL, updates=80, lr=6e-5, start="stage1", teacher="teacher", batch=12,
+                      shortest=14, longest=40, ramp=.5, heading_weight=1., critic_heading_weight=4.),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
+FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
+FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, strip_every=100,
+                      critic_lr=.2, beta2=.999, clip=2.)
 WAN = {
-    "init_ar": Preset(updates=5000, batch=1, lr=1e-5, warmup=100, ema_decay=.995, start="base"),
-    "init_ode": Preset(updates=3000, batch=1, lr=2e-6, warmup=1, ema_decay=.99, start="init_ar"),
-    "teacher": Preset(updates=8000, batch=1, lr=1e-5, warmup=100, ema_decay=.995, start="base"),
-    "stage1": Preset(updates=120, batch=1, lr=2e-6, warmup=1, ema_decay=.99, start="init_ode", teacher="base",
-                     critic_lr=.2, beta2=.999, clip=2., guidance=4.),
-    "stage2": Preset(updates=100, batch=1, lr=2e-6, warmup=1, ema_decay=.99, start="stage1", teacher="teacher",
-                     shortest=14, longest=40, critic_lr=.2, beta2=.999, clip=2., guidance=6.),
+    "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
+    "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
+    "teacher": replace(FULL, updates=8000, lr=1e-5, start="base"),
+    "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
+    "stage2": replace(FULL_DISTIL, updates=100, start="stage1", teacher="teacher", guidance=6., save_every=16,
+                      shortest=14, longest=40),
 }
-WAN = {part: replace(preset, shift=5., context_noise=0.) for part, preset in WAN.items()}
-CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
-SAVE_EVERY, STRIP_EVERY, PROBE_EVERY = 250, 500, 250  # updates
-OFTEN = 5          # stages 1 and 2 have few and long updates: strips and probes come so many times as often
-PROBE = "init_ar", "init_ode", "teacher", "stage1", "stage2"
-PROBED = 16        # held-out worlds that a probe looks at
-BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
 def get_lr(preset, step):
@@ -155,82 +161,7 @@ def get_lr(preset, step):
     return preset.lr * warmup * (.55 + .45 * math.cos(math.pi * step / preset.updates))
 
 
-# ---- optimizers and averages ---------------------------------------------------------------------------------
-
-def make_optimizers(cfg, preset, nets):
-    """-> {"net": [optimizers], "critic": [optimizer]}: a critic moves alone, all other networks together"""
-    groups = {"net": [], "critic": []}
-    betas = (0., preset.beta2) if preset.teacher else (.9, .95)
-    matrices, others = [], []
-    for name, net in nets.items():
-        if name == "critic":
-            groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=.01)]
-            continue
-        # Muon for the transformers' matrices, but not in distillation; the same lr means the same size of step
-        for path, p in net.named_parameters():
-            is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
-            use_muon = is_matrix and not preset.teacher and not cfg.wan
-            (matrices if use_muon else others).append(p)
-    groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
-    if matrices:
-        groups["net"].append(torch.optim.Muon(matrices, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
-    return groups
-
-
-def optimizer_step(optimizers, lr, loss, passes, clip):
-    """
-    Averages gradients over passes and processes, clips them, and moves the weights; it does not where a loss or a
-    gradient is not finite in any process.
-    returns  norm of the gradient before clipping, was all finite?
-    """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
-    for p in params:
-        if dist.is_initialized() and not isinstance(p, DTensor):  # FSDP averages what is sharded
-            dist.all_reduce(p.grad)
-            p.grad /= get_processes()
-        p.grad /= passes
-    norm = clip_grad_norm_(params, clip)
-    norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
-    is_finite = not any_process(not math.isfinite(norm + loss))
-    for group in groups:
-        group["lr"] = lr
-    for optimizer in optimizers:
-        if is_finite:
-            optimizer.step()
-        optimizer.zero_grad()
-    return norm, is_finite
-
-
-def shard(net):
-    """At full size parameters, gradients and optimizer states lie spread over the processes, block by block."""
-    for block in net.blocks:
-        fully_shard(block)
-    fully_shard(net)
-    register_fsdp_forward_method(net, "text")
-
-
-@torch.no_grad()
-def update_ema(ema, nets, decay):
-    """average <- decay * average + (1 - decay) * weights"""
-    for name, averaged in ema.items():
-        for average, p in zip(averaged.parameters(), nets[name].parameters()):
-            average.lerp_(p, 1 - decay)
-
-
-def whole_networks(ema):
-    """The averaged networks, each whole in every process: a collective."""
-    whole = dict(ema)
-    for name, net in ema.items():
-        if isinstance(next(net.parameters()), DTensor):
-            state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
-            with torch.device("meta"):
-                empty = DiT(net.config)
-            whole[name] = load_state_dict_strict(empty, state).eval().requires_grad_(False)
-    return whole
-
-
-# ---- one update ------------------------------------------------------------------------------------------------
+# ---- one update --------------------------------------------------------------------------------------------
 
 def seed_pass(cfg, step, micro, number=0):
     """All that is random in one pass of an update: numpy's generator; torch's is seeded from it."""
@@ -276,7 +207,7 @@ def distillation_update(cfg, preset, stage, optimizers, step, drawn):
     return metrics, all_finite and is_finite
 
 
-# ---- what one can look at --------------------------------------------------------------------------------------
+# ---- what one can look at ----------------------------------------------------------------------------------
 
 def averaged(part, inputs, nets, sampler):
     """weights.Networks with the averaged networks in them."""
@@ -286,13 +217,25 @@ def averaged(part, inputs, nets, sampler):
     return m
 
 
+def look(part, preset, step, inputs, ema, sampler):
+    """Now and then what the judge says of the averaged network's videos -> numbers to log"""
+    if get_rank() > 0 or not preset.probe_every or step % preset.probe_every:
+        return {}
+    probe = probe_teacher if part == "teacher" else probe_student
+    return probe(averaged(part, inputs, ema, sampler), held_out(PROBED))
+
+
 @torch.no_grad()
-def save_strip(part, m, path):
+def save_strip(part, preset, step, inputs, ema, sampler, out):
     """
-    One PNG, a video a row, every 12th frame. vae: a copy of a held-out clip; else from text alone, of four held-out
-    captions or of the first prompt: 20 chunks, or a teacher's 21 latents at once.
-    m  what averaged() returns
+    Now and then a PNG, a video a row, every 12th frame. vae: a copy of a held-out clip; else from text alone,
+    of four held-out captions or of the first prompt: 20 chunks, or a teacher's 21 latents at once.
     """
+    if step % preset.strip_every and step != preset.updates:
+        return
+    m = averaged(part, inputs, whole_networks(ema), sampler)
+    if get_rank() > 0:
+        return
     specs = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     captions = m.prompts[:1] or [world.make_world(spec).caption for spec in specs]
     seeds = range(len(captions))
@@ -303,28 +246,32 @@ def save_strip(part, m, path):
         text = m.dit.text(m.features(captions))
         if part in ("base", "teacher"):
             nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
-            z = erft.extend(m.dit, nothing, text, m.grid, m.sampler, seeds)
+            z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
         else:
-            z = torch.cat(list(generate(m.rollout(text), seeds, 20, m.sampler, m.latent)), dim=1)
+            z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
         videos, _ = m.vae.decode(z)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
-    iio.imwrite(path, strip.cpu().numpy())
+    iio.imwrite(out / f"strip_{step:06d}.png", strip.cpu().numpy())
 
 
-def save_networks(cfg, part, preset, inputs, nets, sampler):
+def save_networks(cfg, part, preset, inputs, ema, sampler):
     """The averaged weights, and what made them."""
+    nets = whole_networks(ema)
     kept = {}
     if part == "init_ar" and not cfg.wan:
         found = causal.calibrate(nets["init_ar"], nets["text"], inputs.vae, inputs.device)
         kept = found["kept"]
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
-    facts = {"stage": part, "seed": cfg.seed, "updates": preset.updates, "lr": preset.lr, "sampler": asdict(sampler),
-             "batch": preset.batch * cfg.accumulate * get_processes(), "kept": kept}
-    for name, net in nets.items():
-        path = Path(cfg.out, part, f"{name}.safetensors")
-        save_weights(path, net.state_dict(), net.config, facts)
-        print(f"wrote {path}")
+    batch = preset.batch * cfg.accumulate * get_processes()
+    facts = {"stage": part, "seed": cfg.seed, "updates": preset.updates, "batch": batch, "lr": preset.lr,
+             "sampler": asdict(sampler), "kept": kept}
+    if get_rank() == 0:
+        for name, net in nets.items():
+            path = Path(cfg.out, part, f"{name}.safetensors")
+            save_weights(path, net.state_dict(), net.config, facts)
+            print(f"wrote {path}")
+    barrier()  # the next part reads what the first process wrote
 
 
 class StopSignal:
@@ -338,29 +285,32 @@ class StopSignal:
         self.number = number
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
-def check_teacher(inputs, teacher, log):
+def settings(cfg, part):
+    """The part's preset, with what the command line says."""
+    preset = WAN[part] if cfg.wan else TINY[part]
+    return replace(preset, updates=cfg.updates or preset.updates, batch=cfg.batch or preset.batch,
+                   lr=cfg.lr or preset.lr)
+
+
+def write_log(out, numbers):
+    if get_rank() == 0:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
+
+
+def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
     sampler = Sampler(steps=16, shift=TINY["teacher"].shift, renoise=False)
     found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBED))
-    write_log(log, {"step": 0, **found})
+    write_log(out, {"step": 0, **found})
     print(f"does the teacher use its context? {found}")
-
-
-def write_log(log, numbers):
-    log.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
-    log.flush()
 
 
 def train(cfg, part, device):
     """One part, from its start or its newest checkpoint to its weights."""
-    # ---- settings
-    preset = (WAN if cfg.wan else TINY)[part]
-    preset = replace(preset, updates=cfg.updates or preset.updates, batch=cfg.batch or preset.batch,
-                     lr=cfg.lr or preset.lr)
-    often = OFTEN if preset.teacher else 1
-    save_every = max(1, min(SAVE_EVERY, preset.updates // 6)) if cfg.wan else SAVE_EVERY
+    preset = settings(cfg, part)
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
     is_first = get_rank() == 0
@@ -371,74 +321,63 @@ def train(cfg, part, device):
     nets = ModuleDict(stage.nets).requires_grad_()
     ema = ModuleDict({name: copy.deepcopy(net) for name, net in nets.items() if name != "critic"})
     ema.eval().requires_grad_(False)
-    if cfg.wan and dist.is_initialized():
-        for net in (*nets.values(), *ema.values()):
-            shard(net)
+    if cfg.wan:
+        shard(nets, ema)
 
     # ---- optimizers
     optimizers = make_optimizers(cfg, preset, nets)
 
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
-    others = {"ema": ema}
-    if stage.bank:
-        others["bank"] = stage.bank
+    others = {"ema": ema, "bank": stage.bank} if stage.bank else {"ema": ema}
     step = load_checkpoint(out, nets, every_optimizer, others)
+    if part == "stage2" and step == 0 and is_first and not cfg.wan:
+        check_teacher(out, inputs, stage.teacher)
 
     # ---- the loop
     stop = StopSignal()
-    log = open(out / "log.jsonl", "a") if is_first else None
-    if part == "stage2" and step == 0 and is_first and not cfg.wan:
-        check_teacher(inputs, stage.teacher, log)
-    bad, is_over, latest = 0, step >= preset.updates, {}
+    bad_in_a_row = 0
+    latest = {}
+    is_over = step >= preset.updates
     bar = tqdm(total=preset.updates, initial=step, desc=part, disable=not is_first)
     while not is_over:
         started = time.time()
         # 1. what this update is like: the same in all processes
         drawn = stage.draw(np.random.default_rng([cfg.seed, step]), step / preset.updates)
-        # 2. forward, backward, and a step of each group
+        # 2. forward, backward, step
         update = distillation_update if preset.teacher else flow_matching_update
         metrics, is_finite = update(cfg, preset, stage, optimizers, step, drawn)
+        lr = get_lr(preset, step)
         # 3. the averages follow, quickly at first: EMA warm-up
         if is_finite:
             update_ema(ema, nets, min(preset.ema_decay, (step + 1) / (step + 10)))
-        bad = 0 if is_finite else bad + 1
+        bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         # 4. the errors of this update go into the bank
         if stage.bank:
             stage.bank.recycle()
         step += 1
-        is_stopped = any_process(stop.number is not None)
-        is_over = is_stopped or step == preset.updates
-        # 5. probe, and log
-        if is_first:
-            if part in PROBE and not cfg.wan and step % (PROBE_EVERY // often) == 0:
-                probe = probe_teacher if part == "teacher" else probe_student
-                metrics |= probe(averaged(part, inputs, ema, stage.sampler), held_out(PROBED))
-            lr = get_lr(preset, step - 1)
-            write_log(log, {"step": step, **metrics, "lr": lr, "skipped": bad, "seconds": time.time() - started})
-            latest |= metrics  # what is not measured in every update stays in sight
-            bar.set_postfix({name: f"{value:.3g}" for name, value in latest.items()})
-            bar.update()
-        if bad >= BAD_IN_A_ROW:
-            raise SystemExit(f"stopped: {bad} updates in a row had a loss or gradient that is not finite; "
-                             f"the last good checkpoint is in {out}")
-        # 6. checkpoint and strip
-        if step % save_every == 0 or is_over:
+        is_over = any_process(stop.number is not None) or step == preset.updates
+        # 5. look at it, and log
+        metrics |= look(part, preset, step, inputs, ema, stage.sampler)
+        seconds = time.time() - started
+        write_log(out, {"step": step, **metrics, "lr": lr, "skipped": bad_in_a_row, "seconds": seconds})
+        latest |= metrics  # what is not measured in every update stays in sight
+        bar.set_postfix({name: f"{value:.3g}" for name, value in latest.items()})
+        bar.update()
+        if bad_in_a_row == BAD_IN_A_ROW:
+            raise SystemExit(f"stopped: {bad_in_a_row} updates in a row had a loss or gradient that is not "
+                             f"finite; the last good checkpoint is in {out}")
+        # 6. checkpoint
+        if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)
-        if step % (STRIP_EVERY // often) == 0 or step == preset.updates:
-            whole = whole_networks(ema)
-            if is_first:
-                save_strip(part, averaged(part, inputs, whole, stage.sampler), out / f"strip_{step:06d}.png")
+        save_strip(part, preset, step, inputs, ema, stage.sampler, out)
     bar.close()
 
     # ---- stopped, or done
     if step < preset.updates:
         print(f"stopped at update {step}; run the same command to go on")
         sys.exit(130 if stop.number == signal.SIGINT else 143)
-    whole = whole_networks(ema)
-    if is_first:
-        save_networks(cfg, part, preset, inputs, whole, stage.sampler)
-    barrier()  # the next part reads what the first process wrote
+    save_networks(cfg, part, preset, inputs, ema, stage.sampler)
 
 
 def check(cfg):
@@ -446,13 +385,15 @@ def check(cfg):
     one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
     if min(cfg.updates, cfg.batch, cfg.lr, cfg.accumulate - 1) < 0 or not 0 <= cfg.errors <= 1:
-        raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, --errors from 0 to 1")
+        raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, "
+                       "--errors from 0 to 1")
     if cfg.wan and cfg.stage in ("vae", "base"):
-        raise BadInput(f"--stage {cfg.stage} is not for --wan: Wan2.1 is the base model, and brings its autoencoder")
+        raise BadInput(f"--stage {cfg.stage} is not for --wan: Wan2.1 is the base model, "
+                       "and brings its autoencoder")
     if cfg.size and not cfg.wan:
         raise BadInput("--size needs --wan")
     if cfg.data and not cfg.wan and cfg.stage in ("vae", "init"):
-        raise BadInput(f"--data with --stage {cfg.stage} needs --wan: without, these clips are the small world's own")
+        raise BadInput(f"--data with --stage {cfg.stage} needs --wan: else clips are the small world's own")
     if cfg.wan and not cfg.data:
         raise BadInput("--wan needs --data: a folder that data.py wrote for teacher and init, "
                        "for 1 and 2 a file of prompts")

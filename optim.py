@@ -1,0 +1,99 @@
+"""
+What moves the weights: optimizers, one step of them over all processes, and the averages (EMA) that follow.
+
+Small networks are whole in every process, and their gradients are averaged. At full size (--wan) parameters,
+gradients, moments and averages lie spread over the processes, block by block, by FSDP.
+
+References: Muon, https://kellerjordan.github.io/posts/muon.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from checkpoint import any_process, get_processes
+from model import DiT
+from weights import load_state_dict_strict
+
+
+def make_optimizers(cfg, preset, nets):
+    """-> {"net": [optimizers], "critic": [optimizer]}: a critic moves alone, all other networks together"""
+    groups = {"net": [], "critic": []}
+    betas = (0., preset.beta2) if preset.teacher else (.9, .95)
+    matrices, others = [], []
+    for name, net in nets.items():
+        if name == "critic":
+            groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=.01)]
+            continue
+        # Muon for the transformers' matrices; the same lr means the same size of step
+        for path, p in net.named_parameters():
+            is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
+            use_muon = is_matrix and not preset.teacher and not cfg.wan
+            (matrices if use_muon else others).append(p)
+    groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
+    if matrices:
+        groups["net"].append(torch.optim.Muon(matrices, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
+    return groups
+
+
+def optimizer_step(optimizers, lr, loss, passes, clip):
+    """
+    Averages gradients over passes and processes, clips them, and moves the weights; it does not where a loss
+    or a gradient is not finite in any process.
+    returns  norm of the gradient before clipping, was all finite?
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    # the mean over passes and processes
+    for p in params:
+        if dist.is_initialized() and not isinstance(p, DTensor):  # FSDP averages what is sharded
+            dist.all_reduce(p.grad)
+            p.grad /= get_processes()
+        p.grad /= passes
+    # clipped; FSDP's norm is a sharded tensor
+    norm = clip_grad_norm_(params, clip)
+    norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+    # a step, if all processes may take it
+    is_finite = not any_process(not math.isfinite(norm + loss))
+    for group in groups:
+        group["lr"] = lr
+    for optimizer in optimizers:
+        if is_finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return norm, is_finite
+
+
+def shard(nets, ema):
+    """Spreads networks of Wan's form over the processes, if there are several."""
+    if not dist.is_initialized():
+        return
+    for net in (*nets.values(), *ema.values()):
+        for block in net.blocks:
+            fully_shard(block)
+        fully_shard(net)
+        register_fsdp_forward_method(net, "text")
+
+
+@torch.no_grad()
+def update_ema(ema, nets, decay):
+    """average <- decay * average + (1 - decay) * weights"""
+    for name, averaged in ema.items():
+        for average, p in zip(averaged.parameters(), nets[name].parameters()):
+            average.lerp_(p, 1 - decay)
+
+
+def whole_networks(ema):
+    """The averaged networks, each whole in every process: a collective."""
+    whole = dict(ema)
+    for name, net in ema.items():
+        if isinstance(next(net.parameters()), DTensor):
+            state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
+            with torch.device("meta"):
+                empty = DiT(net.config)
+            whole[name] = load_state_dict_strict(empty, state).eval().requires_grad_(False)
+    return whole
