@@ -21,6 +21,11 @@ room is made for that chunk, so it has all 21.
 
     python memory.py           # draws what slow memory holds over a minute, and what each policy holds then
 
+The released code differs: it tests every chunk, compares the keys of noisy passes averaged over the batch,
+and moves a kept latent at once, so that a frame may lie in memory twice. Here each video decides for itself,
+with the keys of clean passes, and until memory is full nothing is dropped: the first 7 chunks are plain
+causal attention.
+
 References: Context Forcing, arXiv 2602.06028, section 3.2, eq. 7, figure 3 (its caption's "> tau" contradicts
 the text; the text is followed).
 Leaves out: a decision per layer (one per video here: the teacher's context must be a set of frames).
