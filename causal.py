@@ -400,41 +400,50 @@ def heading_probe(cache):
 
 @torch.no_grad()
 def calibrate(net, encoder, tae, device):
-    """
-    tau: the smallest that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), on real
-    video. Keys are compared as a whole ("mean", Wan's way) or place by place ("token"), whichever keeps fewer
-    chunks in which the camera lingers.
-    returns  dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
-    """
+    """Surprisal threshold and pooling for the causal model, from real videos -> what choose_tau() returns"""
     worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)]
     worlds += [WorldSpec(i, "linger") for i in range(8)]
     histories = Histories(worlds)
-    # their captions and latents
+    # captions and latents
     ids, mask = bytes_to_ids([world.make_world(spec).caption for spec in worlds], net.config.text_len)
     text = net.text(encoder(ids.to(device), mask.to(device)))
     x0 = torch.cat([encode_world(tae, spec, CHUNKS * CHUNK, device) for spec in worlds])
     grid = [n // p for n, p in zip(x0.shape[-2:], net.config.patch)]
-    # tested chunks that have one before them, by motion
-    number = torch.arange(CHUNKS)
-    tested = (number % 2 == 0) & (number > 1)
-    turns = torch.arange(len(worlds))[:, None] < 8
-    lingers = histories.moved < LINGERS
-    motions = {"slow turns": turns, "lingering": ~turns & lingers, "between": ~turns & ~lingers}
-    found = []
+    # how like the chunk before it is each chunk? Keys are compared as a whole (Wan's way) or place by place
+    similarities = {}
     for pool in ("mean", "token"):
-        # how like the chunk before it is each chunk?
         rollout = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
         for i, chunk in enumerate(x0.split(CHUNK, dim=1)):
             rollout.read_context()
             rollout.append(chunk, histories.keep["moving"][:, i].to(device))
-        similarity = torch.stack(rollout.similarities, dim=1).cpu()
-        # the threshold, and what it keeps
-        tau = similarity[tested & turns].quantile(.95).item()
+        similarities[pool] = torch.stack(rollout.similarities, dim=1).cpu()
+    is_turn = torch.tensor([spec.kind == "turn" for spec in worlds])
+    return choose_tau(similarities, histories.moved, is_turn)
+
+
+def choose_tau(similarities, moved, is_turn):
+    """
+    The smallest tau that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), and the
+    pooling that then keeps fewer chunks in which the camera lingers. similarities  pool -> (b, chunks) of
+    each chunk to the one before it
+    moved         (b, chunks) columns that the camera moves
+    is_turn       (b,) bool: a slow turn, or a lingering motion
+    returns       dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
+    """
+    # tested chunks that have one before them, by motion
+    number = torch.arange(moved.shape[1])
+    tested = (number % 2 == 0) & (number > 1)
+    turns = is_turn[:, None] & tested
+    lingering = ~is_turn[:, None] & tested & (moved < LINGERS)
+    between = ~is_turn[:, None] & tested & (moved >= LINGERS)
+    choices = []
+    for pool, similarity in similarities.items():
+        tau = similarity[turns].quantile(.95).item()
         kept = {}
-        for name, which in motions.items():
-            kept[name] = (similarity < tau)[tested & which].float().mean().item()
-        found.append({"tau": tau, "pool": pool, "kept": kept})
-    return min(found, key=lambda choice: choice["kept"]["lingering"])
+        for name, chunks in (("slow turns", turns), ("lingering", lingering), ("between", between)):
+            kept[name] = (similarity < tau)[chunks].float().mean().item()
+        choices.append({"tau": tau, "pool": pool, "kept": kept})
+    return min(choices, key=lambda choice: choice["kept"]["lingering"])
 
 
 if __name__ == "__main__":
