@@ -44,6 +44,7 @@ def parse(cls, argv=None):
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
     parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # each field is an option
     options = []
     for field in fields(cls):
         option = "--" + field.name.strip("_").replace("_", "-")
@@ -54,34 +55,30 @@ def parse(cls, argv=None):
         else:
             parser.add_argument(option, dest=field.name, type=field.type, default=field.default, help=about,
                                 metavar=field.type.__name__.upper())
+    # what is left over is refused
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].partition("=")[0]
-        raise BadInput(f"unknown option {name}: {did_you_mean(name, options)}see --help")
+        one_of("option", unknown[0].partition("=")[0], options)
     return cls(**vars(known))
-
-
-def did_you_mean(word, words):
-    """The nearest of `words` as a question, or nothing."""
-    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 def one_of(name, value, allowed):
     """Raises BadInput that names the nearest allowed value."""
     if value not in allowed:
-        near = did_you_mean(value, list(allowed))
-        raise BadInput(f"{name} {value!r} is unknown: {near}choose from {', '.join(allowed)}")
-    return value
+        near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BadInput(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
 
 
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
     known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [device for device in known if known[device]]
-    if name and one_of("--device", name, known) not in there:
-        raise BadInput(f"--device {name} is not available here: choose from {', '.join(there)}")
-    return torch.device(name or there[0])
+    # the best: the first that is there
+    name = name or max(known, key=known.get)
+    one_of("--device", name, known)
+    if not known[name]:
+        raise BadInput(f"--device {name} is not available here: leave it out for the best there is")
+    return torch.device(name)
 
 
 def has_bf16(device):
@@ -105,6 +102,7 @@ def whole_or_absent(path):
     with whole_or_absent(path) as part: write to `part`; it becomes `path` at the end, or vanishes on error.
     """
     path = Path(path)
+    # the name is hidden, and ends as the whole one's, which tells the format
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

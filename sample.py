@@ -24,7 +24,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import world
@@ -34,12 +33,10 @@ from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK, PRESETS
 from text import read_prompts
-from video import (FPS, THUMBNAILS, VideoWriter, chunk_at, chunks_of, frames_in, memory_picture, read_clip,
-                   to_uint8)
+from video import (FPS, THUMBNAILS, chunk_at, chunks_of, frames_in, memory_picture, read_clip, to_uint8,
+                   video_writer)
 from weights import VAES, WEIGHTS, load_tiny, load_wan, read_file
 
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH]  # on cuda, the fastest first
 # options that make a video what it is: a saved state brings them along
 SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
                  "dtype"]
@@ -63,9 +60,9 @@ class Config:
     continue_: str = ""        # a video file to go on from; --seconds counts from its first frame
     teacher: bool = False      # with --continue: the context teacher goes on, 21 latents at a time
     save_state: str = ""       # file for the state after the last whole chunk: at the end, or on a signal
-    resume: str = ""           # such a file to go on from, up to --seconds
+    resume: str = ""           # such a file to go on from, up to --seconds, with its own prompt and settings
     compile: bool = False      # torch.compile from the moment that memory is full
-    bench: bool = False        # measure speed and memory, write no video
+    bench: bool = False        # measure the speed of 16 chunks, write no video
     out: str = "out"           # folder for the videos
     device: str = ""           # cuda | mps | cpu (default: the best there is)
     dtype: str = ""            # bf16 | fp32 (default: bf16 on cuda, else fp32)
@@ -82,69 +79,59 @@ class Job:
     path: Path      # of the mp4
 
 
-def check_values(cfg):
-    """Each option by itself, before anything is loaded."""
+def within(name, value, low, high):
+    """Raises BadInput for a number outside; None, a default, is inside."""
+    if value is not None and not low <= value <= high:
+        raise BadInput(f"{name} must lie from {low} to {high}, not {value}")
+
+
+def check(cfg):
+    """Refuses what can be refused before anything is loaded."""
+    # each option by itself
     one_of("--memory", cfg.memory, PRESETS)
     one_of("--positions", cfg.positions, ("bounded", "unbounded"))
     one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--vae", cfg.vae, ("", *VAES))
-    if not 0 < cfg.seconds <= 86400:
-        raise BadInput(f"--seconds must be above 0 and at most 86400, not {cfg.seconds:g}")
-    if cfg.tau is not None and not -1 <= cfg.tau <= 1:
-        raise BadInput(f"--tau is a cosine: it must lie in [-1, 1], not {cfg.tau}")
-    if cfg.steps is not None and cfg.steps < 1:
-        raise BadInput(f"--steps must be at least 1, not {cfg.steps}")
-    if cfg.seeds < 1:
-        raise BadInput(f"--seeds must be at least 1, not {cfg.seeds}")
-    if not 0 <= cfg.seed < 2 ** 63:
-        raise BadInput(f"--seed must lie from 0 to 2^63 - 1, not {cfg.seed}")
-
-
-def check_combinations(cfg):
-    """Options that need or exclude one another."""
+    within("--seconds", cfg.seconds, 0.01, 86400)
+    within("--tau", cfg.tau, -1, 1)
+    within("--steps", cfg.steps, 1, 1000)
+    within("--seeds", cfg.seeds, 1, 10 ** 6)
+    within("--seed", cfg.seed, 0, 2 ** 63 - 1)
+    # those that need or exclude one another
     if cfg.positions == "unbounded" and cfg.seconds > 255:
         raise BadInput("unbounded positions end at 255 s: use --positions bounded")
     if not cfg.wan and (cfg.size or cfg.vae == "wan"):
         raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
-    if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench):
-        raise BadInput("--save-state, --resume are for one video: leave out --prompts, --seeds and --bench")
+    if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench or cfg.teacher):
+        raise BadInput("--save-state and --resume are for one video of the student: leave out "
+                       "--prompts, --seeds, --bench and --teacher")
     if cfg.resume and cfg.continue_:
         raise BadInput("--resume and --continue are two ways to go on: leave one of them out")
-    if cfg.teacher and not cfg.continue_:
-        raise BadInput("--teacher goes on from a clip: give --continue CLIP")
-    if cfg.teacher and (cfg.save_state or cfg.bench):
-        raise BadInput("--teacher has no state and no table: leave out --save-state and --bench")
-    if cfg.bench and cfg.seconds < 12:
-        raise BadInput("--bench needs --seconds 12 or more: the first 10 chunks fill the memory")
-
-
-def check_text(text):
-    """What no text encoder can read."""
-    if len(text) > 4000:
-        raise BadInput(f"a prompt of {len(text)} characters: 4000 are the most, 512 tokens hold about 2000")
-    # control characters, halves of surrogate pairs
-    unreadable = re.search(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\U0010ffff]", text)
-    if unreadable:
-        raise BadInput(f"the prompt holds U+{ord(unreadable[0]):04X}, which is no text: remove it")
+    if cfg.teacher and (cfg.bench or not cfg.continue_):
+        raise BadInput("--teacher goes on from a clip: give --continue CLIP, and no --bench")
 
 
 def read_switches(prompt, end):
     """'a | 20: b' -> {0: 'a', 27: 'b'}: which text holds from which chunk on; end: of the video in seconds"""
-    check_text(prompt)
-    switches, times = {}, []
-    for part in f"0:{prompt}".split("|"):
+    first, *parts = prompt.split("|")
+    switches = {0: first.strip()}
+    before = 0
+    for part in parts:
         second, _, text = part.partition(":")
         try:
-            times.append(float(second))
+            second = float(second)
         except ValueError:
-            raise BadInput(f"cannot read a prompt switch in {prompt[:60]!r}: "
-                           "write 'a text | 20: the text from 20 s on'") from None
-        if not text.strip():
-            raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
-        if len(times) > 1 and not times[-2] < times[-1] < end:
-            raise BadInput("prompt switches must come one after another, "
-                           f"before the end at {end:g} s: {prompt[:60]!r}")
-        switches[chunk_at(times[-1])] = text.strip()
+            raise BadInput("cannot read a prompt switch: "
+                           f"write 'a text | 20: the text from 20 s on', not {part!r}") from None
+        if not before < second < end:
+            raise BadInput(f"the prompt switches must come one after another, before the end at {end:g} s")
+        switches[chunk_at(second)] = text.strip()
+        before = second
+    if not all(switches.values()):
+        raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
+    # halves of surrogate pairs: what Python makes of bytes that are no UTF-8
+    if re.search("[\ud800-\udfff]", prompt):
+        raise BadInput(f"the prompt is no UTF-8 text: {prompt[:60]!r}")
     return switches
 
 
@@ -164,51 +151,33 @@ def plan_jobs(cfg, done):
     return list(jobs.values())
 
 
-def warn_of_grammar(jobs):
+def warn_of_grammar(texts):
     """The tiny text encoder has read nothing but the small world's captions."""
-    for job in jobs:
-        for text in job.switches.values():
-            if world.parse_caption(text) is None:
-                print("warning: outside the small world's grammar, so anything may come: "
-                      f"{text[:60]!r}; it is {world.GRAMMAR}", file=sys.stderr)
-                return
+    for text in texts:
+        if world.parse_caption(text) is None:
+            print(f"warning: outside the small world's grammar, so anything may come: {text[:60]!r}; it is "
+                  f"{world.GRAMMAR}", file=sys.stderr)
+            return
 
 
 def load_state(cfg, device):
     """-> cfg with the options of the saved video, and its Video.state_dict()"""
-    state = read_file(cfg.resume, "the state", True, device)[0]
-    if not isinstance(state, dict) or "options" not in state:
+    state, _ = read_file(cfg.resume, "the state", True, device)
+    if "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
-    video, default = state["video"], asdict(Config())
-    for name, value in state["options"].items():
-        asked = getattr(cfg, name)
-        if asked not in (default[name], value):
-            raise BadInput(f"{cfg.resume} was made with --{name} {value}, not {asked}: leave the option out")
+    video = state["video"]
     if frames_in(cfg.seconds) <= video["frames"]:
         raise BadInput(f"{cfg.resume} is {video['frames'] / FPS:g} s long already: give --seconds above that")
     return replace(cfg, **state["options"]), video
 
 
-def wanted_vaes(cfg):
-    """Names of the autoencoders to load, the one to use first; --bench measures all that are there."""
-    names = [cfg.vae or "wan"]
-    for name in VAES:
-        is_there = cfg.wan.startswith("random") or (Path(cfg.wan) / VAES[name]).exists()
-        if cfg.bench and is_there and name not in names:
-            names.append(name)
-    return names
-
-
-def load_networks(cfg, jobs, device, dtype):
-    """Networks, and how the options ask for them to be sampled and to remember."""
+def load_networks(cfg, texts, device, dtype):
+    """Networks, and how the options ask for them to be sampled and to remember; texts: of the prompts"""
     # 1. those of the small world, or of Wan's form
     if cfg.wan:
-        texts = sorted({text for job in jobs for text in job.switches.values()})
+        vae = cfg.vae or "wan"
         cache = Path(cfg.out) / "text"
-        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, wanted_vaes(cfg), device, dtype, cache, [*texts, ""])
-        if not cfg.ckpt and not cfg.wan.startswith("random"):
-            print("warning: without --ckpt this is the base model, not trained to run causally in 4 steps",
-                  file=sys.stderr)
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, [vae], device, dtype, cache, [*texts, ""])
     else:
         shipped = "teacher" if cfg.teacher else STUDENT
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
@@ -244,34 +213,27 @@ class Video:
             self.thumbnails[self.frames / FPS] = frames[0].clone()
         room = total - self.frames
         self.surplus = frames[room:].clone()
-        frames = frames[:room]
-        file.write(frames.cpu().numpy())
-        bar.update(len(frames))
-        self.frames += len(frames)
+        for frame in frames[:room]:
+            file.append_data(frame.cpu().numpy())
+            bar.update()
+            self.frames += 1
 
 
 class StopSignals:
     """
-    with StopSignals() as stop: Ctrl-C and SIGTERM end the program with 130 and 143. If stop.patient is set,
-    the first of them only sets stop.code, so that the chunk under way is finished and the state saved; the
-    second does not wait.
+    Ctrl-C and SIGTERM end the program with 130 and 143. Where `patient` is set, the first of them only sets
+    `code`, so that the chunk under way is finished and the state saved; the second does not wait.
     """
-    def __enter__(self):
+    def __init__(self):
         self.patient = False
         self.code = 0
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.receive)
-        return self
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
 
     def receive(self, number, stack):
         if self.code or not self.patient:
             sys.exit(128 + number)
         self.code = 128 + number
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def text_at(texts, chunk):
@@ -302,20 +264,18 @@ def render_video(cfg, networks, job, history, state, stop, bar):
     returns  Video
     """
     total = frames_in(cfg.seconds)
-    given = 0 if history is None else history.shape[1] // CHUNK
-    if any(0 < chunk < given for chunk in job.switches):
-        raise BadInput(f"the prompt switches inside the clip, its first {given * .75:g} s: "
-                       f"{job.prompt[:60]!r}")
     # 1. the rollout: from nothing, or where a saved one stopped
+    begun = 0 if history is None else history.shape[1] // CHUNK
+    if state is not None:
+        begun = state["rollout"]["chunk"]
     texts = {chunk: networks.text(text) for chunk, text in job.switches.items()}
-    rollout = networks.rollout(texts[0])
+    rollout = networks.rollout(text_at(texts, max(0, begun - 1)))
     video = Video(rollout)
     if state is not None:
         rollout.load_state_dict(state["rollout"])
-        rollout.text = text_at(texts, rollout.chunk)
         video = Video(**{**state, "rollout": rollout})
     # 2. latents, a chunk at a time; those of a clip come first
-    count = chunks_of(total) - max(given, rollout.chunk)
+    count = chunks_of(total) - begun
     if cfg.teacher:
         chunks = islice(extend_with_teacher(networks, texts, history, rollout.grid, job.seed), count)
     else:
@@ -327,7 +287,7 @@ def render_video(cfg, networks, job, history, state, stop, bar):
         chunks = chain(history.split(CHUNK, dim=1), chunks)
     # 3. decode and write them one after another
     about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
-    with VideoWriter(job.path, about, networks.scale) as file:
+    with video_writer(job.path, about, networks.scale) as file:
         if len(video.surplus):
             video.write(video.surplus, total, file, bar)
         for x0 in chunks:
@@ -348,32 +308,31 @@ def main():
     # 1. what is asked for
     cfg = parse(Config)
     device = pick_device(cfg.device)
-    check_values(cfg)
+    check(cfg)
     state, done = None, 0
     if cfg.resume:
         cfg, state = load_state(cfg, device)
+        check(cfg)
         done = state["frames"]
-    check_combinations(cfg)
     jobs = plan_jobs(cfg, done)
+    texts = sorted({text for job in jobs for text in job.switches.values()})
     if not cfg.wan:
-        warn_of_grammar(jobs)
+        warn_of_grammar(texts)
     frames = frames_in(cfg.seconds)
     # 2. precision: weights of the raw folder are converted, the tiny ones autocast
-    on_cuda = device.type == "cuda"
-    bf16 = cfg.dtype == "bf16" if cfg.dtype else on_cuda
+    bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    attention = sdpa_kernel(ATTENTION, set_priority=True) if on_cuda else nullcontext()
+    stop = StopSignals()
     state_file = whole_or_absent(cfg.save_state) if cfg.save_state else nullcontext()
-    with autocast, attention, state_file as state_part, StopSignals() as stop:
+    with autocast, state_file as state_part:
         # 3. networks
-        networks = load_networks(cfg, jobs, device, torch.bfloat16 if bf16 else torch.float32)
+        networks = load_networks(cfg, texts, device, torch.bfloat16 if bf16 else torch.float32)
         print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
-            for name, size in memory_estimate(networks).items():
-                print(f"estimate on {device.type}: {name} {size / 2 ** 30:.2f} GiB")
+            print(f"estimate: weights and KV cache take {memory_estimate(networks) / 1e9:.1f} GB")
         if cfg.bench:
-            return bench(cfg, networks, jobs[0].switches[0])
+            return bench(networks, jobs[0].switches[0], cfg.seed)
         # 4. the clip to go on from
         history = None
         if cfg.continue_:
@@ -389,11 +348,11 @@ def main():
         if cfg.save_state:
             options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
             torch.save({"options": options, "video": video.state_dict()}, state_part)
-            print(f"saved {cfg.save_state} at {video.frames / FPS:g} s: --resume {cfg.save_state} goes on")
+            print(f"saved {cfg.save_state} at {video.frames / FPS:g} s")
     if stop.code:
         sys.exit(stop.code)
     wall, count = time.time() - started, frames * len(jobs) - done
-    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_memory()}")
+    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_memory(device)}")
 
 
 if __name__ == "__main__":
