@@ -42,6 +42,7 @@ def parse(cls, argv=None):
     """
     # the comment behind each field is its help
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
+    # the text of the file stands above the options
     parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # each field is an option
@@ -55,7 +56,7 @@ def parse(cls, argv=None):
         else:
             parser.add_argument(option, dest=field.name, type=field.type, default=field.default, help=about,
                                 metavar=field.type.__name__.upper())
-    # what is left over is refused
+    # what is left over is unknown
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         one_of("option", unknown[0].partition("=")[0], options)
@@ -72,8 +73,8 @@ def one_of(name, value, allowed):
 
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
+    # the fastest first
     known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    # the best: the first that is there
     name = name or max(known, key=known.get)
     one_of("--device", name, known)
     if not known[name]:

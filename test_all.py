@@ -11,6 +11,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import time
 import timeit
 import tokenize
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import causal
@@ -1215,7 +1218,7 @@ def test_chunks_in_which_something_comes_back_are_targets_twelve_times_as_often(
 
 
 def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
-    tae, worlds, encoded = shipped()[2], training_worlds(3, 0), []
+    tae, worlds, encoded = shipped_vae(), training_worlds(3, 0), []
 
     def counted(tae, spec, latents, device):
         encoded.append(spec)
@@ -1744,7 +1747,7 @@ def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enou
     latents = clips.frames(torch.tensor([1, 0]), torch.tensor([[4, 2], [-1, 41]]))
     stored = load_file(clips.files[1])["latents"].float()
     assert torch.equal(latents[0], stored[[4, 2]]) and latents.dtype == torch.float32
-    real = encode_world(shipped()[2], WorldSpec(0), 42, torch.device("cpu"))[0]
+    real = encode_world(shipped_vae(), WorldSpec(0), 42, torch.device("cpu"))[0]
     assert (clips.frames(torch.tensor([0]), torch.arange(42)[None])[0] - real).std() < .3 * real.std()
     assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
@@ -1817,26 +1820,14 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
 # ---- sampling with the shipped weights -----------------------------------------------------------------------------------
 
 @functools.cache
-def shipped():
-    dit, facts = load(WEIGHTS / "init_ar.safetensors", DiT, DiTConfig)
-    return (dit, load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)[0], load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0],
-            Sampler(**facts["sampler"]))
-
-
-def shipped_rollout(captions, policy=PRESETS["slowfast"]):
-    dit, encoder, _, sampler = shipped()
-    with torch.no_grad():
-        return Rollout(dit, dit.text(encoder(*bytes_to_ids(captions))), policy, (2, 4), pool=sampler.pool), sampler
-
-
-CAPTIONS = ["Sand. The camera turns left, one turn in 9 seconds.", "Snow. The camera looks 90 degrees to the right and back, every 5 seconds."]
+def shipped_vae():
+    return load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)[0]
 
 
 def through_autoencoder(frames):
     with torch.no_grad():
-        tae = shipped()[2]
-        video = torch.from_numpy(frames)[None] * 2 - 1
-        return (tae.decode(tae.encode(video))[0][0] * .5 + .5).numpy()
+        latents = shipped_vae().encode(torch.from_numpy(frames)[None] * 2 - 1)
+        return (shipped_vae().decode(latents)[0][0] * .5 + .5).numpy()
 
 
 def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
@@ -1877,12 +1868,11 @@ def test_the_fields_of_a_dataclass_become_options():
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--cuont 3", "unknown option --cuont: did you mean --count?"), ("--cuont=3", "option --cuont: did you mean --count?"),
-    ("--coun 3", "unknown option --coun"), ("--xyz", "unknown option --xyz: see --help"), ("three", "unknown option three"),
-    ("--count", "--count: expected one argument"), ("--count three", "--count: invalid int value: 'three'"),
-    ("--share half", "--share: invalid float value: 'half'"), ("--go-on=1", "--go-on: ignored explicit argument")])
+    ("--cuont 3", "'--cuont' is unknown: did you mean --count?"), ("--coun=3", "'--coun' is unknown"),
+    ("three", "choose from --count, --share"), ("--count", "--count: expected one argument"),
+    ("--share half", "--share: invalid float value: 'half'"), ("--go-on=1", "--go-on: ignored")])
 def test_wrong_options_are_refused_and_the_nearest_right_one_is_named(words, message):
-    with pytest.raises(config.BadInput) as told:
+    with pytest.raises(BadInput) as told:
         config.parse(Options, words.split())
     assert message in str(told.value) and "\n" not in str(told.value)
 
@@ -1905,138 +1895,150 @@ def test_a_file_is_whole_or_absent_and_the_one_before_stays(tmp_path):
         part.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    with pytest.raises(config.BadInput, match="cannot write to"), config.whole_or_absent(path / "file.txt"):
-        pass
 
 
-def test_bad_input_ends_with_2_and_ctrl_c_with_130(capsys):
+@pytest.mark.parametrize("error, code", [(BadInput("too many"), 2), (KeyboardInterrupt(), 130)])
+def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, capsys):
     def main():
         raise error
-    for error, code in ((config.BadInput("too many"), 2), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as stop:
-            config.run(main)
-        assert stop.value.code == code
-    assert capsys.readouterr().err == "error: too many\n"
+    with pytest.raises(SystemExit) as stop:
+        config.run(main)
+    assert stop.value.code == code and capsys.readouterr().err == ("error: too many\n" if code == 2 else "")
 
 
 def test_frames_and_chunks_of_seconds():
     assert [video.frames_in(s) for s in (.01, .05, 1, 60)] == [1, 1, 16, 960]
     assert [video.chunks_of(n) for n in (1, 9, 10, 21, 22, 960)] == [1, 1, 2, 2, 3, 81]
-    assert [video.chunk_at(s) for s in (0, .01, .5625, .563, 20, 20.25)] == [0, 1, 1, 2, 27, 28]
-    levels = torch.tensor([-2., -1, 0, .5, 1, 2]).view(1, 6, 1, 1, 1).expand(1, 6, 3, 2, 2)
-    assert video.to_uint8(levels)[0, :, 0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
-    assert video.to_uint8(levels).shape == (1, 6, 2, 2, 3)
+    assert [video.chunk_at(s) for s in (.01, .5625, .563, 20, 20.25)] == [1, 1, 2, 27, 28]
+    levels = torch.tensor([-2., -1, 0, .5, 1, 2]).view(6, 1, 1, 1).expand(6, 3, 2, 4)
+    assert video.to_uint8(levels)[:, 0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
+    assert video.to_uint8(levels).shape == (6, 2, 4, 3)
 
 
 def ramp(frames, width=64):
     """(f, 32, w, 3) uint8: frame i is grey of level 5 i"""
-    return np.broadcast_to(5 * np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, 32, width, 3))
+    grey = 5 * np.arange(frames, dtype=np.uint8)
+    return np.array(np.broadcast_to(grey[:, None, None, None], (frames, 32, width, 3)))
+
+
+def write_video(path, frames, *more):
+    with video.video_writer(path, *more) as file:
+        for frame in frames:
+            file.append_data(frame)
+    return path
+
+
+def facts_of(path):
+    """What ffmpeg tells of a file."""
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path]
+    return subprocess.run(words, capture_output=True, text=True).stderr
 
 
 def test_a_written_video_has_its_frames_scale_comment_and_rate(tmp_path):
-    made = np.array(ramp(30))
+    made = ramp(30)
     made[:, :, 32:] += 100  # an edge that stays sharp
-    with video.VideoWriter(tmp_path / "a.mp4", "a comment", scale=3) as file:
-        file.write(made[:20])
-        file.write(made[20:])
-    frames = iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
+    path = write_video(tmp_path / "a.mp4", made, "a comment", 3)
     large = made.repeat(3, axis=1).repeat(3, axis=2).astype(float)
+    frames = iio.imread(path, plugin="FFMPEG")
     assert frames.shape == (30, 96, 192, 3) and np.abs(frames - large).max() < 5
-    about = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "a.mp4"], capture_output=True, text=True)
-    assert "comment         : a comment" in about.stderr and "h264" in about.stderr and "16 fps" in about.stderr
+    facts = facts_of(path)
+    assert "comment         : a comment" in facts and "h264" in facts and "16 fps" in facts
 
 
 def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_path):
-    wide = np.array(ramp(40, 96))
+    wide = ramp(40, 96)
     wide[:, :, :16] = wide[:, :, -16:] = 255
-    with video.VideoWriter(tmp_path / "a.mp4") as file:
-        file.write(wide)
-    frames = video.read_clip(tmp_path / "a.mp4", 64, 32, 41)
-    assert frames.shape == (33, 32, 64, 3) and np.abs(frames[:, :, 4:-4] - ramp(40)[7:, :, 4:-4].astype(float)).max() < 4
-    assert video.read_frames(tmp_path / "a.mp4", 32, 16, 5)[1] == (96, 32)
-    with pytest.raises(config.BadInput, match="more than 39 frames"):
-        video.read_clip(tmp_path / "a.mp4", 64, 32, 39)
-    with pytest.raises(config.BadInput, match="has 40 frames"):
-        video.read_clip(tmp_path / "a.mp4", 64, 32, 40)
+    path = write_video(tmp_path / "a.mp4", wide)
+    frames = video.read_clip(path, 64, 32, 41)
+    middle = slice(4, -4)
+    assert frames.shape == (33, 32, 64, 3)
+    assert np.abs(frames[:, :, middle] - ramp(40)[7:, :, middle].astype(float)).max() < 4
+    assert video.read_frames(path, 32, 16, 5)[1] == (96, 32)
+    with pytest.raises(BadInput, match="fewer than the 40 of --seconds"):
+        video.read_clip(path, 64, 32, 40)
 
 
-@pytest.mark.parametrize("exe, message", [("/bin/false", "ffmpeg stopped writing"), (None, "ffmpeg is missing")])
-def test_a_missing_ffmpeg_and_one_that_stops_are_told_and_leave_nothing(exe, message, monkeypatch, tmp_path):
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_missing_ffmpeg_and_one_that_stops_are_told_and_leave_nothing(missing, monkeypatch, tmp_path):
     def no_exe():
         raise RuntimeError("none")
-    if exe is None:
+    if missing:
         monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", no_exe)
-    else:
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
-    with pytest.raises(config.BadInput, match=message):
-        with video.VideoWriter(tmp_path / "a.mp4") as file:
-            for _ in range(100):
-                file.write(ramp(40))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    with pytest.raises(BadInput, match="ffmpeg is missing" if missing else "ffmpeg stopped writing"):
+        write_video(tmp_path / "a.mp4", ramp(4000))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
-    """20 chunks, of which 6 and 12 are kept: bars are grey if tested and crimson if kept, a row of 9 is begun."""
+    """20 chunks, of which every sixth is kept, so crimson; all bars are twice as high as the threshold."""
     memory = Memory(PRESETS["slowfast"])
-    kept = torch.arange(20) % 6 == 0
+    kept = torch.arange(20)[:, None] % 6 == 0
     for chunk in range(20):
         memory.evict()
         frame = torch.arange(3)[None] + 3 * chunk
-        memory.push(Entries(frame, frame[..., None, None, None].float()), kept[chunk:chunk + 1])
-    similar = torch.full((20, 1), 1 - .1)
-    rollout = SimpleNamespace(memory=memory, similarities=list(similar), kept=list(kept[:, None]))
+        memory.push(Entries(frame, frame[..., None, None, None].float()), kept[chunk])
+    rollout = SimpleNamespace(memory=memory, similarities=[torch.tensor([.9])] * 20, kept=list(kept))
     decoder = SimpleNamespace(decode=lambda z: (torch.full((1, 1, 3, 32, 64), 1.) - z / 30, None))
-    frames = {second: torch.full((32, 64, 3), 10 * i, dtype=torch.uint8) for i, second in enumerate((0., 1.5, 3.))}
+    frames = {i * 1.5: torch.full((32, 64, 3), 10 * i, dtype=torch.uint8) for i in range(3)}
     video.memory_picture(tmp_path / "a.png", frames, rollout, decoder, "a prompt")
     page = iio.imread(tmp_path / "a.png")
-    assert [page[60, 100 + 132 * i, 0] for i in range(4)] == [0, 10, 20, 255]
-    colours = [tuple(page[329, 70 + round((i + .5) * (page.shape[1] - 70) / 20)]) for i in range(20)]
-    crimson, grey, pale = (220, 20, 60), (128, 128, 128), (211, 211, 211)
-    assert colours == [crimson if i % 6 == 0 else grey if i % 2 == 0 else pale for i in range(20)]
-    # surprisal .1 at a threshold of .05, which takes a third of 190 pixels
-    assert (page[:330, 80] == crimson).all(1).sum() == 126 and tuple(page[330 - 64, 75]) == (0, 0, 255)
+    assert [page[60, 60 + 132 * i, 0] for i in range(4)] == [0, 10, 20, 255]
+    bars = page[:, round(page.shape[1] / 40)::round(page.shape[1] / 20)][:, :20]
+    crimson, pale, blue = (220, 20, 60), (211, 211, 211), (0, 0, 255)
+    assert [tuple(colour) for colour in bars[200]] == [crimson if k else pale for k in kept]
+    heights = np.flatnonzero((bars[:, 1] == pale).all(-1)), np.flatnonzero((bars[:, 1] == blue).all(-1))
+    assert heights[0].min() == video.BARS and heights[1] == [(video.BARS + video.BASE) // 2]
     held = memory.frames()[0]
-    shown = [page[400 + 90 * (i // 12), 100 + i % 12 * 132, 0] for i in range(len(held))]
-    assert shown == video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))[:, 0, 0, 0].tolist() and len(held) == 21
+    shown = [page[360 + 90 * (i // 12), 60 + 132 * (i % 12), 0] for i in range(len(held))]
+    assert len(held) == 21 and shown == video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))[:, 0, 0, 0].tolist()
 
 
 # ---- sampling: from a command line to a video -------------------------------------------------------------
 
-def run_sample(monkeypatch, out, *words):
-    monkeypatch.setattr("sys.argv", ["sample.py", "--out", str(out), *words])
-    config.run(sample.main)
+SWITCH = ("Sand. The camera turns left, one turn in 9 seconds. | {}: "
+          "Snow. The camera turns left, one turn in 9 seconds.")
+SMALL_WAN = ["--size", "32x32", "--steps", "2", "--prompt", "a calm sea | 1: a storm rises"]
 
 
-def frames_of_run(monkeypatch, out, *words):
-    """The uint8 frames that sample.py hands to the codec, and its exit code."""
-    seen, code = [], 0
-    write = video.VideoWriter.write
+@pytest.fixture
+def sampled(monkeypatch):
+    """sampled(out, *words): sample.py runs -> the frames (f, h, w, 3) that the codec gets, exit code."""
+    def run(out, *words):
+        frames, code = [], 0
 
-    def spy(self, frames):
-        seen.append(frames.copy())
-        write(self, frames)
-    with monkeypatch.context() as patch:
-        patch.setattr(video.VideoWriter, "write", spy)
+        @contextmanager
+        def spy(*about):
+            with video.video_writer(*about) as file:
+                append = file.append_data
+                file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
+                yield file
+        monkeypatch.setattr(sample, "video_writer", spy)
+        monkeypatch.setattr("sys.argv", ["sample.py", "--out", *map(str, (out, *words))])
         try:
-            run_sample(patch, out, *words)
+            config.run(sample.main)
         except SystemExit as stop:
             code = stop.code
-    return np.concatenate(seen) if seen else None, code
+        return np.array(frames), code
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def refused(monkeypatch, tmp_path, capsys, *words):
-    """The one line on stderr of a run that must end with 2 and leave no video."""
-    with pytest.raises(SystemExit) as stop:
-        run_sample(monkeypatch, tmp_path / "o", *words)
-    lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if not line.startswith("warning: without --ckpt")]
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert not list((tmp_path / "o").glob("*.mp4"))
-    return lines[0]
+@pytest.fixture
+def refused(sampled, tmp_path, capsys):
+    """refused(*words): the one line on stderr of a run that must end with 2 and leave no video."""
+    def run(*words):
+        _, code = sampled(tmp_path / "o", *words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert code == 2 and line.startswith("error: ") and not list((tmp_path / "o").glob("*.mp4"))
+        return line
+    return run
 
 
-def test_sample_writes_the_frames_asked_for_with_provenance_and_a_memory_picture(monkeypatch, tmp_path, capsys):
-    run_sample(monkeypatch, tmp_path, "--seconds", "2.5", "--seed", "4")
+def test_a_video_has_the_frames_asked_for_its_provenance_and_a_memory_picture(sampled, tmp_path, capsys):
+    sampled(tmp_path, "--seconds", "2.5", "--seed", "4")
     path = tmp_path / "grass-the-camera-turns-right-one-turn-in-12-seconds-4.mp4"
     assert sorted(tmp_path.iterdir()) == [path, path.with_suffix(".png")]
     assert iio.imread(path, plugin="FFMPEG").shape == (40, 256, 512, 3)
@@ -2045,58 +2047,42 @@ def test_sample_writes_the_frames_asked_for_with_provenance_and_a_memory_picture
     told = capsys.readouterr().out
     assert "seed 4" in told and "40 frames in" in told
     assert .1 < float(re.search(r"peak memory ([\d.]+) GiB", told)[1]) < 40
-    about = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
-    assert '"AI-generated": true' in about and "Grass. The camera" in about and config.STUDENT in about
+    facts = facts_of(path)
+    assert '"AI-generated": true' in facts and "Grass. The camera" in facts and config.STUDENT in facts
 
 
 REFUSED = [
-    ("--seconds 0", "above 0"), ("--seconds -3", "above 0"), ("--seconds nan", "above 0"), ("--seconds 86401", "at most 86400"),
-    ("--tau 2", "[-1, 1]"), ("--tau nan", "[-1, 1]"), ("--steps 0", "at least 1"), ("--seeds 0", "at least 1"),
-    ("--seed -1", "2^63"), ("--seed 9223372036854775808", "2^63"), ("--positions unbounded --seconds 256", "bounded"),
-    ("--memory slofast", "did you mean slowfast"), ("--positions none", "unknown"), ("--dtype fp8", "unknown"),
-    ("--secnds 3", "did you mean --seconds"), ("--device tpu", "unknown"), ("--device cuda", "not available"),
+    ("--seconds 0", "0.01"), ("--seconds nan", "0.01"), ("--seconds 86401", "to 86400"), ("--seeds 0", "1"),
+    ("--steps 0", "from 1"), ("--tau 2", "-1 to 1"), ("--tau nan", "-1 to 1"), ("--seed -1", "from 0"),
+    ("--seed 9223372036854775808", "to 9223372036854775807"), ("--memory slofast", "did you mean slowfast"),
+    ("--positions none", "unknown"), ("--positions unbounded --seconds 256", "bounded"),
+    ("--dtype fp8", "unknown"), ("--secnds 3", "did you mean --seconds"), ("--device mps", "not available"),
     ("--ckpt nowhere.safetensors", "no weights"), ("--prompts nowhere.txt", "cannot read"),
     ("--continue nowhere.mp4", "cannot read the clip"), ("--continue empty.mp4", "cannot read the clip"),
     ("--resume nowhere", "no state"), ("--resume empty.mp4", "cannot read the state"),
-    ("--save-state empty.mp4/state", "cannot write"), ("--out empty.mp4/o", "cannot write"),
-    ("--save-state s --seeds 2", "one video"), ("--save-state s --prompts p.txt", "one video"),
-    ("--save-state s --bench", "one video"), ("--resume s.pt --continue c.mp4", "two ways"), ("--teacher", "give --continue"),
-    ("--teacher --continue c.mp4 --save-state s", "no state"), ("--vae wan", "need --wan"), ("--size 64x64", "need --wan"),
+    ("--resume other.pt", "not a state"), ("--resume state.pt", "20 s long already"),
+    ("--teacher", "give --continue"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
+    ("--save-state s --seeds 2", "one video"), ("--resume state.pt --bench --seconds 30", "one video"),
+    ("--resume s --continue c.mp4", "two ways"), ("--vae wan", "need --wan"), ("--size 64x64", "need --wan"),
     ("--wan random --size 100x100", "multiples of 16"), ("--wan random --size big", "two whole numbers"),
-    ("--wan nowhere", "hf download"), ("--wan random --vae tea", "did you mean tae"), ("--bench --seconds 11", "12 or more"),
-]
+    ("--wan nowhere", "hf download"), ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
-    ("", "prompt is empty"), ("x" * 4001, "4001 characters"), ("a \udcff b", "U+DCFF"), ("a\0b", "U+0000"),
-    ("a | b", "prompt switch"), ("a | 9: b | 5: c", "one after another"), ("a | 9: b | 9: c", "one after another"),
-    ("a | 20: b", "before the end"), ("a | nan: b", "one after another"), ("a | 0: b", "one after another"),
-    ("a | 1:", "prompt is empty")]
+    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"), ("a | b", "switch"),
+    ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
 
 
 @pytest.mark.parametrize("words, message", [(words.split(), message) for words, message in REFUSED]
                          + [(["--prompt", prompt], message) for prompt, message in REFUSED_PROMPTS])
-def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, monkeypatch, tmp_path, capsys):
-    if message == "not available" and torch.cuda.is_available():
-        pytest.skip("there is a cuda device here")
+def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refused, monkeypatch, tmp_path):
+    if message == "not available" and torch.backends.mps.is_available():
+        pytest.skip("there is such a device here")
     monkeypatch.chdir(tmp_path)
     Path("empty.mp4").write_bytes(b"")
-    if message == "two ways":  # a state is read before the combinations are checked
-        run_sample(monkeypatch, tmp_path / "first", "--seconds", ".5", "--save-state", "s.pt")
-        capsys.readouterr()
+    torch.save({"other": 1}, "other.pt")
+    torch.save({"options": {}, "video": {"frames": 320}}, "state.pt")
     before = sorted(tmp_path.rglob("*"))
-    seconds = [] if "--seconds" in words else ["--seconds", "20"]
-    assert message in refused(monkeypatch, tmp_path, capsys, *seconds, *words)
+    assert message in refused("--seconds", "20", *words)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_interrupted_run_leaves_no_half_written_video(monkeypatch, tmp_path):
-    def interrupted(frames):
-        os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(sample, "to_uint8", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as stop:
-        run_sample(monkeypatch, tmp_path, "--seconds", "1")
-    assert stop.value.code == 130 and not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_options_replace_what_the_weights_say_of_sampling():
@@ -2109,13 +2095,14 @@ def test_options_replace_what_the_weights_say_of_sampling():
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
 
-def test_bf16_changes_the_tiny_models_frames(monkeypatch, tmp_path):
-    fp32, bf16 = (frames_of_run(monkeypatch, tmp_path, "--seconds", ".5", "--dtype", d)[0] for d in ("fp32", "bf16"))
+def test_bf16_changes_the_tiny_models_frames(sampled, tmp_path):
+    fp32, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "fp32")
+    bf16, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "bf16")
     assert 0 < np.abs(fp32.astype(float) - bf16).mean() < 10
 
 
-def test_a_prompt_outside_the_grammar_is_warned_about_once_and_goes_on(monkeypatch, tmp_path, capsys):
-    run_sample(monkeypatch, tmp_path, "--seconds", ".5", "--prompt", "a calm sea", "--seeds", "2")
+def test_a_prompt_outside_the_grammar_is_warned_about_once_and_goes_on(sampled, tmp_path, capsys):
+    sampled(tmp_path, "--seconds", ".5", "--prompt", "a calm sea", "--seeds", "2")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "'a calm sea'" in warning and world.GRAMMAR in warning and len(list(tmp_path.glob("*.mp4"))) == 2
 
@@ -2128,12 +2115,10 @@ def test_prompts_that_begin_alike_or_repeat_get_files_of_their_own(tmp_path):
     assert len({job.path for job in jobs}) == 6
 
 
-SWITCH = "Sand. The camera turns left, one turn in 9 seconds. | {}: Snow. The camera turns left, one turn in 9 seconds."
-
-
-def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_ground(monkeypatch, tmp_path):
-    switched, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", "6", "--prompt", SWITCH.format(3))
-    plain, _ = frames_of_run(monkeypatch, tmp_path, "--seconds", "6", "--prompt", SWITCH.split(" |")[0])
+def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_ground(sampled, tmp_path):
+    words = ["--seconds", "6", "--prompt"]
+    switched, _ = sampled(tmp_path, *words, SWITCH.format(3))
+    plain, _ = sampled(tmp_path, *words, SWITCH.split(" |")[0])
     first = 57  # chunk 5, the first that begins at 48 frames or later
     assert len(switched) == len(plain) == 96 and np.array_equal(switched[:first], plain[:first])
     assert not np.array_equal(switched[first], plain[first])
@@ -2141,77 +2126,29 @@ def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_
     assert (grounds[:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
 
 
-WAN = ["--size", "32x32", "--seconds", "1.5", "--steps", "2"]
-
-
-def test_a_raw_directory_goes_through_to_an_mp4(raw, monkeypatch, tmp_path, capsys):
-    words = ["--wan", str(raw), "--ckpt", str(raw.parent / "student.pt"), "--prompt", "a calm sea | 1: a storm rises"]
+def test_a_raw_directory_goes_through_to_an_mp4(raw, sampled, tmp_path, capsys):
+    words = ["--wan", raw, "--ckpt", raw.parent / "student.pt", "--seconds", "1.5", *SMALL_WAN]
     made = {}
     for options in ("", "--vae tae", "--dtype bf16"):
-        made[options], code = frames_of_run(monkeypatch, tmp_path / "o", *words, *WAN, *options.split())
+        made[options], code = sampled(tmp_path / "o", *words, *options.split())
         assert not code and made[options].shape == (24, 32, 32, 3) and made[options].std() > 1
     assert "estimate" in capsys.readouterr().out.split("wrote")[0]
-    assert not np.array_equal(made[""], made["--vae tae"]) and not np.array_equal(made[""], made["--dtype bf16"])
+    assert (made[""] != made["--vae tae"]).any() and (made[""] != made["--dtype bf16"]).any()
 
 
 @pytest.mark.parametrize("kind", ["tiny", "wan", "tae"])
-def test_head_and_tail_of_a_resumed_video_are_the_uninterrupted_one_bit_for_bit(kind, raw, monkeypatch, tmp_path):
-    """The head ends in the middle of a chunk, the tiny one just before a prompt switch; the others' memory is full."""
-    words = ["--prompt", SWITCH.format(5.6)]
+def test_head_and_tail_of_a_resumed_video_are_the_whole_one_bit_for_bit(kind, raw, sampled, tmp_path):
+    """The head ends within a chunk, the tiny one before a prompt switch; the state knows the options."""
+    words = ["--memory", "uniform1", "--positions", "unbounded", "--prompt", SWITCH.format(5.6)]
     if kind != "tiny":
-        words = ["--wan", str(raw), "--vae", kind, "--size", "32x32", "--steps", "1", "--prompt", "a calm sea | 2: a storm"]
-    state, out = str(tmp_path / "state"), tmp_path / "parts"
-    whole, _ = frames_of_run(monkeypatch, tmp_path / "whole", "--seconds", "7.2", *words)
-    head, _ = frames_of_run(monkeypatch, out, "--seconds", "5.4", "--save-state", state, *words)
-    tail, _ = frames_of_run(monkeypatch, out, "--seconds", "7.2", "--resume", state, "--save-state", state)
+        words = ["--wan", raw, "--vae", kind, *SMALL_WAN]
+    state, out = tmp_path / "state", tmp_path / "parts"
+    whole, _ = sampled(tmp_path / "whole", "--seconds", "7.2", *words)
+    head, _ = sampled(out, "--seconds", "5.4", "--save-state", state, *words)
+    tail, _ = sampled(out, "--seconds", "7.2", "--resume", state, "--save-state", state)
     assert torch.load(state)["video"]["rollout"]["chunk"] == 10  # not one more than the 115 frames need
     assert len(head) == 86 and np.array_equal(np.concatenate([head, tail]), whole)
     assert len(list(out.glob("*.mp4"))) == 2 and len(list(out.glob("*-from-86.mp4"))) == 1
-
-
-@pytest.mark.parametrize("name, code, at, frames", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
-def test_a_signal_saves_the_state_after_the_last_whole_chunk(name, code, at, frames, clips, monkeypatch, tmp_path):
-    """While chunk 3 of a video is decoded, and while the first chunk of a clip is: its end and a new one come first."""
-    state, calls, words = str(tmp_path / "state"), [], ["--seconds", "4"]
-    words += ["--continue", clips[0]] if name == "SIGTERM" else []
-    whole, _ = frames_of_run(monkeypatch, tmp_path / "whole", *words)
-
-    def signalled(decoded):
-        calls.append(decoded)
-        if len(calls) == at:
-            os.kill(os.getpid(), getattr(signal, name))
-        return video.to_uint8(decoded)
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "to_uint8", signalled)
-        head, stopped = frames_of_run(patch, tmp_path / "parts", *words, "--save-state", state)
-    assert stopped == code and len(head) == frames and len(list((tmp_path / "parts").glob("*.mp4"))) == 1
-    tail, _ = frames_of_run(monkeypatch, tmp_path / "parts", "--seconds", "4", "--resume", state)
-    assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob("*.part*"))
-
-
-def test_a_second_signal_does_not_wait():
-    with sample.StopSignals() as stop:
-        stop.patient = True
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.code == 143
-        with pytest.raises(SystemExit) as ended:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert ended.value.code == 130
-    with sample.StopSignals(), pytest.raises(SystemExit):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_state_is_refused_with_other_options_or_a_shorter_length(monkeypatch, tmp_path, capsys):
-    words = ["--memory", "uniform1", "--positions", "unbounded", "--tau", ".5", "--steps", "2", "--seconds", "1"]
-    run_sample(monkeypatch, tmp_path / "first", *words, "--save-state", str(tmp_path / "state"))
-    capsys.readouterr()
-    resume = ["--resume", str(tmp_path / "state")]
-    cfg, _ = sample.load_state(sample.Config(resume=str(tmp_path / "state")), "cpu")
-    assert (cfg.memory, cfg.positions, cfg.tau, cfg.steps) == ("uniform1", "unbounded", .5, 2)
-    assert "made with --seed 0, not 3" in refused(monkeypatch, tmp_path, capsys, *resume, "--seed", "3")
-    assert "1 s long already" in refused(monkeypatch, tmp_path, capsys, *resume, "--seconds", "1")
-    torch.save({"other": 1}, tmp_path / "state")
-    assert "is not a state" in refused(monkeypatch, tmp_path, capsys, *resume)
 
 
 @pytest.fixture
@@ -2220,34 +2157,65 @@ def clips(tmp_path):
     paths = []
     for k in range(2):
         frames = clip(WorldSpec(world.HELD_OUT + k), 0, 33).transpose(0, 2, 3, 1)
-        paths.append(str(tmp_path / f"clip{k}.mp4"))
-        with video.VideoWriter(paths[-1], scale=8) as file:
-            file.write((frames * 255).round().astype(np.uint8))
+        frames = (frames * 255).round().astype(np.uint8)
+        paths.append(write_video(tmp_path / f"clip{k}.mp4", frames, "", 8))
     return paths
 
 
-def test_a_clip_is_continued_without_a_jump_and_what_comes_depends_on_it(clips, monkeypatch, tmp_path):
-    films = [frames_of_run(monkeypatch, tmp_path / "o", "--continue", path, "--seconds", "4")[0] for path in clips]
-    source = video.read_clip(clips[0], 64, 32, 64)
-    steps = np.diff(films[0].astype(float), axis=0).std((1, 2, 3))
-    assert len(films[0]) == 64 and (films[0][:33].astype(float) - source).std() < 16
-    assert steps[32] < 2 * np.median(steps) and not np.array_equal(films[0][33:], films[1][33:])
-    plain, _ = frames_of_run(monkeypatch, tmp_path / "o", "--seconds", "4")
-    assert not np.array_equal(plain[33:], films[0][33:])
+def kill_at(call, name):
+    """In place of to_uint8(): a signal comes while that many chunks are decoded."""
+    calls = itertools.count(1)
+
+    def decode(decoded):
+        if next(calls) == call:
+            os.kill(os.getpid(), getattr(signal, name))
+        return video.to_uint8(decoded)
+    return decode
 
 
-def test_a_switch_inside_the_clip_is_refused(clips, monkeypatch, tmp_path, capsys):
-    words = ["--continue", clips[0], "--seconds", "8", "--prompt", SWITCH.format(1)]
-    assert "inside the clip, its first 2.25 s" in refused(monkeypatch, tmp_path, capsys, *words)
+@pytest.mark.parametrize("name, code, at, count", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
+def test_a_signal_saves_the_state_of_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
+    """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
+    words = ["--seconds", "4", "--save-state", tmp_path / "state"]
+    words += ["--continue", clips[0]] if name == "SIGTERM" else []
+    whole, _ = sampled(tmp_path / "whole", *words)
+    monkeypatch.setattr(sample, "to_uint8", kill_at(at, name))
+    head, stopped = sampled(tmp_path / "o", *words)
+    assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    tail, _ = sampled(tmp_path / "o", "--seconds", "4", "--resume", tmp_path / "state")
+    assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob(".*"))
 
 
-def test_the_teacher_continues_a_clip_21_latents_at_a_time(clips, monkeypatch, tmp_path):
-    """Every frame is new, also after its first 21 latents; what comes depends on the clip."""
-    words = ["--teacher", "--ckpt", str(WEIGHTS / "base.safetensors"), "--seconds", "8"]
-    films = [frames_of_run(monkeypatch, tmp_path / "o", *words, "--continue", path)[0] for path in clips]
-    assert len(films[0]) == 128 and not np.array_equal(films[0][40:], films[1][40:])
-    assert np.diff(films[0][33:].astype(float), axis=0).std((1, 2, 3)).min() > 0
-    assert not list((tmp_path / "o").glob("*.png"))
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_where_no_state_is_saved_a_signal_leaves_nothing(name, code, sampled, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "to_uint8", kill_at(1, name))
+    assert sampled(tmp_path, "--seconds", "1")[1] == code and not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_does_not_wait(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    stop = sample.StopSignals()
+    stop.patient = True
+    stop.receive(signal.SIGTERM, None)
+    assert stop.code == 143
+    with pytest.raises(SystemExit) as ended:
+        stop.receive(signal.SIGINT, None)
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("kind", ["", "--teacher", "--wan", "--wan --teacher"])
+def test_a_clip_is_continued_without_a_jump_and_decides_what_comes(kind, raw, clips, sampled, tmp_path):
+    """8 s: two calls of the teacher, 21 latents each. (Random weights, those of --wan, do jump.)"""
+    words = ["--seconds", "8", *kind.replace("--wan", f"--wan {raw}").split()]
+    words += SMALL_WAN if "--wan" in kind else []
+    first, second = (sampled(tmp_path / "o", *words, "--continue", path)[0] for path in clips)
+    steps = np.diff(first.astype(float), axis=0).std((1, 2, 3))
+    assert len(first) == 128 and not np.array_equal(first[40:], second[40:])
+    if "--wan" not in kind:
+        source = video.read_clip(clips[0], 64, 32, 64)
+        assert (first[:33].astype(float) - source).std() < 16
+        assert steps[32] < 2 * np.median(steps) and steps[33:].min() > 0
+    assert bool(list((tmp_path / "o").glob("*.png"))) == ("--teacher" not in kind)
 
 
 def test_the_teacher_follows_prompt_switches_and_sees_all_that_is_there(monkeypatch):
@@ -2262,57 +2230,59 @@ def test_the_teacher_follows_prompt_switches_and_sees_all_that_is_there(monkeypa
     made = sample.extend_with_teacher(networks, {0: "a", 10: "b"}, torch.zeros(1, 9, 1, 1, 1), (1, 1), 0)
     chunks = [next(made) for _ in range(15)]
     assert calls == [(9, "a"), (30, "b"), (51, "b")]
-    assert [c.shape[1] for c in chunks] == [3] * 15 and [int(c.mean()) for c in chunks] == [1] * 7 + [2] * 7 + [3]
-
-
-@pytest.mark.parametrize("teacher", [False, True], ids=["student", "teacher"])
-def test_the_full_size_form_continues_a_clip(teacher, raw, clips, monkeypatch, tmp_path):
-    words = ["--wan", str(raw), "--prompt", "a storm", "--size", "32x32", "--steps", "2", "--seconds", "4"]
-    words += ["--teacher"] if teacher else []
-    films = [frames_of_run(monkeypatch, tmp_path / "o", *words, "--continue", path)[0] for path in clips]
-    assert films[0].shape == (64, 32, 32, 3) and not np.array_equal(films[0][33:], films[1][33:])
-
-
-def peak_gib(out, seconds):
-    words = [sys.executable, "sample.py", "--seconds", str(seconds), "--out", str(out)]
-    told = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=True).stdout
-    return float(re.search(r"peak memory ([\d.]+)", told)[1])
+    assert [c.shape[1] for c in chunks] == [3] * 15
+    assert [int(c.mean()) for c in chunks] == [1] * 7 + [2] * 7 + [3]
 
 
 @pytest.mark.slow
 @pytest.mark.speed
 def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
-    assert peak_gib(tmp_path, 600) <= 1.05 * peak_gib(tmp_path, 60)
+    peaks = []
+    for seconds in ("60", "600"):
+        words = [sys.executable, "sample.py", "--seconds", seconds, "--out", str(tmp_path)]
+        told = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=True).stdout
+        peaks.append(float(re.search(r"peak memory ([\d.]+)", told)[1]))
+    assert peaks[1] <= 1.05 * peaks[0]
 
 
 # ---- what a run costs -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, decoding", [("wan", 832 * 480 * 2 * 96 * 38), ("tae", 832 * 480 * 2 * 64 * 48)])
-def test_the_estimate_of_a_full_size_run_is_the_sum_of_its_tensors_and_fits_16_gb(kind, decoding):
-    """By hand, bf16: 1560 tokens a latent; 30 layers of dim 1536; 18 latents held and 3 new. An estimate only."""
+@pytest.mark.parametrize("build, config", [(WanVAE, WanVAEConfig()), (TAE, TAEConfig())], ids=["wan", "tae"])
+def test_the_estimate_of_a_full_size_run_is_its_weights_and_its_cache(build, config):
+    """By hand, bf16: 1560 tokens a latent; 30 layers of dim 1536; 18 latents held and 3 new."""
     with torch.device("meta"):
-        dit = DiT(DiTConfig()).bfloat16()
-        vae = {"wan": WanVAE(WanVAEConfig()), "tae": TAE(TAEConfig())}[kind].bfloat16()
-        text = sum(p.numel() * 2 for p in TextEncoder(TextConfig()).parameters())
-    needs = bench.memory_estimate(Networks(dit, {kind: vae}, None, Sampler(), "", 832, 480))
-    assert needs["weights"] == 2 * sum(p.numel() for net in (dit, vae) for p in net.parameters())
-    assert needs["memory"] == 30 * 1536 * 2 * (1560 * (3 * 18 + 2 * 3) + 2 * 512)
-    assert needs["pass"] == 1560 * (3 * (8960 * 2 + 16 * 1536 * 4) + 2 * 21 * 1536 * 2)
-    assert needs["decoding"] == decoding and sum(needs.values()) < 16e9 and text < 12e9  # text is gone by then
+        dit, vae = DiT(DiTConfig()).bfloat16(), build(config).bfloat16()
+    size = 2 * sum(p.numel() for net in (dit, vae) for p in net.parameters())
+    cache = 30 * 1536 * 2 * (1560 * (3 * 18 + 2 * 3) + 2 * 512)
+    need = bench.memory_estimate(Networks(dit, {"vae": vae}, None, Sampler(), "", 832, 480))
+    assert need == size + cache and need < 12e9
 
 
-def test_bench_prints_one_table_at_any_size(monkeypatch, tmp_path, capsys):
-    words = ["--wan", "random:32x1", "--size", "32x32", "--seconds", "12", "--steps", "1", "--bench"]
-    run_sample(monkeypatch, tmp_path, *words)
+def test_the_formula_of_a_pass_is_what_a_pass_does():
+    """Counted on the meta device; what the formula leaves out, once a latent or a patch, is less than 1 %."""
+    config = DiTConfig(512, 2986, 4, 8)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
+        held = torch.empty(1, 18 * 96, 4, 128)
+        text = torch.empty(1, config.text_len, 4, 128)
+        rope = rope_cos_sin(torch.arange(3), 8, 12, 128)
+        x = torch.empty(1, 3, 16, 16, 24)
+        DiT(config)(x, torch.empty(1, 3), [(text, text)] * 8, rope, [(held, [held])] * 8)
+    assert bench.flops(config, 96, 18) == pytest.approx(count.get_total_flops(), rel=.01)
+
+
+def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
+    words = ["--wan", "random:32x1", "--size", "32x32", "--steps", "1", "--vae", "tae", "--bench"]
+    sampled(tmp_path, *words)
     told = capsys.readouterr().out
-    rows = re.findall(r"^(DiT only|wan|tae) +([\d.]+) +([\d.]+)% +([\d.]+) s", told, re.M)
+    rows = re.findall(r"^(DiT only|tae) +([\d.]+) +([\d.]+)% +([\d.]+) s", told, re.M)
     bound = float(re.search(r"at most ([\d.]+) frames/s", told)[1])
-    assert [name for name, *_ in rows] == ["DiT only", "wan", "tae"]
-    assert all(abs(float(share) - 100 * float(fps) / bound) < .06 + .01 * float(share) for _, fps, share, _ in rows)
-    work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 4, 18)
+    assert [name for name, *_ in rows] == ["DiT only", "tae"]
+    for _, fps, share, _ in rows:
+        assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
+    work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 18)
     rate = float(re.search(r"at ([\d.]+) TFLOP/s", told)[1]) * 1e12
     assert bound == pytest.approx(12 * rate / work, rel=.02)
-    assert f"{work / 1e12:.4f} TFLOP in 2 passes" in told and not list(tmp_path.rglob("*.mp4"))
+    assert f"{work / 1e12:.4f} TFLOP" in told and not list(tmp_path.rglob("*.mp4"))
 
 
 # ---- the code itself -------------------------------------------------------------------------------------------------
@@ -2373,7 +2343,7 @@ def branches(function):
 
 
 # files still to be rewritten: to be emptied
-DENSE = set("bench config judge model sample text video weights world".split())
+DENSE = set("judge model text weights world".split())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -3468,7 +3438,7 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     On the meta device tensors have no values: .item(), bool() or an index from data would raise. 40.4 TFLOP a pass and 202 a
     chunk, from the hand count: 30 layers of 4680 tokens, 32760 keys.
     """
-    assert abs(bench.flops(DiTConfig(), 60, 104, 18) / 40.4e12 - 1) < .03
+    assert abs(bench.flops(DiTConfig(), 1560, 18) / 40.4e12 - 1) < .03
     config, shapes = replace(DiTConfig(), layers=1), []
     with torch.device("meta"), torch.no_grad():
         net = DiT(config)
@@ -3567,7 +3537,7 @@ def test_a_pass_takes_no_longer_than_a_plain_reference():
     assert ratio < 1.25
 
 
-def test_broken_weights_are_told_in_one_line(monkeypatch, tmp_path, capsys):
+def test_broken_weights_are_told_in_one_line(refused, tmp_path):
     good = (WEIGHTS / "init_ar.safetensors").read_bytes()
     (tmp_path / "truncated").write_bytes(good[:len(good) // 2])
     (tmp_path / "empty").write_bytes(b"")
@@ -3577,7 +3547,7 @@ def test_broken_weights_are_told_in_one_line(monkeypatch, tmp_path, capsys):
     for name, message in (("truncated", "cannot read weights"), ("empty", "cannot read weights"),
                           ("wrong", "Missing key(s) in state_dict: \"head.head.bias\""),
                           (WEIGHTS / "vae.safetensors", "another kind of network")):
-        assert message in refused(monkeypatch, tmp_path, capsys, "--ckpt", str(tmp_path / name))
+        assert message in refused("--ckpt", tmp_path / name)
 
 
 # ---- scores of real videos: the formulas of the paper and of VBench, on files ------------------------------

@@ -26,7 +26,8 @@ from memory import CHUNK
 FPS = 16
 FRAMES = 4 * CHUNK  # of a chunk
 THUMBNAILS = 12     # in a row of the memory picture
-WIDTH, HEIGHT = 128, 64  # pixels of a thumbnail
+SIZE = 128, 64      # pixels of a thumbnail
+COLUMN, ROW = 132, 90    # from one to the next
 BARS, BASE = 130, 320    # pixels from the top: the bars of surprisal stand between them
 
 
@@ -111,7 +112,7 @@ def memory_picture(path, thumbnails, rollout, vae, prompt):
     thumbnails  second -> frame (h, w, 3) uint8
     rollout     the finished one, of one video
     """
-    page = Image.new("RGB", (WIDTH * THUMBNAILS, BASE + 190), "white")
+    page = Image.new("RGB", (COLUMN * THUMBNAILS, BASE + 190), "white")
     pen = ImageDraw.Draw(page)
     about = f"what the model drew; surprisal (red: kept); what memory holds at the end: {prompt}"
     pen.text((4, 8), about, "black")
@@ -141,8 +142,8 @@ def memory_picture(path, thumbnails, rollout, vae, prompt):
 
 def paste_thumbnail(page, i, top, frame, caption):
     """frame (h, w, 3) uint8: number i of those that lie in rows from `top` down"""
-    x = i % THUMBNAILS * WIDTH
-    y = top + i // THUMBNAILS * (HEIGHT + 26)
+    x = i % THUMBNAILS * COLUMN
+    y = top + i // THUMBNAILS * ROW
     picture = Image.fromarray(frame.cpu().numpy())
-    page.paste(ImageOps.contain(picture, (WIDTH, HEIGHT), Image.NEAREST), (x, y))
-    ImageDraw.Draw(page).text((x, y + HEIGHT + 2), caption, "black")
+    page.paste(ImageOps.contain(picture, SIZE, Image.NEAREST), (x, y))
+    ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, "black")
