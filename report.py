@@ -230,7 +230,7 @@ def half_way(videos, share=recall):
     # from the best on, the first two points with that level between them
     start = [value for _, value in curve].index(best) if curve else 0
     for (before, high), (after, low) in zip(curve[start:], curve[start + 1:]):
-        if low < level <= high:
+        if low < level:
             return before + (after - before) * (high - level) / (high - low)
     return math.nan
 
@@ -336,9 +336,10 @@ def summary(videos, first_row):
     if videos[0].eval_set.worlds in ("turns", "swapped"):
         cells["returns like its own world"] = percent(follows(videos, counterfactual=False))
         cells["like the counterfactual"] = percent(follows(videos, counterfactual=True))
-    if videos is not first_row:
-        cells["first row: better recall?"] = better(first_row, videos, recall)
-        cells["better last dB?"] = better(first_row, videos, last_validity)
+    # beside the first row
+    is_first = videos is first_row
+    cells["first row: better recall?"] = "" if is_first else better(first_row, videos, recall)
+    cells["better last dB?"] = "" if is_first else better(first_row, videos, last_validity)
     return cells
 
 

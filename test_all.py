@@ -2864,6 +2864,7 @@ def test_rows_are_compared_world_by_world(gain, spread, verdict):
     theirs = [video_row([], i, jumps=x) for i, x in enumerate(hard)]
     ours = [video_row([], i, jumps=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
     assert report.better(ours, theirs[::-1], report.jumps) == verdict
+    assert report.jumps([video_row([], jumps=3, minutes=2.)]) == [(3, 2.)]  # a minute
 
 
 def test_rows_are_compared_in_the_worlds_that_both_have():
@@ -2875,8 +2876,12 @@ def test_rows_are_compared_in_the_worlds_that_both_have():
 
 
 def test_half_way_is_where_recall_has_fallen_half_the_way_from_its_best_to_chance():
-    falls = [(1, False), (2, True), (3, True), (4.5, True), (6, False), (9, False)]  # no fall before the best
-    videos = [video_row([(s, right, True) for s, right in falls], i) for i in range(24)]
+    falls = {2: False, 3: True, 4.5: True, 6: False, 9: False}
+    videos = [video_row([(s, right, True) for s, right in falls.items()], i) for i in range(24)]
+    for video in videos[::2] + videos[1::4]:  # what comes before the best is no fall
+        video.reappearances.append({"absence": 1, "right": True, "held": True})
+    for video in videos[3::4]:
+        video.reappearances.append({"absence": 1, "right": False, "held": True})
     assert report.luck(videos) == 0
     assert report.half_way(videos) == pytest.approx(5.25)
     assert np.isnan(report.half_way(videos, report.ceiling))
@@ -2943,6 +2948,9 @@ def test_tables_come_from_the_csv_alone(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "out/evaluate.md").read_text()
     assert "| student | slowfast | bounded | 0.0 | 100 [100, 100] | 100 [100, 100] | 3 |" in text
     assert "| student | window | bounded | - | 0 [0, 0] | 100 [100, 100] | 1 |" in text
+    assert text.count("| yes | not significant |") == 1  # slowfast against window, in the world that both have
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in tables)
     assert "| student | slowfast | bounded | - | - | - | - | 100 [100, 100] | - |" in text  # by absence
 
 
@@ -2995,6 +3003,18 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
     assert torch.equal(pasts[0], real[whose])
     assert [past.shape[1] for past in pasts] == [3, 24]
     assert frames.shape == (3, 177, 3, 32, 64) and keep.tolist() == [[True, False] * 7 + [True]] * 3
+
+
+def test_a_probe_tells_what_came_back_right_and_what_memory_held():
+    """Real videos are right whatever the memory holds; one that keeps nothing new ends with the first 3.5 s."""
+    specs = evaluate.held_out(2)
+    frames = [(clip(spec, 0, 225) * 255).round().astype(np.uint8) for spec in specs]
+    none = torch.zeros(2, 19, dtype=torch.bool)
+    found = evaluate.read_probe(specs, frames, none)
+    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 6 and found["validity"] > 40
+    assert evaluate.read_probe(specs, frames, torch.arange(19).expand(2, -1) % 2 == 0)["ceiling"] == 1
+    frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
+    assert evaluate.read_probe(specs, frames, none)["recall"] < .8
 
 
 def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch):
@@ -3089,10 +3109,25 @@ def test_a_policy_of_ones_own_gets_its_row_and_its_curve_by_one_line(run_evaluat
     assert report.EvalSet("stage2", "mine") in evaluate.eval_sets("stage2", quick=False, memory="")
 
 
+def test_other_weights_make_other_videos(tmp_path):
+    files = {name: tmp_path / name for name in ("one", "two", "text", "vae")}
+    for name, path in files.items():
+        path.write_text(name)
+    made_by = [evaluate.made_by(report.EvalSet(name, "window"), files) for name in ("one", "two")]
+    assert made_by[0] != made_by[1]
+    assert all(line.endswith(" " + repr(PRESETS["window"])) for line in made_by)
+
+
 def test_an_edited_preset_is_made_again(run_evaluate, monkeypatch):
-    run_evaluate("--quick --memory window --worlds 1")
+    words = "--quick --memory window --worlds 1"
+    text, _ = run_evaluate(words)
     monkeypatch.setitem(PRESETS, "window", Policy(0, 0, 15))
-    assert run_evaluate("--quick --memory window --worlds 1")[1] == 1
+    again, made = run_evaluate(words)
+    assert made == 1
+
+    def returns(text):
+        return next(line.split(" | ")[6] for line in text.splitlines() if "| stage2 | window |" in line)
+    assert returns(again) == returns(text)  # the old lines do not count
 
 
 def test_the_shipped_student_is_evaluated_from_its_file():
