@@ -138,7 +138,7 @@ def first_own_frame(given):
     return frames_of(given * CHUNK) if given else 0
 
 
-def own_reappearances(reading, caption, keep, policy, given):
+def own_reappearances(reading, motion, keep, policy, given):
     """
     What was due back in the model's own part; what the sink shows does not count.
     keep     (chunks,) bool of the rollout
@@ -146,7 +146,7 @@ def own_reappearances(reading, caption, keep, policy, given):
     """
     contexts = frames_in_memory(policy, keep[None])
     found = []
-    for event in judge.reappearances(reading, caption):
+    for event in judge.reappearances(reading, motion):
         if event.returned >= first_own_frame(given) and not event.in_sink:
             chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
             held = contexts[chunk][0].tolist()
@@ -182,10 +182,10 @@ def read_probe(specs, frames, keeps):
     right, held, maps, psnr = [], [], [], []
     for spec, video, keep in zip(specs, frames, keeps):
         reading = judge.read_video(video)
-        maps.append(judge.landmark_map(reading.sure))
+        maps.append(judge.landmark_map(reading.landmark))
         psnr.append(reading.psnr[first_own_frame(GIVEN):].mean())
-        caption = make_world(spec).caption
-        for event, in_memory in own_reappearances(reading, caption, keep, PROBED, GIVEN):
+        motion = make_world(spec).motion
+        for event, in_memory in own_reappearances(reading, motion, keep, PROBED, GIVEN):
             right.append(event.right)
             held.append(in_memory)
     returns = len(right)
@@ -339,7 +339,7 @@ def make_videos(batch):
     return continue_student(networks, batch.specs, length.given, length.chunks, policy, positions, swap)
 
 
-def measure(frames, caption, keep, policy, given):
+def measure(frames, motion, keep, policy, given):
     """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
     reading = judge.read_video(frames)
     # pictures: what is left over behind the last 5 s does not count
@@ -347,18 +347,17 @@ def measure(frames, caption, keep, policy, given):
     starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
     psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
     # motion
-    path = judge.track(reading.heading)
-    jumps = np.abs(np.diff(path)) > JUMP
+    jumps = np.abs(np.diff(reading.path)) > JUMP
     # memory
     events = []
-    for event, held in own_reappearances(reading, caption, keep, policy, given):
+    for event, held in own_reappearances(reading, motion, keep, policy, given):
         events.append({"absence": round(event.absence, 3), "right": event.right, "held": held,
                        "sector": event.sector, "shown": event.shown})
     return {
         "psnr": psnr,
-        "landmarks": judge.landmark_map(reading.sure),
+        "landmarks": judge.landmark_map(reading.landmark),
         "reappearances": events,
-        "turning": judge.turning_rate(reading.heading, caption),
+        "turning": judge.turning_rate(reading.path, motion),
         "jumps": int(jumps.sum()),
         "minutes": len(frames) / FPS / 60,
     }
@@ -370,9 +369,9 @@ def run_batch(batch):
     given = LENGTHS[batch.eval_set.worlds].given
     videos = []
     for spec, video, keep in zip(batch.specs, frames, keeps):
-        caption = make_world(spec).caption
-        measured = measure(video, caption, keep, batch.policy, given)
-        videos.append(Video(batch.eval_set, spec, caption, batch.made_by, **measured))
+        w = make_world(spec)
+        measured = measure(video, w.motion, keep, batch.policy, given)
+        videos.append(Video(batch.eval_set, spec, w.caption, batch.made_by, **measured))
     return videos
 
 

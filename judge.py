@@ -11,15 +11,14 @@ what it can never cover tells where the camera looks, and what stands in its box
 A frame is as valid as it is close to the nearest one that world.render() draws, in steps of 1 / SUB column.
 Recall is read from reappearances: a landmark was read, then no pixel of it was in view, then it is back. Its
 last reading before the absence and the first one after it are compared: what changes while in view is not
-blamed on memory.
+blamed on memory. One that the caption's motion brings back, and that does not come, counts as wrong.
 
-    wholly in view    =======                      =========    due       first frame wholly in view again
+    wholly in view    =======                      =========    here it is read
     a pixel in view   ===========              =============    returned  first frame that shows a pixel again
     not in view                  --------------                 left      first frame without a pixel of it
                                  ^ left        ^ returned
-                                                   ^ due
 
-    python judge.py            # prints what it reads from a world, and from one whose past was exchanged
+    python judge.py            # prints what it reads from a world whose landmarks are exchanged
 
 References: none, the world is this project's own.
 Leaves out: scenes of anything but sky, ground and one landmark a sector.
@@ -31,62 +30,45 @@ import numpy as np
 from einops import rearrange
 from numpy.lib.stride_tricks import sliding_window_view
 
-from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HALF, HORIZON, LANDMARKS, PANEL, SECTOR,
-                   SECTORS, SHAPES, SUB, TOP, WHOLE, WIDTH, WorldSpec, clip, make_world, offsets, panorama,
-                   parse_caption, wrap)
+from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HALF, HORIZON, LANDMARKS, SECTOR,
+                   SECTORS, SHAPES, SUB, TOP, WHOLE, WIDTH,
+                   WorldSpec, clip, make_world, offsets, panorama, wrap)
 
-READABLE = .5  # confidence from which a reading counts: the best drawing is at most half as far as any other.
-               # Rendered clips, blurred and at 26 dB: > .65; morphs, halves, mixed colours, nothing: < .40
-VALID = 17     # dB; plain grey, the most flattering level, reaches 16.3
-STILL = 1      # columns within a second either way; the slowest caption moves 2
-VIEW = (np.arange(WIDTH) - WIDTH // 2) * SUB  # sub-columns of a frame's pixels, counted from the heading
+PANEL = HALF + 2  # a landmark, drawn, reaches less than this many columns from its middle
+
+READABLE = .5     # the best drawing is at most half as far as any other. Rendered clips, blurred and at 26 dB:
+                  # < .35 as far; morphs, halves, mixed colours, nothing: > .60
 
 
 # ---- what each frame shows ---------------------------------------------------------------------------------
 
 @dataclass
 class Reading:
-    heading: np.ndarray     # (f,) columns in [0, 256)
-    ground: np.ndarray      # (f,) index into GROUNDS
-    landmark: np.ndarray    # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view
-    confidence: np.ndarray  # (f, 8) 1 - distance to that drawing / to the next best; 0 if not wholly in view
-    psnr: np.ndarray        # (f,) dB, peak 1, against the nearest frame that can be rendered
-    box_psnr: np.ndarray    # (f,) the same over the boxes of landmarks wholly in view: always one or two
-    frozen: np.ndarray      # (f,) bool: valid, but the camera stands
-
-    @property
-    def sure(self):
-        """(f, 8): landmark where it is readable, else -1."""
-        return np.where(self.confidence >= READABLE, self.landmark, -1)
+    path: np.ndarray      # (f,) heading in columns, unwrapped; misread frames are mended
+    ground: np.ndarray    # (f,) index into GROUNDS
+    landmark: np.ndarray  # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view or not readable
+    psnr: np.ndarray      # (f,) dB, peak 1, against the nearest frame that can be rendered
 
 
 def read_video(frames):
     """frames (f, 3, 32, 64) float in [0, 1] or uint8 -> Reading, from the frames alone."""
     x = rearrange(np.asarray(frames), "f c h w -> f w h c")  # pixel columns first, as panoramas are
     x = x / np.float32(255) if x.dtype == np.uint8 else x.astype(np.float32)
-    x = np.ascontiguousarray(x)
     # The ground, by its mean colour.
     colour = x[:, :, FOOT + 1:].mean((1, 2))
     ground = ((colour[:, None] - GROUND_RGB) ** 2).sum(-1).argmin(1)
-    # Frames of one ground are read together, 1,024 at a time, so that a long video needs little memory.
-    order, parts = [], []
+    # The rest, of all frames over one ground together.
+    heading = np.zeros(len(x))
+    landmark = np.zeros((len(x), SECTORS), int)
+    psnr = np.zeros(len(x))
     for g in np.unique(ground):
-        same = np.flatnonzero(ground == g)
-        for n in np.split(same, range(1024, len(same), 1024)):
-            order.append(n)
-            parts.append(read_frames(x[n], g))
-    in_time = np.argsort(np.concatenate(order))
-    fields = zip(*(vars(part).values() for part in parts))
-    reading = Reading(*(np.concatenate(field)[in_time] for field in fields))
-    # Frozen: the camera moves nowhere within a second either way.
-    path = np.pad(track(reading.heading), FPS, mode="edge")
-    moved = np.ptp(sliding_window_view(path, 2 * FPS + 1), axis=-1)
-    reading.frozen = (reading.psnr >= VALID) & (moved < STILL) & (len(x) > FPS)
-    return reading
+        same = ground == g
+        heading[same], landmark[same], psnr[same] = read_frames(np.ascontiguousarray(x[same]), g)
+    return Reading(track(heading), ground, landmark, psnr)
 
 
 def read_frames(x, ground):
-    """x (f, 64, 32, 3), all over one ground -> Reading; whether the camera stands is not known here"""
+    """x (f, 64, 32, 3), all over one ground -> heading (f,) in [0, 256), Reading's landmark and psnr"""
     # 1. The heading i, in sub-columns: the most alike of all views without landmarks.
     templates, norms = heading_templates(ground)
     i = (rearrange(uncovered(x), "f w d -> f (w d)") @ templates.T - norms).argmax(1)
@@ -94,31 +76,28 @@ def read_frames(x, ground):
     drawings = landmark_drawings(ground)
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
-    nearest, second = rearrange(np.partition(distance, 1, -1)[..., :2], "f s two -> two f s")
+    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
     # 3. The heading once more: known landmarks have the sharpest edges. Down a parabola, twice.
     for step in (SUB, SUB // 2):
-        before = frame_errors(x, i - step, landmark, drawings).mean((1, 2))
-        here = frame_errors(x, i, landmark, drawings).mean((1, 2))
-        after = frame_errors(x, i + step, landmark, drawings).mean((1, 2))
+        before, here, after = [frame_error(x, i + s, landmark, drawings) for s in (-step, 0, step)]
         shift = step / 2 * (before - after) / np.maximum(before - 2 * here + after, 1e-9)
         i = i + np.rint(shift.clip(-step, step)).astype(int)
-    # 4. How far is the frame from the nearest that can be rendered, and how far are the landmarks in it?
-    error = frame_errors(x, i, landmark, drawings)
+    # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
     whole = np.abs(offsets(i / SUB)) <= WHOLE
-    in_box = (box_columns(i, HALF + 1) & whole[:, None]).any(-1)  # (f, 64)
-    box_rows = error[:, :, TOP:FOOT].mean(-1)
-    box_error = (box_rows * in_box).sum(1) / in_box.sum(1)
-    return Reading(heading=i / SUB % COLUMNS,
-                   ground=np.full(len(x), ground),
-                   landmark=np.where(whole, landmark, -1),
-                   confidence=np.where(whole, 1 - nearest / second, 0),
-                   psnr=decibel(error.mean((1, 2))),
-                   box_psnr=decibel(box_error),
-                   frozen=np.zeros(len(x), bool))
+    readable = whole & (nearest <= READABLE * second)
+    error = frame_error(x, i, landmark, drawings)
+    psnr = -10 * np.log10(error.clip(1e-10))
+    return i / SUB % COLUMNS, np.where(readable, landmark, -1), psnr
 
 
-def decibel(error):
-    return (-10 * np.log10(np.maximum(error, 1e-10))).astype(np.float64)
+def view(i):
+    """(f,) headings in sub-columns -> (f, 64): where in the panorama the pixels have their left edges"""
+    return (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)
+
+
+def in_box(column, half):
+    """Is a pixel, by its left edge in sub-columns, within `half` columns of the middle of a landmark?"""
+    return np.abs(column / SUB % SECTOR + .5 - SECTOR // 2) < half
 
 
 def uncovered(x):
@@ -148,12 +127,11 @@ def heading_templates(ground):
     returns  templates (256 * SUB, 64 * 22), norms (256 * SUB,): the nearest has the largest x @ template -
              norm
     """
-    column = np.arange(COLUMNS * SUB)[:, None] + VIEW  # (256 * SUB, 64)
-    b = uncovered(panorama(ground, ())[column % (COLUMNS * SUB)])
-    off_middle = np.abs(column / SUB % SECTOR + .5 - SECTOR // 2)
-    between = off_middle >= HALF + 1  # in no box
-    b[..., -4:-1] *= between[..., None]
-    b[..., -1] = between / -2  # times uncovered()'s square: - x^2 / 2 of the sky that counts
+    column = view(np.arange(COLUMNS * SUB))
+    b = uncovered(panorama(ground, ())[column])
+    counts = ~in_box(column, HALF + 1)
+    b[..., -4:-1] *= counts[..., None]
+    b[..., -1] = counts / -2  # times uncovered()'s square: - x^2 / 2 of the sky that counts
     norms = (b[..., :-1] ** 2).sum((1, 2)) / 2
     return rearrange(b, "i w d -> i (w d)"), norms
 
@@ -170,41 +148,25 @@ def landmark_distances(x, i, drawings):
     x         (f, 64, 32, 3) frames
     i         (f,) their headings in sub-columns
     drawings  from landmark_drawings()
-    returns   (f, 8, 24); 1 out of view
+    returns   (f, 8, 24)
     """
-    distance = np.ones((len(x), SECTORS, LANDMARKS), np.float32)
-    in_view = np.abs(offsets(i / SUB)) < WIDTH // 2 + PANEL
-    for s, phase in np.ndindex(SECTORS, SUB):  # frames at the same sub-column phase share their drawings
-        n = np.flatnonzero(in_view[:, s] & (i % SUB == phase))
-        # The drawings, on the 22 columns of the box.
-        start = s * SECTOR + SECTOR // 2 - PANEL
-        box = slice(start * SUB + phase, (start + 2 * PANEL) * SUB, SUB)
-        drawn = rearrange(drawings[:, box, TOP:FOOT], "a x h c -> a x (h c)")
-        # The frames, on the same columns; those out of view are black, and not compared.
-        first = wrap(start - i[n] // SUB + WIDTH // 2)
-        column = first[:, None] + np.arange(2 * PANEL)
-        inside = ((column >= 0) & (column < WIDTH)).astype(np.float32)  # (n, 22)
-        seen = x[n[:, None], column.clip(0, WIDTH - 1), TOP:FOOT]
-        seen = rearrange(seen, "n x h c -> n x (h c)") * inside[..., None]
-        # |seen - drawn|^2 = seen^2 + drawn^2 - 2 seen drawn
-        seen_square = (seen ** 2).sum((1, 2))[:, None]
-        drawn_square = inside @ (drawn ** 2).sum(-1).T
-        product = np.tensordot(seen, drawn, ((1, 2), (1, 2)))
-        distance[n, s] = seen_square + drawn_square - 2 * product
-    return distance.clip(1e-3)  # float32 leaves about 1e-4 of an exact match
+    column = view(i)
+    seen = x[:, :, TOP:FOOT]
+    # Column by column, then the sum over those in the box of each sector.
+    error = np.zeros((len(x), WIDTH, LANDMARKS), np.float32)
+    for landmark, drawn in enumerate(drawings):
+        difference = drawn[column, TOP:FOOT] - seen
+        error[..., landmark] = (difference ** 2).sum((2, 3))
+    sector = np.where(in_box(column, PANEL), column // (SECTOR * SUB), -1)
+    boxes = sector[..., None] == np.arange(SECTORS)
+    return np.einsum("fwl,fws->fsl", error, boxes).clip(1e-3)
 
 
-def box_columns(i, half):
-    """(f, 64, 8) bool: which columns, are within `half` columns of which landmark's middle."""
-    column = VIEW[:, None] / SUB + .5
-    return np.abs(column - offsets(i / SUB)[:, None]) < half
-
-
-def frame_errors(x, i, landmark, drawings):
-    """(f, 64, 32): each pixel's squared distance to the frame at sub-columns i (f,) with landmarks (f, 8)."""
-    column = (i[:, None] + VIEW) % (COLUMNS * SUB)  # (f, 64)
+def frame_error(x, i, landmark, drawings):
+    """(f,) mean squared distance to the frames at sub-columns i (f,) with landmarks (f, 8)."""
+    column = view(i)
     stands = np.take_along_axis(landmark, column // (SECTOR * SUB), 1)
-    return ((drawings[stands, column] - x) ** 2).mean(-1)
+    return ((drawings[stands, column] - x) ** 2).mean((1, 2, 3))
 
 
 # ---- the camera's path -------------------------------------------------------------------------------------
@@ -224,13 +186,8 @@ def travelled(path):
     return np.abs(path[FPS:] - path[:-FPS]).sum()
 
 
-def turning_rate(heading, caption):
-    """Columns travelled over those of the caption's motion; negative: the wrong way; nan: foreign caption."""
-    parsed = parse_caption(caption)
-    if parsed is None:
-        return np.nan
-    _, motion = parsed
-    path = track(heading)
+def turning_rate(path, motion):
+    """Columns travelled over those that the caption's motion asks for; negative: the wrong way."""
     asked = motion.heading(path[0], np.arange(len(path)))
     same_way = np.sign((path - path[0]).mean() * (asked - asked[0]).mean())
     return float(same_way * travelled(path) / travelled(asked))
@@ -240,16 +197,13 @@ def turning_rate(heading, caption):
 
 @dataclass
 class Reappearance:
-    """A landmark that left and came back, or that should have (a miss)."""
+    """A landmark that left and came back, or that should have."""
     sector: int
     left: int       # first frame without a pixel of it
-    due: int        # first frame in which it is wholly in view again; of a miss: in which it should have been
-    absence: float  # seconds without a pixel of it; of a miss: as the caption's motion has it
-    first: int      # first readable landmark of this sector in the video
-    before: int     # last readable one before it left
+    absence: float  # seconds without a pixel of it; if it did not come, as the caption's motion has it
+    before: int     # last readable landmark before it left
     shown: int      # first readable one of the visit in which it came back, -1 if there is none
     in_sink: bool   # wholly in view in the first 9 frames, which a sink never forgets: counted apart
-    missed: bool    # the caption's motion made it due, and it did not come
 
     @property
     def returned(self):
@@ -260,58 +214,47 @@ class Reappearance:
     def right(self):
         return self.shown == self.before
 
-    @property
-    def as_first(self):
-        return self.shown == self.first
 
-
-def reappearances(reading, caption):
-    """All of a video, in the order in which they were due: list of Reappearance."""
-    parsed = parse_caption(caption)
-    motion = parsed[1] if parsed else None
-    path = track(reading.heading)
+def reappearances(reading, motion):
+    """All of a video, sector by sector, given the caption's motion: list of Reappearance."""
     found = []
     for sector in range(SECTORS):
-        found += sector_reappearances(sector, path, reading.sure[:, sector], motion)
-    return sorted(found, key=lambda event: event.due)
+        found += sector_reappearances(sector, reading.path, reading.landmark[:, sector], motion)
+    return found
 
 
-def sector_reappearances(sector, path, sure, motion):
-    """path (f,) from track(), sure (f,) its readable landmarks, motion None: a foreign caption."""
+def sector_reappearances(sector, path, landmark, motion):
+    """path (f,), landmark (f,) of the Reading"""
     far = np.abs(offsets(path)[:, sector])
     gone = np.cumsum(far > GONE)  # how many frames so far showed no pixel of it
     # A visit: frames in which it is wholly in view, none between them in which it is gone.
     whole = np.flatnonzero(far <= WHOLE)
     visits = np.split(whole, np.flatnonzero(np.diff(gone[whole])) + 1)
-    never = np.zeros(0, int)
     found = []
-    for visit, back in zip(visits, [*visits[1:], never]):
+    for visit, back in zip(visits, [*visits[1:], whole[:0]]):
         # What was it, before it left?
-        before = first_readable(sure[whole[whole <= visit.max(initial=-1)]][::-1])
+        so_far = whole[whole <= visit.max(initial=-1)]
+        before = first_readable(landmark[so_far][::-1])
         if before < 0 or gone[-1] == gone[visit[-1]]:
             continue  # not readable so far, or in view to the end
-        # When does the caption's motion bring it back? A quarter and a second later it is a miss.
-        left = int(np.searchsorted(gone, gone[visit[-1]] + 1))
+        left = int(np.searchsorted(gone, gone[visit[-1]], "right"))
+        # When does the motion bring it back? A quarter and a second later it is missed.
         wait, away = due_back(motion, path, left, sector)
-        next_seen = back[0] if len(back) else len(far)
-        missed = bool(left + 1.25 * wait + FPS < next_seen)
-        if missed:
-            due = left + wait
-            back = never
+        next_seen = back[0] if len(back) else len(path)
+        if left + 1.25 * wait + FPS < next_seen:
+            shown = -1
         elif len(back):
-            due = back[0]
-            away = gone[due] - gone[visit[-1]]
+            shown = first_readable(landmark[back])
+            away = gone[back[0]] - gone[visit[-1]]
         else:
             continue  # the video ends before it could be due
-        found.append(Reappearance(
-            sector=sector, left=left, due=int(due), absence=float(away / FPS),
-            first=first_readable(sure[whole]), before=before, shown=first_readable(sure[back]),
-            in_sink=bool(far[:9].min() <= WHOLE), missed=missed))
+        in_sink = bool(far[:9].min() <= WHOLE)
+        found.append(Reappearance(sector, left, float(away / FPS), before, shown, in_sink))
     return found
 
 
-def first_readable(sure):
-    readable = sure[sure >= 0]
+def first_readable(landmark):
+    readable = landmark[landmark >= 0]
     return int(readable[0]) if len(readable) else -1
 
 
@@ -321,8 +264,6 @@ def due_back(motion, path, left, sector):
     many of them show no pixel of it, if the camera goes on as the motion does from there; inf if it never
     comes.
     """
-    if motion is None:
-        return np.inf, np.inf
     # Two periods of the motion, 2,048 steps each.
     t = np.linspace(0, 2 * motion.seconds * FPS, 4097)
     ideal = motion.heading(path[0], t)
@@ -345,8 +286,8 @@ def is_in_memory(event, reading, latents):
     The ceiling of recall: does one of `latents`, the numbers of those held at event.returned, show it wholly
     in view? Latent 0 is video frame 0, latent j frames 4j - 3 .. 4j.
     """
-    whole = np.abs(offsets(track(reading.heading))[:, event.sector]) <= WHOLE
-    return any(whole[max(0, 4 * j - 3):4 * j + 1].any() for j in latents)
+    whole = np.flatnonzero(np.abs(offsets(reading.path)[:, event.sector]) <= WHOLE)
+    return bool(np.isin((whole + 3) // 4, latents).any())
 
 
 def chunk_of(frame):
@@ -356,30 +297,31 @@ def chunk_of(frame):
 
 # ---- chance: what recall is by luck ------------------------------------------------------------------------
 
-def landmark_map(sure):
-    """Reading.sure (f, 8) -> 8 numbers: what each sector shows most, -1 for nothing."""
-    votes = [np.bincount(sector[sector >= 0], minlength=LANDMARKS) for sector in sure.T]
-    return [int(vote.argmax()) if vote.any() else -1 for vote in votes]
+def count_landmarks(maps):
+    """(n, 8) landmarks by sector, -1 for none -> (8, 24): how many of the n show which"""
+    return (np.array(maps)[..., None] == np.arange(LANDMARKS)).sum(0)
+
+
+def landmark_map(landmark):
+    """Reading.landmark (f, 8) -> 8 numbers: what each sector shows most, -1 for nothing."""
+    count = count_landmarks(landmark)
+    return np.where(count.any(1), count.argmax(1), -1).tolist()
 
 
 def chance(maps):
     """How often two videos of a model, (v, 8) landmark maps, agree on a sector."""
-    # How many videos show each landmark there, (8, 24); pairs of them agree.
-    count = (np.array(maps)[..., None] == np.arange(LANDMARKS)).sum(0)
+    count = count_landmarks(maps)
     agree = (count * (count - 1)).sum()
     pairs = (count.sum(1) * (count.sum(1) - 1)).sum()
     return float(agree / pairs) if pairs else np.nan
 
 
 if __name__ == "__main__":
-    names = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS] + ["nothing"]
+    names = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
     spec = WorldSpec(0, "turn", 8)
-    caption = make_world(spec).caption
     video = clip(spec, 0, 14 * FPS)
-    damaged = video.copy()
-    damaged[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
-    for title, frames in ((caption, video), ("The same, with other landmarks from second 6 on:", damaged)):
-        print(title)
-        for event in reappearances(read_video(frames), caption):
-            print(f"  {names[event.before]:16} away for {event.absence} s, now {names[event.shown]:16}",
-                  "right" if event.right else "WRONG")
+    # Out of view, every landmark becomes another.
+    video[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
+    for event in reappearances(read_video(video), make_world(spec).motion):
+        verdict = "right" if event.right else "WRONG"
+        print(f"{names[event.before]:16} {event.absence:.1f} s away, now {names[event.shown]:16} {verdict}")

@@ -77,8 +77,7 @@ from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_
                      load_tiny, load_wan, load_weights, read_file, read_public, save_weights, wan_text,
                      write_safetensors)
 from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
-from world import (Motion, World, WorldSpec, clip, make_world, offsets, panorama, parse_caption, render,
-                   wrap)
+from world import Motion, World, WorldSpec, clip, make_world, offsets, panorama, render, wrap
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
@@ -1835,9 +1834,9 @@ def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
     Headings: 99.5 % within a column. Of the rest the autoencoder itself shifts the frame, where lingering changes the
     speed eightfold within one latent.
     """
-    right, wrong_by, ground, psnr, box = judge_errors(through_autoencoder, 161)
+    right, wrong_by, ground, psnr = judge_errors(through_autoencoder, 161)
     assert right >= .99 and ground == 1 and np.quantile(wrong_by, .995) <= 1
-    assert psnr > 28 and box > 25  # the ceiling that validity is compared with
+    assert psnr > 28  # the ceiling that validity is compared with
 
 
 def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
@@ -1845,10 +1844,10 @@ def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policie
     networks = weights.load_tiny(WEIGHTS / "init_ar.safetensors", torch.device("cpu"))
     spec = WorldSpec(world.HELD_OUT, "turn", 9)
     frames, keep = continue_student(networks, [spec], 24, 0, PRESETS["uniform2"])
-    reading, caption = read_video(frames[0]), world.make_world(spec).caption
-    found = own_reappearances(reading, caption, keep[0], PRESETS["uniform2"], 14)
-    assert len(found) >= 4 and all(event.right and held and not event.missed for event, held in found)
-    assert not any(held for _, held in own_reappearances(reading, caption, keep[0], PRESETS["longlive"], 14))
+    reading, motion = read_video(frames[0]), world.make_world(spec).motion
+    found = own_reappearances(reading, motion, keep[0], PRESETS["uniform2"], 14)
+    assert len(found) >= 4 and all(event.right and held for event, held in found)
+    assert not any(held for _, held in own_reappearances(reading, motion, keep[0], PRESETS["longlive"], 14))
 
 
 # ---- command lines, files and frames ----------------------------------------------------------------------
@@ -2343,7 +2342,7 @@ def branches(function):
 
 
 # files still to be rewritten: to be emptied
-DENSE = set("judge model text weights world".split())
+DENSE = set("model text weights".split())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -2405,15 +2404,15 @@ def test_every_demo_is_run():
 
 # ---- the small world: what is drawn follows the caption, and captions never tell the landmarks -------------
 
-TURNING = "Grass. The camera turns right, one turn in 8 seconds."  # 2 columns a frame
-LOOKING = "Grass. The camera looks 180 degrees to the right and back, every 16 seconds."  # 1 column a frame
+TURNING = Motion("turn", 1, 8)         # 2 columns a frame
+LOOKING = Motion("aside", 1, 16, 180)  # 1 column a frame
 SET = np.array([0, 7, 14, 21, 4, 11, 12, 19])
-LOOK = Motion("aside", 1, 16, 180).heading(40., np.arange(400))
+LOOK = LOOKING.heading(40., np.arange(400))
 UNTIL_100 = np.minimum(np.arange(400), 100)  # frame numbers of a camera that stops
 
 
 def steady(frames, start=0.):
-    return Motion("turn", 1, 8).heading(start, np.arange(frames))
+    return TURNING.heading(start, np.arange(frames))
 
 
 def draw_video(headings, landmarks=SET, ground=0):
@@ -2435,9 +2434,22 @@ def draw_video(headings, landmarks=SET, ground=0):
     (Motion("aside", 1, 16, 180), 5, 8, 133),
     (Motion("aside", -1, 16, 90), 5, 20, -27),        # half way out for the second time
 ])
-def test_the_camera_moves_as_its_caption_says(motion, start, seconds, end):
+def test_the_camera_moves_as_its_motion_says(motion, start, seconds, end):
     assert motion.heading(start, 16 * seconds) == pytest.approx(end)
-    assert parse_caption(World(2, tuple(SET), start, motion).caption) == (2, motion)
+
+
+@pytest.mark.parametrize("motion, words", [
+    (Motion("turn", 1, 8), "turns right, one turn in 8 seconds."),
+    (Motion("linger", -1, 44), "turns left, lingering at the compass points, one turn in 44 seconds."),
+    (Motion("aside", -1, 16, 180), "looks 180 degrees to the left and back, every 16 seconds."),
+])
+def test_a_caption_tells_ground_and_motion_alone_in_96_bytes_and_the_grammar_knows_it(motion, words):
+    caption = World(3, tuple(SET), 0., motion).caption
+    assert caption == f"Stone. The camera {words}"
+    assert len(caption.encode()) <= 96
+    assert re.fullmatch(world.GRAMMAR, caption)
+    for foreign in (caption.lower(), caption.replace("Stone", "Lava"), caption + " Slowly.", caption[:-1], ""):
+        assert not re.fullmatch(world.GRAMMAR, foreign)
 
 
 def test_a_frame_shows_what_stands_around_its_heading_and_the_sky_is_the_same_in_every_world():
@@ -2474,15 +2486,20 @@ def test_a_counterfactual_world_has_other_landmarks_and_the_same_place_and_motio
         assert one.landmarks != other.landmarks
         assert replace(one, landmarks=()) == replace(other, landmarks=())
     frames = clip(WorldSpec(seed, counterfactual=True), 7, 1)
-    assert np.array_equal(frames, draw_video(one.motion.heading(one.start, [7]), other.landmarks, one.ground))
+    heading = one.motion.heading(one.start, np.array([7]))
+    assert np.array_equal(frames, draw_video(heading, other.landmarks, one.ground))
 
 
-def test_world_0_is_what_the_shipped_weights_have_seen():
+def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
     landmarks = (23, 4, 7, 14, 11, 18, 10, 1)
     assert make_world(WorldSpec(0)) == World(2, landmarks, 32.049880172813715, Motion("turn", 1, 16))
     assert make_world(WorldSpec(0, counterfactual=True)).landmarks == (16, 10, 3, 8, 1, 21, 9, 14)
     assert [make_world(WorldSpec(seed)).motion for seed in (2, 3, 7)] == [
         Motion("aside", 1, 12, 90), Motion("aside", 1, 12, 135), Motion("turn", -1, 40)]
+    drawn = [draw_video([0, 50.3, 128], SET, ground).astype(float) for ground in range(4)]
+    # How light they are, and how sharp.
+    assert np.allclose([x.mean() for x in drawn], [.420199, .503110, .602013, .423242], atol=1e-5)
+    assert np.allclose([np.abs(np.diff(x)).mean() for x in drawn], [.026046, .027805, .029053, .023795], atol=1e-5)
 
 
 def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
@@ -2495,24 +2512,6 @@ def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
         assert (min(seconds), max(seconds)) == periods
     fixed = make_world(WorldSpec(3, "turn", 9))
     assert fixed == replace(worlds[3], motion=Motion("turn", worlds[3].motion.direction, 9))
-
-
-def test_captions_are_at_most_96_bytes_never_tell_the_landmarks_and_others_are_foreign():
-    captions = " ".join(make_world(WorldSpec(seed)).caption for seed in range(300))
-    assert not any(name in captions.lower() for name in world.SHAPES + world.COLOURS)
-    assert len(World(3, tuple(SET), 0., Motion("linger", -1, 44)).caption.encode()) <= 96
-    lava, lower = (TURNING.replace("Grass", ground) for ground in ("Lava", "grass"))
-    for foreign in ("", "A cat.", lava, lower, TURNING + " Slowly."):
-        assert parse_caption(foreign) is None
-
-
-def test_sharpness_does_not_pulse_with_sub_pixel_phase():
-    # Rms difference of neighbouring pixels while a landmark passes one column in steps of 1/64: constant
-    # within 10 % (worst: the square's sides on snow, 9 %); not softened, it pulses by up to 38 %.
-    for landmark in range(24):
-        frames = draw_video(16 + np.arange(64) / 64, [landmark] * 8, ground=2)
-        rms = (np.diff(frames[:, :, 7:25].astype(np.float64)) ** 2).mean((1, 2, 3)) ** .5
-        assert rms.max() / rms.min() < 1.10
 
 
 @pytest.mark.slow
@@ -2548,28 +2547,26 @@ def judge_errors(damage, frames=160):
     """
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
     returns  share of landmarks wholly in view that are right and readable; heading errors in columns;
-             share of right grounds; mean PSNR of frames and of boxes
+             share of right grounds; mean PSNR
     """
-    right, wrong_by, readings, grounds = [], [], [], []
+    right, wrong_by, grounds, psnr = [], [], [], []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
         w = make_world(WorldSpec(seed))
         heading = w.motion.heading(w.start, np.arange(frames))
         reading = read_video(damage(clip(WorldSpec(seed), 0, frames)))
         whole = np.abs(offsets(heading)) <= world.WHOLE - .5  # at the very edge a rounded heading may differ
-        right += (reading.sure == np.array(w.landmarks))[whole].tolist()
-        wrong_by += np.abs(wrap(reading.heading - heading)).tolist()
-        grounds.append((reading.ground == w.ground).mean())
-        readings.append(reading)
-    return (np.mean(right), np.array(wrong_by), np.mean(grounds), np.mean([r.psnr for r in readings]),
-            np.mean([r.box_psnr for r in readings]))
+        right += (reading.landmark == np.array(w.landmarks))[whole].tolist()
+        wrong_by += np.abs(wrap(reading.path - heading)).tolist()
+        grounds += (reading.ground == w.ground).tolist()
+        psnr += reading.psnr.tolist()
+    return np.mean(right), np.array(wrong_by), np.mean(grounds), np.mean(psnr)
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 40), (with_noise, 25), (blurred, 22), (tinted, 21),
-    (lambda frames: with_noise(blurred(frames)), 21),
-], ids=["none", "26 dB", "blurred", "tinted", "blurred and 26 dB"])
+    (lambda frames: frames, 40), (tinted, 21), (lambda frames: with_noise(blurred(frames)), 21),
+], ids=["none", "tinted", "blurred and 26 dB"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
-    right, wrong_by, ground, psnr, _ = judge_errors(damage)
+    right, wrong_by, ground, psnr = judge_errors(damage)
     assert right >= .99
     assert wrong_by.max() <= 1
     assert ground == 1
@@ -2579,195 +2576,126 @@ def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_
 def test_every_landmark_is_read_on_every_ground_and_in_every_sector():
     for ground, landmark in np.ndindex(4, 24):
         reading = read_video(draw_video(np.arange(8) * 32 + 16, [landmark] * 8, ground))
-        assert (reading.sure.diagonal() == landmark).all()
+        assert (reading.landmark.diagonal() == landmark).all()
         assert (reading.ground == ground).all()
 
 
 def test_a_landmark_is_read_while_it_is_wholly_in_view_with_two_columns_to_spare():
     offset = np.arange(-48, 48.)  # of sector 3, from one side of the view to the other
     reading = read_video(draw_video(112 - offset))
-    assert np.array_equal(reading.landmark[:, 3] >= 0, np.abs(offset) <= 21)
-    assert np.array_equal(reading.confidence[:, 3] > 0, np.abs(offset) <= 21)
+    assert np.array_equal(reading.landmark[:, 3], np.where(np.abs(offset) <= 21, SET[3], -1))
 
 
-def test_a_long_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too():
-    grounds = np.arange(1100) // 7 % 2
-    frames = draw_video(steady(1100))
-    frames[grounds == 1] = draw_video(steady(1100), ground=3)[grounds == 1]
+def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too():
+    grounds = np.arange(200) // 7 % 2
+    frames = draw_video(steady(200))
+    frames[grounds == 1] = draw_video(steady(200), ground=3)[grounds == 1]
     reading = read_video((frames * 255).round().astype(np.uint8))
     assert np.array_equal(reading.ground, 3 * grounds)
-    assert np.abs(wrap(reading.heading - steady(1100))).max() <= 1 / 4
+    assert np.abs(reading.path - steady(200)).max() <= 1 / 4
 
 
-def filled(drawing, fill):
-    """A sector's drawing (256 sub-columns, 32, 3) with something else in its box."""
-    drawing = drawing.copy()
-    drawing[128 - 72:128 + 72, 6:26] = fill
-    return drawing
-
-
-def specks(seed):
-    return np.random.default_rng(seed).uniform(0, 1, (18, 20, 3)).repeat(8, axis=0)
-
-
-@pytest.mark.parametrize("mix, median", [  # of two landmarks' drawings a and b, and of none
-    (lambda a, b, none: np.concatenate([a[:128], b[128:]]), .2),
-    (lambda a, b, none: (a + b) / 2, .1),
-    (lambda a, b, none: filled(a, b[128, 16].mean()), .3),
-    (lambda a, b, none: filled(a, specks(int(1e6 * b.mean()))), .3),
-    (lambda a, b, none: none, .3),
-], ids=["two halves", "morph", "grey box", "noise box", "nothing"])
-def test_what_is_no_landmark_is_not_readable(mix, median):
+@pytest.mark.parametrize("mix", [  # of two landmarks' drawings a and b, and of none
+    lambda a, b, none: np.concatenate([a[:128], b[128:]]),
+    lambda a, b, none: (a + b) / 2,
+    lambda a, b, none: none,
+], ids=["two halves", "morph", "nothing"])
+def test_what_is_no_landmark_is_not_readable(mix):
     rng = np.random.default_rng(3)
-    confidence = []
+    read = []
     for ground in (0, 1, 2):
         drawn = judge.landmark_drawings(ground).reshape(24, 8, 256, 32, 3)
         none = panorama(ground, ()).reshape(8, 256, 32, 3)
         for _ in range(8):
             pairs = [rng.choice(24, 2, replace=False) for _ in range(8)]
             sectors = [mix(drawn[a, s], drawn[b, s], none[s]) for s, (a, b) in enumerate(pairs)]
-            reading = read_video(render(np.concatenate(sectors), rng.uniform(0, 256, 24)))
-            confidence += reading.confidence[reading.landmark >= 0].tolist()
-    assert (np.array(confidence) < judge.READABLE).mean() >= .99
-    assert np.median(confidence) < median
+            headings = rng.uniform(0, 256, 24)
+            reading = read_video(render(np.concatenate(sectors), headings))
+            read += (reading.landmark >= 0)[np.abs(offsets(headings)) <= world.WHOLE].tolist()
+    assert np.mean(read) <= .01
 
 
-def test_a_colour_between_two_is_not_readable():
-    drawn = judge.landmark_drawings(2).reshape(4, 6, 2048, 32, 3)
-    for shape, colour in np.ndindex(4, 5):
-        between = (drawn[shape, colour] + drawn[shape, colour + 1]) / 2
-        assert (read_video(render(between, np.arange(8) * 32 + 16)).sure == -1).all()
-
-
-@pytest.mark.parametrize("frames, valid, frozen", [
-    (draw_video(steady(40)), True, False),
-    (draw_video([48] * 40), True, True),
-    (with_noise(draw_video([48] * 40)), True, True),
-    (draw_video([48] * 16), True, False),  # too short to tell
-    (with_noise(clip(WorldSpec(1, "linger", 44), 0, 300)), True, False),
-    (with_noise(clip(WorldSpec(1, "aside"), 0, 300)), True, False),
-    (np.linspace(.1, .9, 40)[:, None, None, None] * np.ones((40, 3, 32, 64)), False, False),
-    (with_noise(np.full((40, 3, 32, 64), .5, np.float32)), False, False),
-    (np.random.default_rng(5).uniform(0, 1, (40, 3, 32, 64)), False, False),
-    (np.random.default_rng(5).uniform(0, 1, (1, 3, 4, 8)).repeat(8, 2).repeat(8, 3).repeat(40, 0), False, False),
-], ids=["moving", "still", "still and 26 dB", "16 frames", "lingering", "looking aside", "grey",
-        "grey and 26 dB", "noise", "still and coarse noise"])
-def test_grey_and_noise_are_not_valid_and_a_still_camera_is_frozen(frames, valid, frozen):
-    reading = read_video(frames)
-    assert ((reading.psnr >= judge.VALID) == valid).all()
-    assert (reading.frozen == frozen).all()
-
-
-def test_a_camera_that_stops_is_frozen_from_a_second_later_on():
-    assert np.flatnonzero(read_video(draw_video(UNTIL_100)).frozen).tolist() == list(range(116, 400))
-
-
-def test_validity_is_the_size_of_the_damage():
+def test_validity_is_the_size_of_the_damage_wherever_it_is():
     for db in (30, 26, 22):
-        reading = read_video(with_noise(clip(WorldSpec(4), 0, 40), db))
-        assert np.abs(reading.psnr - db).max() < .5
-        assert np.abs(reading.box_psnr - db).max() < 2
-
-
-@pytest.mark.parametrize("rows, columns, in_box", [  # sector 3 is at columns 18..35
-    (slice(6, 26), slice(18, 36), True),
-    (slice(0, 6), slice(0, 64), False),
-    (slice(6, 26), slice(39, 48), False),  # between two landmarks
-    (slice(6, 26), slice(54, 64), False),  # one half out of view
-])
-def test_box_validity_is_of_the_boxes_wholly_in_view_alone(rows, columns, in_box):
-    frames = draw_video([117] * 8)
-    frames[:, :, rows, columns] = np.clip(frames[:, :, rows, columns] + .2, 0, 1)
-    reading = read_video(frames)
-    assert (reading.psnr < 27).all()
-    assert (reading.box_psnr < 22).all() if in_box else (reading.box_psnr > 30).all()
+        assert np.abs(read_video(with_noise(clip(WorldSpec(4), 0, 40), db)).psnr - db).max() < .5
+    for rows, columns in ((slice(0, 3), slice(64)), (slice(22, 26), slice(48)), (slice(29, 32), slice(64))):
+        frames = draw_video([112] * 8)
+        frames[:, :, rows, columns] += .1
+        share = (rows.stop - rows.start) * columns.stop / (32 * 64)
+        assert read_video(frames).psnr == pytest.approx(-10 * np.log10(.01 * share), abs=.5)
+    assert read_video(np.full((8, 3, 32, 64), .5)).psnr.max() < 17  # plain grey
 
 
 # ---- reappearances: what left and came back, against what it was -------------------------------------------
 
-def returns_of(headings, caption=TURNING, landmarks=SET):
-    return reappearances(read_video(draw_video(headings, landmarks)), caption)
+def returns_of(headings, motion=TURNING, landmarks=SET):
+    return reappearances(read_video(draw_video(headings, landmarks)), motion)
 
 
-def recall_at(found, seconds):
-    """(share right, how many) of those not in the sink whose absence is within 10 % of `seconds`."""
-    right = [e.right for e in found if not e.in_sink and abs(e.absence - seconds) <= .1 * seconds]
-    return (np.mean(right) if right else np.nan), len(right)
-
-
-@pytest.mark.parametrize("start, left, returned, due", [(0, 93, 180, 190), (1, 93, 179, 189)])
-def test_left_returned_and_due_are_the_frames_that_geometry_gives(start, left, returned, due):
-    # Sector 4 stands at 144, 2 columns a frame; gone beyond 185, a pixel from 359, whole from 379.
+@pytest.mark.parametrize("start, left, returned", [(0, 93, 180), (1, 93, 179)])
+def test_left_and_returned_are_the_frames_that_geometry_gives(start, left, returned):
+    # Sector 4 stands at 144, 2 columns a frame; gone beyond 185, a pixel from 359.
     event = next(e for e in returns_of(steady(240, start)) if e.sector == 4)
-    assert (event.left, event.returned, event.due) == (left, returned, due)
+    assert (event.left, event.returned) == (left, returned)
     assert event.absence == (returned - left) / 16
 
 
-@pytest.mark.parametrize("changed, right, as_first", [  # sector 4 is straight ahead at frames 72, 200, 328
-    (slice(0), [1, 1, 1], [1, 1, 1]),          # nothing
-    (slice(120, None), [0, 1, 1], [0, 0, 0]),  # while out of view
-    (slice(120, 240), [0, 0, 1], [0, 1, 1]),   # and back
-    (slice(200, None), [1, 1, 1], [1, 0, 0]),  # while in view: not the absence's fault
-    (slice(200, 240), [1, 0, 1], [1, 1, 1]),
+@pytest.mark.parametrize("changed, right", [  # sector 4 is straight ahead at frames 72, 200, 328
+    (slice(0), [1, 1, 1]),          # nothing
+    (slice(120, None), [0, 1, 1]),  # while out of view
+    (slice(120, 240), [0, 0, 1]),   # and back
+    (slice(200, None), [1, 1, 1]),  # while in view: not the absence's fault
+    (slice(200, 240), [1, 0, 1]),
 ])
-def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(changed, right, as_first):
+def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(changed, right):
     landmarks = np.tile(SET, (480, 1))
     landmarks[changed, 4] = 22
     found = returns_of(steady(480), landmarks=landmarks)
     assert [e.right for e in found if e.sector == 4] == right
-    assert [e.as_first for e in found if e.sector == 4] == as_first
     assert len(found) == 3 * 8
-    assert all(e.right and e.as_first and not e.missed for e in found if e.sector != 4)
-    assert [e.due for e in found] == sorted(e.due for e in found)
+    assert all(e.right for e in found if e.sector != 4)
 
 
 def test_what_comes_back_unreadable_is_wrong_and_the_next_return_is_held_against_what_was_read_before():
     frames = draw_video(steady(400))
     frames[128:256] = (frames[128:256] + draw_video(steady(400), np.roll(SET, 1))[128:256]) / 2
-    found = reappearances(read_video(frames), TURNING)
-    assert [e.shown for e in found if e.sector == 4] == [-1, SET[4]]
-    assert [e.right for e in found if e.sector == 4] == [False, True]
-    assert [e.as_first for e in found if e.sector == 4] == [False, True]
-    assert not any(e.missed for e in found)
+    found = [e for e in reappearances(read_video(frames), TURNING) if e.sector == 4]
+    assert [(e.before, e.shown, e.right) for e in found] == [(SET[4], -1, False), (SET[4], SET[4], True)]
 
 
 @pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
-def test_in_drawn_worlds_all_returns_are_right_and_none_is_missed(kind):
+def test_in_drawn_worlds_all_returns_are_right(kind):
     for seed in range(world.HELD_OUT, world.HELD_OUT + 3):
         w = make_world(WorldSpec(seed, kind))
         reading = read_video(with_noise(clip(WorldSpec(seed, kind), 0, 800)))
-        found = reappearances(reading, w.caption)
-        assert all(e.right and e.as_first and not e.missed for e in found)
-        assert all(e.shown == w.landmarks[e.sector] for e in found)
+        found = reappearances(reading, w.motion)
+        assert all(e.right and e.shown == w.landmarks[e.sector] for e in found)
         assert found or w.motion.seconds > 35 or kind == "aside"
-        assert turning_rate(reading.heading, w.caption) == pytest.approx(1, abs=.02)
+        assert turning_rate(reading.path, w.motion) == pytest.approx(1, abs=.02)
 
 
-@pytest.mark.parametrize("headings, caption, missed", [
+@pytest.mark.parametrize("headings, motion, missed", [
     (steady(600) * .9, TURNING, False),
     (steady(600) * .6, TURNING, True),
     (steady(400)[UNTIL_100], TURNING, True),
     (LOOK, LOOKING, False),
     (LOOK[np.minimum(np.arange(400), 128)], LOOKING, True),
 ], ids=["a tenth slower", "far too slow", "stops", "looks back", "does not look back"])
-def test_a_return_that_the_caption_makes_due_and_that_does_not_come_is_a_miss(headings, caption, missed):
-    found = returns_of(headings, caption)
-    assert found and all(e.missed == missed and e.right == (not missed) for e in found)
-    assert all(e.shown == -1 for e in found if e.missed)
+def test_a_return_that_the_motion_makes_due_and_that_does_not_come_is_wrong(headings, motion, missed):
+    found = returns_of(headings, motion)
+    assert found and all(e.shown == (-1 if missed else e.before) for e in found)
 
 
-def test_a_miss_has_the_times_of_the_captions_motion_and_a_foreign_caption_makes_none():
+def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
     headings = steady(400)[UNTIL_100]  # stops after 200 of 256 columns
     found = returns_of(headings)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
     assert all(abs(e.absence - 174 / 32) <= 2 / 16 for e in found)
-    assert all(abs(e.due - e.left - (256 - 41 - 17) / 2) <= 2 for e in found)
-    # sector 7 leaves at frame 13, is due 98.5 frames later, and missed after 13 + 1.25 * 98.5 + 16 = 152.1
+    # Sector 7 leaves at frame 13, is due 98.5 frames later, and missed after 13 + 1.25 * 98.5 + 16 = 152.1.
     assert [len(returns_of(headings[:frames])) for frames in (152, 153)] == [0, 1]
     looks = {e.sector: e.absence for e in reversed(returns_of(LOOK, LOOKING))}  # each sector's first absence
     stays = returns_of(LOOK[np.minimum(np.arange(400), 128)], LOOKING)
     assert all(abs(e.absence - looks[e.sector]) < .2 for e in stays)
-    assert returns_of(headings, "A merry-go-round.") == []
 
 
 @pytest.mark.parametrize("start, sinks", [(40, {1}), (42, {1}), (43, {1, 2})])
@@ -2786,12 +2714,12 @@ def test_up_to_four_misread_headings_in_a_row_are_mended_and_turning_points_stay
     assert np.array_equal(judge.track(LOOK % 256), LOOK)
 
 
-@pytest.mark.parametrize("headings, caption, rate", [
+@pytest.mark.parametrize("path, motion, rate", [
     *[(steady(200) * rate + 9, TURNING, rate) for rate in (1, .5, -1, -.5, 0)],
-    (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1), (LOOK, "A cat.", np.nan),
+    (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1),
 ])
-def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(headings, caption, rate):
-    assert turning_rate(headings % 256, caption) == pytest.approx(rate, abs=.02, nan_ok=True)
+def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(path, motion, rate):
+    assert turning_rate(path, motion) == pytest.approx(rate, abs=.02)
 
 
 def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_agree():
@@ -2810,14 +2738,6 @@ def test_a_landmark_is_in_memory_exactly_if_a_latent_held_shows_it_wholly():
     assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
     assert not is_in_memory(event, reading, []) and is_in_memory(event, reading, [0, 1, shows[0]])
     assert [judge.chunk_of(frame) for frame in range(33)] == [0] * 9 + [1] * 12 + [2] * 12
-
-
-@pytest.mark.parametrize("name, told", [("world", "out/world.png"), ("judge", "WRONG")])
-def test_demos_of_world_and_judge_show_what_they_say(name, told, tmp_path):
-    script = HERE / f"{name}.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
-    assert told in done.stdout
-    assert (tmp_path / "out" / "world.png").exists() == (name == "world")
 
 
 # ---- the miniature's numbers: what an evaluation tells is what the judge read ------------------------------
@@ -2958,15 +2878,15 @@ def test_worlds_for_the_forgetting_curve_bring_back_what_they_promise():
     specs = evaluate.reach_worlds(13, 0)
     assert len({spec.seed for spec in specs}) == 13 and all(spec.seed >= world.HELD_OUT for spec in specs)
     for spec, seconds in list(zip(specs, report.ABSENCES))[::4]:  # 1, 6, 16.5 and 30 s
-        events = reappearances(read_video(clip(spec, 0, 1005)), world.make_world(spec).caption)
-        share, number = recall_at(events, seconds)
-        assert share == 1 and number > 0
+        events = reappearances(read_video(clip(spec, 0, 1005)), world.make_world(spec).motion)
+        near = [e for e in events if not e.in_sink and abs(e.absence - seconds) <= .1 * seconds]
+        assert near and all(event.right for event in near)
 
 
 def measured(frames):
     spec = WorldSpec(world.HELD_OUT + 3, "turn", 12)
     keep = torch.ones(84, dtype=torch.bool)
-    return evaluate.measure(frames, world.make_world(spec).caption, keep, PRESETS["slowfast"], 0)
+    return evaluate.measure(frames, world.make_world(spec).motion, keep, PRESETS["slowfast"], 0)
 
 
 def test_a_real_video_measures_as_perfect():

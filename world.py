@@ -18,7 +18,6 @@ second).
 References: none, the world is this project's own.
 Leaves out: camera pitch, depth, moving things.
 """
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,7 +31,6 @@ FPS = 16
 SECTORS = 8
 SECTOR = 32               # columns; landmark s stands at column 32 s + 16
 HALF = 9                  # a landmark is at most 18 columns wide, outline included
-PANEL = HALF + 2          # its drawing, integrated, reaches less than this many columns from its middle
 TOP = 6                   # landmarks cover rows TOP..FOOT
 HORIZON = 20              # the ground starts at this row
 FOOT = 26
@@ -42,7 +40,7 @@ HELD_OUT = 1_000_000_000  # seeds from here on are held out; training seeds lie 
 GROUNDS = ("Grass", "Sand", "Snow", "Stone")
 SHAPES = ("square", "triangle", "funnel", "cross")  # of eight tried, the four that differ most in pixels
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
-LANDMARKS = len(SHAPES) * len(COLOURS)  # landmark 6 * shape + colour
+LANDMARKS = 24  # landmark 6 * shape + colour
 
 GROUND_RGB = np.array([
     (.33, .47, .25),
@@ -64,8 +62,8 @@ OUTLINE_RGB = np.array((.05, .05, .08), np.float32)
 # ---- motion: heading as a function of time, in closed form -------------------------------------------------
 
 # A lingering turn within a quarter: headings, and the times to get there, 8 times slower near compass points.
-LINGER_HEADING = np.array([0, 8, 56, 64], np.float64)
-LINGER_TIME = np.array([0, 64, 112, 176], np.float64)
+LINGER_HEADING = [0, 8, 56, 64]
+LINGER_TIME = [0, 64, 112, 176]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Motion:
 
     def heading(self, start, frame):
         """Unwrapped heading (columns, float64) at frame numbers, of a camera that starts at `start`."""
-        t = np.asarray(frame, np.float64) / FPS / self.seconds  # in periods
+        t = frame / FPS / self.seconds  # in periods
         if self.kind == "turn":
             return start + self.direction * COLUMNS * t
         if self.kind == "aside":
@@ -92,29 +90,18 @@ class Motion:
 
 
 CAPTIONS = {
-    "turn": "The camera turns {side}, one turn in {seconds} seconds.",
-    "linger": "The camera turns {side}, lingering at the compass points, one turn in {seconds} seconds.",
-    "aside": "The camera looks {degrees} degrees to the {side} and back, every {seconds} seconds.",
+    "turn": "{ground}. The camera turns {side}, one turn in {motion.seconds} seconds.",
+    "linger": "{ground}. The camera turns {side}, lingering at the compass points, "
+              "one turn in {motion.seconds} seconds.",
+    "aside": "{ground}. The camera looks {motion.degrees} degrees to the {side} and back, "
+             "every {motion.seconds} seconds.",
 }
-BLANKS = {"side": "(?P<side>left|right)", "seconds": r"(?P<seconds>\d+)", "degrees": r"(?P<degrees>\d+)"}
-GRAMMAR = (  # for people: what captions look like
-    "'Grass|Sand|Snow|Stone. ' and one of 'The camera turns left|right, one turn in 8..44 seconds.' | "
-    "'The camera turns left|right, lingering at the compass points, one turn in 18..44 seconds.' | "
-    "'The camera looks 90|135|180 degrees to the left|right and back, every 4..16 seconds.'"
+# A regular expression, readable enough to show. Seconds: 8..44, lingering 18..44, looking aside 4..16.
+GRAMMAR = (
+    r"(Grass|Sand|Snow|Stone)\. The camera "
+    r"(turns (left|right)(, lingering at the compass points)?, one turn in"
+    r"|looks \d+ degrees to the (left|right) and back, every) \d+ seconds\."
 )
-
-
-def parse_caption(caption):
-    """Caption -> (ground index, Motion), or None when it is not of the world's grammar."""
-    ground, _, words = caption.strip().partition(". ")
-    if ground not in GROUNDS:
-        return None
-    for kind, template in CAPTIONS.items():
-        match = re.fullmatch(template.replace(".", r"\.").format_map(BLANKS), words)
-        if match:
-            direction = 1 if match["side"] == "right" else -1
-            degrees = int(match["degrees"]) if kind == "aside" else 0
-            return GROUNDS.index(ground), Motion(kind, direction, max(1, int(match["seconds"])), degrees)
 
 
 # ---- one world from one seed -------------------------------------------------------------------------------
@@ -137,30 +124,29 @@ class World:
 
     @property
     def caption(self):
-        motion = self.motion
-        side = "right" if motion.direction > 0 else "left"
-        words = CAPTIONS[motion.kind].format(side=side, seconds=motion.seconds, degrees=motion.degrees)
-        return f"{GROUNDS[self.ground]}. {words}"
+        template = CAPTIONS[self.motion.kind]
+        side = "right" if self.motion.direction > 0 else "left"
+        return template.format(ground=GROUNDS[self.ground], side=side, motion=self.motion)
 
 
 def make_world(spec):
     """WorldSpec -> World"""
     # Always drawn in this order, so that fixing the motion changes neither the place nor the direction.
     rng = np.random.default_rng([spec.seed, 0x3C0])
-    ground = int(rng.integers(len(GROUNDS)))
+    ground = rng.integers(len(GROUNDS))
     landmarks = rng.integers(LANDMARKS, size=SECTORS)
-    start = float(rng.uniform(0, COLUMNS))
-    kind = str(rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2]))
-    direction = int(rng.choice([-1, 1]))
+    start = rng.uniform(0, COLUMNS)
+    kind = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
+    direction = rng.choice([-1, 1])
     kind = spec.kind or kind
-    degrees = int(rng.choice([90, 135, 180])) if kind == "aside" else 0
+    degrees = rng.choice([90, 135, 180]) if kind == "aside" else 0
     # The period: 32 columns a second at most.
     fastest = {"turn": 8, "linger": 18, "aside": degrees * 2 // 45}[kind]
     slowest = fastest + 8 if kind == "aside" else 44
-    seconds = spec.seconds or int(rng.integers(fastest, slowest + 1))
+    seconds = spec.seconds or rng.integers(fastest, slowest + 1)
     if spec.counterfactual:
         landmarks = np.random.default_rng([spec.seed, 0x3C0, 1]).integers(LANDMARKS, size=SECTORS)
-    return World(ground, tuple(landmarks.tolist()), start, Motion(kind, direction, seconds, degrees))
+    return World(ground, tuple(landmarks), start, Motion(kind, direction, seconds, degrees))
 
 
 def clip(spec, start, frames):
@@ -175,26 +161,21 @@ def clip(spec, start, frames):
 # looks equally sharp at every sub-pixel phase), and integrated over each pixel. Between sub-columns that
 # integral is linear.
 
-def is_inside(shape, radius, x, y):
-    """Inside test of a shape of the given half-width (columns) around (0, 0), y downwards."""
-    across = np.abs(x)
-    near = np.minimum(across, np.abs(y))
-    far = np.maximum(across, np.abs(y))
-    if SHAPES[shape] == "square":
-        return far < radius - .5
-    if SHAPES[shape] == "triangle":
-        return (y < radius) & (across < (y + radius + .5) * .5)
-    if SHAPES[shape] == "funnel":
-        return (y > -radius) & (across < (radius - y + .5) * .5)
-    return (far < radius) & (near < radius - 5.5)  # cross
-
-
 @lru_cache(maxsize=None)
 def coverage(shape, radius):
-    """(2 * PANEL * SUB, 32, 1): what share a shape covers, in the sub-columns around its middle."""
-    x = (np.arange(2 * PANEL * SUB) + .5) / SUB - PANEL
-    y = (np.arange(HEIGHT * 8) + .5) / 8 - (TOP + FOOT) / 2  # 8 sub-rows a row
-    inside = is_inside(shape, radius, x[:, None], y)
+    """(SECTOR * SUB, 32, 1): what share of each sub-column a shape of this half-width (columns) covers."""
+    # Around its middle, y downwards, in 8 sub-rows a row.
+    x = (np.arange(SECTOR * SUB)[:, None] + .5) / SUB - SECTOR / 2
+    y = (np.arange(HEIGHT * 8) + .5) / 8 - (TOP + FOOT) / 2
+    far = np.maximum(np.abs(x), np.abs(y))
+    near = np.minimum(np.abs(x), np.abs(y))
+    if SHAPES[shape] == "square":
+        inside = far < radius - .5
+    elif SHAPES[shape] == "cross":
+        inside = (far < radius) & (near < radius - 5.5)
+    else:
+        down = y if SHAPES[shape] == "triangle" else -y  # a funnel is a triangle upside down
+        inside = (down < radius) & (np.abs(x) < (down + radius + .5) * .5)
     return reduce(inside.astype(float), "x (y sub) -> x y 1", "mean", sub=8)
 
 
@@ -204,13 +185,10 @@ def wave(periods):
 
 def ground_pattern(ground, x, y):
     """At columns x (n, 1) and rows y (32,): how much lighter the ground is there, from -1 to 1."""
-    if GROUNDS[ground] == "Grass":
-        return wave(x / 8)  # stripes
-    if GROUNDS[ground] == "Sand":
-        return wave(x / 16 + y / 6)  # slanting
-    if GROUNDS[ground] == "Snow":
-        return wave(x / 32)  # wide stripes
-    return np.sign(wave(x / 16) * wave((y - HORIZON) / 8))  # slabs
+    if GROUNDS[ground] == "Stone":
+        return np.sign(wave(x / 16) * wave((y - HORIZON) / 8))  # slabs
+    # Stripes, slanting ones, wide ones.
+    return wave({"Grass": x / 8, "Sand": x / 16 + y / 6, "Snow": x / 32}[GROUNDS[ground]])
 
 
 @lru_cache(maxsize=None)
@@ -218,8 +196,8 @@ def background(ground):
     """(256 * SUB, 32, 3): sky and ground before integration."""
     x = (np.arange(COLUMNS * SUB)[:, None] + .5) / SUB
     y = np.arange(HEIGHT) + .5
-    hue = (np.array([5., 3., 1.]) + x / COLUMNS * 6) % 6  # of red, green, blue; runs round once
-    sky = .60 - .60 * .30 * np.clip(np.minimum(hue, 4 - hue), 0, 1)
+    hue = ([5, 3, 1] + x / COLUMNS * 6) % 6  # of red, green, blue; runs round once
+    sky = .60 - .18 * np.minimum(hue, 4 - hue).clip(0, 1)
     floor = GROUND_RGB[ground] * (1 + .10 * ground_pattern(ground, x, y)[..., None])
     sky = sky.astype(np.float32)[:, None]
     return np.where((y < HORIZON)[:, None], sky, floor).clip(0, 1)
@@ -227,7 +205,7 @@ def background(ground):
 
 def integrate(strip):
     """(256 * SUB, 32, 3) -> the same in float32, entry i the pixel whose left edge is at sub-column i."""
-    around = np.concatenate([strip[-SUB:], strip, strip[:2 * SUB]]).astype(np.float64)
+    around = np.concatenate([strip[-SUB:], strip, strip[:2 * SUB]])
     # Two running means over one column each: the softening, and the pixel.
     total = np.cumsum(around, 0)
     soft = np.cumsum(total[SUB:] - total[:-SUB], 0)[SUB // 2 - 2:]  # half a column to the left: it is centred
@@ -238,28 +216,23 @@ def integrate(strip):
 def panorama(ground, landmarks):
     """(256 * SUB, 32, 3) float32: sky, ground and, where there are any, a landmark in each sector."""
     pano = background(ground).copy()
-    for s, landmark in enumerate(landmarks):
-        shape, colour = divmod(int(landmark), len(COLOURS))
+    for sector, landmark in zip(np.split(pano, SECTORS), landmarks):
+        shape, colour = divmod(landmark, len(COLOURS))
         outer = coverage(shape, HALF)
         inner = coverage(shape, HALF - 1.25)
-        middle = (s * SECTOR + SECTOR // 2) * SUB
-        part = pano[middle - PANEL * SUB:middle + PANEL * SUB]
-        part[:] = part * (1 - outer) + OUTLINE_RGB * (outer - inner) + COLOUR_RGB[colour] * inner
+        sector[:] = sector * (1 - outer) + OUTLINE_RGB * (outer - inner) + COLOUR_RGB[colour] * inner
     return integrate(pano)
 
 
 def render(pano, headings):
     """pano from panorama(), headings (f,) of the middle of the view -> (f, 3, 32, 64) float32 in [0, 1]"""
     # The view's left edge, as a whole sub-column and the part that is left over.
-    left = (np.asarray(headings, np.float64) - WIDTH // 2) * SUB
-    whole = np.floor(left)
-    part = (left - whole).astype(np.float32)[:, None, None]
+    whole, part = np.divmod((headings - WIDTH // 2) * SUB, 1)
     # Each pixel lies between two sub-columns.
-    columns = rearrange(pano, "x h c -> x (h c)")
-    here = (whole.astype(np.int64)[:, None] + np.arange(WIDTH) * SUB) % len(columns)
-    frames = columns[here]  # (f, 64, 32 * 3)
-    frames += part * (columns[(here + 1) % len(columns)] - frames)
-    return np.ascontiguousarray(rearrange(frames, "f w (h c) -> f c h w", c=3))
+    here = (whole.astype(int)[:, None] + np.arange(WIDTH) * SUB) % len(pano)
+    frames = pano[here]
+    frames += rearrange(part.astype(np.float32), "f -> f 1 1 1") * (pano[(here + 1) % len(pano)] - frames)
+    return rearrange(frames, "f w h c -> f c h w").copy()
 
 
 # ---- what a camera sees ------------------------------------------------------------------------------------
@@ -281,11 +254,8 @@ def wrap(columns):
 if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
-    rows = []
-    for seed in (0, 2, 8, 7):
-        print(make_world(WorldSpec(seed)).caption)
-        frames = clip(WorldSpec(seed), 0, 10 * FPS)[::FPS]
-        rows.append(rearrange(frames, "f c h w -> h (f w) c"))
+    frames = [clip(WorldSpec(seed), 0, 10 * FPS)[::FPS] for seed in (0, 2, 8, 7)]
+    picture = rearrange(np.stack(frames), "world f c h w -> (world h) (f w) c")
     Path("out").mkdir(exist_ok=True)
-    iio.imwrite("out/world.png", (np.concatenate(rows) * 255).round().astype(np.uint8))
-    print("drawn in out/world.png: a row each, ten frames, one a second")
+    iio.imwrite("out/world.png", (picture * 255).astype(np.uint8))
+    print("drawn in out/world.png: a row a world, ten frames, one a second")
