@@ -86,7 +86,7 @@ def bench(networks, text, seed):
           "a product of 2048 x 2048 matrices here")
     # 2. what it does, once memory is full
     print("           frames/s   share  first frame")
-    for name, vae in {"DiT only": None, **networks.vaes}.items():
+    for name, vae in {"DiT only": None, type(networks.vae).__name__: networks.vae}.items():
         seconds = chunk_seconds(networks, text, seed, vae)
         fps = FRAMES / np.median(seconds[10:])
         print(f"{name:8} {fps:10.2f} {fps / bound:7.1%} {seconds[0]:10.2f} s")

@@ -306,7 +306,7 @@ def encode_videos(cfg, device):
     if cfg.wan:
         cache = Path(cfg.out) / "text"
         prompts = [captions[file] for file in new]
-        networks = load_wan(cfg.wan, "", cfg.size, ["wan"], device, torch.float32, cache, prompts)
+        networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, cache, prompts)
     else:
         networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
     for file in tqdm(new, desc="encoding clips"):
@@ -331,7 +331,7 @@ class ClipFolder:
     def __init__(self, folder, latent, device, evict_first=True):
         """latent: (c, h, w) that the model takes; evict_first as for Histories"""
         self.device = device
-        self.files = sorted((Path(folder) / "clips").rglob("*.safetensors"))
+        self.files = sorted((Path(folder) / "clips").rglob("[!.]*.safetensors"))
         if not self.files:
             raise BadInput(f"--data {folder} holds no encoded clips: "
                            f"python data.py --videos DIR --out {folder}")

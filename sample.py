@@ -162,7 +162,7 @@ def warn_of_grammar(texts):
 
 def load_state(cfg, device):
     """-> cfg with the options of the saved video, and its Video.state_dict()"""
-    state, _ = read_file(cfg.resume, "the state", True, device)
+    state, _ = read_file(cfg.resume, device)
     if "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
     video = state["video"]
@@ -175,9 +175,8 @@ def load_networks(cfg, texts, device, dtype):
     """Networks, and how the options ask for them to be sampled and to remember; texts: of the prompts"""
     # 1. those of the small world, or of Wan's form
     if cfg.wan:
-        vae = cfg.vae or "wan"
         cache = Path(cfg.out) / "text"
-        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, [vae], device, dtype, cache, [*texts, ""])
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache, [*texts, ""])
     else:
         shipped = "teacher" if cfg.teacher else STUDENT
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)

@@ -91,7 +91,7 @@ def tiny_inputs(cfg, part, preset, device):
     # the autoencoder
     vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=torch.channels_last)
-    return Inputs(net, {"tae": vae}, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
+    return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
 
 
 def load_part(cfg, name, given, device):
@@ -106,7 +106,7 @@ def load_wan_part(cfg, part, name, given, device):
     if not file and name != "base" and not cfg.wan.startswith("random"):
         raise BadInput(f"{part} with --wan needs {name}: "
                        "give a file by --init or --teacher, or train it in this --out")
-    networks = load_wan(cfg.wan, file, cfg.size, ["wan"], device, torch.float32, Path(cfg.out, "text"))
+    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"))
     networks.dit.config.recompute = True
     return networks
 
@@ -120,7 +120,7 @@ def load_inputs(cfg, part, preset, device):
     # networks
     if cfg.wan:
         m = load_wan_part(cfg, part, preset.start, cfg.init, device)
-        inputs = Inputs(m.dit, m.vaes, None, m.sampler, m.name, m.width, m.height)
+        inputs = Inputs(m.dit, m.vae, None, m.sampler, m.name, m.width, m.height)
     else:
         inputs = tiny_inputs(cfg, part, preset, device)
     inputs.device = device

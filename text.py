@@ -12,7 +12,6 @@ cleaning of prompts). Tested on golden vectors of the official code.
 Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
 import html
-import importlib
 import math
 import re
 import sys
@@ -43,7 +42,7 @@ END = 1  # the id of the mark that ends a text; 0 pads
 tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
 
-def bucket(offset, buckets=32, max_distance=128):
+def bucket(offset, buckets=32):
     """
     offset   key position minus query position, any int tensor
     returns  bucket number of the same shape: half for each sign, 8 exact distances, then logarithmic up to
@@ -54,7 +53,7 @@ def bucket(offset, buckets=32, max_distance=128):
     exact = buckets // 4
     far = offset.abs()
     # 0 at a distance of 8, 1 at 128
-    octaves = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    octaves = torch.log(far.clamp(min=1).float() / exact) / math.log(128 / exact)
     log = exact + (octaves * (half - exact)).long()
     return (offset > 0).long() * half + torch.where(far < exact, far, log.clamp(max=half - 1))
 
@@ -130,10 +129,10 @@ class TextEncoder(nn.Module):
         """
         x = self.token_embedding(ids)
         # what is added to the scores: 0, or the type's lowest number where a key is padding
-        hide = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-        hide = hide.masked_fill(mask == 0, torch.finfo(x.dtype).min)
+        hide = torch.where(mask == 0, torch.finfo(x.dtype).min, 0.).to(x.dtype)
+        hide = rearrange(hide, "b s -> b 1 1 s")
         for block in self.blocks:
-            x = block(x, rearrange(hide, "b s -> b 1 1 s"))
+            x = block(x, hide)
         return self.norm(x) * mask[..., None].to(x.dtype)
 
 
@@ -144,10 +143,9 @@ def bytes_to_ids(captions, length=96):
     """
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     for row, caption in zip(ids, captions):
-        codes = caption.encode("utf-8")[:length - 1]
         # 0 pads and 1 ends, so a byte is its value + 2
-        row[:len(codes)] = torch.tensor(list(codes)) + 2
-        row[len(codes)] = END
+        codes = [byte + 2 for byte in caption.encode("utf-8")[:length - 1]]
+        row[:len(codes) + 1] = torch.tensor([*codes, END])
     return ids, (ids > 0).long()
 
 
@@ -165,29 +163,25 @@ def read_prompts(path):
 
 # ---- the full-size encoder's prompts -----------------------------------------------------------------------
 
-def need(package):
-    """A package that only the full-size model uses."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise BadInput(f"{package} is missing: pip install -r requirements-wan.txt") from None
-
-
 def clean(prompt):
     """Wan's cleaning: Unicode mended, full-width forms to ASCII, HTML entities twice, white space single."""
-    text = need("ftfy").fix_text(prompt)
-    text = html.unescape(html.unescape(text))
+    try:
+        import ftfy
+    except ImportError:
+        raise BadInput("ftfy is missing: pip install -r requirements-wan.txt") from None
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def read_tokenizer(path):
     """The tokenizer of UMT5, from its tokenizer.json"""
-    package = need("tokenizers")
     try:
-        tokenizer = package.Tokenizer.from_file(str(path))
+        from tokenizers import Tokenizer
+        tokenizer = Tokenizer.from_file(str(path))
     # the package raises bare Exceptions
     except Exception as error:
-        raise BadInput(f"cannot read {path} ({str(error)[:100]}): fetch it again") from None
+        raise BadInput(f"cannot read {path} ({str(error)[:100]}): fetch it again, "
+                       "or pip install -r requirements-wan.txt") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -206,6 +200,4 @@ if __name__ == "__main__":
     encoder = TextEncoder(tiny_text)
     ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
     features = encoder(ids, mask)
-    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters")
-    first = ids[0, :8].tolist()
-    print(f"{int(mask.sum())} ids {first}... -> features {tuple(features.shape)}, zero from there on")
+    print(f"{int(mask.sum())} ids, then 0 -> features {tuple(features.shape)}, zero from there on")

@@ -14,9 +14,9 @@ Leaves out: LoRA, image-to-video and 14B models (refused by name).
 """
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput
+from config import BadInput, whole_or_absent
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -37,6 +37,7 @@ from wan_vae import WanVAE, WanVAEConfig
 WEIGHTS = Path(__file__).parent / "weights"
 
 # files of a raw Wan2.1-T2V-1.3B folder
+CONFIG = "config.json"
 DIT = "diffusion_pytorch_model.safetensors"
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
@@ -55,11 +56,10 @@ FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
 
 def write_safetensors(path, tensors, about=None):
     """A safetensors file, whole or not at all; about: its metadata, {name: text}"""
-    part = Path(f"{path}.{os.getpid()}.part")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, about)
-        os.replace(part, path)
+        with whole_or_absent(path) as part:
+            save_file(tensors, part, about)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {path}: {error}") from None
 
@@ -72,33 +72,23 @@ def save_weights(path, state, config, facts, dtype=torch.bfloat16):
     write_safetensors(path, state, {"about": json.dumps(about)})
 
 
-def read_file(path, what="weights", pickled=False, device="cpu"):
+def read_file(path, device="cpu"):
     """
-    A safetensors file, or a pickle of tensors (.pt, .pth, or as told), mapped from disk rather than read.
+    A safetensors file or a pickle of tensors (.pt, .pth, states), mapped from disk rather than read.
     returns  its content, and what a weights file of this project says about itself (else {})
     """
-    path = Path(path)
     try:
-        if pickled or path.suffix in (".pt", ".pth"):
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\3\4"  # as torch.save writes, whatever the file is called
+        if zipped:
             return torch.load(path, map_location=device, weights_only=True, mmap=True), {}
         with safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("about", "{}")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
-    except FileNotFoundError:
-        raise BadInput(f"no {what.removeprefix('the ')} at {path}: check the path") from None
     # torch.load raises whatever the damage makes it meet
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise BadInput(f"cannot read {what} {path} ({why}): damaged or half downloaded? "
-                       "fetch it again") from None
-
-
-def load_weights(path):
-    """-> state dict (float32), config dict, facts dict of a file that save_weights wrote."""
-    state, about = read_file(path)
-    if "config" not in about:
-        raise BadInput(f"{path} has no config in its metadata: it is not a weights file of this project")
-    return {name: tensor.float() for name, tensor in state.items()}, about["config"], about["facts"]
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise BadInput(f"cannot read {path} ({why}): check the path, or fetch it again") from None
 
 
 def load_state_dict_strict(net, state, name="weights"):
@@ -106,37 +96,35 @@ def load_state_dict_strict(net, state, name="weights"):
     Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ. A net on
     the meta device takes the tensors themselves, types and all.
     """
-    on_meta = any(tensor.is_meta for tensor in net.state_dict().values())
     try:
-        net.load_state_dict(state, assign=on_meta)
+        net.load_state_dict(state, assign=next(net.parameters()).is_meta)
     except RuntimeError as error:
-        faults = [line.strip()[:200] for line in str(error).splitlines()[1:4]]
-        raise BadInput(f"{name} do not fit the model: {' '.join(faults)}") from None
+        faults = " ".join(str(error).split())
+        raise BadInput(f"{name} do not fit: {faults[:400]}") from None
     return net.eval().requires_grad_(False)
 
 
 def load(path, build, make_config):
-    """A network with its weights, and its facts: build(make_config(**config)) filled strictly from a file."""
-    state, config, facts = load_weights(path)
+    """A network with its weights (float32), and its facts: build(make_config(**config)), filled by a file."""
+    state, about = read_file(path)
     try:
-        net = build(make_config(**config))
-    except TypeError:
-        kind = build.__name__
-        raise BadInput(f"{path} holds another kind of network than {kind}: give one made for it") from None
-    return load_state_dict_strict(net, state, str(path)), facts
+        net = build(make_config(**about["config"]))
+    except (KeyError, TypeError):
+        raise BadInput(f"{path} is no {build.__name__} of this project: another kind of network?") from None
+    state = {name: tensor.float() for name, tensor in state.items()}
+    return load_state_dict_strict(net, state, str(path)), about["facts"]
 
 
 # ---- public files: the raw Wan folder and students trained from it -----------------------------------------
 
 def read_public(path):
     """-> state dict with bare names, and the facts of a file of this project (else {})"""
-    content, about = read_file(path)
-    # the weights stand at the top level, or under the last of these that is there
-    state = content
-    for key in ("model", "generator", "generator_ema"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            state = content[key]
-    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    state, about = read_file(path)
+    # the weights stand at the top level, or under the first of these that is there
+    for key in ("generator_ema", "generator", "model"):
+        if key in state:
+            state = state[key]
+    if not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
     if any("lora" in key.lower() for key in state):
         raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
@@ -144,60 +132,60 @@ def read_public(path):
     return state, about.get("facts", {})
 
 
-def dit_config(state, path, file):
-    """DiTConfig of a raw DiT from Wan's config.json; refuses other models by their shapes."""
-    for name in ("patch_embedding.weight", "text_embedding.0.weight"):
-        if name not in state:
-            raise BadInput(f"{path} is no Wan DiT: it has no {name}")
+def build_dit(state, path, config_file):
+    """The DiT, whose sizes Wan's config.json states; refuses other models by their shapes."""
     dim, channels = state["patch_embedding.weight"].shape[:2]
-    if dim == 5120:
-        raise BadInput(f"{path} is a 14B model: this project runs Wan2.1-T2V-1.3B and students of it")
-    if channels != 16:
-        raise BadInput(f"{path} is an image-to-video model ({channels} input channels): "
-                       "only text-to-video is supported")
+    if dim == 5120 or channels != 16:
+        raise BadInput(f"{path} is a 14B or image-to-video model (width {dim}, {channels} input channels): "
+                       "only Wan2.1-T2V-1.3B and students of it run here")
     try:
-        stated = json.loads(file.read_text())
-        return DiTConfig(
-            dim=stated["dim"],
-            ffn_dim=stated["ffn_dim"],
-            heads=stated["num_heads"],
-            layers=stated["num_layers"],
-            freq_dim=stated["freq_dim"],
-            text_dim=state["text_embedding.0.weight"].shape[1],
-            text_len=stated["text_len"],
-        )
-    except (KeyError, ValueError) as error:
-        raise BadInput(f"{file} is not Wan's ({error}): fetch it again") from None
+        stated = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise BadInput(f"cannot read {config_file} ({error}): fetch it again") from None
+    config = DiTConfig(
+        dim=stated["dim"],
+        ffn_dim=stated["ffn_dim"],
+        heads=stated["num_heads"],
+        layers=stated["num_layers"],
+        freq_dim=stated["freq_dim"],
+        text_dim=state["text_embedding.0.weight"].shape[1],
+        text_len=stated["text_len"],
+    )
+    return DiT(config)
 
 
-def text_config(state, path):
-    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    try:
-        vocab, dim = state["token_embedding.weight"].shape
-        buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
-        return TextConfig(
-            vocab=vocab,
-            dim=dim,
-            dim_attn=len(state["blocks.0.attn.q.weight"]),
-            dim_ffn=len(state["blocks.0.ffn.fc1.weight"]),
-            heads=heads,
-            layers=24 if dim == 4096 else len(blocks),
-            buckets=buckets,
-        )
-    except (KeyError, ValueError):
-        raise BadInput(f"{path} is no UMT5 encoder: fetch it again") from None
+def build_text(state):
+    vocab, dim = state["token_embedding.weight"].shape
+    buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
+    config = TextConfig(
+        vocab=vocab,
+        dim=dim,
+        dim_attn=len(state["blocks.0.attn.q.weight"]),
+        dim_ffn=len(state["blocks.0.ffn.fc1.weight"]),
+        heads=heads,
+        layers=sum(key.endswith("attn.q.weight") for key in state),
+        buckets=buckets,
+    )
+    return TextEncoder(config)
 
 
-def empty_vae(name, state, path):
-    """Wan's autoencoder ("wan") or the TAE ("tae"), as wide as a public state dict, on the meta device."""
+def build_wan_vae(state):
+    return WanVAE(WanVAEConfig(len(state["encoder.conv1.weight"])))
+
+
+def build_tae(state):
+    widths = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
+    return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
+
+
+def empty_net(path, build):
+    """build(state dict of a public file), without values"""
+    state, _ = read_public(path)
     try:
         with torch.device("meta"):
-            if name == "wan":
-                return WanVAE(WanVAEConfig(len(state["encoder.conv1.weight"])))
-            widths = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
-            return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
-    except KeyError as key:
-        raise BadInput(f"{path} is not the autoencoder {name!r}: it has no {key}") from None
+            return build(state)
+    except KeyError as name:
+        raise BadInput(f"{path} is another kind of network: it has no {name}") from None
 
 
 def cast(name, tensor, device, dtype):
@@ -215,66 +203,55 @@ def load_on_device(net, path, device, dtype):
         state, _ = read_public(path)
         for name in names[first:first + 32]:
             ready[name] = cast(name, state[name], device, dtype)
-    print(f"{path}: {sum(tensor.numel() for tensor in ready.values()):,} parameters in {len(ready)} tensors")
     return load_state_dict_strict(net, ready, str(path))
 
 
 # ---- text features of prompts, kept in files ---------------------------------------------------------------
 
-def feature_files(prompts, folder, cache):
-    """{prompt: file of its features}, named by a hash of the cleaned text and of what made them"""
-    made_by = []
-    for file in (folder / T5, folder / TOKENIZER):
-        facts = file.stat()
-        made_by.append((file.name, facts.st_size, facts.st_mtime_ns, TEXT_LENGTH))
-    files = {}
-    for prompt in prompts:
-        key = hashlib.sha256(repr((clean(prompt), made_by)).encode()).hexdigest()[:32]
-        files[prompt] = cache / f"{key}.safetensors"
-    return files
+def feature_file(prompt, folder, cache):
+    """The file of a prompt's features, named by a hash of the cleaned text and of what made them"""
+    encoder = (folder / T5).stat()
+    made_by = clean(prompt), encoder.st_size, encoder.st_mtime_ns
+    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+    return cache / f"{key}.safetensors"
 
 
 @torch.no_grad()
-def encode_prompts(prompts, folder, cache, device):
+def encode_prompts(files, folder, device):
     """
-    Makes the files of those prompts that have none: features (m, dim) bfloat16 of a prompt's m <= 512 tokens.
-    The encoder (11.4 GB) is loaded only then, on the CPU where the device has no room for it, and gone on
-    return.
+    Makes the files of text features, (m, dim) bfloat16 of a prompt's m <= 512 tokens. The encoder (11.4 GB)
+    is loaded on the CPU where the device has no room for it, and gone on return.
+    files  path -> prompt
     """
-    # which are new?
-    files = feature_files(prompts, folder, cache)
-    new = [prompt for prompt in files if not files[prompt].exists()]
-    if not new:
-        return
-    # the encoder and its tokenizer
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
         device = torch.device("cpu")
     tokenizer = read_tokenizer(folder / TOKENIZER)
-    config = text_config(read_public(folder / T5)[0], folder / T5)
-    with torch.device("meta"):
-        encoder = TextEncoder(config)
-    encoder = load_on_device(encoder, folder / T5, device, torch.bfloat16)
-    for prompt in tqdm(new, desc="text features", delay=5):
+    encoder = load_on_device(empty_net(folder / T5, build_text), folder / T5, device, torch.bfloat16)
+    for file, prompt in tqdm(files.items(), desc="text features", delay=5):
         ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
-        write_safetensors(files[prompt], {"features": encoder(ids, torch.ones_like(ids))[0]})
+        write_safetensors(file, {"features": encoder(ids, torch.ones_like(ids))[0]})
 
 
 def wan_text(wan, cache, prompts, device):
     """
-    Wan's text features, kept in the folder `cache`. Those of `prompts` are made now where it lacks them.
+    Wan's text features, kept in the folder `cache`: those of `prompts` are made now where it lacks them.
     wan      the raw folder | random...: all features are zero
-    returns  function: list of texts -> (b, m, text_dim), zero where padded; reads only what is asked for
+    returns  function: list of texts, all of them in the cache -> (b, m, text_dim), zero where padded
     """
     if str(wan).startswith("random"):
         return lambda texts: torch.zeros(len(texts), 1, DiTConfig.text_dim, device=device)
     folder = Path(wan)
-    encode_prompts(prompts, folder, cache, device)
-    torch.cuda.empty_cache()
+    new = {}
+    for prompt in prompts:
+        file = feature_file(prompt, folder, cache)
+        if not file.exists():
+            new[file] = prompt
+    if new:
+        encode_prompts(new, folder, device)
+        torch.cuda.empty_cache()
 
     def features(texts):
-        encode_prompts(texts, folder, cache, device)
-        files = feature_files(texts, folder, cache)
-        rows = [load_file(files[text])["features"] for text in texts]
+        rows = [load_file(feature_file(text, folder, cache))["features"] for text in texts]
         return pad_sequence(rows, batch_first=True).to(device)
     return features
 
@@ -284,7 +261,7 @@ def wan_text(wan, cache, prompts, device):
 @dataclass
 class Networks:
     dit: DiT
-    vaes: dict         # name -> autoencoder; the first is the one to use
+    vae: object        # the autoencoder, a TAE or a WanVAE
     features: object   # function: list of texts -> (b, m, text_dim)
     sampler: Sampler
     name: str          # of the weights
@@ -294,10 +271,6 @@ class Networks:
     policy: Policy = PRESETS["slowfast"]
     positions: str = "bounded"
     compiled: object = None  # dit, compiled
-
-    @property
-    def vae(self):
-        return next(iter(self.vaes.values()))
 
     @property
     def latent(self):
@@ -335,10 +308,10 @@ def load_tiny(ckpt, device):
     def features(texts):
         ids, mask = bytes_to_ids(texts, dit.config.text_len)
         return encoder(ids.to(device), mask.to(device))
-    return Networks(dit, {"tae": tae}, features, Sampler(**facts["sampler"]), Path(ckpt).name)
+    return Networks(dit, tae, features, Sampler(**facts["sampler"]), Path(ckpt).name)
 
 
-def two_numbers(option, words, multiples=(16, 16)):
+def two_numbers(option, words, multiples):
     """'832x480' -> [832, 480]"""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", words)
     numbers = [int(number) for number in match.groups()] if match else []
@@ -348,80 +321,62 @@ def two_numbers(option, words, multiples=(16, 16)):
     return numbers
 
 
-def check_files(folder, names):
-    """Raises BadInput that says how to get the files which the raw folder lacks."""
-    lacks = [name for name in names if not (folder / name).is_file()]
-    if lacks:
-        get = f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
-        if lacks[0] == VAES["tae"]:
-            get = f"curl -L -o {folder / lacks[0]} https://github.com/madebyollin/taehv/raw/main/taew2_1.pth"
-        raise BadInput(f"{folder} lacks {', '.join(lacks)}: {get}")
-
-
-def load_wan(wan, ckpt, size, vaes, device, dtype, text_cache, prompts=()):
+def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
     """
     The networks of a raw Wan2.1-T2V-1.3B folder, or random ones.
     wan         the folder | random | random:DIMxLAYERS
     ckpt        "" or another DiT than the folder's: a public student, or one trained here
     size        "WIDTHxHEIGHT" of the video in pixels, "" = 832x480
-    vaes        names of the autoencoders to load, of VAES; the first is the one to use
+    vae_name    of the autoencoder, of VAES
     text_cache  folder of text features; those of `prompts` are made first, where it lacks them
     """
     if str(wan).startswith("random"):
-        return random_wan(wan, size, vaes, device, dtype)
+        return random_wan(wan, size, vae_name, device, dtype)
     folder = Path(wan)
-    width, height = two_numbers("--size", size or "832x480")
-    own = [] if ckpt else [DIT]
+    width, height = two_numbers("--size", size or "832x480", (16, 16))
     # what is there, and does it fit?
-    check_files(folder, [*own, "config.json", T5, TOKENIZER, *(VAES[name] for name in vaes)])
     path = Path(ckpt or folder / DIT)
-    state, facts = read_public(path)
-    config = dit_config(state, path, folder / "config.json")
+    vae_path = folder / VAES[vae_name]
+    files = (CONFIG, T5, TOKENIZER, VAES[vae_name])
+    lacks = [name for name in files if not (folder / name).is_file()]
+    if lacks:
+        raise BadInput(f"{folder} lacks {', '.join(lacks)}: hf download Wan-AI/Wan2.1-T2V-1.3B "
+                       f"--local-dir {folder}; for {VAES['tae']} see WAN.md")
+    dit = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG))
     # the text encoder is larger than all the rest: it has come and gone before that is read
     features = wan_text(folder, text_cache, prompts, device)
-    # the DiT and the autoencoders
-    with torch.device("meta"):
-        dit = DiT(config)
+    # the DiT and the autoencoder
     dit = load_on_device(dit, path, device, dtype)
-    autoencoders = {}
-    for name in vaes:
-        file = folder / VAES[name]
-        vae = empty_vae(name, read_public(file)[0], file)
-        autoencoders[name] = load_on_device(vae, file, device, dtype)
-    sampler = Sampler(**facts.get("sampler", {}))
-    return Networks(dit, autoencoders, features, sampler, path.name, width, height, scale=1)
+    vae = empty_net(vae_path, build_wan_vae if vae_name == "wan" else build_tae)
+    vae = load_on_device(vae, vae_path, device, dtype)
+    sampler = Sampler(**read_public(path)[1].get("sampler", {}))
+    return Networks(dit, vae, features, sampler, path.name, width, height, scale=1)
 
 
-def random_wan(form, size, vaes, device, dtype):
+def random_wan(wan, size, vae_name, device, dtype):
     """
     Random weights of Wan's form, to measure what it costs; arguments as load_wan's. Defaults: 1536x30 and
     832x480, on a CPU 512x8 and 192x128.
     """
-    small = device.type == "cpu"
-    width, height = two_numbers("--size", size or ("192x128" if small else "832x480"))
-    _, _, numbers = form.partition(":")
-    dim, layers = two_numbers("--wan random:", numbers or ("512x8" if small else "1536x30"), (16, 1))
+    numbers = wan.partition(":")[2] or ("512x8" if device.type == "cpu" else "1536x30")
+    dim, layers = two_numbers("--wan random:", numbers, (16, 1))
+    small = dim < 1536
+    width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), (16, 16))
+    # the DiT in the proportions of the full size, the autoencoder of one of two sizes
     heads = 1 if dim % 128 else dim // 128
-    # the DiT in the proportions of the full size, the autoencoders of one of two sizes
-    with torch.device("meta"):
-        nets = {
-            "dit": DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers)),
-            "wan": WanVAE(WanVAEConfig(4) if dim < 1536 else WanVAEConfig()),
-            "tae": TAE(TAEConfig(8, (16, 12, 8, 8)) if dim < 1536 else TAEConfig()),
-        }
     torch.manual_seed(0)
-    for name in ("dit", *vaes):
-        state = {}
-        for key, tensor in nets[name].state_dict().items():
-            state[key] = cast(key, torch.randn(tensor.shape, device=device) * .02, device, dtype)
-        load_state_dict_strict(nets[name], state)
-    autoencoders = {name: nets[name] for name in vaes}
-    features = wan_text(form, None, (), device)
-    return Networks(nets["dit"], autoencoders, features, Sampler(), "random weights", width, height, scale=1)
+    with device:
+        dit = DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers))
+        if vae_name == "wan":
+            vae = WanVAE(WanVAEConfig(4 if small else 96))
+        else:
+            vae = TAE(TAEConfig(8, (16, 12, 8, 8)) if small else TAEConfig())
+    for net in (dit, vae):
+        net.to(dtype).requires_grad_(False)
+    features = wan_text(wan, None, (), device)
+    return Networks(dit, vae, features, Sampler(), "random weights", width, height, scale=1)
 
 
 if __name__ == "__main__":
     for file in sorted(WEIGHTS.glob("*.safetensors")):
-        state, _, facts = load_weights(file)
-        count = sum(tensor.numel() for tensor in state.values())
-        print(f"{file.name:26} {count:9,} parameters, {facts}"[:110])
+        print(f"{file.name:26} {read_file(file)[1]['facts']}"[:110])
