@@ -36,7 +36,7 @@ from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HALF, HORIZON,
 
 PANEL = HALF + 2  # a landmark, drawn, reaches less than this many columns from its middle
 
-READABLE = .5     # the best drawing is at most half as far as any other. Rendered clips, blurred and at 26 dB:
+READABLE = .5     # the best drawing is at most half as far as any other. Clips, blurred and at 26 dB:
                   # < .35 as far; morphs, halves, mixed colours, nothing: > .60
 
 
