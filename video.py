@@ -99,8 +99,7 @@ def read_clip(path, width, height, most):
     """
     frames, _ = read_frames(path, width, height, most)
     if not 9 <= len(frames) < most:
-        raise BadInput(f"the clip {path} must have 9 frames or more at 16 a second, "
-                       f"and fewer than the {most} of --seconds")
+        raise BadInput(f"the clip {path} must have from 9 to {most - 1} frames at 16 a second: see --seconds")
     return frames[(len(frames) + 3) % FRAMES:]
 
 
