@@ -2449,47 +2449,24 @@ def test_a_frame_shows_what_stands_around_its_heading_and_the_sky_is_the_same_in
     assert np.array_equal(frames[0, ..., :-8], frames[1, ..., 8:])
     skies = [draw_video([112], marks, ground)[..., :5, :] for marks in (SET, SET + 1) for ground in range(4)]
     assert np.array_equal(skies, [skies[0]] * 8)
-    assert offsets(np.array([112., 104.]))[:, 3].tolist() == [0, 8]
-
-
-def test_between_sub_columns_a_frame_is_their_mean():
-    before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
-    assert np.abs(after - before).max() > .05
-    assert np.allclose(between, (before + after) / 2, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
-def test_any_window_of_a_clip_is_the_same_as_that_part_of_the_whole(kind):
-    whole = clip(WorldSpec(11, kind), 0, 200)
-    assert np.array_equal(clip(WorldSpec(11, kind), 137, 40), whole[137:177])
-
-
-def test_training_and_held_out_seeds_never_give_the_same_world():
-    # Two of 2,000 + 2,000 agree by chance with probability 4e-5 (24 ** 8 sets of landmarks).
-    worlds = [make_world(WorldSpec(first + i)) for first in (0, world.HELD_OUT) for i in range(2000)]
-    assert len({w.landmarks for w in worlds}) == len({w.start for w in worlds}) == 4000
-
-
-def test_a_counterfactual_world_has_other_landmarks_and_the_same_place_and_motion():
-    for seed in range(20):
-        one, other = (make_world(WorldSpec(seed, counterfactual=changed)) for changed in (False, True))
-        assert one.landmarks != other.landmarks
-        assert replace(one, landmarks=()) == replace(other, landmarks=())
-    frames = clip(WorldSpec(seed, counterfactual=True), 7, 1)
-    heading = one.motion.heading(one.start, np.array([7]))
-    assert np.array_equal(frames, draw_video(heading, other.landmarks, one.ground))
 
 
 def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
-    landmarks = (23, 4, 7, 14, 11, 18, 10, 1)
-    assert make_world(WorldSpec(0)) == World(2, landmarks, 32.049880172813715, Motion("turn", 1, 16))
-    assert make_world(WorldSpec(0, counterfactual=True)).landmarks == (16, 10, 3, 8, 1, 21, 9, 14)
+    one = World(2, (23, 4, 7, 14, 11, 18, 10, 1), 32.049880172813715, Motion("turn", 1, 16))
+    other = replace(one, landmarks=(16, 10, 3, 8, 1, 21, 9, 14))
+    assert make_world(WorldSpec(0)) == one
+    assert make_world(WorldSpec(0, counterfactual=True)) == other
     assert [make_world(WorldSpec(seed)).motion for seed in (2, 3, 7)] == [
         Motion("aside", 1, 12, 90), Motion("aside", 1, 12, 135), Motion("turn", -1, 40)]
+    for spec, w in ((WorldSpec(0), one), (WorldSpec(0, counterfactual=True), other)):
+        heading = w.motion.heading(w.start, np.arange(7, 9))
+        assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
+    # On each ground, how light frames are, and how sharp; between sub-columns, the mean of both.
     drawn = [draw_video([0, 50.3, 128], SET, ground).astype(float) for ground in range(4)]
-    # How light they are, and how sharp.
     assert np.allclose([x.mean() for x in drawn], [.420199, .503110, .602013, .423242], atol=1e-5)
     assert np.allclose([np.abs(np.diff(x)).mean() for x in drawn], [.026046, .027805, .029053, .023795], atol=1e-5)
+    before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
+    assert np.allclose(between, (before + after) / 2, atol=1e-6)
 
 
 def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
@@ -2504,27 +2481,11 @@ def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
     assert fixed == replace(worlds[3], motion=Motion("turn", worlds[3].motion.direction, 9))
 
 
-@pytest.mark.slow
-@pytest.mark.speed
-def test_a_minute_is_drawn_in_half_a_second_and_judged_in_one():
-    minute = clip(WorldSpec(5), 0, 960)
-    read_video(minute[:32])  # drawings are cached
-    for work, limit in ((lambda: clip(WorldSpec(5), 0, 960), .48), (lambda: read_video(minute), 1)):
-        assert min(timeit.repeat(work, number=1, repeat=3)) < limit  # the best of 3
-
-
 # ---- the judge: what is drawn is read back, and what is damaged is told ------------------------------------
 
 def with_noise(frames, db=26):
     noise = np.random.default_rng(7).standard_normal(frames.shape, np.float32)
     return frames + np.float32(10 ** (-db / 20)) * noise
-
-
-def blurred(frames):
-    """Each pixel mixed with its neighbours, 1 2 1, both ways."""
-    x = np.pad(frames, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
-    return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
 
 
 def tinted(frames):
@@ -2536,8 +2497,7 @@ def tinted(frames):
 def judge_errors(damage, frames=160):
     """
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
-    returns  share of landmarks wholly in view that are right and readable; heading errors in columns;
-             share of right grounds; mean PSNR
+    returns  share of landmarks wholly in view that are right; heading errors; share of right grounds; PSNR
     """
     right, wrong_by, grounds, psnr = [], [], [], []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
@@ -2553,21 +2513,14 @@ def judge_errors(damage, frames=160):
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 40), (tinted, 21), (lambda frames: with_noise(blurred(frames)), 21),
-], ids=["none", "tinted", "blurred and 26 dB"])
+    (lambda frames: frames, 40), (with_noise, 25), (tinted, 21),
+], ids=["none", "26 dB", "tinted"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
     right, wrong_by, ground, psnr = judge_errors(damage)
     assert right >= .99
     assert wrong_by.max() <= 1
     assert ground == 1
     assert psnr >= validity
-
-
-def test_every_landmark_is_read_on_every_ground_and_in_every_sector():
-    for ground, landmark in np.ndindex(4, 24):
-        reading = read_video(draw_video(np.arange(8) * 32 + 16, [landmark] * 8, ground))
-        assert (reading.landmark.diagonal() == landmark).all()
-        assert (reading.ground == ground).all()
 
 
 def test_a_landmark_is_read_while_it_is_wholly_in_view_with_two_columns_to_spare():
@@ -2585,23 +2538,20 @@ def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too(
     assert np.abs(reading.path - steady(200)).max() <= 1 / 4
 
 
-@pytest.mark.parametrize("mix", [  # of two landmarks' drawings a and b, and of none
-    lambda a, b, none: np.concatenate([a[:128], b[128:]]),
+@pytest.mark.parametrize("mix", [  # of two landmarks' panoramas a and b, and of none
+    lambda a, b, none: np.where(np.arange(2048)[:, None, None] % 256 < 128, a, b),
     lambda a, b, none: (a + b) / 2,
     lambda a, b, none: none,
 ], ids=["two halves", "morph", "nothing"])
 def test_what_is_no_landmark_is_not_readable(mix):
     rng = np.random.default_rng(3)
     read = []
-    for ground in (0, 1, 2):
-        drawn = judge.landmark_drawings(ground).reshape(24, 8, 256, 32, 3)
-        none = panorama(ground, ()).reshape(8, 256, 32, 3)
-        for _ in range(8):
-            pairs = [rng.choice(24, 2, replace=False) for _ in range(8)]
-            sectors = [mix(drawn[a, s], drawn[b, s], none[s]) for s, (a, b) in enumerate(pairs)]
-            headings = rng.uniform(0, 256, 24)
-            reading = read_video(render(np.concatenate(sectors), headings))
-            read += (reading.landmark >= 0)[np.abs(offsets(headings)) <= world.WHOLE].tolist()
+    for ground, _ in np.ndindex(3, 24):
+        drawings = judge.landmark_drawings(ground)
+        a, b = rng.choice(24, 2, replace=False)
+        mixed = mix(drawings[a], drawings[b], panorama(ground, ()))
+        reading = read_video(render(mixed, np.arange(8) * 32 + rng.uniform(0, 32)))
+        read.append((reading.landmark >= 0).any())
     assert np.mean(read) <= .01
 
 
@@ -2620,14 +2570,6 @@ def test_validity_is_the_size_of_the_damage_wherever_it_is():
 
 def returns_of(headings, motion=TURNING, landmarks=SET):
     return reappearances(read_video(draw_video(headings, landmarks)), motion)
-
-
-@pytest.mark.parametrize("start, left, returned", [(0, 93, 180), (1, 93, 179)])
-def test_left_and_returned_are_the_frames_that_geometry_gives(start, left, returned):
-    # Sector 4 stands at 144, 2 columns a frame; gone beyond 185, a pixel from 359.
-    event = next(e for e in returns_of(steady(240, start)) if e.sector == 4)
-    assert (event.left, event.returned) == (left, returned)
-    assert event.absence == (returned - left) / 16
 
 
 @pytest.mark.parametrize("changed, right", [  # sector 4 is straight ahead at frames 72, 200, 328
@@ -2668,9 +2610,8 @@ def test_in_drawn_worlds_all_returns_are_right(kind):
     (steady(600) * .9, TURNING, False),
     (steady(600) * .6, TURNING, True),
     (steady(400)[UNTIL_100], TURNING, True),
-    (LOOK, LOOKING, False),
     (LOOK[np.minimum(np.arange(400), 128)], LOOKING, True),
-], ids=["a tenth slower", "far too slow", "stops", "looks back", "does not look back"])
+], ids=["a tenth slower", "far too slow", "stops", "does not look back"])
 def test_a_return_that_the_motion_makes_due_and_that_does_not_come_is_wrong(headings, motion, missed):
     found = returns_of(headings, motion)
     assert found and all(e.shown == (-1 if missed else e.before) for e in found)
@@ -2720,9 +2661,11 @@ def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_a
     assert np.isnan(chance([[1, 2]]))
 
 
-def test_a_landmark_is_in_memory_exactly_if_a_latent_held_shows_it_wholly():
+def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_returns_shows_it_wholly():
     reading = read_video(draw_video(steady(300)))
     event = next(e for e in reappearances(reading, TURNING) if e.sector == 4)
+    # It stands at 144, 2 columns a frame: gone beyond 185, a pixel from 359 on.
+    assert (event.left, event.returned, event.absence) == (93, 180, 87 / 16)
     whole = (123 <= steady(300)) & (steady(300) <= 165)
     shows = [j for j in range(40) if any(whole[f] for f in range(max(0, 4 * j - 3), 4 * j + 1))]
     assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
