@@ -1641,7 +1641,7 @@ def two_processes(tmp_path_factory):
             train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
             copy_without_step_2(out, stage, "one", "one_two")
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-                       check=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+                       check=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
         for stage in STAGES:
             copy_without_step_2(out, stage, "two", "two_one")
             train_small(out / "two_one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
