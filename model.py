@@ -116,7 +116,7 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Projections of Wan's self- and cross-attention: q and k are normalised over all heads together."""
+    """Wan's cross-attention, and its self-attention's projections; q, k normalised over all heads together"""
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -135,6 +135,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x):
         return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+    def forward(self, x, text):
+        """x (b, n, c); text: keys and values (b, m, k, d), made once a prompt by DiT.text"""
+        return self.o(attend(self.queries(x), *text))
 
 
 class SelfAttention(Attention):
@@ -167,17 +171,11 @@ class SelfAttention(Attention):
         return self.o(y), (k, v)
 
 
-class CrossAttention(Attention):
-    def forward(self, x, text):
-        """x (b, n, c); text: keys and values (b, m, k, d), made once a prompt by DiT.text"""
-        return self.o(attend(self.queries(x), *text))
-
-
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn = SelfAttention(c.dim, c.heads)
-        self.cross_attn = CrossAttention(c.dim, c.heads)
+        self.cross_attn = Attention(c.dim, c.heads)
         self.norm3 = nn.LayerNorm(c.dim, eps=1e-6)
         self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)

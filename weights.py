@@ -311,14 +311,13 @@ def load_tiny(ckpt, device):
     return Networks(dit, tae, features, Sampler(**facts["sampler"]), Path(ckpt).name)
 
 
-def two_numbers(option, words, multiples):
-    """'832x480' -> [832, 480]"""
+def two_numbers(option, words, multiple):
+    """'832x480' -> 832, 480: multiples of 16 and of `multiple`"""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", words)
-    numbers = [int(number) for number in match.groups()] if match else []
-    if not numbers or any(number % multiple for number, multiple in zip(numbers, multiples)):
+    if not match or int(match[1]) % 16 or int(match[2]) % multiple:
         raise BadInput(f"{option} {words!r} must be two whole numbers with an x between, "
-                       f"multiples of {multiples[0]} and {multiples[1]}")
-    return numbers
+                       f"multiples of 16 and {multiple}")
+    return int(match[1]), int(match[2])
 
 
 def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
@@ -333,7 +332,7 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
     if str(wan).startswith("random"):
         return random_wan(wan, size, vae_name, device, dtype)
     folder = Path(wan)
-    width, height = two_numbers("--size", size or "832x480", (16, 16))
+    width, height = two_numbers("--size", size or "832x480", 16)
     # what is there, and does it fit?
     path = Path(ckpt or folder / DIT)
     vae_path = folder / VAES[vae_name]
@@ -359,9 +358,9 @@ def random_wan(wan, size, vae_name, device, dtype):
     832x480, on a CPU 512x8 and 192x128.
     """
     numbers = wan.partition(":")[2] or ("512x8" if device.type == "cpu" else "1536x30")
-    dim, layers = two_numbers("--wan random:", numbers, (16, 1))
+    dim, layers = two_numbers("--wan random:", numbers, 1)
     small = dim < 1536
-    width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), (16, 16))
+    width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), 16)
     # the DiT in the proportions of the full size, the autoencoder of one of two sizes
     heads = 1 if dim % 128 else dim // 128
     torch.manual_seed(0)
