@@ -16,27 +16,26 @@ References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 25
 mask).
 Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
-from tqdm import tqdm
 
 import world
-from data import CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, take_frames
+from data import (CHUNKS, FULL, LINGERS, OTHER, OTHER_POLICIES, Histories, encode_world, fingerprint,
+                  held_frames, make_files, take_frames)
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
-from text import bytes_to_ids
-from weights import write_safetensors
 from world import WorldSpec
 
 COPIES = 4               # noised copies of a target share one clean past: most of the compute is supervised
-COUNTERFACTUALS = 640    # clips of each set that have a counterfactual: the same motion past other landmarks
 SLOW = PRESETS["slowfast"].slow
 PROBE_CLIPS = 32         # clips that the heading probe is fitted to
 ODE_CLIPS = 256          # videos of the causal model's own ...
@@ -53,19 +52,16 @@ KINDS = (
     "swapped_recent",  # fast memory comes from a counterfactual
 )
 HISTORY_CURRICULUM = [  # until this share of the updates: chances of each kind, a rollout, a steady turn
-    dict(until=.2, prefix=.15, full_history=.255, skip_chunk=.2975, keyframes_only=.2975, swapped_recent=.0,
-         rollout=.0, steady_turns=.7),
-    dict(until=.65, prefix=.10, full_history=.30, skip_chunk=.0, keyframes_only=.10, swapped_recent=.50,
-         rollout=.0, steady_turns=.7),
-    dict(until=.975, prefix=.10, full_history=.60, skip_chunk=.0, keyframes_only=.05, swapped_recent=.25,
-         rollout=.0, steady_turns=.2),
-    dict(until=1., prefix=.10, full_history=.60, skip_chunk=.0, keyframes_only=.05, swapped_recent=.25,
-         rollout=.8, steady_turns=.2),
+    dict(until=.2, prefix=.15, full_history=.255, skip_chunk=.2975, keyframes_only=.2975,
+         steady_turns=.7),
+    dict(until=.65, prefix=.10, full_history=.30, keyframes_only=.10, swapped_recent=.50,
+         steady_turns=.7),
+    dict(until=.975, prefix=.10, full_history=.60, keyframes_only=.05, swapped_recent=.25,
+         steady_turns=.2),
+    dict(until=1., prefix=.10, full_history=.60, keyframes_only=.05, swapped_recent=.25,
+         steady_turns=.2, rollout=.8),
 ]
-FOLDER_CURRICULUM = [  # the same for folders of videos
-    dict(until=1., prefix=.15, full_history=.85, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0,
-         rollout=.0, steady_turns=.0),
-]
+FOLDER_CURRICULUM = [dict(until=1., prefix=.15, full_history=.85)]  # the same for folders of videos
 
 
 @dataclass
@@ -117,7 +113,7 @@ def packed_attention_mask(pack):
     past_chunk = pack.past_frame // CHUNK
     target_chunk = pack.target_frame // CHUNK
     chunk = torch.cat([past_chunk, target_chunk], dim=1)
-    is_clean = torch.cat([pack.past_frame >= 0, torch.zeros_like(target_chunk, dtype=torch.bool)], dim=1)
+    is_clean = F.pad(pack.past_frame >= 0, (0, target_chunk.shape[1]))
     older = (chunk[:, :, None] > chunk[:, None]) & is_clean[:, None]
     # latents of one clean chunk, or of one copy, see each other
     copy = torch.arange(target_chunk.shape[1]) // CHUNK
@@ -142,7 +138,7 @@ def packed_forward(net, text, pack, xt, t, grid):
     """
     p = pack.past_frame.shape[1]
     x = torch.cat([pack.past, xt], dim=1)
-    levels = torch.cat([torch.zeros(pack.past_frame.shape, device=t.device), t], dim=1)
+    levels = F.pad(t, (p, 0))
     rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.dim // net.config.heads)
     mask = packed_attention_mask(pack).to(t.device)
     v, _ = net(x, levels, text, rope, mask=mask)
@@ -165,26 +161,27 @@ def chunk_frames(chunk):
 @dataclass
 class Pass:
     """What one pass is like, the same in all processes."""
-    kind: str             # of KINDS, or "rollout"
-    steady_turns: bool    # on clips of steady turns, or of all motions
-    skip: int = 0         # skip_chunk: chunks that are missing
-    length: int = 0       # rollout: chunks of past ...
-    policy: str = ""      # ... memory preset ...
-    supervised: list = field(default_factory=list)  # ... and the chunks that have a loss
+    kind: str           # of KINDS, or "rollout"
+    steady_turns: bool  # on clips of steady turns, or of all motions
+    skip: int           # skip_chunk: chunks that are missing
+    length: int         # rollout: chunks of past ...
+    policy: str         # ... memory preset ...
+    supervised: list    # ... and the chunks that have a loss
 
 
 def draw_pass(rng, done, curriculum=HISTORY_CURRICULUM):
     """done: share of the updates that is done -> Pass"""
-    chance = next(row for row in curriculum if done < row["until"])
+    row = next(row for row in curriculum if done < row["until"])
+    chance = defaultdict(float, row)
     if chance["rollout"] and rng.random() < chance["rollout"]:
         kind = "rollout"
     else:
         kind = str(rng.choice(KINDS, p=[chance[kind] for kind in KINDS]))
     length = int(rng.integers(12, CHUNKS))
-    is_other = rng.random() < Histories.OTHER
+    is_other = rng.random() < OTHER
     steady_turns = kind != "rollout" and rng.random() < chance["steady_turns"]
     skip = int(rng.integers(1, 3)) if kind == "skip_chunk" else 0
-    policy = str(rng.choice(Histories.OTHER_POLICIES)) if is_other else "slowfast"
+    policy = str(rng.choice(OTHER_POLICIES)) if is_other else "slowfast"
     supervised = rng.choice(np.arange(FULL, length + 1), 3, replace=False).tolist()
     return Pass(kind, steady_turns, skip, length, policy, supervised)
 
@@ -196,7 +193,7 @@ def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
     returns  scalar loss
     """
     if drawn.kind == "swapped_recent":
-        history = clips.draw_counterfactual(rng, batch)
+        history = clips.draw_history(rng, batch, clips=len(clips.counterfactuals))
     else:
         history = clips.draw_history(rng, batch, ahead=1 + drawn.skip)
     text = net.text(clips.text(history.clip))
@@ -235,11 +232,11 @@ def history_pack(clips, history, drawn, rng):
     if drawn.kind == "skip_chunk":
         frame = drop_frames(frame, random_keyframes(rng, frame, CHUNK * drawn.skip))
     if drawn.kind == "swapped_recent" and drawn.steady_turns:
-        frame = drop_frames(frame, recent_keyframes(rng, clips.histories.heading, history))
+        frame = drop_frames(frame, recent_keyframes(rng, clips.heading, history))
     past = clips.frames(history.clip, frame)
     if drawn.kind == "swapped_recent":
         is_recent = frame >= CHUNK * (history.chunk - 1)[:, None]
-        other = clips.frames(history.clip, frame, counterfactual=True)
+        other = take_frames(clips.counterfactuals, history.clip, frame, past.device)
         past = torch.where(over_frames(is_recent).to(past.device), other, past)
     # noised copies of the next chunk, or of a later one
     target_frame = chunk_frames(history.chunk + drawn.skip).repeat(1, COPIES)
@@ -267,9 +264,8 @@ def recent_keyframes(rng, heading, history):
 
 def rollout_loss(net, text, clips, clip, drawn, rng, objective):
     """Real clips (b,) through the real memory, chunk after chunk; some chunks are predicted on the way."""
-    keep = clips.histories.draw_keep(rng, clip)
-    without_gradient = [(k.detach(), v.detach()) for k, v in text]
-    rollout = Rollout(net, without_gradient, PRESETS[drawn.policy], objective.grid)
+    keep = clips.draw_keep(rng, clip)
+    rollout = Rollout(net, text, PRESETS[drawn.policy], objective.grid)
     # the copies of a predicted chunk stand at the same positions and do not see each other
     copy = torch.arange(COPIES * CHUNK) // CHUNK
     own_copy = (copy[:, None] == copy)[None].to(text[0][0].device)
@@ -282,9 +278,8 @@ def rollout_loss(net, text, clips, clip, drawn, rng, objective):
             rope = [table.repeat(1, COPIES, 1, 1) for table in rope]
             v, _ = net(xt, t, text, rope, memory, mask=own_copy)
             loss = loss + objective.error(v, v_star, t) / len(drawn.supervised)
-        if i < drawn.length:
-            x0 = augment_context_noise(x0, objective.context_noise)
-            rollout.append(x0, keep[:, i].to(x0.device))
+        x0 = augment_context_noise(x0, objective.context_noise)
+        rollout.append(x0, keep[:, i].to(x0.device))
     return loss
 
 
@@ -306,48 +301,44 @@ def ode_captions(prompts, seed):
 
 
 @torch.no_grad()
-def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent, batch, rank=0, processes=1):
+def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent, batch):
     """
-    Kept on disk, made `batch` at a time; of several processes each makes its share.
+    Kept on disk, made `batch` at a time.
     net         the causal model
     rollout_of  list of captions -> a fresh Rollout of it
     latent      (c, h, w)
     returns     Trajectories
     """
-    files = []
+    def record(first):
+        rollout = rollout_of(captions[first:first + batch])
+        seeds = range(first, min(first + batch, len(captions)))
+        return vars(record_trajectories(rollout, seeds, chunks, sampler, latent))
+
     mark = fingerprint(net)
-    for first in tqdm(range(0, len(captions), batch), desc="ODE trajectories", disable=rank > 0):
-        file = Path(folder) / f"trajectories_{mark}_{first:05d}.safetensors"
-        files.append(file)
-        is_mine = first // batch % processes == rank
-        if is_mine and not file.exists():
-            some = captions[first:first + batch]
-            seeds = range(first, first + len(some))
-            made = record_trajectories(rollout_of(some), seeds, chunks, sampler, latent)
-            write_safetensors(file, vars(made))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    made = [load_file(file) for file in files]
-    return Trajectories(*(torch.cat([m[name] for m in made]) for name in ("x", "past_frame")))
+    starts = range(0, len(captions), batch)
+    files = {Path(folder, f"trajectories_{mark}_{first:05d}.safetensors"): first for first in starts}
+    made = make_files(files, record, "ODE trajectories")
+    x = torch.cat([some["x"] for some in made])
+    return Trajectories(x, torch.cat([some["past_frame"] for some in made]))
 
 
 def record_trajectories(rollout, seeds, chunks, sampler, latent):
     """Videos in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
     # the sampler's levels are every fourth of these
-    levels = schedule(ODE_STEPS, sampler.shift)
+    levels = [*schedule(ODE_STEPS, sampler.shift), 0.]
     every = ODE_STEPS // sampler.steps
+    device = rollout.text[0][0].device
     videos = []
     for chunk in range(chunks):
         rollout.read_context()
-        x = draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.text[0][0].device)
-        states = []
         # Euler steps along the ODE, down to t = 0
-        for level, below in zip(levels, [*levels[1:], 0.]):
-            states.append(x)
-            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=x.device))
-            x = x + (below - level) * v
-        rollout.append(x)
-        videos.append(torch.stack([*states[::every], x], dim=2).bfloat16().cpu())
+        states = [draw_noise(seeds, chunk, 0, (CHUNK, *latent), device)]
+        for level, below in pairwise(levels):
+            x = states[-1]
+            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=device))
+            states.append(x + (below - level) * v)
+        rollout.append(states[-1])
+        videos.append(torch.stack(states[::every], dim=2).bfloat16().cpu())
     kept = torch.stack(rollout.kept, dim=1).cpu()
     return Trajectories(torch.cat(videos, dim=1), held_frames(rollout.memory.policy, kept))
 
@@ -378,46 +369,39 @@ def trajectory_loss(net, text, trajectories, clip, chunk, levels, objective):
 
 # ---- what is read off real clips ---------------------------------------------------------------------------
 
-def fit_heading_probe(latents, heading):
+def fit_heading_probe(cache):
     """
-    Where latents show the heading: ridge regression of its cosine and sine on latents. On held-out worlds it
-    is right to 1.3 columns. latents  (n, c, h, w) of about unit variance heading  (n,) columns
+    Where latents of the small world show the heading: ridge regression of its cosine and sine on latents, of
+    about unit variance. On held-out worlds it is right to 1.3 columns.
+    cache    (worlds, latents) -> latents, as from data.latent_cache
     returns  (2, c h w)
     """
-    x = latents.flatten(1).float()
-    angle = heading.float() * (2 * torch.pi / world.COLUMNS)
+    worlds = [WorldSpec(i, "turn") for i in range(PROBE_CLIPS)]
+    x = cache(worlds, CHUNKS * CHUNK).flatten(0, 1).flatten(1).float()
+    angle = Histories(worlds).heading.flatten().float() * (2 * torch.pi / world.COLUMNS)
     y = torch.stack([angle.cos(), angle.sin()], dim=1)
     gram = x.T @ x / len(x) + .1 * torch.eye(x.shape[1])
     return torch.linalg.solve(gram, x.T @ y / len(x)).T.contiguous()
 
 
-def heading_probe(cache):
-    """The same for the small world; cache: (worlds, latents) -> latents, as from data.latent_cache"""
-    worlds = [WorldSpec(i, "turn") for i in range(PROBE_CLIPS)]
-    latents = cache(worlds, CHUNKS * CHUNK)
-    return fit_heading_probe(latents.flatten(0, 1), Histories(worlds).heading.flatten())
-
-
 @torch.no_grad()
-def calibrate(net, encoder, tae, device):
+def calibrate(networks):
     """Surprisal threshold and pooling for the causal model, from real videos -> what choose_tau() returns"""
     worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)]
     worlds += [WorldSpec(i, "linger") for i in range(8)]
     histories = Histories(worlds)
-    # captions and latents
-    ids, mask = bytes_to_ids([world.make_world(spec).caption for spec in worlds], net.config.text_len)
-    text = net.text(encoder(ids.to(device), mask.to(device)))
-    x0 = torch.cat([encode_world(tae, spec, CHUNKS * CHUNK, device) for spec in worlds])
-    grid = [n // p for n, p in zip(x0.shape[-2:], net.config.patch)]
+    text = networks.dit.text(networks.features(histories.captions))
+    device = text[0][0].device
+    x0 = torch.cat([encode_world(networks.vae, spec, CHUNKS * CHUNK, device) for spec in worlds])
     # how like the chunk before it is each chunk? Keys are compared as a whole (Wan's way) or place by place
     similarities = {}
     for pool in ("mean", "token"):
-        rollout = Rollout(net, text, PRESETS["slowfast"], grid, pool=pool)
+        rollout = Rollout(networks.dit, text, PRESETS["slowfast"], networks.grid, pool=pool)
         for i, chunk in enumerate(x0.split(CHUNK, dim=1)):
             rollout.read_context()
             rollout.append(chunk, histories.keep["moving"][:, i].to(device))
         similarities[pool] = torch.stack(rollout.similarities, dim=1).cpu()
-    is_turn = torch.tensor([spec.kind == "turn" for spec in worlds])
+    is_turn = torch.arange(len(worlds)) < 8
     return choose_tau(similarities, histories.moved, is_turn)
 
 
@@ -430,26 +414,24 @@ def choose_tau(similarities, moved, is_turn):
     is_turn       (b,) bool: a slow turn, or a lingering motion
     returns       dict: tau, pool, kept (share of the tested chunks that are kept, by motion)
     """
-    # tested chunks that have one before them, by motion
-    number = torch.arange(moved.shape[1])
-    tested = (number % 2 == 0) & (number > 1)
-    turns = is_turn[:, None] & tested
-    lingering = ~is_turn[:, None] & tested & (moved < LINGERS)
-    between = ~is_turn[:, None] & tested & (moved >= LINGERS)
+    # of the chunks that are tested and have one before them, those of each motion
+    moved = moved[:, 2::2]
+    turns = is_turn[:, None].expand_as(moved)
+    lingers = ~turns & (moved < LINGERS)
+    motions = {"slow turns": turns, "lingering": lingers, "between": ~turns & ~lingers}
     choices = []
     for pool, similarity in similarities.items():
-        tau = similarity[turns].quantile(.95).item()
-        kept = {}
-        for name, chunks in (("slow turns", turns), ("lingering", lingering), ("between", between)):
-            kept[name] = (similarity < tau)[chunks].float().mean().item()
+        tested = similarity[:, 2::2]
+        tau = tested[turns].quantile(.95).item()
+        is_kept = (tested < tau).float()
+        kept = {name: is_kept[chunks].mean().item() for name, chunks in motions.items()}
         choices.append({"tau": tau, "pool": pool, "kept": kept})
     return min(choices, key=lambda choice: choice["kept"]["lingering"])
 
 
 if __name__ == "__main__":
     past_frame = torch.tensor([[0, 1, 2, 6, 7, 8]])
-    target_frame = torch.tensor([[9, 10, 11] * 2])
-    pack = Pack(None, past_frame, None, target_frame)
-    names = [f"past {n}" for n in past_frame[0].tolist()] + [f"target {n}" for n in target_frame[0].tolist()]
-    for name, row in zip(names, packed_attention_mask(pack)[0].tolist()):
-        print(f"{name:10}", "".join("#" if seen else "." for seen in row))
+    pack = Pack(None, past_frame, None, torch.tensor([[9, 10, 11] * 2]))
+    print("past latents 0-2 and 6-8, then two copies of 9-11; each row sees the columns with a #")
+    for row in packed_attention_mask(pack)[0].tolist():
+        print("".join("#" if seen else "." for seen in row))

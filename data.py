@@ -6,7 +6,7 @@ world, or a folder of videos with captions. Both have the same three methods: fr
 of their captions, and draw_history(): which chunk is predicted, and which latents a memory policy would hold
 then (memory.frames_in_memory). Files are written whole, so a run that was stopped goes on where it stopped.
 
-    python data.py             # prints what memory would hold of three clips, and where something comes back
+    python data.py             # prints what memory would hold of a clip, and where something comes back
     python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos with .txt captions -> latents
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
@@ -14,21 +14,24 @@ policy).
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
+from checkpoint import barrier, get_processes, get_rank
 from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
-from video import FPS, read_frames
+from video import FPS, FRAMES, read_frames
 from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
 from world import WorldSpec
 
@@ -38,10 +41,14 @@ CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a targe
 STEADY_TURN_CLIPS = 1600  # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
 STEADY_TURN_CHUNKS = 27
 LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
+COUNTERFACTUALS = 640     # clips of each set that have a counterfactual: the same motion past other landmarks
 BACK = 12                 # chunks in which something comes back are targets so many times as often
-SHARD = 64                # clips a file
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
+
+KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
+OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
+OTHER = .15  # ... and their share of the samples
 
 
 @dataclass
@@ -80,16 +87,13 @@ def held_frames(policy, keep, evict_first=True):
 
 # ---- the small world: latents ------------------------------------------------------------------------------
 
-def training_worlds(clips, seed):
-    """WorldSpecs of a training run's clips; never held-out ones."""
-    seeds = np.random.default_rng([seed, 0xDA7A]).integers(world.HELD_OUT, size=clips)
-    return [WorldSpec(int(s)) for s in seeds]
-
-
-def steady_turn_worlds(clips, seed):
-    """The same, with steady turns of 8 to 16 s."""
-    seeds = np.random.default_rng([seed, 0x1E55]).integers(world.HELD_OUT, size=clips)
-    return [WorldSpec(int(s), "turn", 8 + int(s) % 9) for s in seeds]
+def training_worlds(clips, seed, steady_turns=False):
+    """WorldSpecs of a training run's clips, of all motions or of turns of 8 to 16 s; never held-out ones."""
+    rng = np.random.default_rng([seed, 0x1E55 if steady_turns else 0xDA7A])
+    seeds = rng.integers(world.HELD_OUT, size=clips).tolist()
+    if steady_turns:
+        return [WorldSpec(s, "turn", 8 + s % 9) for s in seeds]
+    return [WorldSpec(s) for s in seeds]
 
 
 @torch.no_grad()
@@ -108,91 +112,68 @@ def fingerprint(net, about=""):
     return digest.hexdigest()[:8]
 
 
-def latent_cache(folder, tae, worlds, latents, device, rank=0):
+def make_files(files, make, title):
     """
-    The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16 on the CPU: read from
-    `folder`, and encoded into it first where they are not there yet, by the first of several processes.
+    Files that are made once: several processes share those that are missing.
+    files    {file: what it is made from}
+    make     of that -> {name: tensor}
+    returns  the content of each file
     """
+    mine = list(files)[get_rank()::get_processes()]
+    missing = [file for file in mine if not file.exists()]
+    for file in tqdm(missing, title, disable=not missing):
+        write_safetensors(file, make(files[file]))
+    barrier()
+    return [load_file(file) for file in files]
+
+
+def latent_cache(folder, tae, worlds, latents, device):
+    """The first `latents` latents of each world, (clips, latents, 16, 4, 8) bfloat16, kept in `folder`."""
+    def encode(spec):
+        return {"latents": encode_world(tae, spec, latents, device).bfloat16()}
+
     # others never meet these latents: the folder's name depends on autoencoder and worlds
-    folder = Path(folder) / f"latents_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}"
-    shards = {folder / f"{i:05d}.safetensors": worlds[i:i + SHARD] for i in range(0, len(worlds), SHARD)}
-    missing = [file for file in shards if not file.exists()]
-    if rank == 0:
-        for file in tqdm(missing, desc="encoding clips", disable=not missing):
-            encoded = [encode_world(tae, spec, latents, device).bfloat16() for spec in shards[file]]
-            write_safetensors(file, {"latents": torch.cat(encoded)})
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return torch.cat([load_file(file)["latents"] for file in shards])
+    folder = Path(folder, f"clips_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}")
+    files = {folder / f"{i:05d}.safetensors": spec for i, spec in enumerate(worlds)}
+    return torch.cat([clip["latents"] for clip in make_files(files, encode, "encoding clips")])
 
 
 # ---- the small world: histories ----------------------------------------------------------------------------
 # Headings are closed form: where the camera lingers, and what comes back, is known without a frame.
 
-def chunk_starts(chunks):
-    """Number of each chunk's first video frame: 0, 9, 21, 33, ..."""
-    return np.maximum(0, 12 * np.arange(chunks) - 3)
-
-
-
 class Histories:
     """What memory would hold at each chunk of each clip, and how often that chunk is drawn as a target."""
-    KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
-    OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
-    OTHER = 0.15  # ... and their share of the samples
-
-    def __init__(self, worlds, chunks=CHUNKS, evict_first=True):
+    def __init__(self, specs, chunks=CHUNKS, evict_first=True):
         """
-        worlds       list of WorldSpec
+        specs        list of WorldSpec
         evict_first  as in memory.frames_in_memory: what a student sees, or (False) a teacher's context
         """
-        self.chunks = chunks
-
-        # where the camera looks at each frame, in columns, unwrapped; kept at the last frame of each latent
-        frames = np.arange(frames_of(chunks * CHUNK))
-        motions = [world.make_world(spec) for spec in worlds]
-        heading = np.stack([w.motion.heading(w.start, frames) for w in motions])  # (b, frames)
-        self.heading = torch.from_numpy(heading[:, ::4])
-
-        # how far it moves within each chunk
-        start = chunk_starts(chunks)
-        end = np.append(start[1:], len(frames)) - 1
-        self.moved = torch.from_numpy(np.abs(heading[:, end] - heading[:, start]))  # (b, chunks)
+        # where the camera looks, in columns, unwrapped: 12 frames a chunk, the first frame of all 4 times
+        frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
+        worlds = [world.make_world(spec) for spec in specs]
+        heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
+        self.captions = [w.caption for w in worlds]
+        self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
 
         # chunks in which something comes back are drawn more often
-        back = self.landmark_returns(heading, start) | self.camera_returns(heading, start)
+        heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
+        back = landmark_returns(heading) | camera_returns(heading)
         self.weight = np.where(back, float(BACK), 1.)
 
-        # which chunks become keyframes, by each rule
-        even = torch.arange(chunks) % 2 == 0
+        # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
+        self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
         every = torch.ones_like(self.moved, dtype=torch.bool)
-        self.keep = {"uniform2": even & every, "uniform1": every, "moving": even & (self.moved > LINGERS)}
+        even = every & (torch.arange(chunks) % 2 == 0)
+        self.keep = {"uniform2": even, "uniform1": every, "moving": even & (self.moved > LINGERS)}
 
         # and so what memory holds at each chunk: (b, chunks, 18 or 21) frame numbers, -1 = empty
         self.held = {}
         for rule, keep in self.keep.items():
             self.held[rule] = held_frames(PRESETS["slowfast"], keep, evict_first)
-        for policy in self.OTHER_POLICIES:
-            self.held[policy] = held_frames(PRESETS[policy], ~every, evict_first)
+        for policy in OTHER_POLICIES:
+            self.held[policy] = held_frames(PRESETS[policy], every, evict_first)
 
-    @staticmethod
-    def landmark_returns(heading, start):
-        """heading (b, frames) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
-        # which landmarks each chunk shows, and which it misses that were seen
-        in_view = np.abs(world.offsets(heading)) <= world.GONE  # (b, frames, 8)
-        seen = np.logical_or.reduceat(in_view, start, axis=1)   # (b, chunks, 8)
-        gone = np.logical_or.accumulate(seen, axis=1) & ~seen
-        comes_back = seen[:, 1:] & gone[:, :-1]
-        return np.pad(comes_back.any(2), ((0, 0), (1, 0)))
-
-    @staticmethod
-    def camera_returns(heading, start):
-        """heading (b, frames) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
-        direction = np.sign(np.diff(heading, axis=1, append=heading[:, -1:]))
-        turns = np.diff(direction, axis=1, prepend=direction[:, :1]) != 0
-        return np.logical_or.reduceat(turns, start, axis=1)
-
-    def draw(self, rng, batch, ahead=1, clips=None):
+    def draw_history(self, rng, batch, ahead=1, clips=None):
         """
         ahead    so many chunks follow the past
         clips    None, or: only the first so many clips, and only policies that fill all places
@@ -201,10 +182,10 @@ class Histories:
         drawn = []
         for _ in range(batch):
             # a policy or keep rule, a clip, and one of its chunks by weight
-            other = rng.random() < self.OTHER and ahead == 1 and not clips
-            name = str(rng.choice(self.OTHER_POLICIES if other else self.KEEP_RULES))
+            other = rng.random() < OTHER and ahead == 1 and not clips
+            name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
             clip = rng.integers(clips or len(self.weight))
-            weight = self.weight[clip, FULL:self.chunks - ahead + 1]
+            weight = self.weight[clip, FULL:self.weight.shape[1] - ahead + 1]
             chunk = FULL + rng.choice(len(weight), p=weight / weight.sum())
             drawn.append((clip, chunk, self.held[name][clip, chunk]))
         clip, chunk, frame = zip(*drawn)
@@ -212,7 +193,24 @@ class Histories:
 
     def draw_keep(self, rng, clip):
         """clip (b,) -> (b, chunks) bool: keep decisions of a rule drawn for each"""
-        return torch.stack([self.keep[str(rng.choice(self.KEEP_RULES))][c] for c in clip])
+        return torch.stack([self.keep[str(rng.choice(KEEP_RULES))][c] for c in clip])
+
+
+def landmark_returns(heading):
+    """heading (b, chunks, 12) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
+    # which landmarks each chunk shows, and which it misses that were seen: (b, chunks, 8)
+    seen = (np.abs(world.offsets(heading)) <= world.GONE).any(2)
+    gone = np.logical_or.accumulate(seen, axis=1) & ~seen
+    back = seen[:, 1:] & gone[:, :-1]
+    return np.pad(back.any(2), ((0, 0), (1, 0)))
+
+
+def camera_returns(heading):
+    """heading (b, chunks, 12) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
+    columns = heading.reshape(len(heading), -1)
+    direction = np.sign(np.diff(columns, axis=1, append=columns[:, -1:]))
+    turns = np.diff(direction, axis=1, prepend=direction[:, :1]) != 0
+    return turns.reshape(heading.shape).any(2)
 
 
 def take_frames(latents, clip, frame, device):
@@ -220,100 +218,87 @@ def take_frames(latents, clip, frame, device):
     return latents[clip[:, None], frame.clamp(min=0)].to(device).float()
 
 
-class WorldClips:
+class WorldClips(Histories):
     """Clips of the small world, with histories of theirs."""
-    def __init__(self, worlds, chunks, cache, features, device, evict_first=True, counterfactuals=0):
+    def __init__(self, specs, chunks, cache, features, device, for_student=True):
         """
-        worlds           list of WorldSpec
-        cache            (worlds, latents) -> latents of so many frames each, as from latent_cache()
-        features         captions -> (b, m, text_dim)
-        counterfactuals  so many clips have a counterfactual: the same motion past other landmarks
+        cache        (WorldSpecs, latents) -> latents of so many frames each, as from latent_cache()
+        features     captions -> (b, m, text_dim)
+        for_student  with counterfactuals, and histories as a student sees them; False: a teacher's contexts
         """
-        self.latents = cache(worlds, chunks * CHUNK)
-        self.captions = [world.make_world(spec).caption for spec in worlds]
+        super().__init__(specs, chunks, evict_first=for_student)
         self.features = features
         self.device = device
-        self.histories = Histories(worlds, chunks, evict_first)
-        self.counterfactuals = counterfactuals
-        if counterfactuals:
-            others = [replace(spec, counterfactual=True) for spec in worlds[:counterfactuals]]
-            self.other_latents = cache(others, chunks * CHUNK)
+        self.latents = cache(specs, chunks * CHUNK)
+        if for_student:
+            others = [replace(spec, counterfactual=True) for spec in specs[:COUNTERFACTUALS]]
+            self.counterfactuals = cache(others, chunks * CHUNK)
 
-    def frames(self, clip, frame, counterfactual=False):
+    def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""
-        latents = self.other_latents if counterfactual else self.latents
-        return take_frames(latents, clip, frame, self.device)
+        return take_frames(self.latents, clip, frame, self.device)
 
     def text(self, clip):
         return self.features([self.captions[c] for c in clip])
 
-    def draw_history(self, rng, batch, ahead=1):
-        return self.histories.draw(rng, batch, ahead)
 
-    def draw_counterfactual(self, rng, batch):
-        return self.histories.draw(rng, batch, clips=self.counterfactuals)
-
-
-def training_clips(cache, features, seed, device, evict_first=True, counterfactuals=0):
+def training_clips(seed, cache, features, device, for_student):
     """The small world's training clips, as WorldClips: of all motions, and of steady turns."""
-    both = (cache, features, device, evict_first, counterfactuals)
-    all_motions = WorldClips(training_worlds(CLIPS, seed), CHUNKS, *both)
-    steady_turns = WorldClips(steady_turn_worlds(STEADY_TURN_CLIPS, seed), STEADY_TURN_CHUNKS, *both)
-    return all_motions, steady_turns
+    all_motions = training_worlds(CLIPS, seed)
+    steady_turns = training_worlds(STEADY_TURN_CLIPS, seed, steady_turns=True)
+    return (WorldClips(all_motions, CHUNKS, cache, features, device, for_student),
+            WorldClips(steady_turns, STEADY_TURN_CHUNKS, cache, features, device, for_student))
 
 
 # ---- folders of videos -------------------------------------------------------------------------------------
 
-def find_videos(folder):
-    """-> {video file: its caption}, and a line for each file that has none"""
-    captions, skipped = {}, []
-    for file in sorted(Path(folder).rglob("*")):
-        if not file.is_file() or file.suffix == ".txt":
-            continue
+def read_captions(folder):
+    """-> {video file: its caption}"""
+    captions = {}
+    for file in sorted(Path(folder).rglob("*.*")):
         text = file.with_suffix(".txt")
-        if text.is_file():
+        if text.is_file() and text != file:
             captions[file] = text.read_text("utf-8", "replace").strip()
-        else:
-            skipped.append(f"{file}: no caption in a .txt beside it")
+        elif text != file:
+            print(f"skipped: {file}: no caption in a .txt beside it")
     if not captions:
         raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
-    return captions, skipped
+    return captions
 
 
 def read_whole_chunks(file, width, height):
     """The first whole chunks of a video, 25 s at most -> (f, h, w, 3) uint8; BadInput if it is too small."""
     least = frames_of((FULL + AHEAD) * CHUNK)
-    most = frames_of((LONGEST + AHEAD) * CHUNK)
-    try:
-        frames, (w, h) = read_frames(file, width, height, most)
-    except BadInput:
-        raise BadInput(f"{file}: cannot be read as a video") from None
+    frames, (w, h) = read_frames(file, width, height, frames_of((LONGEST + AHEAD) * CHUNK))
     if w < width or h < height or len(frames) < least:
         raise BadInput(f"{file}: {w}x{h}, {len(frames) / FPS:.1f} s; "
                        f"needed are {width}x{height}, {least / FPS:.1f} s")
-    chunks = (len(frames) + 3) // 12
-    return frames[:12 * chunks - 3]
+    return frames[:len(frames) - (len(frames) + 3) % FRAMES]
 
 
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
-    captions, skipped = find_videos(cfg.videos)
-    folder = Path(cfg.out) / "clips"
-    shards = {file: folder / f"{file.relative_to(cfg.videos)}.safetensors" for file in captions}
-    new = [file for file in captions if not shards[file].exists()]
+    captions = read_captions(cfg.videos)
+    # torchrun's processes share the clips
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    new = {}
+    for file in list(captions)[rank::processes]:
+        shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
+        if not shard.exists():
+            new[file] = shard
     # the autoencoder, and text features of the captions
     if cfg.wan:
-        cache = Path(cfg.out) / "text"
         prompts = [captions[file] for file in new]
+        cache = Path(cfg.out, "text")
         networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, cache, prompts)
     else:
         networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
-    for file in tqdm(new, desc="encoding clips"):
+    for file, shard in tqdm(new.items(), "encoding clips"):
         try:
             frames = read_whole_chunks(file, networks.width, networks.height)
         except BadInput as reason:
-            skipped.append(str(reason))
+            print(f"skipped: {reason}")
             continue
         # encode, write
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
@@ -321,9 +306,7 @@ def encode_videos(cfg, device):
             latents = networks.vae.encode(video / 127.5 - 1)[0]
             text = networks.features([captions[file]])[0]
         tensors = {"latents": latents.bfloat16(), "text": text.bfloat16()}
-        write_safetensors(shards[file], tensors, {"caption": captions[file]})
-    done = sum(shard.exists() for shard in shards.values())
-    print(f"{done} clips are in {cfg.out}, {len(skipped)} skipped", *skipped, sep="\n  ")
+        write_safetensors(shard, tensors, {"caption": captions[file]})
 
 
 class ClipFolder:
@@ -333,8 +316,7 @@ class ClipFolder:
         self.device = device
         self.files = sorted((Path(folder) / "clips").rglob("[!.]*.safetensors"))
         if not self.files:
-            raise BadInput(f"--data {folder} holds no encoded clips: "
-                           f"python data.py --videos DIR --out {folder}")
+            raise BadInput(f"--data {folder} holds no clips that data.py encoded")
         # captions and lengths, from the heads of the files
         self.captions = []
         self.chunks = []
@@ -372,13 +354,11 @@ def main():
     cfg = parse(Config)
     if cfg.videos:
         return encode_videos(cfg, pick_device(cfg.device))
-    # otherwise: what memory would hold at chunk 30 of three clips, and which chunks are targets more often
-    worlds = training_worlds(3, 0)
-    histories = Histories(worlds)
-    for spec, held, weight in zip(worlds, histories.held["moving"][:, 30], histories.weight):
-        print(world.make_world(spec).caption)
-        print("    memory at chunk 30:", held.tolist())
-        print("    something comes back:", "".join("#" if w > 1 else "." for w in weight))
+    # otherwise: what memory would hold at chunk 30 of a clip, and which chunks are targets more often
+    histories = Histories([WorldSpec(0, "aside")])
+    print(histories.captions[0])
+    print("memory at chunk 30:", histories.held["moving"][0, 30].tolist())
+    print("something comes back:", "".join("#" if weight > 1 else "." for weight in histories.weight[0]))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def load_inputs(cfg, part, preset, device):
         inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device)
         barrier()
     elif preset.heading_weight and not inputs.folder:
-        inputs.probe = causal.heading_probe(partial(real_latents, cfg, inputs)).to(device)
+        inputs.probe = causal.fit_heading_probe(partial(real_latents, cfg, inputs)).to(device)
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
     inputs.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
     return inputs
@@ -145,15 +145,15 @@ def load_inputs(cfg, part, preset, device):
 
 def real_latents(cfg, inputs, worlds, latents):
     """Of the small world, from the cache of this --out."""
-    return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device, get_rank())
+    return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device)
 
 
-def load_clips(cfg, inputs, evict_first=True, counterfactuals=0):
+def load_clips(cfg, inputs, for_student):
     """-> clips of all motions, and of steady turns; with --data, both are its folder."""
     if inputs.folder:
         return inputs.folder, inputs.folder
     cache = partial(real_latents, cfg, inputs)
-    return training_clips(cache, inputs.features, cfg.seed, inputs.device, evict_first, counterfactuals)
+    return training_clips(cfg.seed, cache, inputs.features, inputs.device, for_student)
 
 
 # ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
@@ -278,7 +278,7 @@ def make_stage(cfg, part, preset, inputs):
         return few_steps_stage(cfg, preset, inputs)
     if part in ("base", "teacher"):
         bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
-        clips = load_clips(cfg, inputs, evict_first=False)
+        clips = load_clips(cfg, inputs, for_student=False)
         sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
         draw = partial(draw_bidirectional, part == "teacher")
         run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
@@ -291,7 +291,7 @@ def causal_stage(cfg, preset, inputs):
     nets = {"init_ar": inputs.dit}
     if inputs.encoder:
         nets["text"] = inputs.encoder
-    clips = load_clips(cfg, inputs, counterfactuals=causal.COUNTERFACTUALS)
+    clips = load_clips(cfg, inputs, for_student=True)
     curriculum = causal.FOLDER_CURRICULUM if inputs.folder else causal.HISTORY_CURRICULUM
     objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise,
                                  inputs.probe, preset.heading_weight)
@@ -313,7 +313,7 @@ def few_steps_stage(cfg, preset, inputs):
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bool(cfg.wan)):
         trajectories = causal.ode_trajectories(
             Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
-            inputs.latent, together, get_rank(), get_processes())
+            inputs.latent, together)
     objective = causal.Objective(inputs.grid, preset.shift, 0., inputs.probe, preset.heading_weight)
     return Stage({"init_ode": net}, inputs.sampler, only_done,
                  partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective))

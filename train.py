@@ -259,7 +259,7 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
     nets = whole_networks(ema)
     kept = {}
     if part == "init_ar" and not cfg.wan:
-        found = causal.calibrate(nets["init_ar"], nets["text"], inputs.vae, inputs.device)
+        found = causal.calibrate(averaged(part, inputs, nets, sampler))
         kept = found["kept"]
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
