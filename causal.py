@@ -378,7 +378,7 @@ def fit_heading_probe(cache):
     """
     worlds = [WorldSpec(i, "turn") for i in range(PROBE_CLIPS)]
     x = cache(worlds, CHUNKS * CHUNK).flatten(0, 1).flatten(1).float()
-    angle = Histories(worlds).heading.flatten().float() * (2 * torch.pi / world.COLUMNS)
+    angle = Histories(worlds, CHUNKS).heading.flatten().float() * (2 * torch.pi / world.COLUMNS)
     y = torch.stack([angle.cos(), angle.sin()], dim=1)
     gram = x.T @ x / len(x) + .1 * torch.eye(x.shape[1])
     return torch.linalg.solve(gram, x.T @ y / len(x)).T.contiguous()

@@ -1106,7 +1106,7 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
         return Rollout(net, random_text(net, len(some)), PRESETS["slowfast"], (2, 4))
 
     def trajectories():
-        return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, Sampler(4, 3.), latent, batch=2)
+        return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, Sampler(4, 3.), latent, 2)
     made = trajectories()
     assert made.x.shape == (3, 27, 5, *latent) and made.past_frame.shape == (3, 9, 18)
     for seeds in ([0, 1], [2]):
@@ -1230,7 +1230,7 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
     assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
 
 
-# ---- training: updates, averages, checkpoints, processes --------------------------------------------------------
+# ---- training: updates, averages, checkpoints, processes ---------------------------------------------------
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
