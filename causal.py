@@ -124,8 +124,7 @@ def packed_attention_mask(pack):
 def packed_positions(pack):
     """Bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past."""
     b, p = pack.past_frame.shape
-    is_older = pack.past_frame[:, None] // CHUNK < pack.target_frame[:, :, None] // CHUNK
-    seen = (is_older & (pack.past_frame >= 0)[:, None]).sum(2)
+    seen = packed_attention_mask(pack)[:, p:, :p].sum(2)
     target = seen + CHUNK * pack.skip + pack.target_frame % CHUNK
     return torch.cat([torch.arange(p).expand(b, -1), target], dim=1)
 
@@ -192,10 +191,8 @@ def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
     drawn    Pass
     returns  scalar loss
     """
-    if drawn.kind == "swapped_recent":
-        history = clips.draw_history(rng, batch, clips=len(clips.counterfactuals))
-    else:
-        history = clips.draw_history(rng, batch, ahead=1 + drawn.skip)
+    only = len(clips.counterfactuals) if drawn.kind == "swapped_recent" else None
+    history = clips.draw_history(rng, batch, 1 + drawn.skip, only)
     text = net.text(clips.text(history.clip))
     if drawn.kind == "rollout":
         return rollout_loss(net, text, clips, history.clip, drawn, rng, objective)

@@ -208,8 +208,8 @@ def landmark_returns(heading):
 def camera_returns(heading):
     """heading (b, chunks, 12) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
     columns = heading.reshape(len(heading), -1)
-    direction = np.sign(np.diff(columns, axis=1, append=columns[:, -1:]))
-    turns = np.diff(direction, axis=1, prepend=direction[:, :1]) != 0
+    direction = np.sign(np.diff(columns, append=columns[:, -1:]))
+    turns = np.diff(direction, prepend=0) != 0
     return turns.reshape(heading.shape).any(2)
 
 

@@ -1015,14 +1015,15 @@ def test_each_kind_of_history_holds_what_it_says(kind, skip, monkeypatch):
         assert other.tolist() == [swapped and n in was[-3:] for n in now]
 
 
-def test_only_clips_with_a_counterfactual_are_drawn_for_the_swap(monkeypatch):
+@pytest.mark.parametrize("kind, clips", [("swapped_recent", 2), ("full_history", 4)])
+def test_recent_latents_are_swapped_only_in_clips_that_have_a_counterfactual(kind, clips, monkeypatch):
     monkeypatch.setattr(data, "COUNTERFACTUALS", 2)
-    clips = data.WorldClips(training_worlds(4, 0), 27, numbered, lambda captions: captions, CPU)
-    drawn = causal.Pass("swapped_recent", False, 0, 0, "", [])
-    net = SimpleNamespace(text=list)
-    monkeypatch.setattr(causal, "packed_loss", lambda net, text, pack, objective: (text, pack))
-    captions, pack = causal.teacher_forcing_loss(net, clips, drawn, np.random.default_rng(0), 32, None)
-    assert set(captions) == set(clips.captions[:2])
+    monkeypatch.setattr(causal, "packed_loss", lambda net, text, pack, objective: text)
+    net, rng = SimpleNamespace(text=list), np.random.default_rng(0)
+    of_four = data.WorldClips(training_worlds(4, 0), 27, numbered, lambda captions: captions, CPU)
+    drawn = causal.Pass(kind, False, 0, 0, "", [])
+    captions = causal.teacher_forcing_loss(net, of_four, drawn, rng, 32, None)
+    assert set(captions) == set(of_four.captions[:clips])
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
@@ -1121,19 +1122,11 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
 
 
 def test_an_error_along_the_probe_counts_more_and_any_other_error_as_ever():
-    loss, v_star, t = flow.flow_matching_loss, noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3])
-    probe = torch.linalg.qr(noise(512, 2, seed=5))[0].T  # two directions, at right angles, of length 1
-    along = .3 * probe[0]
-    across = noise(512, seed=7)
-    across = across - probe.T @ (probe @ across)
-    wrong_along, wrong_across = (v_star + error.view(16, 4, 8) for error in (along, across))
-    # the error of x0 is t times that of v
-    want = .09 / 512 + 10 * .09 * torch.tensor([.25, 1.])
-    assert torch.allclose(loss(wrong_along, v_star, t, probe, 10.), want, rtol=1e-4)
-    plain = across.square().mean().expand(2)
-    assert torch.allclose(loss(wrong_across, v_star, t, probe, 10.), plain, rtol=1e-3)
-    assert torch.allclose(loss(wrong_across, v_star, t), plain, rtol=1e-3)
-    assert torch.equal(loss(v_star, v_star, t, probe, 10.), torch.zeros(2))
+    v_star, t = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3])
+    along, across = torch.linalg.qr(noise(512, 2))[0].T  # at right angles, of length 1
+    for error, more in ((along, torch.tensor([.25, 1.])), (across, torch.zeros(2))):  # the error of x0, squared
+        loss = flow.flow_matching_loss(v_star + error.view(16, 4, 8), v_star, t, along[None], 10.)
+        assert torch.allclose(loss, 1 / 512 + 10 * more, rtol=1e-3)
 
 
 def test_a_heading_probe_from_few_clips_reads_held_out_worlds(monkeypatch):
@@ -1183,10 +1176,12 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
             assert torch.equal(held[:, i], F.pad(want, (0, places - want.shape[1]), value=-1)), (name, i)
 
 
+MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
+
+
 def test_chunks_in_which_something_comes_back_weigh_twelve_times_as_much():
-    worlds = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
-    histories = Histories(worlds, 30)
-    for b, spec in enumerate(worlds):
+    histories = Histories(MOTIONS, 30)
+    for b, spec in enumerate(MOTIONS):
         w = world.make_world(spec)
         seen, before = set(), set()
         for i in range(29):  # at the end of the last chunk the clip ends
@@ -1201,7 +1196,7 @@ def test_chunks_in_which_something_comes_back_weigh_twelve_times_as_much():
 
 
 def test_targets_are_drawn_as_often_as_they_weigh_and_have_room_behind_them():
-    histories = Histories([WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)], 30)
+    histories = Histories(MOTIONS, 30)
     history = histories.draw_history(np.random.default_rng(0), 3000, ahead=7)
     assert history.chunk.min() == 7 and history.chunk.max() == 23
     for b in range(3):
@@ -1235,14 +1230,11 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
 SHORT_CURRICULUM = [  # every kind of history in few updates
-    dict(until=.3, prefix=.2, full_history=.2, skip_chunk=.2, keyframes_only=.2, swapped_recent=.2, rollout=.0,
+    dict(until=.3, prefix=.2, full_history=.2, skip_chunk=.2, keyframes_only=.2, swapped_recent=.2,
          steady_turns=.5),
-    dict(until=.5, prefix=.5, full_history=.5, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.0,
-         steady_turns=1.),
-    dict(until=.6, prefix=.5, full_history=.5, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.8,
-         steady_turns=1.),
-    dict(until=1., prefix=1., full_history=.0, skip_chunk=.0, keyframes_only=.0, swapped_recent=.0, rollout=.8,
-         steady_turns=.0),
+    dict(until=.5, prefix=.5, full_history=.5, steady_turns=1.),
+    dict(until=.6, prefix=.5, full_history=.5, steady_turns=1., rollout=.8),
+    dict(until=1., prefix=1., rollout=.8),
 ]
 
 
