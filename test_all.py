@@ -1124,7 +1124,7 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
 def test_an_error_along_the_probe_counts_more_and_any_other_error_as_ever():
     v_star, t = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3])
     along, across = torch.linalg.qr(noise(512, 2))[0].T  # at right angles, of length 1
-    for error, more in ((along, torch.tensor([.25, 1.])), (across, torch.zeros(2))):  # the error of x0, squared
+    for error, more in ((along, torch.tensor([.25, 1.])), (across, torch.zeros(2))):  # of x0
         loss = flow.flow_matching_loss(v_star + error.view(16, 4, 8), v_star, t, along[None], 10.)
         assert torch.allclose(loss, 1 / 512 + 10 * more, rtol=1e-3)
 
