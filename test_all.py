@@ -1708,18 +1708,21 @@ def run_script(script, monkeypatch, *words):
     config.run(script.main)
 
 
-def test_a_folder_of_videos_is_encoded_and_a_stopped_run_goes_on_with_the_next_clip(videos, monkeypatch, tmp_path, capsys):
+def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, monkeypatch, tmp_path, capsys):
     words, out = ["--videos", videos, "--out", tmp_path / "data"], tmp_path / "data" / "clips"
-    run_script(data, monkeypatch, *words)
-    printed = capsys.readouterr().out
     first, second = out / "good.mp4.safetensors", out / "more" / "good.mp4.safetensors"
-    assert sorted(out.rglob("*.*")) == [first, second] and printed.count("skipped") == 3
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("RANK", "1")
+        torchrun.setenv("WORLD_SIZE", "2")
+        run_script(data, monkeypatch, *words)
+    mine = sorted(out.rglob("*.*"))
+    assert len(mine) == 1
+    made = mine[0].stat().st_mtime_ns
+    run_script(data, monkeypatch, *words)
+    assert sorted(out.rglob("*.*")) == [first, second] and mine[0].stat().st_mtime_ns == made
+    printed = capsys.readouterr().out
     for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: no caption"):
         assert line in printed
-    want, when = second.read_bytes(), first.stat().st_mtime_ns
-    second.unlink()
-    run_script(data, monkeypatch, *words)
-    assert second.read_bytes() == want and first.stat().st_mtime_ns == when
 
 
 def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enough_behind(videos, monkeypatch, tmp_path):
