@@ -191,8 +191,10 @@ def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
     drawn    Pass
     returns  scalar loss
     """
-    only = len(clips.counterfactuals) if drawn.kind == "swapped_recent" else None
-    history = clips.draw_history(rng, batch, 1 + drawn.skip, only)
+    if drawn.kind == "swapped_recent":
+        history = clips.draw_history(rng, batch, clips=len(clips.counterfactuals))
+    else:
+        history = clips.draw_history(rng, batch, 1 + drawn.skip)
     text = net.text(clips.text(history.clip))
     if drawn.kind == "rollout":
         return rollout_loss(net, text, clips, history.clip, drawn, rng, objective)
