@@ -6,9 +6,9 @@ The paper in miniature: what trained models remember and how their pictures hold
     python evaluate.py --quick --memory NAME      # one preset of memory.py, its row and its curve: a minute
 
 An EvalSet says which videos are made: whose weights, which memory, which worlds. Each video leaves one line
-in out/evaluate.csv with all that report.py needs: it is made once, and tables and figures cost nothing after
+in out/evaluate.csv with all that report.py needs: it is made once, and tables and figure cost nothing after
 that. A line counts as long as weights and preset are those that made it; whoever changes the code of
-Policy.should_keep gives an --out of its own.
+Policy.should_keep gives an --out of its own. Real videos: metrics.py.
 
 References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
 Leaves out: DINO and CLIP on the small world.
@@ -17,12 +17,12 @@ import hashlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
@@ -31,10 +31,10 @@ import report
 import world
 from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
-from erft import TARGET, extend, predict_velocity
-from flow import Rollout, add_noise, draw_noise, generate
+from erft import TARGET, extend
+from flow import Rollout, generate
 from memory import CHUNK, PRESETS, Policy, frames_in_memory
-from report import ABSENCES, EvalSet, Video
+from report import EvalSet, Video
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
@@ -55,7 +55,6 @@ class Config:
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
-    videos: str = ""     # real videos: python metrics.py --videos DIR
 
 
 # ---- videos of the small world: real first chunks, then the model's own ------------------------------------
@@ -65,14 +64,13 @@ def conditions(networks, specs, given):
     networks  weights.Networks of the small world
     specs     WorldSpecs, one a video
     given     chunks of real video
-    returns   net.text of the captions, real latents (b, 3 given, c, h, w), grid of latents after patching
+    returns   net.text of the captions, real latents (b, 3 given, c, h, w)
     """
     text = networks.dit.text(networks.features([make_world(spec).caption for spec in specs]))
     device = text[0][0].device
     if given == 0:
-        return text, torch.zeros(len(specs), 0, *networks.latent, device=device), networks.grid
-    real = [encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs]
-    return text, torch.cat(real), networks.grid
+        return text, torch.zeros(len(specs), 0, *networks.latent, device=device)
+    return text, torch.cat([encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs])
 
 
 def decode_frames(vae, latents):
@@ -97,8 +95,8 @@ def continue_student(networks, specs, given, chunks, policy, positions="bounded"
     """
     sampler = networks.sampler
     seeds = [spec.seed for spec in specs]
-    text, history, grid = conditions(networks, specs, given)
-    rollout = Rollout(networks.dit, text, policy, grid, positions, sampler.pool)
+    text, history = conditions(networks, specs, given)
+    rollout = Rollout(networks.dit, text, policy, networks.grid, positions, sampler.pool)
     # the real part enters the memory, and nothing is made yet
     if given:
         list(generate(rollout, seeds, 0, sampler, networks.latent, history=history))
@@ -123,11 +121,11 @@ def continue_teacher(networks, specs, given, blocks, shuffle=False):
     shuffle  each goes on from the next world's past, and shows it if the teacher looks there
     returns  as continue_student()
     """
-    text, latents, grid = conditions(networks, specs, given)
+    text, latents = conditions(networks, specs, given)
     seeds = [spec.seed for spec in specs]
     for _ in range(blocks):
         past = latents.roll(-1, 0) if shuffle else latents
-        more = extend(networks.dit, past, text, grid, networks.sampler, seeds)
+        more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
         latents = torch.cat([latents, more], dim=1)
     chunk = torch.arange(latents.shape[1] // CHUNK)
     keep = chunk % PROBED.interval == 0
@@ -154,17 +152,39 @@ def own_reappearances(reading, motion, keep, policy, given):
     return found
 
 
+def measure(frames, motion, keep, policy, given):
+    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
+    reading = judge.read_video(frames)
+    # pictures: what is left over behind the last 5 s does not count
+    start = first_own_frame(given)
+    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
+    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
+    # motion
+    jumps = np.abs(np.diff(reading.path)) > JUMP
+    # memory
+    events = []
+    for event, held in own_reappearances(reading, motion, keep, policy, given):
+        events.append(vars(event) | {"right": event.right, "held": held})
+    return {
+        "psnr": psnr,
+        "landmarks": judge.landmark_map(reading.landmark),
+        "reappearances": events,
+        "turning": judge.turning_rate(reading.path, motion),
+        "jumps": int(jumps.sum()),
+        "minutes": len(frames) / FPS / 60,
+    }
+
+
 # ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
 
-def held_out(n):
+def held_out(n, seed=0):
     """n worlds that turn once in 8 or 9 s: after 10 s, what was away for 5.4 or 6.1 s is due back."""
-    return [WorldSpec(HELD_OUT + i, "turn", 8 + i % 2) for i in range(n)]
+    return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2) for i in range(n)]
 
 
 def probe_student(networks, specs):
     """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
-    policy = PROBED
-    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, policy)
+    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
     return read_probe(specs, frames, keep)
 
 
@@ -179,51 +199,32 @@ def read_probe(specs, frames, keeps):
     dict: recall (share of what was due back that is right), ceiling (share that memory still held), chance,
     returns (how many were due), validity (dB to the nearest frame that the world can draw)
     """
-    right, held, maps, psnr = [], [], [], []
+    videos = []
     for spec, video, keep in zip(specs, frames, keeps):
-        reading = judge.read_video(video)
-        maps.append(judge.landmark_map(reading.landmark))
-        psnr.append(reading.psnr[first_own_frame(GIVEN):].mean())
-        motion = make_world(spec).motion
-        for event, in_memory in own_reappearances(reading, motion, keep, PROBED, GIVEN):
-            right.append(event.right)
-            held.append(in_memory)
-    returns = len(right)
+        videos.append(measure(video, make_world(spec).motion, keep, PROBED, GIVEN))
+    events = [event for video in videos for event in video["reappearances"]]
+    returns = len(events)
     return {
-        "recall": sum(right) / max(1, returns),
-        "ceiling": sum(held) / max(1, returns),
-        "chance": judge.chance(maps),
+        "recall": sum(event["right"] for event in events) / max(1, returns),
+        "ceiling": sum(event["held"] for event in events) / max(1, returns),
+        "chance": judge.chance([video["landmarks"] for video in videos]),
         "returns": returns,
-        "validity": float(np.mean(psnr)),
+        "validity": float(np.mean([video["psnr"] for video in videos])),
     }
 
 
-@torch.no_grad()
 def check_teacher_uses_context(networks, specs):
-    """Recall, and loss at t = 0.7, from each world's own past and from another's: numbers for the log."""
-    text, latents, grid = conditions(networks, specs, GIVEN + TARGET // CHUNK)
-    device = latents.device
-    # what a teacher sees of the first 10 s
-    keep = torch.arange(GIVEN)[None] % 2 == 0
-    held = frames_in_memory(PROBED, keep, evict_first=False)[-1][0]
-    context, x0 = latents[:, held], latents[:, GIVEN * CHUNK:]
-    # the loss on the 21 latents that really follow
-    t = torch.full(x0.shape[:2], .7, device=device)
-    noise = draw_noise(range(len(specs)), 0, 0, x0.shape[1:], device)
-    xt = add_noise(x0, noise, t)
-    numbers = {}
-    for name, past in (("", context), ("shuffled_", context.roll(1, 0))):
-        v = predict_velocity(networks.dit, past, xt, t, text, grid)
-        probe = probe_teacher(networks, specs, shuffle=name == "shuffled_")
-        numbers[f"teacher_{name}loss"] = F.mse_loss(v, noise - x0).item()
-        numbers[f"teacher_{name}recall"] = probe["recall"]
-    return numbers | {"teacher_chance": probe["chance"]}
+    """Recall from each world's own past and from another's: numbers for the log."""
+    own = probe_teacher(networks, specs)
+    shuffled = probe_teacher(networks, specs, shuffle=True)
+    return {
+        "teacher_recall": own["recall"],
+        "teacher_shuffled_recall": shuffled["recall"],
+        "teacher_chance": own["chance"],
+    }
 
 
 # ---- which videos are made ---------------------------------------------------------------------------------
-
-REAL = ("slowfast", "longlive")  # policies that also go on from real video
-
 
 @dataclass(frozen=True)
 class Length:
@@ -234,78 +235,38 @@ class Length:
 LENGTHS = {  # by EvalSet.worlds
     "text": Length(0, 84),                   # 62.8 s from the caption alone
     "real": Length(GIVEN, 67),               # 50 s
-    "long": Length(0, 161),                  # 120 s
+    "swapped": Length(GIVEN, PROBE_CHUNKS),  # 4 s; a world and its counterfactual exchange slow memories
     "teacher": Length(0, 42),                # 31 s
-    "turns": Length(GIVEN, PROBE_CHUNKS),    # 4 s, each world beside its counterfactual,
-    "swapped": Length(GIVEN, PROBE_CHUNKS),  # with which it exchanges its slow memory
 }
 
 
-def eval_sets(student, quick, memory):
-    """All rows of the tables -> list of EvalSet. A new preset of memory.py gets its rows by its name."""
-    if memory:
-        policies = [memory]
-    elif quick:
+def eval_sets(student, quick=False, memory=""):
+    """The rows of the tables -> list of EvalSet. A new preset of memory.py gets its row by its name."""
+    # what each policy remembers, and whose memory the student follows
+    policies = list(PRESETS)
+    if quick and not memory:
         policies = ["slowfast", "uniform2", "longlive"]
-    else:
-        policies = list(PRESETS)
-    # what each policy remembers
     sets = [EvalSet(student, policy) for policy in policies]
+    sets.append(EvalSet(student, "uniform2", worlds="swapped"))
     if not quick:
-        sets += [EvalSet(student, policy, worlds="real") for policy in policies if memory or policy in REAL]
+        # after real video; positions that nobody trained
+        sets += [EvalSet(student, policy, worlds="real") for policy in ("slowfast", "longlive")]
+        sets += [EvalSet(student, policy, "unbounded") for policy in ("slowfast", "longlive", "infinity")]
+        # models before and beside the student; the teacher alone
+        sets += [EvalSet(weights) for weights in ("init_ar", "init_ode", "stage1", "stage2", "stage2_none")]
+        for weights in ("teacher", "teacher_plain"):
+            sets.append(EvalSet(weights, "uniform2", worlds="teacher", teacher=True))
     if memory:
-        return sets
-    # whose memory the student follows
-    sets += [EvalSet(student, "uniform2", worlds=worlds) for worlds in ("turns", "swapped")]
-    if quick:
-        return sets
-    # positions and lengths that nobody trained; models before and beside the student; the teacher alone
-    sets += [EvalSet(student, policy, "unbounded") for policy in ("slowfast", "longlive", "infinity")]
-    sets += [EvalSet(student, worlds="long")]
-    sets += [EvalSet(weights) for weights in ("init_ar", "init_ode", "stage1", "stage2", "stage2_none")]
-    for weights in ("teacher", "teacher_plain"):
-        sets.append(EvalSet(weights, "uniform2", worlds="teacher", teacher=True))
+        sets = [s for s in sets if s.memory == memory and s.weights == student]
     return list(dict.fromkeys(sets))
 
 
 def worlds_of(name, number, seed):
     """The held-out worlds of an EvalSet.worlds -> list of WorldSpec"""
-    if name == "text":
-        return reach_worlds(number, seed)
-    if name in ("turns", "swapped"):  # pairs of neighbours: one place and motion, two sets of landmarks
-        pairs = [(i // 2, i % 2 == 1) for i in range(number - number % 2)]
-        return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2, other) for i, other in pairs]
-    if name == "long":
-        number = max(1, number // 4)
+    if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks
+        pairs = product(held_out(number // 2, seed), (False, True))
+        return [replace(spec, counterfactual=other) for spec, other in pairs]
     return [WorldSpec(HELD_OUT + seed + i) for i in range(number)]
-
-
-def reach_worlds(number, seed):
-    """Worlds in which a landmark is due back after each of ABSENCES in turn -> list of WorldSpec"""
-    found, seed = [], HELD_OUT + 10_000 + seed
-    while len(found) < number:
-        spec = WorldSpec(seed)
-        if brings_back(spec, ABSENCES[len(found) % len(ABSENCES)]):
-            found.append(spec)
-        seed += 1
-    return found
-
-
-def brings_back(spec, seconds):
-    """By its motion: is a landmark outside the sink due back after `seconds` out of view, within a tenth?"""
-    w = make_world(spec)
-    suits = {"aside": seconds <= 6, "turn": seconds >= 6, "linger": seconds >= 12}
-    if not suits[w.motion.kind]:
-        return False
-    heading = w.motion.heading(w.start, np.arange(frames_of(LENGTHS["text"].chunks * CHUNK)))
-    far = np.abs(world.offsets(heading))  # (f, 8)
-    outside_sink = far[:9].min(0) > world.WHOLE
-    for sector in far.T[outside_sink]:
-        gone = np.cumsum(sector > world.GONE)  # frames so far that show nothing of it
-        away = np.diff(gone[sector < world.WHOLE - 1]) / FPS
-        if (np.abs(away - seconds) <= .1 * seconds).any():
-            return True
-    return False
 
 
 # ---- making and measuring ----------------------------------------------------------------------------------
@@ -317,7 +278,6 @@ load_once = lru_cache(load_tiny)  # in each process
 class Batch:
     """What one process makes at a time."""
     eval_set: EvalSet
-    policy: Policy  # what eval_set.memory names
     specs: list
     weights: Path
     made_by: str
@@ -327,82 +287,42 @@ class Batch:
 def make_videos(batch):
     """-> frames (b, f, 3, 32, 64) uint8, keep (b, chunks) bool"""
     networks = load_once(batch.weights, batch.device)
-    length = LENGTHS[batch.eval_set.worlds]
-    if batch.eval_set.teacher:
+    eval_set = batch.eval_set
+    length = LENGTHS[eval_set.worlds]
+    if eval_set.teacher:
         return continue_teacher(networks, batch.specs, length.given, length.chunks * CHUNK // TARGET)
     # the weights bring the threshold that was calibrated for them; a preset that names its own keeps it
-    policy = batch.policy
+    policy = PRESETS[eval_set.memory]
     if policy.tau == Policy.tau:
         policy = replace(policy, tau=networks.sampler.tau)
-    swap = batch.eval_set.worlds == "swapped"
-    positions = batch.eval_set.positions
-    return continue_student(networks, batch.specs, length.given, length.chunks, policy, positions, swap)
-
-
-def measure(frames, motion, keep, policy, given):
-    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
-    reading = judge.read_video(frames)
-    # pictures: what is left over behind the last 5 s does not count
-    start = first_own_frame(given)
-    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
-    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
-    # motion
-    jumps = np.abs(np.diff(reading.path)) > JUMP
-    # memory
-    events = []
-    for event, held in own_reappearances(reading, motion, keep, policy, given):
-        events.append({"absence": round(event.absence, 3), "right": event.right, "held": held,
-                       "sector": event.sector, "shown": event.shown})
-    return {
-        "psnr": psnr,
-        "landmarks": judge.landmark_map(reading.landmark),
-        "reappearances": events,
-        "turning": judge.turning_rate(reading.path, motion),
-        "jumps": int(jumps.sum()),
-        "minutes": len(frames) / FPS / 60,
-    }
+    swap = eval_set.worlds == "swapped"
+    return continue_student(networks, batch.specs, length.given, length.chunks, policy,
+                            eval_set.positions, swap)
 
 
 def run_batch(batch):
     """Makes and measures -> list of report.Video"""
     frames, keeps = make_videos(batch)
+    policy = PRESETS[batch.eval_set.memory]
     given = LENGTHS[batch.eval_set.worlds].given
     videos = []
     for spec, video, keep in zip(batch.specs, frames, keeps):
         w = make_world(spec)
-        measured = measure(video, w.motion, keep, batch.policy, given)
+        measured = measure(video, w.motion, keep, policy, given)
         videos.append(Video(batch.eval_set, spec, w.caption, batch.made_by, **measured))
     return videos
 
 
-@lru_cache
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
 def made_by(eval_set, files):
     """What a line of the CSV rests on: a fingerprint of the networks, and the preset in words."""
-    digests = [digest(files[name]) for name in (eval_set.weights, "text", "vae")]
-    return f"{hashlib.sha256(b''.join(digests)).hexdigest()[:8]} {PRESETS[eval_set.memory]}"
+    networks = b"".join(files[name].read_bytes() for name in (eval_set.weights, "text", "vae"))
+    return f"{hashlib.sha256(networks).hexdigest()[:8]} {PRESETS[eval_set.memory]}"
 
 
-def make_missing(sets, files, number, seed, device, path):
-    """Makes the videos that the CSV lacks, 16 at a time, a process a core, and adds their lines."""
-    there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
-    batches = []
-    for eval_set in sets:
-        maker = made_by(eval_set, files)
-        specs = worlds_of(eval_set.worlds, number, seed)
-        missing = [spec for spec in specs if (eval_set, spec, maker) not in there]
-        for i in range(0, len(missing), BATCH):
-            batches.append(Batch(eval_set, PRESETS[eval_set.memory], missing[i:i + BATCH],
-                                 files[eval_set.weights], maker, device))
-    if not batches:
-        return
-    # on a CPU, processes of one thread each beat threads
-    workers = min(torch.get_num_threads(), len(batches)) if device.type == "cpu" else 1
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
+def make_all(batches, path, device):
+    """Makes all videos and adds their lines to the CSV; on a CPU, by a process of one thread a core."""
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         made = pool.map(run_batch, batches) if workers > 1 else map(run_batch, batches)
         for videos in tqdm(made, "videos, 16 at a time", len(batches)):
             report.append_csv(path, videos)
@@ -410,8 +330,6 @@ def make_missing(sets, files, number, seed, device, path):
 
 def main():
     cfg = parse(Config)
-    if cfg.videos:
-        raise BadInput(f"for real videos: python metrics.py --videos {cfg.videos} --dino DIR --clip DIR")
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
     if cfg.worlds < 0:
@@ -423,22 +341,23 @@ def main():
     if cfg.ckpt:
         student = Path(cfg.ckpt).stem
         files[student] = Path(cfg.ckpt)
-    sets = eval_sets(student, cfg.quick, cfg.memory)
-    lacking = sorted({s.weights for s in sets} - set(files))
-    if lacking:
-        print("no weights, so no rows for: " + ", ".join(lacking))
-    sets = [s for s in sets if s.weights in files]
-    # videos, then all tables of what is in the CSV
+    makers = {s: made_by(s, files) for s in eval_sets(student) if s.weights in files}
+    # videos that the CSV lacks
     path = Path(cfg.out, "evaluate.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
+    there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
     number = cfg.worlds or (32 if cfg.quick else 64)
-    make_missing(sets, files, number, cfg.seed, device, path)
-    current = []
-    for video in report.read_csv(path):
-        known = video.eval_set.weights in files and video.eval_set.memory in PRESETS
-        if known and video.made_by == made_by(video.eval_set, files):
-            current.append(video)
-    report.write(current, student, Path(cfg.out))
+    batches = []
+    for s in eval_sets(student, cfg.quick, cfg.memory):
+        if s in makers:
+            specs = [w for w in worlds_of(s.worlds, number, cfg.seed) if (s, w, makers[s]) not in there]
+            for i in range(0, len(specs), BATCH):
+                batches.append(Batch(s, specs[i:i + BATCH], files[s.weights], makers[s], device))
+    make_all(batches, path, device)
+    # all tables of what is in the CSV now
+    videos = report.read_csv(path)
+    rows = {s: [v for v in videos if v.eval_set == s and v.made_by == makers[s]] for s in makers}
+    report.write(rows, student, path.parent)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,32 @@
 """
-What evaluate.py measured, one line a video, as tables and figures. Knows no network.
+What evaluate.py measured, one line a video in a CSV, as tables and a figure. Knows no network.
 
-    python report.py --csv out/evaluate.csv    # out/evaluate.md and out/forgetting.png
-
-A number is a ratio of sums over a row's videos, "48 [33, 62]" with its 95 % bootstrap interval over videos;
-rows are compared in the worlds that both have. One training seed a row: intervals do not tell what another
-training would give.
+A number is a ratio of sums over a row's videos, "48.2 [33.1, 62.0]" with its 95 % bootstrap interval over
+videos; rows are compared in the worlds that both have. One training seed a row: intervals do not tell what
+another training would give.
 
     recall      share of the landmarks due back, those in the sink left out, that look as before they left
     ceiling     share of which the memory still held a latent
     chance      how often two videos of a row show the same landmark in a sector
     half-way    seconds out of view after which recall has fallen half-way from its best to chance
     steady      videos that move within 10 % of their caption's rate
+    drift       validity (dB to the nearest frame of the world) of the last 5 s less that of the second 5 s
 
-References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
+References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8, tables 1-3.
 Leaves out: the paper's assumptions 1 and 2 (too little falls due in a teacher's 5 s).
 """
 import csv
 import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 
-from config import STUDENT, BadInput, parse, run
 from judge import chance
-from memory import PRESETS
 from world import WorldSpec, make_world
 
-ABSENCES = (1, 2, 3, 4.5, 6, 9, 12, 15, 16.5, 18, 21, 24, 30)  # seconds, each within a tenth
+ABSENCES = (2, 3, 4.5, 6, 9, 12, 15, 16.5, 18, 21, 24, 30)  # seconds, each within a tenth
 SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes many such returns
-
-
-SECTIONS = {  # title -> the EvalSet.worlds it tells of
-    "62.8 s from text (figures 1 and 8, tables 1-3)": ("text",),
-    "50 s after 10.3 s of real video (figure 1)": ("real",),
-    "120 s from text": ("long",),
-    "4 s after 10.3 s of real video: whose slow memory is read?": ("turns", "swapped"),
-    "31 s of the teacher alone, with and without error recycling (figure 7)": ("teacher",),
-}
-
-
-@dataclass
-class Config:
-    csv: str = "out/evaluate.csv"  # what evaluate.py wrote
-    out: str = "out"               # folder for tables and figures
-    student: str = STUDENT         # the network whose memories are compared
 
 
 # ---- the CSV -----------------------------------------------------------------------------------------------
@@ -70,21 +50,18 @@ class Video:
     made_by: str          # fingerprint of the networks, and the preset in words
     psnr: list            # dB to the nearest frame that the world can draw, for every 5 s of the model's own
     landmarks: list       # by sector: what it shows most, -1 for nothing
-    reappearances: list   # dicts: absence (seconds), right, held (by the memory), sector, shown
+    reappearances: list   # dicts: those of judge.Reappearance, and right, held (by the memory)
     turning: float        # columns travelled, over those of the caption
     jumps: int            # of the camera by more than 15 degrees
     minutes: float        # of the whole video
 
 
-def from_cells(cls, row):
-    """A row of the CSV -> those fields of cls that are columns: text as it is, everything else in JSON"""
-    values = {}
-    for field in fields(cls):
-        if field.name in row:
-            cell = row[field.name]
-            is_text = field.type is str and cell != "null"
-            values[field.name] = cell if is_text else json.loads(cell)
-    return values
+TEXT = ("weights", "memory", "positions", "worlds", "caption", "made_by")  # other columns hold JSON
+
+
+def pick(cls, values):
+    """The entries of values that are fields of cls"""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 def read_csv(path):
@@ -93,25 +70,24 @@ def read_csv(path):
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                eval_set = EvalSet(**from_cells(EvalSet, row))
-                world = WorldSpec(**from_cells(WorldSpec, row))
-                videos.append(Video(eval_set, world, **from_cells(Video, row)))
+                values = {name: x if name in TEXT else json.loads(x) for name, x in row.items()}
+                eval_set = EvalSet(**pick(EvalSet, values))
+                world = WorldSpec(**pick(WorldSpec, values))
+                videos.append(Video(eval_set, world, **pick(Video, values)))
     return videos
 
 
 def append_csv(path, videos):
     """Adds a line a video: all of them at once, or none."""
-    # one flat row: which set, which world, what was measured
     rows = []
     for video in videos:
         values = vars(video.eval_set) | vars(video.world) | vars(video)
         del values["eval_set"], values["world"]
-        rows.append({name: v if isinstance(v, str) else json.dumps(v) for name, v in values.items()})
+        rows.append({name: x if name in TEXT else json.dumps(x) for name, x in values.items()})
     # a buffer so large that it is written in one piece
-    is_new = not path.exists()
     with open(path, "a", buffering=1 << 20, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
-        if is_new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -123,7 +99,7 @@ def number(pairs):
 
 
 def resampled(pairs):
-    """2,000 ratios of sums over videos that are drawn again."""
+    """2,000 ratios of sums over videos that are drawn again; NaN where nothing is counted"""
     pairs = np.asarray(pairs, float).reshape(-1, 2)
     # the same draws for any two rows of as many videos, which pairs them
     draws = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
@@ -152,12 +128,12 @@ def better(ours, theirs, measure):
     ours = {video.world: video for video in ours}
     theirs = {video.world: video for video in theirs}
     both = [world for world in ours if world in theirs]
-    our_pairs = measure([ours[world] for world in both])
-    their_pairs = measure([theirs[world] for world in both])
-    if not number(our_pairs) or not number(their_pairs):
+    if not both:
         return "no data"
+    ours = measure([ours[world] for world in both])
+    theirs = measure([theirs[world] for world in both])
     # is nought in the interval of their difference?
-    low, high = np.nanpercentile(resampled(our_pairs) - resampled(their_pairs), (2.5, 97.5))
+    low, high = np.nanpercentile(resampled(ours) - resampled(theirs), (2.5, 97.5))
     if low > 0:
         return "yes"
     return "no" if high < 0 else "not significant"
@@ -165,31 +141,28 @@ def better(ours, theirs, measure):
 
 # ---- what is told of a row: videos -> pairs ----------------------------------------------------------------
 
-def due_back(video, absence):
-    """The reappearances after so many seconds, within a tenth; None: after all that are not SHORT"""
-    if absence is None:
-        return [e for e in video.reappearances if e["absence"] >= SHORT]
-    return [e for e in video.reappearances if abs(e["absence"] - absence) <= .1 * absence]
-
-
 def recall(videos, absence=None, what="right"):
-    events = [due_back(video, absence) for video in videos]
-    return [(sum(e[what] for e in some), len(some)) for some in events]
+    """absence: seconds, within a tenth; None: all that are not SHORT"""
+    low, high = (SHORT, math.inf) if absence is None else (.9 * absence, 1.1 * absence)
+    pairs = []
+    for video in videos:
+        due = [event[what] for event in video.reappearances if low <= event["absence"] <= high]
+        pairs.append((sum(due), len(due)))
+    return pairs
 
 
 def ceiling(videos, absence=None):
     return recall(videos, absence, "held")
 
 
-def follows(videos, counterfactual):
-    """Returns that show the landmark of their own world, or of its counterfactual, where these differ"""
+def follows(videos):
+    """Returns that show the landmark of the counterfactual world, where it differs from the own"""
     pairs = []
     for video in videos:
         own = make_world(video.world).landmarks
         other = make_world(replace(video.world, counterfactual=not video.world.counterfactual)).landmarks
-        wanted = other if counterfactual else own
         events = [e for e in video.reappearances if own[e["sector"]] != other[e["sector"]]]
-        pairs.append((sum(e["shown"] == wanted[e["sector"]] for e in events), len(events)))
+        pairs.append((sum(e["shown"] == other[e["sector"]] for e in events), len(events)))
     return pairs
 
 
@@ -237,195 +210,119 @@ def half_way(videos, share=recall):
 
 # ---- tables: a list of rows, a row a dict of cells ---------------------------------------------------------
 
-def percent(pairs):
-    middle, low, high = 100 * estimate(pairs)
-    return "-" if math.isnan(middle) else f"{middle:.0f} [{low:.0f}, {high:.0f}]"
-
-
-def decimal(pairs):
-    middle, low, high = estimate(pairs)
-    return "-" if math.isnan(middle) else f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def single(x):
     return "-" if math.isnan(x) else f"{x:.1f}"
 
 
+def interval(pairs, scale=1):
+    middle, low, high = map(single, scale * estimate(pairs))
+    return "-" if middle == "-" else f"{middle} [{low}, {high}]"
+
+
 def table(title, rows):
-    """-> lines of Markdown, none without rows"""
-    if not rows:
-        return []
-    head = " | ".join(rows[0])
-    lines = ["", f"**{title}**", "", f"| {head} |", "|---" * len(rows[0]) + "|"]
-    return lines + ["| " + " | ".join(row.values()) + " |" for row in rows]
+    """-> lines of Markdown"""
+    lines = ["", f"**{title}**", ""]
+    for cells in (rows[0], ["---"] * len(rows[0]), *[row.values() for row in rows]):
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-@dataclass
-class Target:
-    what: str
-    bound: float
-    at_least: bool = True
-
-    def is_met(self, numbers):
-        """Decided by the numbers themselves, not by how a table rounds them."""
-        if any(math.isnan(x) for x in numbers):
-            return "no data"
-        reached = min(numbers) >= self.bound if self.at_least else max(numbers) <= self.bound
-        return "yes" if reached else "no"
-
-
-TARGETS = [
-    Target("recall after 6 s away, %", 90),
-    Target("recall after 15 s away, %", 80),
-    Target("recall after 15 s over longlive's", 3),
-    Target("chance, %", 15, at_least=False),
-    Target("drift, dB", -1),
-    Target("steady, %", 90),
-    Target("returns that follow exchanged memories, %", 70),
-]
-
-
-def target_numbers(slowfast, longlive, swapped):
-    """Videos of two presets and of exchanged memories -> the numbers of TARGETS, in their order"""
-    after_15 = mean(recall(slowfast, 15))
-    theirs = mean(recall(longlive, 15))
-    return [
-        100 * mean(recall(slowfast, 6)),
-        100 * after_15,
-        after_15 / theirs if theirs else math.nan,
-        100 * luck(slowfast),
-        mean(drift(slowfast)),
-        100 * mean(steady(slowfast)),
-        100 * mean(follows(swapped, counterfactual=True)),
-    ]
+def target(what, x, at_least):
+    """A row; met or not is decided by the number itself, not by how a table rounds it."""
+    met = "no data"
+    if not math.isnan(x):
+        met = "yes" if x >= at_least else "no"
+    return {"from text": what, "at least": str(at_least), "slowfast": single(x), "met": met}
 
 
 def target_table(rows, student):
     """rows: EvalSet -> videos"""
-    def of(worlds, memory="slowfast"):
+    def of(memory, worlds="text"):
         return rows.get(EvalSet(student, memory, worlds=worlds), [])
 
-    # each number twice: a target is met if both starts meet it
-    swapped = of("swapped", "uniform2")
-    from_text = target_numbers(of("text"), of("text", "longlive"), swapped)
-    from_real = target_numbers(of("real"), of("real", "longlive"), swapped)
-    lines = []
-    for target, *numbers in zip(TARGETS, from_text, from_real):
-        bound = f"at {'least' if target.at_least else 'most'} {target.bound}"
-        text, real = map(single, numbers)
-        lines.append({"slowfast": target.what, "target": bound, "from text": text, "after real video": real,
-                      "met": target.is_met(numbers)})
-    return table("Targets", lines)
+    slowfast = of("slowfast")
+    after_15 = mean(recall(slowfast, 15))
+    longlive = mean(recall(of("longlive"), 15))
+    exchanged = follows(of("uniform2", "swapped"))
+    return table("Targets", [
+        target("recall after 6 s, %", 100 * mean(recall(slowfast, 6)), 90),
+        target("recall after 15 s, %", 100 * after_15, 80),
+        target("recall after 15 s over longlive's", after_15 / longlive if longlive else math.nan, 3),
+        target("steady, %", 100 * mean(steady(slowfast)), 90),
+        target("drift, dB", mean(drift(slowfast)), -1),
+        target("returns that follow exchanged memories, %", 100 * mean(exchanged), 70),
+    ])
 
 
-def summary(videos, first_row):
-    # in percent: memory; then pictures and motion
-    cells = {
-        "chance": single(100 * luck(videos)),
-        "recall, %": percent(recall(videos)),
-        "ceiling": percent(ceiling(videos)),
+def summary(videos, baseline):
+    return {
+        "recall, %": interval(recall(videos), 100),
         "returns": str(number(recall(videos))),
+        "ceiling": interval(ceiling(videos), 100),
+        "chance": single(100 * luck(videos)),
         "half-way, s": single(half_way(videos)),
         "ceiling's": single(half_way(videos, ceiling)),
-        "last 5 s, dB": decimal(last_validity(videos)),
-        "drift, dB": decimal(drift(videos)),
-        "steady, %": percent(steady(videos)),
-        "jumps a minute": decimal(jumps(videos)),
+        "last 5 s, dB": interval(last_validity(videos)),
+        "drift": interval(drift(videos)),
+        "steady, %": interval(steady(videos), 100),
+        "jumps a minute": interval(jumps(videos)),
+        "worse recall than the first?": "" if videos is baseline else better(baseline, videos, recall),
     }
-    # whose memory is it?
-    if videos[0].eval_set.worlds in ("turns", "swapped"):
-        cells["returns like its own world"] = percent(follows(videos, counterfactual=False))
-        cells["like the counterfactual"] = percent(follows(videos, counterfactual=True))
-    # beside the first row
-    is_first = videos is first_row
-    cells["first row: better recall?"] = "" if is_first else better(first_row, videos, recall)
-    cells["better last dB?"] = "" if is_first else better(first_row, videos, last_validity)
-    return cells
-
-
-def by_absence(videos):
-    return {f"{absence:g} s": percent(recall(videos, absence)) for absence in ABSENCES}
-
-
-def group(videos, student):
-    """-> EvalSet -> videos; the student's first, bounded positions before unbounded, in the presets' order"""
-    rows = {}
-    for video in videos:
-        rows.setdefault(video.eval_set, []).append(video)
-    # whose row comes first is what the others are compared with
-    presets = list(PRESETS)
-    in_order = sorted(rows, key=lambda s: (s.weights != student, s.positions, presets.index(s.memory)))
-    return {eval_set: rows[eval_set] for eval_set in in_order}
 
 
 def all_tables(rows, student):
     """rows: EvalSet -> videos. -> lines of Markdown"""
+    first = {}  # of each kind of worlds: what the other rows are compared with
+    summaries, curves = [], []
+    for eval_set, videos in rows.items():
+        if not videos:
+            continue
+        baseline = first.setdefault(eval_set.worlds, videos)
+        names = pick(EvalSet, vars(eval_set))
+        del names["teacher"]
+        summaries.append(names | summary(videos, baseline))
+        curve = {f"{absence:g} s": interval(recall(videos, absence), 100) for absence in ABSENCES}
+        curves.append(names | curve)
     lines = target_table(rows, student)
-    # a section: a row of each set in one table, and its forgetting curve in another
-    for title, worlds in SECTIONS.items():
-        some = [eval_set for eval_set in rows if eval_set.worlds in worlds]
-        names = {s: {"weights": s.weights, "memory": s.memory, "positions": s.positions} for s in some}
-        lines += table(title, [names[s] | summary(rows[s], rows[some[0]]) for s in some])
-        lines += table("... recall by seconds out of view", [names[s] | by_absence(rows[s]) for s in some])
-    return lines
+    lines += table("All rows", summaries)
+    return lines + table("Recall by seconds out of view, %", curves)
 
 
-# ---- figures -----------------------------------------------------------------------------------------------
+# ---- the figure --------------------------------------------------------------------------------------------
 
 def draw_forgetting(axes, rows, student):
     """Figure 1: recall by absence with its interval, the ceiling, chance; a colour a policy"""
     for eval_set, videos in rows.items():
-        if eval_set != EvalSet(student, eval_set.memory):
-            continue
         # five returns a point at least
         points = [absence for absence in ABSENCES if number(recall(videos, absence)) >= 5]
-        if points:
-            right, low, high = 100 * np.array([estimate(recall(videos, absence)) for absence in points]).T
-            held = [100 * mean(ceiling(videos, absence)) for absence in points]
-            line, = axes.plot(points, right, "o-", label=eval_set.memory, markersize=3)
-            colour = line.get_color()
-            axes.fill_between(points, low, high, color=colour, alpha=.12)
-            axes.plot(points, held, "--", color=colour, linewidth=.7)
-            axes.axhline(100 * luck(videos), color=colour, linewidth=.5, linestyle=":")
+        if eval_set != EvalSet(student, eval_set.memory) or not points:
+            continue
+        right, low, high = 100 * np.array([estimate(recall(videos, absence)) for absence in points]).T
+        held = [100 * mean(ceiling(videos, absence)) for absence in points]
+        line, = axes.plot(points, right, "o-", label=eval_set.memory, markersize=3)
+        colour = line.get_color()
+        axes.fill_between(points, low, high, color=colour, alpha=.12)
+        axes.plot(points, held, "--", color=colour, linewidth=.7)
+        axes.axhline(100 * luck(videos), color=colour, linewidth=.5, linestyle=":")
     axes.set(xlabel="seconds out of view", ylabel="right returns, %", ylim=(0, 100))
-    if axes.lines:
-        axes.legend(fontsize=7, loc="upper right")
+    axes.legend(fontsize=7, loc="upper right")
 
 
-def write(videos, student, out):
+def write(rows, student, out):
     """out/evaluate.md, printed too, and out/forgetting.png where matplotlib is installed"""
-    rows = group(videos, student)
     lines = [f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py."]
     lines += all_tables(rows, student)
     # the figure
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110, layout="tight")
-        draw_forgetting(axes, rows, student)
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(7, 4), dpi=110, layout="tight")
+        draw_forgetting(figure.subplots(), rows, student)
         figure.savefig(out / "forgetting.png")
-        pyplot.close(figure)
         lines += ["", "![Recall by seconds out of view](forgetting.png)"]
         lines += ["Shaded: 95 %; dashed: the ceiling; dotted: chance."]
     except ImportError:
         print("no forgetting.png: pip install matplotlib")
+    # one text for the file and the screen
     text = "\n".join(lines)
     (out / "evaluate.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-
-
-def main():
-    cfg = parse(Config)
-    videos = read_csv(Path(cfg.csv))
-    if not videos:
-        raise BadInput(f"no videos in --csv {cfg.csv}: python evaluate.py makes them")
-    # of each row, what was made last: older lines are of other weights, or of a preset that was edited since
-    newest = {video.eval_set: video.made_by for video in videos}
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write([video for video in videos if video.made_by == newest[video.eval_set]], cfg.student, out)
-
-
-if __name__ == "__main__":
-    run(main)
