@@ -73,8 +73,11 @@ def shard(nets, ema):
     if not dist.is_initialized():
         return
     for net in (*nets.values(), *ema.values()):
+        # not whole blocks: DiT itself reads their modulation, and asks for the text's keys and values
         for block in net.blocks:
-            fully_shard(block)
+            for part in (block.self_attn, block.cross_attn, block.ffn):
+                fully_shard(part)
+            register_fsdp_forward_method(block.cross_attn, "keys_values")
         fully_shard(net)
         register_fsdp_forward_method(net, "text")
 

@@ -1587,6 +1587,7 @@ def in_each_of_two_processes(out):
         dist.barrier()
         go("two_two", stage)
         go("one_two", stage)
+    train_full_size(out / "two")
     # a signal that reaches one process ends both
     step = erft.teacher_step
 
@@ -1600,6 +1601,16 @@ def in_each_of_two_processes(out):
     except SystemExit as stopped:
         (out / f"stopped_{rank}").write_text(str(stopped.code))
     destroy()
+
+
+def train_full_size(out, *words):
+    """Stage 1 in the form of the full size, where several processes share out the weights."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("a calm sea\na storm rises\n")
+    train.WAN = {part: replace(preset, save_every=1) for part, preset in train.WAN.items()}
+    sys.argv = ["train.py", "--wan", "random:32x1", "--size", "32x32", "--stage", "1", "--updates", "2", "--dtype", "fp32",
+                "--data", str(prompts), "--out", str(out / "wan"), *words]
+    train.main()
 
 
 def copy_without_step_2(out, stage, before, after):
@@ -1624,6 +1635,8 @@ def two_processes(tmp_path_factory):
             for name, value in values.items():
                 patch.setattr(module, name, value)
         patch.setattr(train, "TINY", with_presets(save_every=1))
+        patch.setattr(train, "WAN", train.WAN)
+        train_full_size(out / "one", "--accumulate", "2")
         for stage in STAGES:
             train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
             copy_without_step_2(out, stage, "one", "one_two")
@@ -1632,6 +1645,9 @@ def two_processes(tmp_path_factory):
         for stage in STAGES:
             copy_without_step_2(out, stage, "two", "two_one")
             train_small(out / "two_one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
+        shutil.copytree(out / "two" / "wan", out / "two_one" / "wan")
+        forget(out / "two_one" / "wan", "1", 2)
+        train_full_size(out / "two_one", "--accumulate", "2")
     return out
 
 
@@ -1648,6 +1664,15 @@ def test_two_processes_equal_one_that_accumulates_and_each_goes_on_where_the_oth
             steps = [line["step"] for line in logged(out / run / stage / part) if line["step"]]
             assert steps == ([1, 2] if run == "two" else [1, 2, 2])
     assert results(out / "two_two" / stage, stage) == results(out / "two" / stage, stage)
+
+
+@pytest.mark.slow
+def test_networks_that_two_processes_share_out_are_those_of_one_and_go_on_in_one(two_processes):
+    want, _ = checkpoint_of(two_processes / "one" / "wan" / "stage1" / "step_000002")
+    for run in ("two", "two_one"):
+        got, _ = checkpoint_of(two_processes / run / "wan" / "stage1" / "step_000002")
+        assert all((p - got[name]).norm() <= 1e-6 * p.norm() + 1e-9 for name, p in want.items())
+    assert results(two_processes / "two_one" / "wan", "1") == results(two_processes / "two" / "wan", "1")
 
 
 @pytest.mark.slow
