@@ -134,7 +134,8 @@ def test_golden_bidirectional_dit_and_its_inner_taps():
     _, net, given, want = golden_dit("wan_dit")
     block = net.blocks[0]
     hooked = {"time_emb": net.time_embedding, "time_proj": net.time_projection,
-              "text_emb": net.text_embedding, "block0_self_attn": block.self_attn, "block0_cross_attn": block.cross_attn, "block0": block}
+              "text_emb": net.text_embedding, "block0_self_attn": block.self_attn,
+              "block0_cross_attn": block.cross_attn, "block0": block}
     taps = {}
 
     def tap(name):
