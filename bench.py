@@ -22,7 +22,7 @@ from memory import CHUNK
 from model import DiTConfig
 from video import FRAMES
 
-CHUNKS = 16  # made for each row of the table; the first 10 fill the memory
+CHUNKS = 16  # made for each row of the table; memory is full after the first 7
 
 
 def flops(config, n, held):

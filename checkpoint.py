@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from config import BadInput
 
 
-
 def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

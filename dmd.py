@@ -63,9 +63,12 @@ def dmd_gradient(x, fake, real):
 
 # ---- Algorithm 1: the rollout ------------------------------------------------------------------------------
 
-def longest_rollout(update, first, last, ramp):
-    """Chunks that a rollout may have at most: from `first` to `last`, linearly over `ramp` updates."""
-    return int(first + min(1, update / ramp) * (last - first))
+def longest_rollout(done, first, last, ramp):
+    """
+    The curriculum: chunks that a rollout may have at most, from `first` to `last`.
+    done  share of the updates that is done; from the share `ramp` on it is `last`
+    """
+    return int(first + min(1, done / ramp) * (last - first))
 
 
 @dataclass

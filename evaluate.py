@@ -33,7 +33,7 @@ from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device,
 from data import encode_world, frames_of
 from erft import TARGET, extend
 from flow import Rollout, generate
-from memory import CHUNK, PRESETS, Policy, frames_in_memory
+from memory import CHUNK, PRESETS, frames_in_memory
 from report import EvalSet, Video
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
@@ -41,7 +41,7 @@ from world import FPS, HELD_OUT, WorldSpec, make_world
 GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
 BATCH = 16          # videos made together
 PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
-PROBED = PRESETS["uniform2"]     # the policy of probes; selects a teacher's context too (erft.extend)
+PROBED = PRESETS["uniform2"]     # the policy of probes
 SPAN = 5 * FPS      # frames of an entry of Video.psnr
 JUMP = 15 / 360 * world.COLUMNS  # between two frames; the fastest caption moves 2 columns
 
@@ -291,10 +291,7 @@ def make_videos(batch):
     length = LENGTHS[eval_set.worlds]
     if eval_set.teacher:
         return continue_teacher(networks, batch.specs, length.given, length.chunks * CHUNK // TARGET)
-    # the weights bring the threshold that was calibrated for them; a preset that names its own keeps it
-    policy = PRESETS[eval_set.memory]
-    if policy.tau == Policy.tau:
-        policy = replace(policy, tau=networks.sampler.tau)
+    policy = PRESETS[eval_set.memory].calibrated(networks.sampler.tau)
     swap = eval_set.worlds == "swapped"
     return continue_student(networks, batch.specs, length.given, length.chunks, policy,
                             eval_set.positions, swap)

@@ -7,7 +7,7 @@ A video is made chunk by chunk: read the context from the KV cache, denoise the 
 once more clean (t = 0) and append the keys and values of that pass to the cache. Keys come out of the cache
 un-rotated and are rotated once per chunk, at bounded positions.
 
-    python flow.py             # prints the schedule, and the noise left after each step
+    python flow.py             # prints the schedule, and what each level leaves of x0
 
 References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-Forcing, arXiv 2506.08009
 (chunk loop, clean pass); Context Forcing, arXiv 2602.06028. Their scheduler looks the noise level up in a
@@ -57,7 +57,8 @@ def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
     """
     Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the
     best v stays the same, but what is small in pixels and means much (here the sky's hue, which is the
-    compass) is learned sooner. v, v_star  (b, f, c, h, w); t (b, f)
+    compass) is learned sooner.
+    v, v_star  (b, f, c, h, w); t (b, f)
     probe      None, or (k, c h w): the error of x0 = t (v - v_star) along these directions counts too
     returns    (b,)
     """

@@ -16,8 +16,8 @@ kept is decided then. It moves when it leaves fast memory, so no latent is ever 
     chunk i + 2 is to be made: evict(): latent 0 of chunk i moves to slow memory if keep_i, the others go
 
 Who sees how much? 3 sink + 12 slow + 6 fast = 21. The chunk that the student generates counts as the newest 3
-of fast: it sees 18 held latents and itself, at Wan's own 21 positions. The teacher's context is taken before
-room is made for that chunk, so it has all 21.
+of fast: it sees 18 held latents and itself, at the 21 positions of the 81 frames that Wan was trained on. The
+teacher's context is taken before room is made for that chunk, so it has all 21.
 
     python memory.py           # draws what slow memory holds over a minute, and what each policy holds then
 
@@ -30,7 +30,7 @@ References: Context Forcing, arXiv 2602.06028, section 3.2, eq. 7, figure 3 (its
 the text; the text is followed).
 Leaves out: a decision per layer (one per video here: the teacher's context must be a set of frames).
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,10 @@ class Policy:
     keep: str = "uniform"  # "surprisal": chunks unlike the one before; "uniform": every chunk that is tested
     interval: int = 2      # test every so many chunks
     tau: float = 0.95      # surprisal: keep below this similarity
+
+    def calibrated(self, tau):
+        """The policy with the tau of a network's weights, unless it names one of its own -> Policy"""
+        return self if self.tau != Policy.tau else replace(self, tau=tau)
 
     def should_keep(self, chunk, similarity):
         """similarity (b,) to the chunk before -> (b,) bool: does the first latent become a keyframe?"""
@@ -72,7 +76,8 @@ class Entries:
     """m latent frames in the KV cache, oldest first, with the keys and values of their n tokens each."""
     frame: torch.Tensor                         # (b, m) frame numbers
     latent: torch.Tensor = None                 # (b, m, c, h, w)
-    # One tensor a layer, (b, m, n, k, d); keys are not rotated yet, because positions change with age.
+    # One tensor a layer, (b, m, n, k, d) of k heads of d dims; keys are not rotated yet, because positions
+    # change with age.
     keys: list = field(default_factory=list)
     values: list = field(default_factory=list)
 
@@ -140,7 +145,7 @@ class Memory:
             if size(self.sink) < p.sink:
                 self.sink = join(self.sink, oldest)
             elif self.warm:
-                # until all places are taken nothing is forgotten, so nothing is tested either
+                # until all places are taken nothing is forgotten: decisions do not count yet
                 self.slow = join(self.slow, oldest)
                 self.warm = len(self.slow) < p.slow
             elif p.slow and is_first:

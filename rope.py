@@ -6,7 +6,7 @@ dims are rotated by angle = position * 10000 ** (-i / n). Keys are cached un-rot
 read, because an entry's position changes as it ages: bounded positions number whatever the KV cache holds
 compactly, so that time never leaves 0..20 however long the video is.
 
-    Context Forcing, eq. 8, phi = position in time; N_s, N_c, N_l = sizes of sink, slow, fast (here 3, 12, 6):
+    Context Forcing, eq. 8 as it is meant, with N_s, N_c, N_l = 3, 12, 6 latents, phi = time:
         sink  phi in [0, N_s - 1]                          here 0..2
         slow  phi in [N_s, N_s + N_c - 1]                  here 3..14
         fast  phi in [N_s + N_c, N_s + N_c + N_l - 1]      here 15..20, the last 3 are the current chunk
@@ -15,7 +15,7 @@ As printed, the equation gives slow memory [3, 11], 9 places for its 12 entries,
 which is not the 0..20 of the text. Compact numbering is the reading that fills 0..20 exactly, also before
 memory is full.
 
-    python rope.py             # draws how a score falls with distance in time, and prints bounded positions
+    python rope.py             # draws what distance in time does to a score, and prints bounded positions
 
 References: RoFormer, arXiv 2104.09864; Wan 2.1 (split d - 4(d//6) | 2(d//6) | 2(d//6), interleaved pairs);
 Context Forcing, arXiv 2602.06028, eq. 8.

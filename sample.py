@@ -187,7 +187,9 @@ def load_networks(cfg, texts, device, dtype):
     if cfg.tau is not None:
         sampler = replace(sampler, tau=cfg.tau)
     compiled = torch.compile(networks.dit, dynamic=False) if cfg.compile else None
-    policy = replace(PRESETS[cfg.memory], tau=sampler.tau)
+    policy = PRESETS[cfg.memory].calibrated(sampler.tau)
+    if cfg.tau is not None:
+        policy = replace(policy, tau=cfg.tau)
     return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
 
 

@@ -11,6 +11,7 @@ runs them.
     stage1     init_ode              DMD against base, dmd.py
     stage2     stage1                contextual DMD against teacher, dmd.py
 
+References: as in the files named. Leaves out: starting a part from another one's optimizer states.
 """
 import copy
 import math

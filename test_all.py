@@ -442,6 +442,11 @@ def test_a_chunk_is_kept_where_it_is_tested_and_less_similar_than_tau(keep, inte
     assert [i for i in range(5) if policy.should_keep(i, similar[i:i + 1]).item()] == kept
 
 
+def test_a_preset_takes_the_threshold_of_the_weights_unless_it_names_its_own():
+    assert PRESETS["slowfast"].calibrated(.8).tau == .8
+    assert Policy(3, 12, 6, "surprisal", tau=.9).calibrated(.8).tau == .9
+
+
 class Echo:
     """A stand-in network whose keys are its input: how like the one before a chunk is can be written by hand."""
     config = replace(tiny_dit, dim=16, heads=1)

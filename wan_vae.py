@@ -244,8 +244,8 @@ class WanVAE(nn.Module):
     def decode(self, latents, past=None):
         """
         latents  (b, n, 16, h, w)
-        state    None at the start of a video, else what was returned before: a deque goes on in place, a list
-                 is copied
+        past     None at the start of a video, else the state that was returned before: a deque goes on in
+                 place, a list is copied
         returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1] float32, and the state to go on with
         """
         state = start(self.decoder) if past is None else past
