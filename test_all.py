@@ -2354,10 +2354,6 @@ def branches(function):
     return 1 + sum(isinstance(node, kinds) for node in ast.walk(function))
 
 
-# files still to be rewritten: to be emptied
-DENSE = set("model text weights".split())
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_written_to_be_read(name):
     """In nanoGPT, DiT or flux a line of code has 9 to 10 tokens, and comments stand in 2 to 15 lines of 100."""
@@ -2372,10 +2368,9 @@ def test_a_file_is_written_to_be_read(name):
     assert all(branches(function) <= 20 for function in functions), max(functions, key=branches).name
 
 
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 38_000)], ids=["method", "all"])
-def test_there_is_little_to_read(names, most):
-    if names & set(DENSE):
-        pytest.skip("still to be rewritten")
+# the whole is to come down to 38,000
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 45_500)], ids=["method", "all"])
+def test_there_is_no_more_to_read(names, most):
     assert sum(tokens_by_line((HERE / f"{name}.py").read_text("utf-8")).total() for name in names) <= most
 
 
