@@ -289,7 +289,7 @@ def test_golden_names_and_shapes_of_the_full_size_networks():
         assert keys(net) == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
 
 
-# ---- autoencoders: a video may come in pieces ---------------------------------------------------------------------------
+# ---- autoencoders: a video may come in pieces --------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [9, 10, 11, 12])
@@ -613,13 +613,14 @@ def test_golden_dmd_gradient_loss_and_critic():
     want = {k.removeprefix("dmd."): v for k, v in want.items()}
     n, x = c["num_train_timesteps"], given["generated"]
     # noise levels, and the official table of 1,000 of them
-    t = flow.shifted(given["t_raw"].double() / n, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
+    u = given["t_raw"].double() / n
+    t = flow.shifted(u, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
     close((t * n).float(), want["t"].float(), 2e-2)
-    assert torch.equal(dmd.score_level(given["t_raw"].double() / n, c["timestep_shift"]), t)
+    assert torch.equal(dmd.score_level(u, c["timestep_shift"]), t)
     sigmas = torch.tensor(flow.schedule(int(n), c["shift"]), dtype=torch.float64).float()
     t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]
     close(flow.add_noise(x, given["noise"], t), want["noisy"], 2e-5)
-    # the gradient, with and without guidance of the fake score (theirs is the conditional where the weight is 0)
+    # the gradient, with and without guidance of the fake score (theirs is the conditional where it is 0)
     real = flow.guide(given["x0_real_cond"], given["x0_real_uncond"], 1 + c["real_guidance_scale"])
     for weight, suffix in ((c["fake_guidance_scale"], ""), (c["fakecfg_scale"], "_fakecfg")):
         fake = flow.guide(given["x0_fake_cond"], given["x0_fake_uncond"], 1 + weight)
@@ -648,7 +649,7 @@ def student_video(net, text, chunks=9, policy=PRESETS["slowfast"]):
 
 
 def student_video_in_one_graph(net, features, chunks):
-    """The same written plainly, with a graph through the exit step of every target chunk -> (b, f, c, h, w)"""
+    """The same written plainly, with a graph through each target chunk's exit step -> (b, f, c, h, w)"""
     text, xs = net.text(features), []
     roll = Rollout(net, [(k.detach(), v.detach()) for k, v in text], EVERY_CHUNK, (2, 2))
     for i in range(chunks):
@@ -691,7 +692,10 @@ def same_gradients(got, want, rtol=1e-4):
 def test_rollout_follows_algorithm_1():
     net = random_dit()
     calls = []
-    net.register_forward_pre_hook(lambda m, args: calls.append((args[1][0, 0].item(), torch.is_grad_enabled())))
+
+    def hook(module, args):
+        calls.append((args[1][0, 0].item(), torch.is_grad_enabled()))
+    net.register_forward_pre_hook(hook)
     video = student_video(net, random_text(net, 2), 13)
     # every chunk before the target in full, then up to the exit step; a clean pass after each; never a graph
     assert [t for t, _ in calls] == pytest.approx([*LEVELS, 0.] * 9 + [*LEVELS[:2], 0.] * 4)
@@ -795,7 +799,7 @@ def test_a_critic_that_equals_the_teacher_gives_no_gradient():
 
 
 def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
-    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: both arrive, and KL only falls on the way."""
+    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: both arrive, and KL only falls."""
     torch.manual_seed(0)
     m, s, kl = torch.tensor(-1., requires_grad=True), torch.tensor(1.5, requires_grad=True), []
     optimizer = torch.optim.SGD([m, s], lr=.05)
@@ -818,7 +822,7 @@ def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
     assert all(after <= before + .02 for before, after in zip(kl, kl[10:]))
 
 
-# ---- the teacher and its errors ------------------------------------------------------------------------------
+# ---- the teacher and its errors ----------------------------------------------------------------------------
 
 def test_context_frames_see_only_context_and_the_target_sees_all():
     net, features = random_dit(), noise(1, 20, 64)
@@ -1272,7 +1276,8 @@ def small_weights(out):
     """Random networks in the places where each stage looks for those of the stage before it."""
     for i, name in enumerate(("init_ar", "init_ode", "base", "teacher", "stage1")):
         net = random_dit(i, **{k: getattr(SMALL, k) for k in ("dim", "ffn_dim", "heads", "layers")})
-        save_weights(out / name / f"{name}.safetensors", net.state_dict(), SMALL, {"sampler": {"steps": 4, "tau": .9}})
+        facts = {"sampler": {"steps": 4, "tau": .9}}
+        save_weights(out / name / f"{name}.safetensors", net.state_dict(), SMALL, facts)
 
 
 def train_small(out, *words):
@@ -1295,7 +1300,8 @@ def small_training(monkeypatch, tmp_path):
 
 def results(out, stage):
     """{file: bytes} of what a stage wrote"""
-    return {f.name: f.read_bytes() for part in train.PARTS[stage] for f in sorted((out / part).glob("*.safetensors"))}
+    files = [file for part in train.PARTS[stage] for file in (out / part).glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def logged(folder):
@@ -1368,7 +1374,8 @@ def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training
         go("--stage", "base", "--updates", "4")
     assert {f.name for f in (out / "base").glob("*_00*")} == {"step_000002", "part_000004"}
     go("--stage", "base", "--updates", "4")
-    assert {f.name for f in (out / "base").glob("*_00*")} == {"step_000002", "step_000004", "strip_000004.png"}
+    assert {f.name for f in (out / "base").glob("*_00*.*")} == {"strip_000004.png"}
+    assert sorted(f.name for f in (out / "base").glob("*_00????")) == ["step_000002", "step_000004"]
     assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 3, 4]
 
 
@@ -1470,7 +1477,7 @@ def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
     assert [train.get_lr(preset, step) for step in (0, 3, 99)] == [.5, 2., 2.]
 
 
-def test_each_step_of_a_distillation_moves_its_own_network_along_its_own_gradient(small_training, monkeypatch):
+def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training, monkeypatch):
     go, out = small_training
     step, seen, known = torch.optim.AdamW.step, [], {}
 
@@ -1493,7 +1500,7 @@ def test_each_step_of_a_distillation_moves_its_own_network_along_its_own_gradien
 
 @pytest.mark.parametrize("context", ["memory", "none"])
 def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monkeypatch, capsys):
-    """One run with the steps recorded: who plays which part, what the context is, and each number of the log."""
+    """One run with the steps recorded: who plays which part, what the context is, each number of the log."""
     go, out = small_training
     monkeypatch.setattr(train, "TINY", with_presets(probe_every=2))
     found = {"critic": [], "student": []}
@@ -1562,19 +1569,23 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
 
 
 @pytest.mark.parametrize("words, told", [
-    (["--stage", "3"], "choose from"), (["--stage", "1", "--accumulate", "0"], "at least 1"),
-    (["--stage", "teacher", "--errors", "2"], "from 0 to 1"), (["--stage", "1", "--updates", "-1"], "above 0"),
-    (["--stage", "2", "--teacher-context", "maybe"], "choose from"), (["--stage", "1", "--size", "8x8"], "needs --wan"),
-    (["--stage", "2", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--stage", "vae", "--data", "clips"], "needs --wan")])
+    ("3", "choose from"),
+    ("1 --accumulate 0", "at least 1"),
+    ("1 --updates -1", "above 0"),
+    ("teacher --errors 2", "from 0 to 1"),
+    ("2 --teacher-context maybe", "choose from"),
+    ("2 --init nowhere.safetensors", "nowhere.safetensors"),
+    ("1 --size 8x8", "needs --wan"),
+    ("vae --data clips", "needs --wan"),
+])
 def test_bad_options_of_training_are_told_in_one_line(words, told, small_training):
     go, _ = small_training
     with pytest.raises(config.BadInput, match=told) as error:
-        go(*words)
+        go("--stage", *words.split())
     assert "\n" not in str(error.value)
 
 
-# ---- training on two processes ----------------------------------------------------------------------------------
+# ---- training on two processes -----------------------------------------------------------------------------
 
 def in_each_of_two_processes(out):
     """What both processes of the fixture below run, for all stages one after another."""
@@ -1616,8 +1627,8 @@ def train_full_size(out, *words):
     prompts = out.parent / "prompts.txt"
     prompts.write_text("a calm sea\na storm rises\n")
     train.WAN = {part: replace(preset, save_every=1) for part, preset in train.WAN.items()}
-    sys.argv = ["train.py", "--wan", "random:32x1", "--size", "32x32", "--stage", "1", "--updates", "2", "--dtype", "fp32",
-                "--data", str(prompts), "--out", str(out / "wan"), *words]
+    options = "--wan random:32x1 --size 32x32 --stage 1 --updates 2 --dtype fp32".split()
+    sys.argv = ["train.py", *options, "--data", str(prompts), "--out", str(out / "wan"), *words]
     train.main()
 
 
@@ -1629,8 +1640,8 @@ def copy_without_step_2(out, stage, before, after):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """
-    Every stage, two updates: by one process that accumulates two batches ("one"), by two processes ("two"), and with
-    another number of processes after the first update ("one_two", "two_one"), or with as many ("two_two").
+    Every stage, two updates: by one process that accumulates two batches ("one"), by two processes ("two"), and
+    with another number of processes after the first update ("one_two", "two_one"), or with as many ("two_two").
     """
     out = tmp_path_factory.mktemp("processes")
     script = out / "both.py"
@@ -1648,8 +1659,9 @@ def two_processes(tmp_path_factory):
         for stage in STAGES:
             train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
             copy_without_step_2(out, stage, "one", "one_two")
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-                       check=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run([*torchrun, script], check=True, timeout=900, env=os.environ | threads)
         for stage in STAGES:
             copy_without_step_2(out, stage, "two", "two_one")
             train_small(out / "two_one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
@@ -1661,7 +1673,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one_that_accumulates_and_each_goes_on_where_the_other_stopped(stage, two_processes):
+def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other(stage, two_processes):
     out = two_processes
     for part in train.PARTS[stage]:
         want = checkpoint_of(out / "one" / stage / part / "step_000002")[0]
@@ -1692,11 +1704,12 @@ def test_a_signal_that_reaches_one_process_ends_both(two_processes):
 
 @pytest.mark.slow
 def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_training, monkeypatch):
-    """Each stage starts from what the stage before it wrote; each network predicts held-out clips better than none."""
+    """Each stage starts from what the one before it wrote; each network is better than none on held-out clips."""
     _, out = small_training
     monkeypatch.setattr(train, "TINY", with_presets(warmup=2, ema_decay=.5))
     for stage, updates in (("vae", 30), ("init", 60), ("base", 30), ("teacher", 30), ("1", 3), ("2", 3)):
-        sys.argv = ["train.py", "--out", str(out), "--stage", stage, "--updates", str(updates), "--batch", "2"]
+        words = ["--stage", stage, "--updates", str(updates), "--batch", "2"]
+        sys.argv = ["train.py", "--out", str(out), *words]
         train.main()
     vae, _ = load(out / "vae" / "vae.safetensors", TAE, TAEConfig)
     encoder, _ = load(out / "init_ar" / "text.safetensors", TextEncoder, TextConfig)
@@ -1839,7 +1852,7 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
         assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and told in error, (words, error)
 
 
-# ---- sampling with the shipped weights --------------------------------------------------------------------
+# ---- sampling with the shipped weights ---------------------------------------------------------------------
 
 @functools.cache
 def shipped_vae():
@@ -1870,7 +1883,7 @@ def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policie
     assert not any(held for _, held in own_reappearances(reading, motion, keep[0], PRESETS["longlive"], 14))
 
 
-# ---- command lines, files and frames ----------------------------------------------------------------------
+# ---- command lines, files and frames -----------------------------------------------------------------------
 
 @dataclass
 class Options:
@@ -2013,7 +2026,7 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
     assert len(held) == 21 and shown == video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))[:, 0, 0, 0].tolist()
 
 
-# ---- sampling: from a command line to a video -------------------------------------------------------------
+# ---- sampling: from a command line to a video --------------------------------------------------------------
 
 SWITCH = ("Sand. The camera turns left, one turn in 9 seconds. | {}: "
           "Snow. The camera turns left, one turn in 9 seconds.")
@@ -2259,7 +2272,7 @@ def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
     assert peaks[1] <= 1.05 * peaks[0]
 
 
-# ---- what a run costs -------------------------------------------------------------------------------------
+# ---- what a run costs --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("build, config", [(WanVAE, WanVAEConfig()), (TAE, TAEConfig())], ids=["wan", "tae"])
 def test_the_estimate_of_a_full_size_run_is_its_weights_and_its_cache(build, config):
@@ -2297,7 +2310,7 @@ def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
         assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
 
 
-# ---- the code itself -------------------------------------------------------------------------------------------------
+# ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
 ORDER = ("config rope memory world video judge flow model vae wan_vae text weights bench erft dmd "
