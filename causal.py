@@ -407,8 +407,8 @@ def calibrate(networks):
 def choose_tau(similarities, moved, is_turn):
     """
     The smallest tau that keeps 95 % of the tested chunks of the slowest turns (one in 40 s or more), and the
-    pooling that then keeps fewer chunks in which the camera lingers. similarities  pool -> (b, chunks) of
-    each chunk to the one before it
+    pooling that then keeps fewer chunks in which the camera lingers.
+    similarities  pool -> (b, chunks), of each chunk to the one before it
     moved         (b, chunks) columns that the camera moves
     is_turn       (b,) bool: a slow turn, or a lingering motion
     returns       dict: tau, pool, kept (share of the tested chunks that are kept, by motion)

@@ -991,27 +991,29 @@ def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_befo
     assert (v - torch.cat(want, dim=1)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, skip", [("full_history", 0), ("skip_chunk", 1), ("skip_chunk", 2),
-                                        ("keyframes_only", 0), ("swapped_recent", 0)])
-def test_each_kind_of_history_holds_what_it_says(kind, skip, monkeypatch):
-    monkeypatch.setattr(data, "COUNTERFACTUALS", 2)
-    clips = data.WorldClips(training_worlds(4, 0, steady_turns=True), 27, numbered, list, CPU)
+@pytest.mark.parametrize("kind, skip, steady_turns", [
+    ("full_history", 0, True), ("skip_chunk", 1, True), ("skip_chunk", 2, True), ("keyframes_only", 0, True),
+    ("swapped_recent", 0, True), ("swapped_recent", 0, False)])
+def test_each_kind_of_history_holds_what_it_says(kind, skip, steady_turns, monkeypatch):
+    monkeypatch.setattr(data, "COUNTERFACTUALS", 3)
+    worlds = [WorldSpec(seed, "turn", seconds) for seed, seconds in enumerate((8, 16, 16, 12))]
+    clips = data.WorldClips(worlds, 27, numbered, list, CPU)
     rng, swapped = np.random.default_rng(1), kind == "swapped_recent"
-    history = clips.draw_history(rng, 32, 1 + skip, 2 if swapped else None)
-    pack = causal.history_pack(clips, history, causal.Pass(kind, True, skip, 0, "", []), rng)
-    for b in range(32):
+    history = clips.draw_history(rng, 96, 1 + skip, 3 if swapped else None)
+    pack = causal.history_pack(clips, history, causal.Pass(kind, steady_turns, skip, 0, "", []), rng)
+    for b in range(96):
         was = [n for n in history.frame[b].tolist() if n >= 0]
         now = [n for n in pack.past_frame[b].tolist() if n >= 0]
         last = 3 * int(history.chunk[b]) - 1  # the last latent before the target
         # the past
         if kind == "keyframes_only":
             assert now == was[3:15]
-        elif kind == "full_history" or kind == "skip_chunk" and len(was) < 18:
+        elif kind == "full_history" or kind == "skip_chunk" and len(was) < 18 or not steady_turns:
             assert now == was
         else:
             assert now[:3] == was[:3] and now[-3:] == was[-3:] and set(now) <= set(was)
             assert swapped or len(now) == 18 - 3 * skip
-        if swapped:
+        if swapped and steady_turns:  # keyframes of the last half turn would show the view, a known way off
             turned = (clips.heading[history.clip[b]] - clips.heading[history.clip[b], last]).abs().tolist()
             nearest = min([turned[n] for n in now[3:-3]] + [192])
             gone = [turned[n] for n in set(was) - set(now)]
@@ -1215,10 +1217,15 @@ def test_targets_are_drawn_as_often_as_they_weigh_and_have_room_behind_them():
         share = torch.bincount(history.chunk[history.clip == b], minlength=24)[7:] / (history.clip == b).sum()
         weight = histories.weight[b, 7:24]
         assert np.abs(share.numpy() - weight / weight.sum()).max() < .03
-    # of no policy alone, and all of the past
-    held = histories.held.values()
-    assert not any(torch.equal(frames[history.clip, history.chunk], history.frame) for frames in held)
-    assert (history.frame < 3 * history.chunk[:, None]).all()
+
+
+def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison():
+    histories, rng = Histories(MOTIONS, 30), np.random.default_rng(0)
+    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0), ({"clips": 2}, 0)):
+        history = histories.draw_history(rng, 3000, **given)
+        held = (history.frame >= 0).sum(1)
+        assert abs((held < 18).float().mean() - share) < .02  # two of those four hold less than 18 latents
+        assert torch.equal(history.frame.max(1).values, 3 * history.chunk - 1)  # up to the target
 
 
 def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
