@@ -2706,6 +2706,10 @@ def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_r
     shows = [j for j in range(40) if any(whole[f] for f in range(max(0, 4 * j - 3), 4 * j + 1))]
     assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
     assert not is_in_memory(event, reading, []) and is_in_memory(event, reading, [0, 1, shows[0]])
+    for event in reappearances(reading, TURNING):  # sectors whose first and last frame fall anywhere in a latent
+        whole = np.abs(wrap(32 * event.sector + 16 - steady(300))) <= 21
+        shows = [j for j in range(76) if whole[max(0, 4 * j - 3):4 * j + 1].any()]
+        assert [j for j in range(76) if is_in_memory(event, reading, [j])] == shows
     assert [judge.chunk_of(frame) for frame in range(33)] == [0] * 9 + [1] * 12 + [2] * 12
 
 
