@@ -1780,6 +1780,7 @@ def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enou
     run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path)
     clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"), evict_first=False)
     assert clips.chunks == [14, 17] and clips.captions == [world.make_world(WorldSpec(i)).caption for i in (0, 1)]
+    assert [len(load_file(file)["latents"]) for file in clips.files] == [42, 51]  # whole chunks
     history = clips.draw_history(np.random.default_rng(0), 64, 7)
     assert set(history.chunk[history.clip == 0].tolist()) == {7}
     assert set(history.chunk[history.clip == 1].tolist()) == {7, 8, 9, 10}
