@@ -168,6 +168,10 @@ def load_state(cfg, device):
     video = state["video"]
     if frames_in(cfg.seconds) <= video["frames"]:
         raise BadInput(f"{cfg.resume} is {video['frames'] / FPS:g} s long already: give --seconds above that")
+    # an option that says something else than the state is refused, not ignored
+    for name, saved in state["options"].items():
+        if getattr(cfg, name) not in (getattr(Config, name), saved):
+            raise BadInput(f"{cfg.resume} was made with --{name} {saved}: leave that option out")
     return replace(cfg, **state["options"]), video
 
 

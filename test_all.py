@@ -2099,6 +2099,7 @@ REFUSED = [
     ("--prompts nowhere", "cannot read"), ("--continue empty.mp4", "clip"), ("--teacher", "give --continue"),
     ("--resume nowhere", "check the path"), ("--resume empty.mp4", "cannot read"),
     ("--resume other.pt", "not a state"), ("--resume state.pt", "20 s long already"),
+    ("--resume seed3.pt --seed 4", "made with --seed 3"),
     ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
     ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "two ways"),
     ("--size 64x64", "need --wan"), ("--wan nowhere", "download"),
@@ -2117,6 +2118,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
     Path("empty.mp4").write_bytes(b"")
     torch.save({"other": 1}, "other.pt")
     torch.save({"options": {}, "video": {"frames": 320}}, "state.pt")
+    torch.save({"options": {"seed": 3}, "video": {"frames": 9}}, "seed3.pt")
     before = sorted(tmp_path.rglob("*"))
     assert message in refused("--seconds", "20", *words)
     assert sorted(tmp_path.rglob("*")) == before
