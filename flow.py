@@ -308,7 +308,8 @@ def denoise(predict, x, levels, fresh_noise, renoise=True):
 @torch.no_grad()
 def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None, texts=None):
     """
-    Generator: one finished chunk of latents at a time.
+    Generator: one finished chunk of latents at a time. Between two of them the rollout may be steered: by
+    rollout.recache(text), rollout.memory.change_policy(policy), rollout.positions.
     rollout  a Rollout, fresh or under way
     seeds    one a video
     chunks   how many to make, after the history

@@ -151,6 +151,23 @@ class Memory:
             elif p.slow and is_first:
                 self.slow.drop_oldest(oldest, keep)
 
+    def change_policy(self, policy):
+        """
+        Another policy from here on, between two chunks. All that is held counts as fast memory once more and
+        moves on as evict() has it: what the new sizes have room for stays, in the order of time.
+        """
+        held = self.read()
+        self.policy = policy
+        self.warm = policy.slow > 0
+        if held is None:
+            return
+        # what has left fast memory was kept
+        kept = torch.ones(len(held.frame), dtype=torch.bool, device=held.frame.device)
+        older = len(held) - len(self.pending)
+        self.pending = [(True, kept)] * older + self.pending
+        self.sink, self.slow, self.fast = None, None, held
+        self.evict(0)
+
     def push(self, chunk, keep):
         """chunk: Entries of a finished chunk, from the clean pass, detached; keep (b,) from should_keep()."""
         self.fast = join(self.fast, chunk)
