@@ -71,6 +71,12 @@ def one_of(name, value, allowed):
         raise BadInput(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
 
 
+def within(name, value, low, high):
+    """Raises BadInput for a number outside; None, a default, is inside."""
+    if value is not None and not low <= value <= high:
+        raise BadInput(f"{name} must lie from {low} to {high}, not {value}")
+
+
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
     # the fastest first

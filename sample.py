@@ -28,14 +28,14 @@ from tqdm import tqdm
 
 import world
 from bench import bench, memory_estimate, peak_memory
-from config import STUDENT, BadInput, one_of, parse, pick_device, run, whole_or_absent
+from config import STUDENT, BadInput, parse, pick_device, run, whole_or_absent, within
 from erft import extend
 from flow import Rollout, generate
-from memory import CHUNK, PRESETS
+from memory import CHUNK
 from text import read_prompts
 from video import (FPS, THUMBNAILS, chunk_at, chunks_of, frames_in, memory_picture, read_clip, to_uint8,
                    video_writer)
-from weights import VAES, WEIGHTS, load_tiny, load_wan, read_file
+from weights import check_options, load_networks, read_file
 
 # options that make a video what it is: a saved state brings them along
 SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
@@ -79,29 +79,14 @@ class Job:
     path: Path      # of the mp4
 
 
-def within(name, value, low, high):
-    """Raises BadInput for a number outside; None, a default, is inside."""
-    if value is not None and not low <= value <= high:
-        raise BadInput(f"{name} must lie from {low} to {high}, not {value}")
-
-
 def check(cfg):
     """Refuses what can be refused before anything is loaded."""
-    # each option by itself
-    one_of("--memory", cfg.memory, PRESETS)
-    one_of("--positions", cfg.positions, ("bounded", "unbounded"))
-    one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
-    one_of("--vae", cfg.vae, ("", *VAES))
+    check_options(cfg)
     within("--seconds", cfg.seconds, 0.01, 86400)
-    within("--tau", cfg.tau, -1, 1)
-    within("--steps", cfg.steps, 1, 1000)
     within("--seeds", cfg.seeds, 1, 10 ** 6)
-    within("--seed", cfg.seed, 0, 2 ** 63 - 1)
     # those that need or exclude one another
     if cfg.positions == "unbounded" and cfg.seconds > 255:
         raise BadInput("unbounded positions end at 255 s: use --positions bounded")
-    if not cfg.wan and (cfg.size or cfg.vae == "wan"):
-        raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
     if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench or cfg.teacher):
         raise BadInput("--save-state and --resume are for one video of the student: leave out "
                        "--prompts, --seeds, --bench and --teacher")
@@ -173,28 +158,6 @@ def load_state(cfg, device):
         if getattr(cfg, name) not in (getattr(Config, name), saved):
             raise BadInput(f"{cfg.resume} was made with --{name} {saved}: leave that option out")
     return replace(cfg, **state["options"]), video
-
-
-def load_networks(cfg, texts, device, dtype):
-    """Networks, and how the options ask for them to be sampled and to remember; texts: of the prompts"""
-    # 1. those of the small world, or of Wan's form
-    if cfg.wan:
-        cache = Path(cfg.out) / "text"
-        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache, [*texts, ""])
-    else:
-        shipped = "teacher" if cfg.teacher else STUDENT
-        networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
-    # 2. options in place of the weights' own
-    sampler = networks.sampler
-    if cfg.steps is not None:
-        sampler = replace(sampler, steps=cfg.steps)
-    if cfg.tau is not None:
-        sampler = replace(sampler, tau=cfg.tau)
-    compiled = torch.compile(networks.dit, dynamic=False) if cfg.compile else None
-    policy = PRESETS[cfg.memory].calibrated(sampler.tau)
-    if cfg.tau is not None:
-        policy = replace(policy, tau=cfg.tau)
-    return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
 
 
 # ---- videos -----------------------------------------------------------------------------------------------
@@ -331,7 +294,8 @@ def main():
     state_file = whole_or_absent(cfg.save_state) if cfg.save_state else nullcontext()
     with autocast, state_file as state_part:
         # 3. networks
-        networks = load_networks(cfg, texts, device, torch.bfloat16 if bf16 else torch.float32)
+        shipped = "teacher" if cfg.teacher else STUDENT
+        networks = load_networks(cfg, shipped, texts, device, torch.bfloat16 if bf16 else torch.float32)
         print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:

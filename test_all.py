@@ -2183,8 +2183,8 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
 
 def test_options_replace_what_the_weights_say_of_sampling():
     cpu = torch.device("cpu")
-    plain = sample.load_networks(sample.Config(), [], cpu, torch.float32)
-    asked = sample.load_networks(sample.Config(memory="uniform1", tau=.5, steps=2), [], cpu, torch.float32)
+    plain = weights.load_networks(sample.Config(), "stage2", [], cpu, torch.float32)
+    asked = weights.load_networks(sample.Config(memory="uniform1", tau=.5, steps=2), "stage2", [], cpu, torch.float32)
     assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau) and plain.sampler.tau != .95
     assert asked.policy == replace(PRESETS["uniform1"], tau=.5)
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
@@ -3095,7 +3095,7 @@ def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeyp
         patch.setattr(weights, "TextEncoder", None)
         wan_text(raw, tmp_path, prompts, torch.device("cpu"))
     os.utime(raw / T5, ns=(1, 1))
-    wan_text(raw, tmp_path, ["storm"], torch.device("cpu"))
+    features(["storm"])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 

@@ -15,7 +15,7 @@ Leaves out: LoRA, image-to-video and 14B models (refused by name).
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, whole_or_absent
+from config import BadInput, one_of, whole_or_absent, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -234,25 +234,27 @@ def encode_prompts(files, folder, device):
 
 def wan_text(wan, cache, prompts, device):
     """
-    Wan's text features, kept in the folder `cache`: those of `prompts` are made now where it lacks them.
+    Wan's text features, kept in the folder `cache`: those of `prompts` are made now where it lacks them, the
+    others when they are asked for.
     wan      the raw folder | random...: all features are zero
-    returns  function: list of texts, all of them in the cache -> (b, m, text_dim), zero where padded
+    returns  function: list of texts -> (b, m, text_dim), zero where padded
     """
     if str(wan).startswith("random"):
         return lambda texts: torch.zeros(len(texts), 1, DiTConfig.text_dim, device=device)
     folder = Path(wan)
-    new = {}
-    for prompt in prompts:
-        file = feature_file(prompt, folder, cache)
-        if not file.exists():
-            new[file] = prompt
-    if new:
-        encode_prompts(new, folder, device)
-        torch.cuda.empty_cache()
+
+    def make(texts):
+        files = {feature_file(text, folder, cache): text for text in texts}
+        new = {file: text for file, text in files.items() if not file.exists()}
+        if new:
+            encode_prompts(new, folder, device)
+            torch.cuda.empty_cache()
 
     def features(texts):
+        make(texts)
         rows = [load_file(feature_file(text, folder, cache))["features"] for text in texts]
         return pad_sequence(rows, batch_first=True).to(device)
+    make(prompts)
     return features
 
 
@@ -374,6 +376,45 @@ def random_wan(wan, size, vae_name, device, dtype):
         net.to(dtype).requires_grad_(False)
     features = wan_text(wan, None, (), device)
     return Networks(dit, vae, features, Sampler(), "random weights", width, height, scale=1)
+
+
+def load_networks(cfg, shipped, texts, device, dtype):
+    """
+    Networks, and how a script's options ask for them to be sampled and to remember.
+    cfg      options: wan, ckpt, size, vae, out, steps, tau, compile, memory, positions
+    shipped  weights of the small world, where there is neither wan nor ckpt
+    texts    of the prompts that are known already
+    """
+    # 1. those of the small world, or of Wan's form
+    if cfg.wan:
+        cache = Path(cfg.out) / "text"
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache, [*texts, ""])
+    else:
+        networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
+    # 2. options in place of the weights' own
+    sampler = networks.sampler
+    if cfg.steps is not None:
+        sampler = replace(sampler, steps=cfg.steps)
+    if cfg.tau is not None:
+        sampler = replace(sampler, tau=cfg.tau)
+    compiled = torch.compile(networks.dit, dynamic=False) if cfg.compile else None
+    policy = PRESETS[cfg.memory].calibrated(sampler.tau)
+    if cfg.tau is not None:
+        policy = replace(policy, tau=cfg.tau)
+    return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
+
+
+def check_options(cfg):
+    """Refuses, before anything is loaded, what load_networks() cannot do; cfg: its options, dtype and seed"""
+    one_of("--memory", cfg.memory, PRESETS)
+    one_of("--positions", cfg.positions, ("bounded", "unbounded"))
+    one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
+    one_of("--vae", cfg.vae, ("", *VAES))
+    within("--tau", cfg.tau, -1, 1)
+    within("--steps", cfg.steps, 1, 1000)
+    within("--seed", cfg.seed, 0, 2 ** 63 - 1)
+    if not cfg.wan and (cfg.size or cfg.vae == "wan"):
+        raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
 
 
 if __name__ == "__main__":
