@@ -213,6 +213,30 @@ def camera_returns(heading):
     return turns.reshape(heading.shape).any(2)
 
 
+class Shuffled:
+    """Items in random order, all of them before any returns; several processes share them out."""
+    def __init__(self, items, seed):
+        self.items, self.seed = items, seed
+        self.taken = 0  # by all processes
+
+    def take(self, count):
+        """-> list of the next `count`; all processes must ask alike"""
+        first = self.taken + get_rank() * count
+        self.taken += get_processes() * count
+        return [self.item(number) for number in range(first, first + count)]
+
+    def item(self, number):
+        turn, place = divmod(number, len(self.items))
+        order = np.random.default_rng([self.seed, turn, 0x5FFE]).permutation(len(self.items))
+        return self.items[order[place]]
+
+    def state_dict(self):
+        return {"taken": torch.tensor(self.taken)}
+
+    def load_state_dict(self, state):
+        self.taken = int(state["taken"])
+
+
 def take_frames(latents, clip, frame, device):
     """Of latents (clips, n, ...): frames (b, f) of clips (b,), as float32; -1, an empty place, gives any."""
     return latents[clip[:, None], frame.clamp(min=0)].to(device).float()

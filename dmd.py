@@ -8,8 +8,8 @@ difference is the gradient of a KL divergence, and moves the student's videos to
     Context Forcing, eq. 5:  L = E_c KL( p_student(x | c) || p_teacher(x | c) ),  c of the student's rollout
     eq. 6:                   dL/dtheta = E_t,noise [ (s_fake(x_t, t, c) - s_real(x_t, t, c)) dx/dtheta ]
 
-    x = video.x, the last 7 chunks of a rollout
-    c = video.context, what the student's memory held when they began: nothing in Stage 1
+    x = trace.x, the last 7 chunks of a rollout
+    c = trace.context, what the student's memory held when they began: nothing in Stage 1
     x_t = add_noise(x, noise, t)
     s_fake, s_real = critic and teacher, by the x0 that they predict; s_fake - s_real becomes dmd_gradient(),
                      (fake - real) / mean |x - real|
@@ -17,8 +17,10 @@ difference is the gradient of a KL divergence, and moves the student's videos to
 
     Algorithm 1:  draw the length of the rollout and an exit step r; chunks before the target are denoised in
     full, those of the target up to step r, and each enters the KV cache by a clean pass: rollout(). Then
-    critic_step(), five times, and student_step(). (Printed is a loss inside the loop over chunks, and some of
-    the context left noisy; the text is followed: losses after the loop, all of the context denoised in full.)
+    critic_step() or student_step(): five updates of the critic and one of the student, each on rollouts of
+    its own, or the critic would learn one video instead of how the student makes them. (Printed is a loss
+    inside the loop over chunks, and some of the context left noisy; the text is followed: losses after the
+    loop, all of the context denoised in full.)
 
 A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
 exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one
@@ -39,7 +41,7 @@ from einops import rearrange
 
 from erft import predict_velocity
 from flow import Rollout, add_noise, denoise, flow_matching_loss, guide, shifted, x0_from_v
-from memory import CHUNK, Entries, join
+from memory import CHUNK, PRESETS, Entries
 
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
 
@@ -71,6 +73,25 @@ def longest_rollout(done, first, last, ramp):
     return int(first + min(1, done / ramp) * (last - first))
 
 
+def keyframes(chunks, target):
+    """
+    Keyframes in slow memory when the target of a rollout of so many chunks begins, if every tested chunk is
+    kept. Slow memory fills with chunks 1 to 4; from chunk 6 on, two chunks later, every second one adds one.
+    """
+    return min(PRESETS["slowfast"].slow, max(0, chunks - target - 7) // 2)
+
+
+def keyframe_histogram(shortest, longest, ramp, target):
+    """The curriculum -> [share of the rollouts whose target begins with 0, 1, .., 12 keyframes]"""
+    shares = [0.] * (PRESETS["slowfast"].slow + 1)
+    for percent in range(100):
+        most = longest_rollout(percent / 100, shortest, longest, ramp)
+        lengths = range(shortest, most + 1)
+        for chunks in lengths:
+            shares[keyframes(chunks, target)] += .01 / len(lengths)
+    return shares
+
+
 @dataclass
 class Exit:
     """The exit step of one target chunk: all that backward() needs to run it again."""
@@ -81,24 +102,25 @@ class Exit:
 
 @dataclass
 class RolloutTrace:
-    """What a rollout leaves behind for the scores and for backward()."""
+    """What a rollout leaves behind: a video for the scores, and all that backward() needs."""
     context: torch.Tensor  # (b, n, c, h, w): what the memory held when the target began; n = 0 in Stage 1
     x: torch.Tensor        # (b, f, c, h, w): the target
+    rollout: Rollout       # its memory knows frames and latents, but no keys any more
     exits: list            # an Exit for each target chunk
-    entries: Entries       # everything held during the target, once: at most n + f latents
-    rollout: Rollout
+    entries: list          # Entries that hold, each once, all that the target's chunks saw
 
 
 @torch.no_grad()
-def rollout(roll, levels, exit_step, fresh_noise, chunks, target):
+def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=True):
     """
     The student's own video, its target stopped early.
-    roll         a fresh Rollout
-    levels       noise levels of the student's steps
-    exit_step    the target's chunks are denoised up to this step (0-based), those before it in full
-    fresh_noise  (chunk, step) -> noise (b, 3, c, h, w)
-    chunks       length of the rollout; the last `target` of them are the target
-    returns      RolloutTrace
+    roll          a fresh Rollout
+    levels        noise levels of the student's steps
+    exit_step     the target's chunks are denoised up to this step (0-based), those before it in full
+    fresh_noise   (chunk, step) -> noise (b, 3, c, h, w)
+    chunks        length of the rollout; the last `target` of them are the target
+    for_backward  False: exits and entries stay empty, all that a critic needs
+    returns       RolloutTrace
     """
     def predict(x, level):
         return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
@@ -109,41 +131,52 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target):
         x0, _ = denoise(predict, fresh_noise(i, 0), levels, partial(fresh_noise, i))
         roll.append(x0)
     # what the memory holds now, before room is made for the target, is the context of teacher and critic
-    context = roll.memory.read()
-    entries, xs, exits = context, [], []
+    held = roll.memory.segments()
+    context = [segment.latent for segment in held]
+    entries = [segment[:] for segment in held] if for_backward else []
+    xs, exits = [], []
     # the target's chunks leave at the exit step, and enter the KV cache as they are then
     for i in range(chunks - target, chunks):
         roll.read_context()
-        held = roll.memory.frames()
         x0, xt = denoise(predict, fresh_noise(i, 0), levels[:exit_step + 1], partial(fresh_noise, i))
-        roll.append(x0)
-        t = torch.full(xt.shape[:2], levels[exit_step], device=xt.device)
-        exits.append(Exit(xt, t, held))
-        entries = join(entries, roll.memory.fast[-CHUNK:])
+        if for_backward:
+            t = torch.full(xt.shape[:2], levels[exit_step], device=xt.device)
+            exits.append(Exit(xt, t, roll.memory.frames()))
+        made = roll.append(x0)
+        if for_backward:
+            entries.append(made)
         xs.append(x0)
+    # 21 latents of keys and values at full size are 6 GB: nobody reads these again
+    roll.context = None
+    roll.memory.drop_keys()
     x = torch.cat(xs, dim=1)
-    latents = x[:, :0] if context is None else context.latent
-    return RolloutTrace(latents, x, exits, entries, roll)
+    return RolloutTrace(torch.cat([x[:, :0], *context], dim=1), x, roll, exits, entries)
 
 
 def entries_of(entries, frame):
-    """Those of the Entries that have the frame numbers frame (b, m), video by video."""
-    place = (entries.frame[:, None] == frame[..., None]).int().argmax(-1)  # (b, m): where each frame lies
+    """Those of a list of Entries that have the frame numbers frame (b, m), video by video -> Entries"""
+    numbers = torch.cat([some.frame for some in entries], dim=1)
+    place = (numbers[:, None] == frame[..., None]).int().argmax(-1)  # (b, m): where each frame lies
     videos = torch.arange(len(place), device=place.device)[:, None]
-    return entries.apply(lambda x: x[videos, place])
+
+    def pick(layers):
+        return [torch.cat(layer, dim=1)[videos, place] for layer in zip(*layers)]
+
+    keys = pick(some.keys for some in entries)
+    return Entries(frame, keys=keys, values=pick(some.values for some in entries))
 
 
-def backward(video, features, gradient):
+def backward(trace, features, gradient):
     """
     Adds d(loss)/d(weights) to the student's .grad, chunk by chunk.
-    video     RolloutTrace
+    trace     RolloutTrace
     features  text features (b, m, text_dim) of its prompts: their keys and values get a graph in every chunk
-    gradient  (b, f, c, h, w): d(loss)/d(video.x)
+    gradient  (b, f, c, h, w): d(loss)/d(trace.x)
     """
-    roll = video.rollout
-    for exit, chunk_gradient in zip(video.exits, gradient.split(CHUNK, dim=1)):
+    roll = trace.rollout
+    for exit, chunk_gradient in zip(trace.exits, gradient.split(CHUNK, dim=1)):
         # the same KV cache, constant; the same input; now with a graph
-        segments = [] if exit.held is None else [entries_of(video.entries, exit.held)]
+        segments = [] if exit.held is None else [entries_of(trace.entries, exit.held)]
         memory, rope = roll.rotated(segments)
         v, _ = roll.net(exit.xt, exit.t, roll.net.text(features), rope, memory)
         x0_from_v(exit.xt, v, exit.t).backward(chunk_gradient)
@@ -161,26 +194,26 @@ def squared_error(x0, x):
     return (x0 - x).square().mean((1, 2, 3, 4))  # (b,)
 
 
-def critic_step(critic, features, video, t, noise, grid, probe=None, probe_weight=0.):
+def critic_step(critic, features, trace, t, noise, grid, probe=None, probe_weight=0.):
     """
     The critic follows the student: flow matching on the student's video, behind the context that the student
     had.
     features             text features (b, m, text_dim) of the prompts
-    t, noise             (b,) noise levels from score_level(), and noise of video.x's shape
+    t, noise             (b,) noise levels from score_level(), and noise of trace.x's shape
     grid                 latent rows and columns after patching
     probe, probe_weight  as in flow.flow_matching_loss
     returns              loss, and (b,) squared error of the x0 that it predicts
     """
-    t = t[:, None].expand(video.x.shape[:2])
-    xt = add_noise(video.x, noise, t)
-    v = predict_velocity(critic, video.context, xt, t, critic.text(features), grid)
-    loss = flow_matching_loss(v, noise - video.x, t, probe, probe_weight).mean()
+    t = t[:, None].expand(trace.x.shape[:2])
+    xt = add_noise(trace.x, noise, t)
+    v = predict_velocity(critic, trace.context, xt, t, critic.text(features), grid)
+    loss = flow_matching_loss(v, noise - trace.x, t, probe, probe_weight).mean()
     loss.backward()
     fake = x0_from_v(xt, v.detach(), t)
-    return loss.item(), squared_error(fake, video.x)
+    return loss.item(), squared_error(fake, trace.x)
 
 
-def student_step(student, teacher, critic, features, video, t, noise, grid, guidance=1., negative=None,
+def student_step(student, teacher, critic, features, trace, t, noise, grid, guidance=1., negative=None,
                  probe=None, probe_weight=0.):
     """
     The student's update, eq. 6: fake - real, normalised, pushed through the exit step of each target chunk.
@@ -191,23 +224,23 @@ def student_step(student, teacher, critic, features, video, t, noise, grid, guid
     returns              (b,) normaliser of the gradient, and (b,) squared error of the teacher's x0 to the
                          student's
     """
-    t = t[:, None].expand(video.x.shape[:2])
-    xt = add_noise(video.x, noise, t)
+    t = t[:, None].expand(trace.x.shape[:2])
+    xt = add_noise(trace.x, noise, t)
     # both scores see the same noised video behind the same context
     with torch.no_grad():
-        fake = predict_x0(critic, features, video.context, xt, t, grid)
-        real = predict_x0(teacher, features, video.context, xt, t, grid)
+        fake = predict_x0(critic, features, trace.context, xt, t, grid)
+        real = predict_x0(teacher, features, trace.context, xt, t, grid)
         if guidance != 1:
-            away = predict_x0(teacher, negative, video.context, xt, t, grid)
+            away = predict_x0(teacher, negative, trace.context, xt, t, grid)
             real = guide(real, away, guidance)
     # eq. 6
-    gradient, norm = dmd_gradient(video.x, fake, real)
+    gradient, norm = dmd_gradient(trace.x, fake, real)
     # what is small in pixels counts more; dmd's loss is a mean over a latent's numbers, the probe's is not
     if probe is not None:
         along = gradient.flatten(2) @ probe.T @ probe * probe.shape[1]
         gradient = gradient + probe_weight * along.view_as(gradient)
-    backward(video, features, gradient / gradient.numel())
-    return norm, squared_error(real, video.x)
+    backward(trace, features, gradient / gradient.numel())
+    return norm, squared_error(real, trace.x)
 
 
 if __name__ == "__main__":

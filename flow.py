@@ -218,6 +218,7 @@ class Rollout:
         x0          (b, 3, c, h, w)
         keep        (b,) bool replaces the policy's own decision
         modulation  net.time(0) if it is made already
+        returns     the chunk's Entries
         """
         b, device = len(x0), x0.device
         # the clean pass: t = 0
@@ -232,11 +233,13 @@ class Rollout:
             keep = self.memory.policy.should_keep(self.chunk, similar)
         # into fast memory
         frame = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=device).expand(b, -1)
-        self.memory.push(self.entries(frame, x0, kv), keep)
+        entries = self.entries(frame, x0, kv)
+        self.memory.push(entries, keep)
         self.descriptor = descriptor
         self.chunk += 1
         self.similarities.append(similar)
         self.kept.append(keep)
+        return entries
 
     def state_dict(self):
         """All that a resumed rollout needs beside its networks and prompt: plain dicts, lists and tensors."""

@@ -68,11 +68,11 @@ def optimizer_step(optimizers, lr, loss, passes, clip):
     return norm, is_finite
 
 
-def shard(nets, ema):
+def shard(nets):
     """Spreads networks of Wan's form over the processes, if there are several."""
     if not dist.is_initialized():
         return
-    for net in (*nets.values(), *ema.values()):
+    for net in nets:
         # not whole blocks: DiT itself reads their modulation, and asks for the text's keys and values
         for block in net.blocks:
             for part in (block.self_attn, block.cross_attn, block.ffn):

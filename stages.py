@@ -15,12 +15,13 @@ References: as in the files named. Leaves out: starting a part from another one'
 """
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 import causal
@@ -29,8 +30,8 @@ import erft
 import world
 from checkpoint import barrier, get_processes, get_rank
 from config import BadInput, has_bf16
-from data import ClipFolder, latent_cache, training_clips
-from flow import Sampler, add_noise, augment_context_noise, draw_noise, flow_matching_loss, schedule, shifted
+from data import ClipFolder, Shuffled, latent_cache, training_clips
+from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
@@ -38,7 +39,8 @@ from vae import TAE, TAEConfig, tiny_tae
 from weights import WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
-NO_TEXT = .1      # base and teacher: share of the batches without text,
+CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
+NO_TEXT = .1      # base and teacher: share of the samples without text,
 NO_CONTEXT = .1   # and (teacher) without context
 # vae: from this share of the updates on the sky counts four times and channels are decorrelated; else 3 % of
 # the latents' variance tells the heading, and no network looks it up
@@ -215,12 +217,8 @@ def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done)
     return {"loss": loss.item()}
 
 
-def draw_bidirectional(has_context, rng, done):
-    drawn = {"steady_turns": rng.random() < .5, "text": rng.random() >= NO_TEXT, "context": False}
-    if has_context:
-        drawn["context"] = rng.random() >= NO_CONTEXT
-    drawn["keyframes_only"] = rng.random() < .3 and done < .5
-    return drawn
+def draw_bidirectional(rng, done):
+    return {"steady_turns": rng.random() < .5, "keyframes_only": rng.random() < .3 and done < .5}
 
 
 def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
@@ -230,29 +228,37 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     clips = clips[drawn["steady_turns"]]
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     first, frame = CHUNK * history.chunk, history.frame
-    if not drawn["context"]:
-        first, frame = 0 * first, frame[:, :0]
-    elif drawn["keyframes_only"] and not cfg.wan:
+    if drawn["keyframes_only"] and not cfg.wan:
         frame = frame[:, CHUNK:CHUNK + causal.SLOW]
+    # some samples have no text, some no context, and start where a video starts
+    has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT) & bool(bank)
+    has_text = torch.from_numpy(rng.random(batch) >= NO_TEXT).to(inputs.device)
+    first = first * has_context
+    features = clips.text(history.clip)
+    nothing = inputs.features([""] * batch)
+    nothing = F.pad(nothing, (0, 0, 0, features.shape[1] - nothing.shape[1]))
+    features = torch.where(has_text[:, None, None], features, nothing)
     context = clips.frames(history.clip, frame)
     x0 = clips.frames(history.clip, first[:, None] + torch.arange(erft.TARGET))
-    features = clips.text(history.clip) if drawn["text"] else inputs.features([""] * batch)
     # one noise level a sample
     t = shifted(torch.rand(batch), preset.shift).to(x0.device)
     noise = torch.randn(x0.shape, device=x0.device)
-    with inputs.autocast:
-        if bank:
-            # a generated past is never clean
-            context = augment_context_noise(context, preset.context_noise)
-            probe_weight = preset.heading_weight * drawn["context"]
-            loss = erft.teacher_step(net, bank, int(rng.integers(2 ** 62)), context, x0, noise, t, features,
-                                     inputs.grid, cfg.errors, inputs.probe, probe_weight)
-            return {"loss": loss, "errors": float(bank.count.sum())}
-        t = t[:, None].expand(x0.shape[:2])
-        v = erft.predict_velocity(net, context, add_noise(x0, noise, t), t, net.text(features), inputs.grid)
-    loss = flow_matching_loss(v, noise - x0, t).mean()
-    loss.backward()
-    return {"loss": loss.item()}
+    # a generated past is never clean
+    context = augment_context_noise(context, preset.context_noise)
+    # with and without context: two lengths, so two passes
+    loss = 0.
+    for rows, places in ((has_context, frame.shape[1]), (~has_context, 0)):
+        if not rows.any():
+            continue
+        probe_weight = preset.heading_weight if places else 0.
+        rows = rows.nonzero()[:, 0].to(x0.device)
+        with inputs.autocast:
+            loss += erft.teacher_step(
+                net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
+                t[rows], features[rows], inputs.grid, cfg.errors, inputs.probe, probe_weight,
+                len(rows) / batch)
+    errors = {"errors": float(bank.count.sum())} if bank else {}
+    return {"loss": loss} | errors
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
@@ -261,9 +267,12 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
 class Stage:
     nets: dict        # name -> network that is trained, averaged and saved; a critic is only trained
     sampler: Sampler  # of them
-    draw: object      # (rng, share of the updates that is done) -> what an update is like, in all processes
-    run_pass: object  # (rng, drawn) -> numbers to log; one of the above
-    bank: erft.ErrorBank = None
+    draw: object      # (rng, share of the updates that is done) -> what a pass is like, in all processes
+    # of an update, in order: "net" or "critic", whichever moves after it, and (rng, drawn) -> numbers to log
+    passes: list
+    teacher: DiT = None  # frozen
+    # what a checkpoint holds besides: an erft.ErrorBank, data.Shuffled prompts
+    states: dict = field(default_factory=dict)
 
 
 def only_done(rng, done):
@@ -272,7 +281,8 @@ def only_done(rng, done):
 
 def make_stage(cfg, part, preset, inputs):
     if part == "vae":
-        return Stage({"vae": inputs.vae}, inputs.sampler, only_done, partial(vae_pass, inputs, preset.batch))
+        run_pass = partial(vae_pass, inputs, preset.batch)
+        return Stage({"vae": inputs.vae}, inputs.sampler, only_done, [("net", run_pass)])
     if part == "init_ar":
         return causal_stage(cfg, preset, inputs)
     if part == "init_ode":
@@ -281,10 +291,10 @@ def make_stage(cfg, part, preset, inputs):
         bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
         clips = load_clips(cfg, inputs, for_student=False)
         sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
-        draw = partial(draw_bidirectional, part == "teacher")
         run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
-        return Stage({part: inputs.dit}, sampler, draw, run_pass, bank)
-    return Distillation(cfg, part, preset, inputs)
+        states = {"bank": bank} if bank else {}
+        return Stage({part: inputs.dit}, sampler, draw_bidirectional, [("net", run_pass)], states=states)
+    return Distillation(cfg, part, preset, inputs).stage()
 
 
 def causal_stage(cfg, preset, inputs):
@@ -297,8 +307,8 @@ def causal_stage(cfg, preset, inputs):
     objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise,
                                  inputs.probe, preset.heading_weight)
     sampler = Sampler() if cfg.wan else inputs.sampler
-    return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum),
-                 partial(teacher_forcing_pass, inputs, preset.batch, clips, objective))
+    run_pass = partial(teacher_forcing_pass, inputs, preset.batch, clips, objective)
+    return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum), [("net", run_pass)])
 
 
 def few_steps_stage(cfg, preset, inputs):
@@ -316,8 +326,8 @@ def few_steps_stage(cfg, preset, inputs):
             Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
             inputs.latent, together)
     objective = causal.Objective(inputs.grid, preset.shift, 0., inputs.probe, preset.heading_weight)
-    return Stage({"init_ode": net}, inputs.sampler, only_done,
-                 partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective))
+    run_pass = partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective)
+    return Stage({"init_ode": net}, inputs.sampler, only_done, [("net", run_pass)])
 
 
 @dataclass
@@ -329,21 +339,27 @@ class Videos:
 
 
 class Distillation:
-    """stage1: DMD in the first 5 s. stage2: contextual DMD behind long rollouts of the student's own."""
-    bank = None
-
+    """
+    stage1: DMD in the first 5 s. stage2: contextual DMD behind long rollouts of the student's own. Every pass
+    has a rollout of its own.
+    """
     def __init__(self, cfg, part, preset, inputs):
-        self.cfg, self.preset, self.inputs = cfg, preset, inputs
+        self.cfg, self.part, self.preset, self.inputs = cfg, part, preset, inputs
         # real score, and the critic, which starts from it
         if cfg.wan:
             self.teacher = load_wan_part(cfg, part, preset.teacher, cfg.teacher, inputs.device).dit
         else:
             self.teacher, _ = load_part(cfg, preset.teacher, cfg.teacher, inputs.device)
         self.critic = copy.deepcopy(self.teacher)
-        self.nets = {part: inputs.dit, "critic": self.critic}
-        self.sampler = inputs.sampler
-        self.levels = schedule(self.sampler.steps, self.sampler.shift)
+        self.levels = schedule(inputs.sampler.steps, inputs.sampler.shift)
         self.negative = inputs.features([NEGATIVE] * preset.batch) if preset.guidance != 1 else None
+        self.prompts = Shuffled(inputs.prompts, cfg.seed)
+
+    def stage(self):
+        nets = {self.part: self.inputs.dit, "critic": self.critic}
+        passes = [*[("critic", self.critic_pass)] * CRITIC_PASSES, ("net", self.student_pass)]
+        states = {"prompts": self.prompts}
+        return Stage(nets, self.inputs.sampler, self.draw, passes, self.teacher, states)
 
     def draw(self, rng, done):
         """r: exit step; L: chunks of the rollout"""
@@ -351,19 +367,19 @@ class Distillation:
         longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
         return {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
 
-    def rollout(self, rng, drawn):
+    def rollout(self, rng, drawn, for_backward):
         """-> Videos"""
-        inputs = self.inputs
+        inputs, batch = self.inputs, self.preset.batch
         # prompts, and a seed for each video
-        numbers = rng.integers(len(inputs.prompts) or world.HELD_OUT, size=self.preset.batch)
-        seeds = rng.integers(2 ** 62, size=self.preset.batch)
         if inputs.prompts:
-            captions = [inputs.prompts[i] for i in numbers]
-            kinds = ["prompt"] * len(captions)
+            captions = self.prompts.take(batch)
+            kinds = ["prompt"] * batch
         else:
+            numbers = rng.integers(world.HELD_OUT, size=batch)
             worlds = [world.make_world(WorldSpec(int(i))) for i in numbers]
             captions = [w.caption for w in worlds]
             kinds = [w.motion.kind for w in worlds]
+        seeds = rng.integers(2 ** 62, size=batch)
         features = inputs.features(captions)
 
         def fresh_noise(chunk, step):
@@ -372,17 +388,19 @@ class Distillation:
         # Algorithm 1; the target is the last 21 latents
         with torch.no_grad(), inputs.autocast:
             roll = inputs.rollout(inputs.dit.text(features))
-            trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS)
+            trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS,
+                                for_backward)
         if self.cfg.teacher_context == "none":
             trace.context = trace.context[:, :0]
         return Videos(trace, features, kinds)
 
     def score_noise(self, x):
         """Noise level (b,) and noise of the scores."""
-        t = dmd.score_level(torch.rand(len(x)), self.sampler.shift).to(x.device)
+        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift).to(x.device)
         return t, torch.randn(x.shape, device=x.device)
 
-    def critic_pass(self, videos):
+    def critic_pass(self, rng, drawn):
+        videos = self.rollout(rng, drawn, for_backward=False)
         t, noise = self.score_noise(videos.trace.x)
         with self.inputs.autocast:
             loss, error = dmd.critic_step(
@@ -390,15 +408,17 @@ class Distillation:
                 self.inputs.probe, self.preset.critic_heading_weight)
         return {"critic_loss": loss} | error_by_level("fake", error, t)
 
-    def student_pass(self, videos):
-        trace, preset = videos.trace, self.preset
+    def student_pass(self, rng, drawn):
+        videos, preset = self.rollout(rng, drawn, for_backward=True), self.preset
+        trace = videos.trace
         t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise,
                 self.inputs.grid, preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
         numbers = {"norm": norm.mean().item(), "std": trace.x.std().item()}
-        return numbers | error_by_level("real", error, t) | kept_and_oldest(trace.rollout, videos.kinds)
+        found = error_by_level("real", error, t) | kept_and_oldest(trace.rollout, videos.kinds)
+        return drawn | numbers | found
 
 
 def error_by_level(name, error, t):

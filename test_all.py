@@ -700,9 +700,9 @@ def fresh_noise(chunk, step):
     return draw_noise([1, 2], chunk, step, (3, 16, 4, 4))
 
 
-def student_video(net, text, chunks=9, policy=PRESETS["slowfast"]):
+def student_video(net, text, chunks=9, policy=PRESETS["slowfast"], for_backward=True):
     """A rollout of two videos, its last four chunks the target, stopped at the second of four steps."""
-    return dmd.rollout(Rollout(net, text, policy, (2, 2)), LEVELS, 1, fresh_noise, chunks, 4)
+    return dmd.rollout(Rollout(net, text, policy, (2, 2)), LEVELS, 1, fresh_noise, chunks, 4, for_backward)
 
 
 def student_video_in_one_graph(net, features, chunks):
@@ -753,40 +753,62 @@ def test_rollout_follows_algorithm_1():
     def hook(module, args):
         calls.append((args[1][0, 0].item(), torch.is_grad_enabled()))
     net.register_forward_pre_hook(hook)
-    video = student_video(net, random_text(net, 2), 13)
+    trace = student_video(net, random_text(net, 2), 13)
     # every chunk before the target in full, then up to the exit step; a clean pass after each; never a graph
     assert [t for t, _ in calls] == pytest.approx([*LEVELS, 0.] * 9 + [*LEVELS[:2], 0.] * 4)
     assert not any(graph for _, graph in calls)
-    keep = torch.stack(video.rollout.kept, 1)
+    keep = torch.stack(trace.rollout.kept, 1)
     # the context is what a full memory holds before room is made for the target
     held = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[9]
-    assert torch.equal(video.entries.frame[:, :21], held) and video.context.shape[1] == 21
-    assert torch.equal(video.context, video.entries.latent[:, :21])
-    assert torch.equal(video.x, video.entries.latent[:, 21:])
-    assert [exit.t.unique().item() for exit in video.exits] == pytest.approx([LEVELS[1]] * 4)
+    frames, latents = (torch.cat([getattr(some, name) for some in trace.entries], 1) for name in ("frame", "latent"))
+    assert torch.equal(frames[:, :21], held) and trace.context.shape[1] == 21
+    assert torch.equal(trace.context, latents[:, :21]) and torch.equal(trace.x, latents[:, 21:])
+    assert [exit.t.unique().item() for exit in trace.exits] == pytest.approx([LEVELS[1]] * 4)
 
 
 def test_what_a_rollout_keeps_for_the_backward_pass_does_not_grow_with_its_length():
     net = random_dit()
     text = random_text(net, 2)
-    assert [len(student_video(net, text, chunks).entries) for chunks in (20, 30)] == [21 + 12] * 2
+    for chunks in (20, 30):
+        trace = student_video(net, text, chunks)
+        assert sum(map(len, trace.entries)) == 21 + 12
+        assert not any(segment.keys or segment.values for segment in trace.rollout.memory.segments())
+
+
+def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
+    net = random_dit()
+    text = random_text(net, 2)
+    trace = student_video(net, text, 9)
+    for_critic = student_video(net, text, 9, for_backward=False)
+    assert torch.equal(trace.x, for_critic.x) and torch.equal(trace.context, for_critic.context)
+    assert not for_critic.exits and not for_critic.entries and for_critic.rollout.context is None
 
 
 @pytest.mark.parametrize("chunks", [4, 9, 13])
 def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
     net, features = random_dit().requires_grad_(), noise(2, 20, 64)
-    video = student_video(net, net.text(features), chunks, EVERY_CHUNK)
-    gradient = noise(*video.x.shape, seed=3)
-    dmd.backward(video, features, gradient)
+    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK)
+    gradient = noise(*trace.x.shape, seed=3)
+    dmd.backward(trace, features, gradient)
     two_passes = gradients(net)
     x = student_video_in_one_graph(net, features, chunks)
-    close(x.detach(), video.x, 1e-5)
+    close(x.detach(), trace.x, 1e-5)
     x.backward(gradient)
     same_gradients(two_passes, gradients(net), 1e-5)
 
 
 def test_rollouts_grow_linearly():
     assert [dmd.longest_rollout(s, 14, 40, 500) for s in (0, 10, 250, 500, 900)] == [14, 14, 27, 40, 40]
+
+
+def test_at_full_size_half_of_the_rollouts_begin_with_six_keyframes_or_more():
+    preset = train.WAN["stage2"]
+    shares = dmd.keyframe_histogram(preset.shortest, preset.longest, preset.ramp, 7)
+    assert sum(shares) == pytest.approx(1) and sum(shares[6:]) >= .5 and shares[12] >= .08 and shares[0] <= .12
+    # a keyframe is what slow memory holds beyond the first 15 latents
+    for chunks in range(14, 41):
+        held = frames_in_memory(PRESETS["uniform2"], torch.arange(40)[None] % 2 == 0, evict_first=False)[chunks - 7]
+        assert dmd.keyframes(chunks, 7) == (held[0, 3:15] >= 15).sum()
 
 
 def test_noise_levels_of_the_scores_are_shifted_and_end_at_2_and_98_percent():
@@ -797,8 +819,8 @@ def test_noise_levels_of_the_scores_are_shifted_and_end_at_2_and_98_percent():
 def score_inputs(net):
     """What critic_step and student_step take: a video of `net`, with a context, noise levels and noise."""
     features = noise(2, 20, 64)
-    video = student_video(net, net.text(features), policy=EVERY_CHUNK)
-    return features, video, torch.tensor([.3, .8]), noise(*video.x.shape, seed=5)
+    trace = student_video(net, net.text(features), policy=EVERY_CHUNK)
+    return features, trace, torch.tensor([.3, .8]), noise(*trace.x.shape, seed=5)
 
 
 PROBE = F.normalize(noise(2, 256, seed=8), dim=1)
@@ -807,12 +829,12 @@ PROBE = F.normalize(noise(2, 256, seed=8), dim=1)
 @pytest.mark.parametrize("probe", [None, PROBE])
 def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context(probe):
     student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
-    features, video, t, eps = score_inputs(student)
-    loss, error = dmd.critic_step(critic, features, video, t, eps, (2, 2), probe, 3.)
+    features, trace, t, eps = score_inputs(student)
+    loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2), probe, 3.)
     got, at = gradients(critic), t[:, None, None, None, None]
     assert not gradients(student)
-    v = plain_velocity(critic, features, video.context, (1 - at) * video.x + at * eps, t)
-    off = v - (eps - video.x)
+    v = plain_velocity(critic, features, trace.context, (1 - at) * trace.x + at * eps, t)
+    off = v - (eps - trace.x)
     want = off.square().mean()
     if probe is not None:
         want = want + 3 * ((at * off).flatten(2) @ probe.T).square().sum(-1).mean()
@@ -826,18 +848,18 @@ def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context(p
 def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance, probe):
     """Eq. 6 in one graph: d/dtheta of sum(x * stopped gradient) is what the two passes add up to."""
     student, teacher, critic = (random_dit(i).requires_grad_() for i in range(3))
-    features, video, t, eps = score_inputs(student)
+    features, trace, t, eps = score_inputs(student)
     other = noise(2, 20, 64, seed=9)
-    norm, error = dmd.student_step(student, teacher, critic, features, video, t, eps, (2, 2), guidance, other,
+    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other,
                                    probe, 3.)
     got, at = gradients(student), t[:, None, None, None, None]
     assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
-        xt = (1 - at) * video.x + at * eps
-        fake, real, away = (xt - at * plain_velocity(net, words, video.context, xt, t)
+        xt = (1 - at) * trace.x + at * eps
+        fake, real, away = (xt - at * plain_velocity(net, words, trace.context, xt, t)
                             for net, words in ((critic, features), (teacher, features), (teacher, other)))
         real = away + guidance * (real - away)
-        scale = (video.x - real).abs().mean((1, 2, 3, 4))
+        scale = (trace.x - real).abs().mean((1, 2, 3, 4))
         gradient = (fake - real) / scale[:, None, None, None, None]
         if probe is not None:  # the gradient of a mean over 256 numbers, against a sum over 2 directions
             gradient = gradient + 3 * 256 * (gradient.flatten(2) @ probe.T @ probe).view_as(gradient)
@@ -845,13 +867,13 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
     (x * gradient).mean().backward()
     same_gradients(got, gradients(student))
     assert torch.allclose(norm, scale, rtol=1e-4)
-    assert torch.allclose(error, (video.x - real).square().mean((1, 2, 3, 4)), rtol=1e-4)
+    assert torch.allclose(error, (trace.x - real).square().mean((1, 2, 3, 4)), rtol=1e-4)
 
 
 def test_a_critic_that_equals_the_teacher_gives_no_gradient():
     student, teacher = random_dit().requires_grad_(), random_dit(1)
-    features, video, t, eps = score_inputs(student)
-    dmd.student_step(student, teacher, teacher, features, video, t, eps, (2, 2))
+    features, trace, t, eps = score_inputs(student)
+    dmd.student_step(student, teacher, teacher, features, trace, t, eps, (2, 2))
     assert all(g.abs().max() == 0 for g in gradients(student).values())
 
 
@@ -1326,9 +1348,9 @@ def with_presets(**fields):
 
 
 AS_SMALL = {  # module: what a small training run sets there
-    train: {"PROBED": 2, "CRITIC_PASSES": 2,
+    train: {"PROBED": 2,
             "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
-    stages: {"tiny_dit": SMALL},
+    stages: {"tiny_dit": SMALL, "CRITIC_PASSES": 2},
     data: {"CLIPS": 2, "STEADY_TURN_CLIPS": 2, "COUNTERFACTUALS": 2},
     causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9, "PROBE_CLIPS": 2,
              "HISTORY_CURRICULUM": SHORT_CURRICULUM,
@@ -1541,6 +1563,70 @@ def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
     assert [train.get_lr(preset, step) for step in (0, 3, 99)] == [.5, 2., 2.]
 
 
+def test_averages_at_full_size_begin_with_the_40th_update_and_then_keep_99_percent():
+    decays = [train.get_ema_decay(train.WAN["stage1"], step) for step in range(120)]
+    assert decays == [0.] * 40 + [.99] * 80
+
+
+def as_process(monkeypatch, rank, processes):
+    for module in (train, data):
+        monkeypatch.setattr(module, "get_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_processes", lambda: processes)
+
+
+def test_all_processes_draw_alike_each_pass_anew_and_one_that_accumulates_draws_what_they_draw(monkeypatch):
+    """Of 16 batches and 6 passes: what is drawn for all, and what for each batch, by 1, 2 and 8 processes."""
+    found = {}
+    for processes in (1, 2, 8):
+        for rank in range(processes):
+            as_process(monkeypatch, rank, processes)
+            for micro, number in itertools.product(range(16 // processes), range(6)):
+                alike, own = train.seed_pass(train.Config(seed=3), 7, number, micro)
+                drawn = alike.random(), own.random(), torch.rand(1).item()
+                found.setdefault((micro * processes + rank, number), set()).add(drawn)
+    assert all(len(draws) == 1 for draws in found.values())  # the same by any number of processes
+    alike, own, noises = ({place: next(iter(draws))[i] for place, draws in found.items()} for i in range(3))
+    assert len(set(own.values())) == len(set(noises.values())) == 16 * 6
+    # of 8 devices: the same on all, another one in each pass and micro-batch
+    assert len(set(alike.values())) == 2 * 6
+    assert all(alike[batch, number] == alike[8 * (batch // 8), number] for batch, number in alike)
+    assert not set(alike.values()) & set(own.values())
+
+
+def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_goes_on(monkeypatch):
+    items, taken = list("abcdefghij"), []
+    for rank in range(2):  # two processes, five times two prompts each
+        as_process(monkeypatch, rank, 2)
+        prompts = data.Shuffled(items, 0)
+        mine = [prompts.take(2) for _ in range(2)]
+        resumed = data.Shuffled(items, 0)
+        resumed.load_state_dict(prompts.state_dict())
+        taken.append(mine + [resumed.take(2) for _ in range(3)])
+    order = [item for both in zip(*taken) for two in both for item in two]
+    assert sorted(order[:10]) == sorted(order[10:]) == items and order[:10] != order[10:] and order[:10] != items
+    as_process(monkeypatch, 0, 1)
+    assert data.Shuffled(items, 0).take(20) == order
+
+
+def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypatch):
+    go, out = small_training
+    step, seen = erft.teacher_step, []
+
+    def recorded(net, bank, seed, context, x0, noise, t, features, *rest):
+        seen.append((context.shape[1], len(x0), features, rest[-1]))
+        return step(net, bank, seed, context, x0, noise, t, features, *rest)
+    monkeypatch.setattr(erft, "teacher_step", recorded)
+    monkeypatch.setattr(stages, "NO_CONTEXT", .5)
+    monkeypatch.setattr(stages, "NO_TEXT", .5)
+    go("--stage", "teacher", "--updates", "2", "--batch", "8")
+    assert [n > 0 for n, *_ in seen] == [True, False] * 2
+    for (_, with_context, *_, share), (_, without, *_, other) in zip(seen[::2], seen[1::2]):
+        assert with_context + without == 8 and (share, other) == (with_context / 8, without / 8)
+    texts = torch.cat([features for _, _, features, _ in seen])
+    nothing = min(texts, key=lambda text: text.abs().sum())
+    assert 4 <= sum(torch.equal(text, nothing) for text in texts) <= 12
+
+
 def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training, monkeypatch):
     go, out = small_training
     step, seen, known = torch.optim.AdamW.step, [], {}
@@ -1584,8 +1670,11 @@ def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monk
     saved = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[0]
     assert torch.equal(saved.head.head.weight, teacher.head.head.weight)
     assert student is trace.rollout.net and len(found["critic"]) == 6
-    # one rollout an update; the scores see what its memory held, or nothing
-    assert all(a[2] is trace for a, _ in found["critic"][-2:])
+    # a rollout for every pass, of which the critic's keep no keys; the scores see what its memory held, or nothing
+    traces = [a[2] for a, _ in found["critic"]] + [a[4] for a, _ in found["student"]]
+    assert len({each.x.sum().item() for each in traces}) == 9
+    assert {each.rollout.chunk for each in traces} == {8, 9}
+    assert [bool(each.entries) for each in traces] == [False] * 6 + [True] * 3
     levels = [a[3].tolist() for a, _ in found["critic"]]
     assert len({str(level) for level in levels}) == 6 and t.tolist() not in levels
     held = min(21, 3 * (last["L"] - 7))
@@ -2449,7 +2538,7 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 45_700)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 46_500)], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     assert sum(tokens_by_line((HERE / f"{name}.py").read_text("utf-8")).total() for name in names) <= most
 

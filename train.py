@@ -53,10 +53,11 @@ import erft
 import world
 from checkpoint import any_process, barrier, get_processes, get_rank, load_checkpoint, save_checkpoint
 from config import BadInput, one_of, parse, pick_device, run
+from dmd import keyframe_histogram
 from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
-from stages import encode_text, load_inputs, make_stage
+from stages import TARGET_CHUNKS, encode_text, load_inputs, make_stage
 from video import to_uint8
 from weights import save_weights
 from world import WorldSpec
@@ -92,7 +93,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
     "1": ["stage1"],
     "2": ["stage2"],
 }
-CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
+ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBED = 16        # held-out worlds that a probe looks at
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
@@ -104,7 +105,8 @@ class Preset:
     start: str = ""             # whose weights it starts from; "" = nothing
     batch: int = 16             # clips a process and pass
     warmup: int = 100           # updates
-    ema_decay: float = .995     # of the averaged weights, an update
+    ema_decay: float = .995     # of the averaged weights, an update ...
+    ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
     shift: float = 3.           # training noise levels: uniform, shifted by this
     context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
     # of the heading in the loss: the sky's hue is next to nothing in the mean error, and a network whose sky
@@ -141,15 +143,16 @@ TINY = {
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
 FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
-FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, strip_every=100,
+FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
                       critic_lr=.2, beta2=.999, clip=2.)
 WAN = {
     "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
     "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
     "teacher": replace(FULL, updates=8000, lr=1e-5, start="base"),
     "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
+    # a short ramp: half of the rollouts begin with 6 keyframes or more in slow memory
     "stage2": replace(FULL_DISTIL, updates=100, start="stage1", teacher="teacher", guidance=6., save_every=16,
-                      shortest=14, longest=40),
+                      shortest=14, longest=40, ramp=.1),
 }
 
 
@@ -161,50 +164,48 @@ def get_lr(preset, step):
     return preset.lr * warmup * (.55 + .45 * math.cos(math.pi * step / preset.updates))
 
 
+def get_ema_decay(preset, step):
+    """Of the averages: none before ema_start, then all of it; where that is 0, a warm-up."""
+    if preset.ema_start:
+        return preset.ema_decay if step >= preset.ema_start else 0.
+    return min(preset.ema_decay, (step + 1) / (step + 10))
+
+
 # ---- one update --------------------------------------------------------------------------------------------
 
-def seed_pass(cfg, step, micro, number=0):
-    """All that is random in one pass of an update: numpy's generator; torch's is seeded from it."""
-    batch = get_rank() * cfg.accumulate + micro
-    rng = np.random.default_rng([cfg.seed, step, batch, number])
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    return rng
+def seed_pass(cfg, step, number, micro):
+    """
+    All that is random in pass `number` of an update, for its batch `micro` of this process: two generators of
+    numpy's, and torch's own. One process that accumulates N batches draws what N processes draw.
+    returns  one for what all processes must draw alike, since sharded networks ask each of them for as many
+             forward passes: the same for 8 batches, or as many as there are processes; and one for this batch
+    """
+    batch = micro * get_processes() + get_rank()
+    group = batch // math.lcm(ALIKE, get_processes())
+    alike = np.random.default_rng([cfg.seed, step, group, number, 1])
+    own = np.random.default_rng([cfg.seed, step, batch, number])
+    torch.manual_seed(int(own.integers(2 ** 62)))
+    return alike, own
 
 
-def flow_matching_update(cfg, preset, stage, optimizers, step, drawn):
+def make_update(cfg, preset, stage, optimizers, step):
     """-> numbers to log, was all finite?"""
-    metrics, loss = {}, 0.
-    for micro in range(cfg.accumulate):
-        metrics |= stage.run_pass(seed_pass(cfg, step, micro), drawn)
-        loss += metrics["loss"]
-    lr = get_lr(preset, step)
-    metrics["grad"], is_finite = optimizer_step(optimizers["net"], lr, loss, cfg.accumulate, preset.clip)
-    return metrics, is_finite
-
-
-def distillation_update(cfg, preset, stage, optimizers, step, drawn):
-    """The same for stages 1 and 2: Algorithm 1."""
-    metrics, lr = dict(drawn), get_lr(preset, step)
-    # one rollout a batch serves every pass of this update, each with a noise level and noise of its own
-    batches = [stage.rollout(seed_pass(cfg, step, micro), drawn) for micro in range(cfg.accumulate)]
-    # the critic follows the student
-    all_finite = True
-    for number in range(CRITIC_PASSES):
-        loss = 0.
-        for micro, videos in enumerate(batches):
-            seed_pass(cfg, step, micro, number)
-            metrics |= stage.critic_pass(videos)
-            loss += metrics["critic_loss"]
-        critic_lr = lr * preset.critic_lr
-        norm, is_finite = optimizer_step(optimizers["critic"], critic_lr, loss, cfg.accumulate, preset.clip)
-        metrics["critic_grad"] = norm
+    metrics, all_finite = {}, True
+    for number, (which, run_pass) in enumerate(stage.passes):
+        total = 0.
+        for micro in range(cfg.accumulate):
+            alike, own = seed_pass(cfg, step, number, micro)
+            drawn = stage.draw(alike, step / preset.updates)
+            found = run_pass(own, drawn)
+            total += sum(found.values())
+            metrics |= found
+        # the network of this pass moves, if all that it found is finite
+        is_critic = which == "critic"
+        lr = get_lr(preset, step) * (preset.critic_lr if is_critic else 1)
+        norm, is_finite = optimizer_step(optimizers[which], lr, total, cfg.accumulate, preset.clip)
+        metrics["critic_grad" if is_critic else "grad"] = norm
         all_finite &= is_finite
-    # the student follows the teacher
-    for micro, videos in enumerate(batches):
-        seed_pass(cfg, step, micro, CRITIC_PASSES)
-        metrics |= stage.student_pass(videos)
-    metrics["grad"], is_finite = optimizer_step(optimizers["net"], lr, 0., cfg.accumulate, preset.clip)
-    return metrics, all_finite and is_finite
+    return metrics, all_finite
 
 
 # ---- what one can look at ----------------------------------------------------------------------------------
@@ -269,7 +270,8 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
     if get_rank() == 0:
         for name, net in nets.items():
             path = Path(cfg.out, part, f"{name}.safetensors")
-            save_weights(path, net.state_dict(), net.config, facts)
+            # what ships is bfloat16; a next stage that starts there would not see how little it changes
+            save_weights(path, net.state_dict(), net.config, facts, torch.float32)
             print(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
 
@@ -308,28 +310,35 @@ def check_teacher(out, inputs, teacher):
     print(f"does the teacher use its context? {found}")
 
 
-def train(cfg, part, device):
-    """One part, from its start or its newest checkpoint to its weights."""
-    preset = settings(cfg, part)
-    out = Path(cfg.out, part)
-    out.mkdir(parents=True, exist_ok=True)
-    is_first = get_rank() == 0
-
-    # ---- networks: what is trained, and its averages, which are what is looked at and saved
+def prepare(cfg, part, preset, device):
+    """-> inputs, Stage, what is trained, its averages (what is looked at and saved), and optimizers"""
     inputs = load_inputs(cfg, part, preset, device)
     stage = make_stage(cfg, part, preset, inputs)
     nets = ModuleDict(stage.nets).requires_grad_()
     ema = ModuleDict({name: copy.deepcopy(net) for name, net in nets.items() if name != "critic"})
     ema.eval().requires_grad_(False)
     if cfg.wan:
-        shard(nets, ema)
+        frozen = [stage.teacher] if stage.teacher else []
+        shard([*nets.values(), *ema.values(), *frozen])
+    return inputs, stage, nets, ema, make_optimizers(cfg, preset, nets)
 
-    # ---- optimizers
-    optimizers = make_optimizers(cfg, preset, nets)
+
+def train(cfg, part, device):
+    """One part, from its start or its newest checkpoint to its weights."""
+    preset = settings(cfg, part)
+    out = Path(cfg.out, part)
+    out.mkdir(parents=True, exist_ok=True)
+    is_first = get_rank() == 0
+    inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
+    bank = stage.states.get("bank")
+    if part == "stage2" and is_first:
+        shares = keyframe_histogram(preset.shortest, preset.longest, preset.ramp, TARGET_CHUNKS)
+        told = ", ".join(f"{i}: {share:.0%}" for i, share in enumerate(shares))
+        print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
 
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
-    others = {"ema": ema, "bank": stage.bank} if stage.bank else {"ema": ema}
+    others = {"ema": ema, **stage.states}
     step = load_checkpoint(out, nets, every_optimizer, others)
     if part == "stage2" and step == 0 and is_first and not cfg.wan:
         check_teacher(out, inputs, stage.teacher)
@@ -342,22 +351,19 @@ def train(cfg, part, device):
     bar = tqdm(total=preset.updates, initial=step, desc=part, disable=not is_first)
     while not is_over:
         started = time.time()
-        # 1. what this update is like: the same in all processes
-        drawn = stage.draw(np.random.default_rng([cfg.seed, step]), step / preset.updates)
-        # 2. forward, backward, step
-        update = distillation_update if preset.teacher else flow_matching_update
-        metrics, is_finite = update(cfg, preset, stage, optimizers, step, drawn)
+        # 1. forward, backward, step
+        metrics, is_finite = make_update(cfg, preset, stage, optimizers, step)
         lr = get_lr(preset, step)
-        # 3. the averages follow, quickly at first: EMA warm-up
+        # 2. the averages follow
         if is_finite:
-            update_ema(ema, nets, min(preset.ema_decay, (step + 1) / (step + 10)))
+            update_ema(ema, nets, get_ema_decay(preset, step))
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        # 4. the errors of this update go into the bank
-        if stage.bank:
-            stage.bank.recycle()
+        # 3. the errors of this update go into the bank
+        if bank:
+            bank.recycle()
         step += 1
         is_over = any_process(stop.number is not None) or step == preset.updates
-        # 5. look at it, and log
+        # 4. look at it, and log
         metrics |= look(part, preset, step, inputs, ema, stage.sampler)
         seconds = time.time() - started
         write_log(out, {"step": step, **metrics, "lr": lr, "skipped": bad_in_a_row, "seconds": seconds})
@@ -367,7 +373,7 @@ def train(cfg, part, device):
         if bad_in_a_row == BAD_IN_A_ROW:
             raise SystemExit(f"stopped: {bad_in_a_row} updates in a row had a loss or gradient that is not "
                              f"finite; the last good checkpoint is in {out}")
-        # 6. checkpoint
+        # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)
         save_strip(part, preset, step, inputs, ema, stage.sampler, out)
