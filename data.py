@@ -36,13 +36,11 @@ from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
 from world import WorldSpec
 
 FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
-CLIPS = 1024              # training clips of the small world, all motions
+CLIPS = 768               # training clips of the small world
 CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a target
-STEADY_TURN_CLIPS = 1600  # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-STEADY_TURN_CHUNKS = 27
+EMPTY_CLIPS = 384         # clips that are also encoded without houses
 LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-COUNTERFACTUALS = 640     # clips of each set that have a counterfactual: the same motion past other landmarks
-BACK = 12                 # chunks in which something comes back are targets so many times as often
+BACK = 12                 # chunks in which a house comes back are targets so many times as often
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
 
@@ -87,13 +85,10 @@ def held_frames(policy, keep, evict_first=True):
 
 # ---- the small world: latents ------------------------------------------------------------------------------
 
-def training_worlds(clips, seed, steady_turns=False):
-    """WorldSpecs of a training run's clips, of all motions or of turns of 8 to 16 s; never held-out ones."""
-    rng = np.random.default_rng([seed, 0x1E55 if steady_turns else 0xDA7A])
-    seeds = rng.integers(world.HELD_OUT, size=clips).tolist()
-    if steady_turns:
-        return [WorldSpec(s, "turn", 8 + s % 9) for s in seeds]
-    return [WorldSpec(s) for s in seeds]
+def training_worlds(clips, seed):
+    """WorldSpecs of a training run's clips; never held-out ones."""
+    rng = np.random.default_rng([seed, 0xDA7A])
+    return [WorldSpec(s) for s in rng.integers(world.HELD_OUT, size=clips).tolist()]
 
 
 @torch.no_grad()
@@ -152,13 +147,11 @@ class Histories:
         frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
         worlds = [world.make_world(spec) for spec in specs]
         heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
-        self.captions = [w.caption for w in worlds]
-        self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
-
-        # chunks in which something comes back are drawn more often
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
-        back = landmark_returns(heading) | camera_returns(heading)
-        self.weight = np.where(back, float(BACK), 1.)
+        self.captions = [w.caption for w in worlds]
+
+        # chunks in which a house comes back are drawn more often
+        self.weight = np.where(landmark_returns(heading), float(BACK), 1.)
 
         # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
         self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
@@ -176,13 +169,13 @@ class Histories:
     def draw_history(self, rng, batch, ahead=1, clips=None):
         """
         ahead    so many chunks follow the past
-        clips    None, or: only the first so many clips, and only policies that fill all places
+        clips    None, or: of the first so many clips
         returns  History
         """
         drawn = []
         for _ in range(batch):
             # a policy or keep rule, a clip, and one of its chunks by weight
-            other = rng.random() < OTHER and ahead == 1 and not clips
+            other = rng.random() < OTHER and ahead == 1
             name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
             clip = rng.integers(clips or len(self.weight))
             weight = self.weight[clip, FULL:self.weight.shape[1] - ahead + 1]
@@ -191,26 +184,14 @@ class Histories:
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))
 
-    def draw_keep(self, rng, clip):
-        """clip (b,) -> (b, chunks) bool: keep decisions of a rule drawn for each"""
-        return torch.stack([self.keep[str(rng.choice(KEEP_RULES))][c] for c in clip])
-
 
 def landmark_returns(heading):
-    """heading (b, chunks, 12) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
-    # which landmarks each chunk shows, and which it misses that were seen: (b, chunks, 8)
+    """heading (b, chunks, 12) -> (b, chunks) bool: a house comes back that was out of view for a chunk"""
+    # which houses each chunk shows, and which it misses that were seen: (b, chunks, 8)
     seen = (np.abs(world.offsets(heading)) <= world.GONE).any(2)
     gone = np.logical_or.accumulate(seen, axis=1) & ~seen
     back = seen[:, 1:] & gone[:, :-1]
     return np.pad(back.any(2), ((0, 0), (1, 0)))
-
-
-def camera_returns(heading):
-    """heading (b, chunks, 12) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
-    columns = heading.reshape(len(heading), -1)
-    direction = np.sign(np.diff(columns, append=columns[:, -1:]))
-    turns = np.diff(direction, prepend=0) != 0
-    return turns.reshape(heading.shape).any(2)
 
 
 class Shuffled:
@@ -244,19 +225,20 @@ def take_frames(latents, clip, frame, device):
 
 class WorldClips(Histories):
     """Clips of the small world, with histories of theirs."""
-    def __init__(self, specs, chunks, cache, features, device, for_student=True):
+    def __init__(self, seed, cache, features, device, for_student=True):
         """
         cache        (WorldSpecs, latents) -> latents of so many frames each, as from latent_cache()
         features     captions -> (b, m, text_dim)
-        for_student  with counterfactuals, and histories as a student sees them; False: a teacher's contexts
+        for_student  also encoded without houses, and histories as a student sees them; False: a teacher's
+                     contexts
         """
-        super().__init__(specs, chunks, evict_first=for_student)
+        specs = training_worlds(CLIPS, seed)
+        super().__init__(specs, CHUNKS, evict_first=for_student)
         self.features = features
         self.device = device
-        self.latents = cache(specs, chunks * CHUNK)
+        self.latents = cache(specs, CHUNKS * CHUNK)
         if for_student:
-            others = [replace(spec, counterfactual=True) for spec in specs[:COUNTERFACTUALS]]
-            self.counterfactuals = cache(others, chunks * CHUNK)
+            self.empty = cache([replace(spec, empty=True) for spec in specs[:EMPTY_CLIPS]], CHUNKS * CHUNK)
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""
@@ -264,14 +246,6 @@ class WorldClips(Histories):
 
     def text(self, clip):
         return self.features([self.captions[c] for c in clip])
-
-
-def training_clips(seed, cache, features, device, for_student):
-    """The small world's training clips, as WorldClips: of all motions, and of steady turns."""
-    all_motions = training_worlds(CLIPS, seed)
-    steady_turns = training_worlds(STEADY_TURN_CLIPS, seed, steady_turns=True)
-    return (WorldClips(all_motions, CHUNKS, cache, features, device, for_student),
-            WorldClips(steady_turns, STEADY_TURN_CHUNKS, cache, features, device, for_student))
 
 
 # ---- folders of videos -------------------------------------------------------------------------------------

@@ -53,21 +53,9 @@ def v_from_x0(xt, x0, t):
     return (xt.float() - x0.float()) / over_frames(t)
 
 
-def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
-    """
-    Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the
-    best v stays the same, but what is small in pixels and means much (here the sky's hue, which is the
-    compass) is learned sooner.
-    v, v_star  (b, f, c, h, w); t (b, f)
-    probe      None, or (k, c h w): the error of x0 = t (v - v_star) along these directions counts too
-    returns    (b,)
-    """
-    error = v.float() - v_star
-    loss = error.square().mean((1, 2, 3, 4))
-    if probe is not None:
-        along = t[..., None] * error.flatten(2) @ probe.T  # (b, f, k)
-        loss = loss + probe_weight * along.square().sum(-1).mean(1)
-    return loss
+def flow_matching_loss(v, v_star):
+    """v and v* = noise - x0 (b, f, c, h, w) -> loss of each sample (b,), |v - v*|^2"""
+    return (v.float() - v_star).square().mean((1, 2, 3, 4))
 
 
 def guide(cond, uncond, w):

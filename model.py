@@ -231,6 +231,11 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.head.weight)
+        # a perfect match of normalised queries and keys scores sqrt(d): with narrow heads, too little to win
+        # against a whole memory of others
+        for block in self.blocks:
+            nn.init.constant_(block.self_attn.norm_q.weight, 2.)
+            nn.init.constant_(block.self_attn.norm_k.weight, 2.)
         return self
 
     def text(self, features):

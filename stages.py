@@ -30,7 +30,7 @@ import erft
 import world
 from checkpoint import barrier, get_processes, get_rank
 from config import BadInput, has_bf16
-from data import ClipFolder, Shuffled, latent_cache, training_clips
+from data import ClipFolder, Shuffled, WorldClips, latent_cache
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
@@ -42,9 +42,6 @@ from world import WorldSpec
 CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
 NO_TEXT = .1      # base and teacher: share of the samples without text,
 NO_CONTEXT = .1   # and (teacher) without context
-# vae: from this share of the updates on the sky counts four times and channels are decorrelated; else 3 % of
-# the latents' variance tells the heading, and no network looks it up
-SHARPEN = .7
 TARGET_CHUNKS = erft.TARGET // CHUNK
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -60,7 +57,6 @@ class Inputs(Networks):
     device: torch.device = None
     prompts: list = ()           # of --data; none: the small world's captions
     folder: ClipFolder = None    # of --data
-    probe: torch.Tensor = None   # where latents show the heading
     autocast: object = None      # of forward passes
 
 
@@ -92,7 +88,7 @@ def tiny_inputs(cfg, part, preset, device):
         encoder.to(device)
         sampler = Sampler(**facts["sampler"])
     # the autoencoder
-    vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
+    vae = TAE(tiny_tae).initialise() if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=torch.channels_last)
     return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
 
@@ -139,8 +135,6 @@ def load_inputs(cfg, part, preset, device):
         mine = sorted(texts)[get_rank()::get_processes()]
         inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device)
         barrier()
-    elif preset.heading_weight and not inputs.folder:
-        inputs.probe = causal.fit_heading_probe(partial(real_latents, cfg, inputs)).to(device)
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
     inputs.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
     return inputs
@@ -152,11 +146,11 @@ def real_latents(cfg, inputs, worlds, latents):
 
 
 def load_clips(cfg, inputs, for_student):
-    """-> clips of all motions, and of steady turns; with --data, both are its folder."""
+    """-> clips of the small world, or those of --data"""
     if inputs.folder:
-        return inputs.folder, inputs.folder
+        return inputs.folder
     cache = partial(real_latents, cfg, inputs)
-    return training_clips(cfg.seed, cache, inputs.features, inputs.device, for_student)
+    return WorldClips(cfg.seed, cache, inputs.features, inputs.device, for_student)
 
 
 # ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
@@ -164,7 +158,6 @@ def load_clips(cfg, inputs, for_student):
 def vae_pass(inputs, batch, rng, done):
     """Clips of 17 frames, 5 latents."""
     vae = inputs.vae
-    is_late = done >= SHARPEN
     # real clips, in [-1, 1]
     clips = []
     for _ in range(batch):
@@ -174,34 +167,36 @@ def vae_pass(inputs, batch, rng, done):
     with inputs.autocast:
         z = vae.encode(video)
         # noise on the latents: neighbouring latents must decode alike, which makes them easy to generate
-        noisy = z + (.2 if is_late else .1) * torch.randn_like(z)
-        decoded, _ = vae.run(vae.decoder, noisy, None)
-    # pixels
-    error = (decoded[:, 3:].float() - (video * .5 + .5)).square()
-    mse = error.mean()
-    sky = error[..., :world.TOP, :].mean()
-    # latents: mean 0 and variance 1 in each channel; in the end no channel tells of another
+        decoded, _ = vae.run(vae.decoder, z + .1 * torch.randn_like(z), None)
+    # pixels, and how they change from frame to frame: without it frames come in pairs
+    real = video * .5 + .5
+    decoded = decoded[:, 3:].float()
+    mse = (decoded - real).square().mean()
+    moved, real_moved = decoded.diff(dim=1), real.diff(dim=1)
+    motion = (moved - real_moved).square().mean()
+    speed = rms(moved) - rms(real_moved)
+    # latents: mean 0 and variance 1 in each channel, and no channel tells of another
     z = rearrange(z.float(), "b f c h w -> (b f w h) c")
-    mean = z.mean(0)
-    z = z - mean
-    spread = (z.std(0) - 1).square().mean()
-    if is_late:
-        covariance = z.T @ z / len(z)
-        identity = torch.eye(z.shape[1], device=z.device)
-        spread = (covariance - identity).square().sum(1).mean()
-    unit = mean.square().mean() + spread
-    loss = mse + 3 * is_late * sky + .02 * unit
+    mean, std = z.mean(0), z.std(0)
+    covariance = (z - mean).T @ (z - mean) / len(z)
+    others = covariance - covariance.diag().diag()
+    unit = mean.square().mean() + (std - 1).square().mean() + others.square().sum(1).mean()
+    loss = mse + .5 * motion + .5 * speed.square().mean() + .02 * unit
     loss.backward()
-    decibels = {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item())}
-    return decibels | {"unit": unit.item(), "loss": loss.item()}
+    return {"psnr": -10 * math.log10(mse.item()), "motion": motion.item(), "speed": speed.square().mean().item(),
+            "unit": unit.item(), "loss": loss.item()}
 
 
-def teacher_forcing_pass(inputs, batch, clips, objective, rng, drawn):
+def rms(change):
+    """(b, f, c, h, w) -> (b, f)"""
+    return (change.square().mean((2, 3, 4)) + 1e-6).sqrt()
+
+
+def teacher_forcing_pass(inputs, batch, clips, objective, rng, kind):
     with inputs.autocast:
-        clips = clips[drawn.steady_turns]
-        loss = causal.teacher_forcing_loss(inputs.dit, clips, drawn, rng, batch, objective)
+        loss = causal.teacher_forcing_loss(inputs.dit, clips, kind, rng, batch, objective)
     loss.backward()
-    return {"loss": loss.item(), f"loss_{drawn.kind}": loss.item()}
+    return {"loss": loss.item(), f"loss_{kind}": loss.item()}
 
 
 def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done):
@@ -217,19 +212,12 @@ def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done)
     return {"loss": loss.item()}
 
 
-def draw_bidirectional(rng, done):
-    return {"steady_turns": rng.random() < .5, "keyframes_only": rng.random() < .3 and done < .5}
-
-
-def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
+def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, done):
     """21 latents at once: base from text, the teacher behind a context."""
     net, batch = inputs.dit, preset.batch
-    # a real past as memory would hold it, or what is left of it, and the 21 latents that follow
-    clips = clips[drawn["steady_turns"]]
+    # a real past as memory would hold it, and the 21 latents that follow
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     first, frame = CHUNK * history.chunk, history.frame
-    if drawn["keyframes_only"] and not cfg.wan:
-        frame = frame[:, CHUNK:CHUNK + causal.SLOW]
     # some samples have no text, some no context, and start where a video starts
     has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT) & bool(bank)
     has_text = torch.from_numpy(rng.random(batch) >= NO_TEXT).to(inputs.device)
@@ -250,13 +238,11 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     for rows, places in ((has_context, frame.shape[1]), (~has_context, 0)):
         if not rows.any():
             continue
-        probe_weight = preset.heading_weight if places else 0.
         rows = rows.nonzero()[:, 0].to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
                 net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
-                t[rows], features[rows], inputs.grid, cfg.errors, inputs.probe, probe_weight,
-                len(rows) / batch)
+                t[rows], features[rows], inputs.grid, cfg.errors, len(rows) / batch)
     errors = {"errors": float(bank.count.sum())} if bank else {}
     return {"loss": loss} | errors
 
@@ -293,7 +279,7 @@ def make_stage(cfg, part, preset, inputs):
         sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
         run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
         states = {"bank": bank} if bank else {}
-        return Stage({part: inputs.dit}, sampler, draw_bidirectional, [("net", run_pass)], states=states)
+        return Stage({part: inputs.dit}, sampler, only_done, [("net", run_pass)], states=states)
     return Distillation(cfg, part, preset, inputs).stage()
 
 
@@ -303,12 +289,11 @@ def causal_stage(cfg, preset, inputs):
     if inputs.encoder:
         nets["text"] = inputs.encoder
     clips = load_clips(cfg, inputs, for_student=True)
-    curriculum = causal.FOLDER_CURRICULUM if inputs.folder else causal.HISTORY_CURRICULUM
-    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise,
-                                 inputs.probe, preset.heading_weight)
+    histories = causal.FOLDER_HISTORIES if inputs.folder else causal.HISTORIES
+    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise)
     sampler = Sampler() if cfg.wan else inputs.sampler
     run_pass = partial(teacher_forcing_pass, inputs, preset.batch, clips, objective)
-    return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum), [("net", run_pass)])
+    return Stage(nets, sampler, partial(causal.draw_kind, histories), [("net", run_pass)])
 
 
 def few_steps_stage(cfg, preset, inputs):
@@ -325,7 +310,7 @@ def few_steps_stage(cfg, preset, inputs):
         trajectories = causal.ode_trajectories(
             Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
             inputs.latent, together)
-    objective = causal.Objective(inputs.grid, preset.shift, 0., inputs.probe, preset.heading_weight)
+    objective = causal.Objective(inputs.grid, preset.shift)
     run_pass = partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective)
     return Stage({"init_ode": net}, inputs.sampler, only_done, [("net", run_pass)])
 
@@ -404,8 +389,7 @@ class Distillation:
         t, noise = self.score_noise(videos.trace.x)
         with self.inputs.autocast:
             loss, error = dmd.critic_step(
-                self.critic, videos.features, videos.trace, t, noise, self.inputs.grid,
-                self.inputs.probe, self.preset.critic_heading_weight)
+                self.critic, videos.features, videos.trace, t, noise, self.inputs.grid)
         return {"critic_loss": loss} | error_by_level("fake", error, t)
 
     def student_pass(self, rng, drawn):
@@ -415,7 +399,7 @@ class Distillation:
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise,
-                self.inputs.grid, preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
+                self.inputs.grid, preset.guidance, self.negative)
         numbers = {"norm": norm.mean().item(), "std": trace.x.std().item()}
         found = error_by_level("real", error, t) | kept_and_oldest(trace.rollout, videos.kinds)
         return drawn | numbers | found

@@ -109,9 +109,6 @@ class Preset:
     ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
     shift: float = 3.           # training noise levels: uniform, shifted by this
     context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
-    # of the heading in the loss: the sky's hue is next to nothing in the mean error, and a network whose sky
-    # lags behind looks the wrong landmarks up
-    heading_weight: float = 0.
     save_every: int = 250       # updates: checkpoints,
     strip_every: int = 500      # strips,
     probe_every: int = 250      # and probes; 0 = never
@@ -121,7 +118,6 @@ class Preset:
     longest: int = 7            # at most,
     ramp: float = 1.            # from this share of the updates on
     critic_lr: float = 2.       # times lr
-    critic_heading_weight: float = 0.
     beta2: float = .99          # of AdamW
     clip: float = 1.            # most gradient norm
     guidance: float = 1.        # of the real score
@@ -129,16 +125,15 @@ class Preset:
 
 DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.95, strip_every=100, probe_every=50)
 TINY = {
-    "vae": Preset(3500, 2e-3, batch=8, ema_decay=.99, probe_every=0),
-    "init_ar": Preset(10000, 1.5e-3, heading_weight=40.),
-    "init_ode": Preset(600, 2e-4, "init_ar", warmup=50, ema_decay=.99, heading_weight=40.),
+    "vae": Preset(2000, 2e-3, batch=8, ema_decay=.99, probe_every=0),
+    "init_ar": Preset(4000, 1.5e-3),
+    "init_ode": Preset(600, 2e-4, "init_ar", warmup=50, ema_decay=.99),
     "base": Preset(3200, 1.5e-3, "init_ar", probe_every=0),
     # from init_ar, which remembers: from base it did not learn to (recall .10 after 500 updates against .33)
-    "teacher": Preset(2200, 7e-4, "init_ar", heading_weight=4.),
-    # no weight on the heading: its teacher makes that up
+    "teacher": Preset(2200, 7e-4, "init_ar"),
     "stage1": replace(DISTIL, updates=50, lr=5e-5, start="init_ode", teacher="base"),
     "stage2": replace(DISTIL, updates=80, lr=6e-5, start="stage1", teacher="teacher", batch=12,
-                      shortest=14, longest=40, ramp=.5, heading_weight=1., critic_heading_weight=4.),
+                      shortest=14, longest=40, ramp=.5),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
