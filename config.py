@@ -85,7 +85,12 @@ def pick_device(name):
     one_of("--device", name, known)
     if not known[name]:
         raise BadInput(f"--device {name} is not available here: leave it out for the best there is")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    # torchrun starts a process for each device
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def has_bf16(device):

@@ -37,6 +37,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
 }
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBED = 16        # held-out worlds that a probe looks at
+PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip or encodes prompts
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
@@ -226,6 +228,21 @@ def look(part, preset, step, inputs, ema, sampler):
     return probe(averaged(part, inputs, ema, sampler), held_out(PROBED))
 
 
+def strip_videos(part, m, specs, captions, sampler):
+    """What a strip shows, (b, f, 3, h, w), from weights.Networks"""
+    if part == "vae":
+        clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
+        return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
+    seeds = range(len(captions))
+    text = m.dit.text(m.features(captions))
+    if part in ("base", "teacher"):
+        nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
+        z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
+    else:
+        z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
+    return m.vae.decode(z)[0]
+
+
 @torch.no_grad()
 def save_strip(part, preset, step, inputs, ema, sampler, out):
     """
@@ -239,18 +256,8 @@ def save_strip(part, preset, step, inputs, ema, sampler, out):
         return
     specs = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     captions = m.prompts[:1] or [world.make_world(spec).caption for spec in specs]
-    seeds = range(len(captions))
-    if part == "vae":
-        clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
-        videos, _ = m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))
-    else:
-        text = m.dit.text(m.features(captions))
-        if part in ("base", "teacher"):
-            nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
-            z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
-        else:
-            z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
-        videos, _ = m.vae.decode(z)
+    with inputs.autocast:
+        videos = strip_videos(part, m, specs, captions, sampler)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
     iio.imwrite(out / f"strip_{step:06d}.png", strip.cpu().numpy())
 
@@ -410,10 +417,9 @@ def main():
     check(cfg)
     device = pick_device(cfg.device)
     if "RANK" in os.environ:  # torchrun started this process
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # gradients travel between devices, flags and errors between hosts
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     try:
         for part in PARTS[cfg.stage]:
             if part == "init_ar" and cfg.init:
