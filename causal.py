@@ -274,7 +274,7 @@ def rollout_loss(net, text, clips, clip, drawn, rng, objective):
         memory, rope = rollout.read_context()
         if i in drawn.supervised:
             xt, t, v_star = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), objective.shift)
-            rope = [table.repeat(1, COPIES, 1, 1) for table in rope]
+            rope = rope.repeat(1, COPIES, 1, 1)
             v, _ = net(xt, t, text, rope, memory, mask=own_copy)
             loss = loss + objective.error(v, v_star, t) / len(drawn.supervised)
         x0 = augment_context_noise(x0, objective.context_noise)

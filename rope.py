@@ -22,7 +22,7 @@ Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
@@ -72,19 +72,17 @@ def rope_angles(time, h, w, d):
 
 
 def rope_cos_sin(time, h, w, d):
-    """time (f,) or (b, f) -> cos and sin, each (1 or b, f h w, 1, d / 2): what apply_rope() takes."""
+    """time (f,) or (b, f) -> cos + i sin, complex (1 or b, f h w, 1, d / 2): what apply_rope() takes."""
     angles = rope_angles(torch.atleast_2d(time), h, w, d)
     angles = angles[:, :, None]  # the same for every head
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
 def apply_rope(x, cos_sin):
-    """x (b, n, k, d): pairs (x[2i], x[2i + 1]) turned by the angles, in float32; returned in x's dtype."""
-    cos, sin = cos_sin
-    even, odd = rearrange(x.float(), "b n k (d pair) -> pair b n k d", pair=2)
-    # (even + i odd) (cos + i sin)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rearrange(turned, "b n k d pair -> b n k (d pair)").to(x.dtype)
+    """x (b, n, k, d): pairs x[2i] + i x[2i + 1] turned by the angles, in float32; returned in x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * cos_sin)
+    return turned.flatten(-2).to(x.dtype)
 
 
 if __name__ == "__main__":

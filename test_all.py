@@ -68,7 +68,8 @@ from data import Histories, encode_world, training_worlds
 from evaluate import continue_student, own_reappearances
 from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
-from memory import CHUNK, PRESETS, Entries, Memory, Policy, chunk_descriptor, frames_in_memory, similarity
+from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
+                    similarity)
 from model import DiT, DiTConfig, timestep_embedding, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts, tiny_text
@@ -166,7 +167,7 @@ def test_golden_causal_dit_with_cache(which):
         if held is not None:
             old = rope_of(net, held.frame[0], x)
             keys = [apply_rope(k.flatten(1, 2), old) for k in held.keys]
-            context = [(k, [v.flatten(1, 2)]) for k, v in zip(keys, held.values)]
+            context = [LayerCache(k, v.flatten(1, 2), k.shape[1]) for k, v in zip(keys, held.values)]
         frame = torch.arange(start, start + f)
         rope = rope_of(net, frame, x)
         v, kv = net(x, given[f"t{i}"] / 1000, text, rope, context)
@@ -177,7 +178,7 @@ def test_golden_causal_dit_with_cache(which):
         if i == c["num_clean_chunks"] - 1:
             k0, v0 = apply_rope(kv[0][0], rope), kv[0][1]
             if context is not None:
-                k0, v0 = torch.cat([context[0][0], k0], 1), torch.cat([*context[0][1], v0], 1)
+                k0, v0 = context[0].extend(k0, v0)
             close(k0, want[f"{which}.cache_k0"][:, :k0.shape[1]], 2e-5)
             close(v0, want[f"{which}.cache_v0"][:, :v0.shape[1]], 2e-5)
 
@@ -2500,7 +2501,8 @@ def test_the_formula_of_a_pass_is_what_a_pass_does():
         text = torch.empty(1, config.text_len, 4, 128)
         rope = rope_cos_sin(torch.arange(3), 8, 12, 128)
         x = torch.empty(1, 3, 16, 16, 24)
-        DiT(config)(x, torch.empty(1, 3), [(text, text)] * 8, rope, [(held, [held])] * 8)
+        memory = [LayerCache(held, held, 18 * 96)] * 8
+        DiT(config)(x, torch.empty(1, 3), [(text, text)] * 8, rope, memory)
     assert bench.flops(config, 96, 18) == pytest.approx(count.get_total_flops(), rel=.01)
 
 
@@ -3157,7 +3159,7 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     mask = torch.ones(1, 3, 3, dtype=torch.bool).tril()
     whole, kv = net(x, torch.zeros(1, 3), text, rope, mask=mask)
     first, later = (rope_cos_sin(frame, 2, 4, 32) for frame in (torch.zeros(1), torch.arange(1, 3)))
-    memory = [(apply_rope(k[:, :8], first), [v[:, :8]]) for k, v in kv]
+    memory = [LayerCache(apply_rope(k[:, :8], first), v[:, :8], 8) for k, v in kv]
     with_memory, _ = net(x[:, 1:], torch.zeros(1, 2), text, later, memory, mask=mask[:, 1:, 1:])
     close(with_memory, whole[:, 1:], 1e-5)
 
@@ -3429,8 +3431,7 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     def note(module, args):
         latents, memory = args[0], args[4]
         if memory is not None:
-            keys, values = memory[0]
-            shapes.append([tuple(z.shape) for z in (latents, keys, *values)])
+            shapes.append([tuple(z.shape) for z in (latents, memory[0].keys, memory[0].values)])
     with torch.device("meta"), torch.no_grad():
         net = DiT(replace(DiTConfig(), layers=1))
         net.register_forward_pre_hook(note)
@@ -3438,7 +3439,7 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
         made = [x0.shape for x0 in generate(roll, [0], 10, Sampler(), (16, 60, 104))]
     assert made == [(1, 3, 16, 60, 104)] * 10
     full = shapes[-20:]  # of 5 passes in each of the last 4 chunks
-    assert all(found == full[0] for found in full) and full[0][1] == (1, 18 * 1560, 12, 128)
+    assert all(found == full[0] for found in full) and full[0][1] == (1, 21 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
         roll.similarities[-1].item()  # what this test would have caught
 
@@ -3504,12 +3505,12 @@ def test_a_pass_takes_no_longer_than_a_plain_reference():
     for p in net.parameters():
         p.data *= .2
     x, t, text = noise(1, 3, 16, 16, 24), torch.full((1, 3), .8), random_text(net)
-    parts = [noise(1, n * 96, 4, 128, seed=n) for n in (3, 12, 3)]
-    whole = torch.cat(parts, dim=1)
+    held = noise(1, 18 * 96, 4, 128)
+    room = F.pad(held, (0, 0, 0, 0, 0, 3 * 96))
     rope, levels = rope_cos_sin(torch.arange(18, 21), 8, 12, 128), net.time(t)
     passes = {
-        "ours": lambda: net(x, t, text, rope, [(whole, parts)] * 8, modulation=levels)[0],
-        "plain": lambda: plain_pass(net, x, t, text, [(whole, whole)] * 8),
+        "ours": lambda: net(x, t, text, rope, [LayerCache(room, room.clone(), 18 * 96)] * 8, modulation=levels)[0],
+        "plain": lambda: plain_pass(net, x, t, text, [(held, held)] * 8),
     }
     close(passes["plain"](), passes["ours"](), 1e-3)
     times = {name: [] for name in passes}
