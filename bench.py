@@ -51,9 +51,10 @@ def peak_memory(device):
     """The most memory used so far, as text: of a cuda device, else of the process."""
     if device.type == "cuda":
         return f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the device"
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return "peak memory not measured"
-    import resource  # Windows has none
     unit = 1 if sys.platform == "darwin" else 1024
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB"
 

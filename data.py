@@ -18,6 +18,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from config import STUDENT, BadInput, check_writable, fast_autocast, parse, pick_device, run  # first
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,6 @@ from tqdm import tqdm
 
 import world
 from checkpoint import barrier, get_processes, get_rank
-from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
 from video import FPS, FRAMES, read_frames
 from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
@@ -304,6 +305,7 @@ def read_whole_chunks(file, width, height):
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
+    check_writable(cfg.out)
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

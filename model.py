@@ -161,7 +161,7 @@ class SelfAttention(Attention):
     def forward(self, x, rope, memory, mask, prefix):
         """
         x        (b, n, c)
-        rope     cos + i sin of the n tokens (rope_cos_sin)
+        rope     cos and sin of the n tokens (rope_cos_sin)
         memory   None, or what stands before them in the KV cache, a memory.LayerCache of s tokens
         mask     None, or (b or 1, 1, n, s + n) bool
         prefix   the first so many tokens see each other only, the others see everything: two calls, no mask
@@ -273,7 +273,7 @@ class DiT(nn.Module):
         x           (b, f, c, h, w) noised latents
         t           (b, f)          noise level of each frame, 0 clean .. 1 noise
         text        from self.text()
-        rope        cos + i sin of the tokens of x (rope_cos_sin over its latents' positions)
+        rope        cos and sin of the tokens of x (rope_cos_sin over its latents' positions)
         memory      None, or one memory.LayerCache a layer, seen by all tokens of x
         mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees
                     column

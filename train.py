@@ -33,13 +33,14 @@ import copy
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from config import BadInput, StopSignals, check_writable, one_of, parse, pick_device, run  # first
 
 import imageio.v3 as iio
 import numpy as np
@@ -53,7 +54,6 @@ import causal
 import erft
 import world
 from checkpoint import any_process, barrier, get_processes, get_rank, load_checkpoint, save_checkpoint
-from config import BadInput, one_of, parse, pick_device, run
 from dmd import keyframe_histogram
 from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
@@ -283,17 +283,6 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
     barrier()  # the next part reads what the first process wrote
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run after the update under way."""
-    def __init__(self):
-        self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
-
-    def __call__(self, number, frame):
-        self.number = number
-
-
 # ---- the run -----------------------------------------------------------------------------------------------
 
 def settings(cfg, part):
@@ -330,8 +319,8 @@ def prepare(cfg, part, preset, device):
     return inputs, stage, nets, ema, make_optimizers(cfg, preset, nets)
 
 
-def train(cfg, part, device):
-    """One part, from its start or its newest checkpoint to its weights."""
+def train(cfg, part, device, stop):
+    """One part, from its start or its newest checkpoint to its weights; stop: StopSignals"""
     preset = settings(cfg, part)
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
@@ -351,7 +340,7 @@ def train(cfg, part, device):
         check_teacher(out, inputs, stage.teacher)
 
     # ---- the loop
-    stop = StopSignal()
+    stop.patient = True  # until the update under way is done
     bad_in_a_row = 0
     latest = {}
     is_over = step >= preset.updates
@@ -369,7 +358,7 @@ def train(cfg, part, device):
         if bank:
             bank.recycle()
         step += 1
-        is_over = any_process(stop.number is not None) or step == preset.updates
+        is_over = any_process(stop.code > 0) or step == preset.updates
         # 4. look at it, and log
         metrics |= look(part, preset, step, inputs, ema, stage.sampler)
         seconds = time.time() - started
@@ -389,7 +378,8 @@ def train(cfg, part, device):
     # ---- stopped, or done
     if step < preset.updates:
         print(f"stopped at update {step}; run the same command to go on")
-        sys.exit(130 if stop.number == signal.SIGINT else 143)
+        sys.exit(stop.code)
+    stop.patient = False
     save_networks(cfg, part, preset, inputs, ema, stage.sampler)
 
 
@@ -414,6 +404,7 @@ def check(cfg):
 
 def main():
     cfg = parse(Config)
+    check_writable(cfg.out)
     check(cfg)
     device = pick_device(cfg.device)
     if "RANK" in os.environ:  # torchrun started this process
@@ -421,10 +412,11 @@ def main():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        for part in PARTS[cfg.stage]:
-            if part == "init_ar" and cfg.init:
-                continue  # a causal model is given: only its four steps are wanted
-            train(cfg, part, device)
+        with StopSignals() as stop:
+            for part in PARTS[cfg.stage]:
+                if part == "init_ar" and cfg.init:
+                    continue  # a causal model is given: only its four steps are wanted
+                train(cfg, part, device, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
