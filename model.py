@@ -268,7 +268,7 @@ class DiT(nn.Module):
         blocks = [projection + modulation for modulation in own[:-1]]
         return blocks, embedding.float()[:, :, None] + own[-1]
 
-    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None):
+    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None, with_kv=True):
         """
         x           (b, f, c, h, w) noised latents
         t           (b, f)          noise level of each frame, 0 clean .. 1 noise
@@ -280,6 +280,7 @@ class DiT(nn.Module):
         prefix      so many frames in front are context: they see each other only, the frames after them see
                     all
         modulation  None, or self.time(t), where the same t returns again and again
+        with_kv     False: the second of what is returned stays empty; of 42 latents of Wan it would be 12 GB
         returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of
                     x's tokens, keys after norm_k and before rotation, each (b, f n, k, d)
         source: Wan 2.1 (order of the modulations: shift, scale, gate)
@@ -309,7 +310,8 @@ class DiT(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x, made = block(x, modulation=block_modulation[i], text=text[i], rope=rope,
                             memory=None if memory is None else memory[i], mask=mask, prefix=prefix * n)
-            kv.append(made)
+            if with_kv:
+                kv.append(made)
 
         # tokens to latents; the channel is a patch's fastest index
         v = self.head(x, head_modulation).float()

@@ -1714,7 +1714,7 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
     assert looks["teacher_recall"] > looks["teacher_shuffled_recall"] + .2
     forward = DiT.forward
 
-    def blind(self, x, t, text, rope, prefix=0):
+    def blind(self, x, t, text, rope, prefix=0, with_kv=True):
         """The target as if nothing had been before it; the context gets any velocity."""
         rope = rope[:, -8 * (x.shape[1] - prefix):]
         v, kv = forward(self, x[:, prefix:], t[:, prefix:], text, rope)
