@@ -53,6 +53,7 @@ from tqdm import tqdm
 import causal
 import erft
 import world
+from bench import training_memory
 from checkpoint import any_process, barrier, get_processes, get_rank, load_checkpoint, save_checkpoint
 from dmd import keyframe_histogram
 from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
@@ -331,6 +332,10 @@ def train(cfg, part, device, stop):
         shares = keyframe_histogram(preset.shortest, preset.longest, preset.ramp, TARGET_CHUNKS)
         told = ", ".join(f"{i}: {share:.0%}" for i, share in enumerate(shares))
         print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
+
+    if cfg.wan and is_first:
+        need = training_memory(part, inputs.dit, math.prod(inputs.grid), get_processes())
+        print(f"{part} needs about {need / 1e9:.0f} GB on each of {get_processes()} devices")
 
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
