@@ -19,9 +19,21 @@ import torch
 
 from flow import generate
 from memory import CHUNK
-from model import DiTConfig
+from model import DiT, DiTConfig
 from video import FRAMES
 
+# Training at full size, what each part holds: copies of the float32 weights (weights, gradients, two moments
+# and averages; the critic's first four; the teacher's first), latents of its longest pass with a graph, and
+# latents of keys and values at the end of the student's rollout: what its target saw, memory, that rotated,
+# and two chunks that move.
+TRAINING = {
+    "init_ar": (5, 42, 0),
+    "init_ode": (5, 30, 0),
+    "teacher": (5, 42, 0),
+    "stage1": (10, 21, 21 + 21 + 21 + 6),
+    "stage2": (10, 42, 42 + 21 + 21 + 6),
+}
+BLOCK = 118  # bytes of one block's graph for each number of the residual stream, measured at full size
 CHUNKS = 16  # made for each row of the table; memory is full after the first 7
 
 
@@ -47,13 +59,33 @@ def memory_estimate(networks):
     return sum(p.nbytes for p in weights) + cache
 
 
+def training_memory(part, net, tokens, devices):
+    """
+    Bytes on each of so many devices, one clip a pass: the weights are spread over them, a pass is not.
+    part    of TRAINING
+    net     its DiT
+    tokens  of a latent
+    """
+    copies, latents, held = TRAINING[part]
+    config = net.config
+    weights = sum(p.numel() for p in net.parameters())
+    # every block's input, and the graph of the one that is run again
+    graph = latents * tokens * config.dim * (4 * config.layers + BLOCK)
+    if part.startswith("init"):
+        graph += 3 * (latents * tokens) ** 2  # who sees whom, as bool and as bfloat16
+    rollout = held * tokens * config.dim * 4 * config.layers
+    # autocast keeps the weights in bfloat16 during a pass
+    return 4 * copies * weights / devices + 2 * weights + max(graph, rollout)
+
+
 def peak_memory(device):
     """The most memory used so far, as text: of a cuda device, else of the process."""
     if device.type == "cuda":
         return f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the device"
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return "peak memory not measured"
-    import resource  # Windows has none
     unit = 1 if sys.platform == "darwin" else 1024
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB"
 
@@ -96,3 +128,9 @@ def bench(networks, text, seed):
 if __name__ == "__main__":
     one = flops(DiTConfig(), 30 * 52, 18)
     print(f"one pass of Wan over 3 latents of 832x480 beside 18 held: {one / 1e12:.1f} TFLOP")
+    with torch.device("meta"):
+        wan = DiT(DiTConfig())
+    print("training, GB a device    1    2    4    8 devices")
+    for part in TRAINING:
+        row = [training_memory(part, wan, 30 * 52, devices) / 1e9 for devices in (1, 2, 4, 8)]
+        print(f"{part:22}", *(f"{need:4.0f}" for need in row))

@@ -117,7 +117,7 @@ def packed_forward(net, text, pack, xt, t, grid):
     levels = F.pad(t, (p, 0))
     rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.dim // net.config.heads)
     mask = packed_attention_mask(pack).to(t.device)
-    v, _ = net(x, levels, text, rope, mask=mask)
+    v, _ = net(x, levels, text, rope, mask=mask, with_kv=False)
     return v[:, p:]
 
 

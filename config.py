@@ -1,9 +1,10 @@
 """
-What all scripts share at their border: options, errors with exit codes, devices, files that are written
-whole.
+What all scripts share at their border: options, errors with exit codes, signals, devices, files that are
+written whole.
 
 A script's options are the fields of its dataclass; the comment behind a field is its help. Bad input of any
-kind is a BadInput, which run() turns into one line on stderr and exit code 2.
+kind is a BadInput, which run() turns into one line on stderr and exit code 2. Scripts import this file before
+any package: Ctrl-C during the imports ends quietly, and a missing package is named.
 
     python sample.py --help
 
@@ -12,12 +13,31 @@ Leaves out: config files, nested options, environment variables.
 import argparse
 import difflib
 import inspect
+import itertools
 import os
+import platform
 import re
+import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
+
+
+def end_quietly(kind, error, trace):
+    """What Python does with an error that nothing else caught, the imports' included."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
+    if issubclass(kind, ModuleNotFoundError):
+        print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly
 
 import torch
 
@@ -77,6 +97,26 @@ def within(name, value, low, high):
         raise BadInput(f"{name} must lie from {low} to {high}, not {value}")
 
 
+def check_schema(path, value, schema, field="content"):
+    """
+    Raises BadInput that names file and field unless a value that was read is what the schema says: a type;
+    {name: schema}, a dict with at least these; [schema], a list of such; (schema, None), such or None.
+    """
+    kind = schema if isinstance(schema, type) else type(schema)
+    if kind is tuple:
+        if value is not None:
+            check_schema(path, value, schema[0], field)
+        return
+    if not isinstance(value, kind):
+        raise BadInput(f"{path} is damaged: its {field} must be {kind.__name__}, not {type(value).__name__}")
+    if isinstance(schema, dict):
+        for name, inner in schema.items():
+            check_schema(path, value.get(name), inner, f"{field}, {name}")
+    if isinstance(schema, list):
+        for item in value:
+            check_schema(path, item, schema[0], field)
+
+
 def pick_device(name):
     """'' -> the best device there is; else the named one, which must be there."""
     # the fastest first
@@ -85,7 +125,12 @@ def pick_device(name):
     one_of("--device", name, known)
     if not known[name]:
         raise BadInput(f"--device {name} is not available here: leave it out for the best there is")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    # torchrun starts a process for each device
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def has_bf16(device):
@@ -103,32 +148,125 @@ def fast_autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
+def use_one_thread():
+    """
+    For networks as small as the tiny ones: threads would wait for each other. `sample.py --seconds 20` on two
+    cores, one of them busy: 128 frames/s with one thread, 15 with two. OMP_NUM_THREADS has the last word.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+PART = re.compile(r"\.(.+)\.(\d+)\.\d+\.part(\..*)?")  # machine, process, number: a file being written
+numbers = itertools.count()
+
+
+def check_writable(folder):
+    """Raises BadInput now, rather than after the work, if the folder cannot be made or written to."""
+    folder = Path(folder).absolute()
+    # the nearest folder that is there
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
+
+
+@lru_cache
+def remove_parts_of_killed_runs(folder):
+    """Once a process and folder."""
+    for part in folder.glob(".*.part*"):
+        match = PART.fullmatch(part.name)
+        if match and match[1] == platform.node():
+            import psutil  # comes with imageio[ffmpeg]
+            if not psutil.pid_exists(int(match[2])):
+                part.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_or_absent(path):
     """
     with whole_or_absent(path) as part: write to `part`; it becomes `path` at the end, or vanishes on error.
+    An OSError (a full disk) becomes a BadInput.
     """
     path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"cannot write {path}: it is a folder")
     # the name is hidden, and ends as the whole one's, which tells the format
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".{platform.node()}.{os.getpid()}.{next(numbers)}.part{path.suffix}")
     try:
+        # in the same folder, because only there it can be renamed
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts_of_killed_runs(path.parent)
         part.touch()
-    except OSError as error:
-        raise BadInput(f"cannot write to {path.parent}: {error.strerror}") from None
-    try:
         yield part
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        # Windows: another program has the older file open
+        except PermissionError:
+            kept = path.with_stem(f"{path.stem}-{os.getpid()}")
+            os.replace(part, kept)
+            raise BadInput(f"{path} is in use, so what was to replace it is {kept}: rename it") from None
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
+# ---- the end of a run --------------------------------------------------------------------------------------
+
+class StopSignals:
+    """
+    with StopSignals() as stop: Ctrl-C ends the program with 130, SIGTERM and SIGHUP (a closed terminal) with
+    143. Where `patient` is set, the first of them only sets `code`, so that work under way can be finished
+    and saved; one that comes a second later does not wait. (torchrun sends each twice, one after the other.)
+    """
+    def __init__(self, patient=False):
+        self.patient = patient
+        self.code = 0
+        self.since = 0.     # when `code` was set
+        self.before = {}    # signal -> its handler outside
+
+    def __enter__(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup has it ignored
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, stack):
+        code = 130 if number == signal.SIGINT else 143
+        now = time.monotonic()
+        if not self.patient or self.code and now > self.since + 1:
+            sys.exit(code)
+        if not self.code:
+            self.code = code
+            self.since = now
+
+
 def run(main):
     """main() with the project's exit codes: 2 bad input (one line, no traceback), 130 Ctrl-C, 143 SIGTERM."""
+    # a terminal that is not UTF-8 shows what it lacks as \u732b
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with StopSignals():
+            main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = " ".join(str(error).split())
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
+    except NotImplementedError as error:
+        told = " ".join(str(error).split())
+        print(f"error: use --device cpu, as this device lacks an operation: {told:.200}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

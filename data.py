@@ -18,6 +18,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from config import STUDENT, BadInput, check_writable, fast_autocast, parse, pick_device, run  # first
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,6 @@ from tqdm import tqdm
 
 import world
 from checkpoint import barrier, get_processes, get_rank
-from config import STUDENT, BadInput, fast_autocast, parse, pick_device, run
 from memory import CHUNK, PRESETS, frames_in_memory
 from video import FPS, FRAMES, read_frames
 from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
@@ -43,6 +44,7 @@ LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowes
 BACK = 12                 # chunks in which a house comes back are targets so many times as often
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
+RUN = 6                   # chunks that surprise, or do not, one after another, in the mean
 
 KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
 OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
@@ -277,6 +279,7 @@ def read_whole_chunks(file, width, height):
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
+    check_writable(cfg.out)
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -307,6 +310,16 @@ def encode_videos(cfg, device):
         write_safetensors(shard, tensors, {"caption": captions[file]})
 
 
+def keep_with_gaps(rng, chunks, has_gaps):
+    """
+    (chunks,) bool: every second chunk is kept; with gaps only where the video surprises, which it does for
+    some seconds, and then for some seconds not.
+    """
+    turns = rng.random(chunks) < 1 / RUN
+    surprises = (np.cumsum(turns) + rng.integers(2)) % 2 == 0
+    return torch.from_numpy(surprises | (not has_gaps)) & (torch.arange(chunks) % 2 == 0)
+
+
 class ClipFolder:
     """What encode_videos() wrote, read when it is drawn."""
     def __init__(self, folder, latent, device, evict_first=True):
@@ -326,9 +339,7 @@ class ClipFolder:
                 raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
                                "see --wan and --size of data.py")
             self.chunks.append(n // CHUNK)
-        # every second chunk is kept, so what memory holds depends on the number of chunks alone
-        every_second = torch.arange(LONGEST + 1)[None] % 2 == 0
-        self.held = held_frames(PRESETS["uniform2"], every_second, evict_first)[0]
+        self.evict_first = evict_first
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""
@@ -345,7 +356,10 @@ class ClipFolder:
         clip = rng.integers(len(self.files), size=batch)
         last = [min(LONGEST, self.chunks[c] - ahead) for c in clip]
         chunk = torch.tensor([rng.integers(FULL, n + 1) for n in last])
-        return History(torch.from_numpy(clip), chunk, self.held[chunk])
+        # for half of them every second chunk is kept, for the others surprisal leaves gaps
+        keep = torch.stack([keep_with_gaps(rng, LONGEST + 1, rng.random() < .5) for _ in clip])
+        held = held_frames(PRESETS["uniform2"], keep, self.evict_first)
+        return History(torch.from_numpy(clip), chunk, held[torch.arange(batch), chunk])
 
 
 def main():

@@ -173,13 +173,20 @@ def backward(trace, features, gradient):
     features  text features (b, m, text_dim) of its prompts: their keys and values get a graph in every chunk
     gradient  (b, f, c, h, w): d(loss)/d(trace.x)
     """
-    roll = trace.rollout
     for exit, chunk_gradient in zip(trace.exits, gradient.split(CHUNK, dim=1)):
-        # the same KV cache, constant; the same input; now with a graph
-        segments = [] if exit.held is None else [entries_of(trace.entries, exit.held)]
-        memory, rope = roll.rotated(segments)
-        v, _ = roll.net(exit.xt, exit.t, roll.net.text(features), rope, memory)
-        x0_from_v(exit.xt, v, exit.t).backward(chunk_gradient)
+        exit_x0(trace, exit, features).backward(chunk_gradient)
+
+
+def exit_x0(trace, exit, features):
+    """An Exit again, with a graph -> x0 (b, 3, c, h, w)"""
+    net = trace.rollout.net
+    # the same KV cache, constant
+    segments = [] if exit.held is None else [entries_of(trace.entries, exit.held)]
+    memory, rope = trace.rollout.rotated(segments)
+    del segments  # 5 GB at full size
+    # the same input
+    v, _ = net(exit.xt, exit.t, net.text(features), rope, memory, with_kv=False)
+    return x0_from_v(exit.xt, v, exit.t)
 
 
 # ---- the updates: each adds to .grad, and leaves the step to the optimizer ---------------------------------
@@ -230,6 +237,7 @@ def student_step(student, teacher, critic, features, trace, t, noise, grid, guid
         if guidance != 1:
             away = predict_x0(teacher, negative, trace.context, xt, t, grid)
             real = guide(real, away, guidance)
+    torch.clear_autocast_cache()  # the critic's weights in bfloat16, 3 GB at full size
     # eq. 6
     gradient, norm = dmd_gradient(trace.x, fake, real)
     backward(trace, features, gradient / gradient.numel())

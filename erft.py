@@ -57,7 +57,7 @@ def predict_velocity(net, context, xt, t, text, grid):
     clean = torch.zeros(context.shape[:2], device=t.device)
     x = torch.cat([context, xt], dim=1)
     level = torch.cat([clean, t], dim=1)
-    v, _ = net(x, level, text, rope, prefix=n)
+    v, _ = net(x, level, text, rope, prefix=n, with_kv=False)
     return v[:, n:]
 
 
@@ -246,7 +246,7 @@ if __name__ == "__main__":
         def text(self, features):
             return features
 
-        def forward(self, x, t, text, rope, prefix):
+        def forward(self, x, t, text, rope, prefix, with_kv):
             context, target = x.split([prefix, x.shape[1] - prefix], dim=1)
             print(f"    sees a context of {context.mean():.3f}, a target of {target.mean():.3f};", end=" ")
             return x * 0 - 1 + self.bias, None

@@ -21,6 +21,8 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+from config import STUDENT, BadInput, check_writable, fast_autocast, one_of, parse, pick_device, run  # first
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -29,7 +31,6 @@ from tqdm import tqdm
 import judge
 import report
 import world
-from config import STUDENT, BadInput, fast_autocast, one_of, parse, pick_device, run
 from data import encode_world, frames_of
 from erft import TARGET, extend
 from flow import Rollout, generate
@@ -327,6 +328,7 @@ def make_all(batches, path, device):
 
 def main():
     cfg = parse(Config)
+    check_writable(cfg.out)
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
     if cfg.worlds < 0:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from memory import CHUNK, Entries, Memory, chunk_descriptor, concatenate, similarity
+from memory import CHUNK, Entries, LayerCache, Memory, chunk_descriptor, concatenate, similarity
 from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 
 
@@ -128,7 +128,7 @@ class Rollout:
 
     def rope(self, frame, new=None):
         """
-        cos and sin for the held latents, and for the three after them.
+        cos + i sin for the held latents, and for the three after them.
         frame  (b, m) frame numbers of the held latents
         new    (b, 3) frame numbers of the chunk, None = the next chunk
         """
@@ -152,7 +152,7 @@ class Rollout:
     def read_context(self):
         """
         Make room, read, apply_rope: what the next chunk sees.
-        returns  memory (None or one (keys, values) a layer), cos and sin of the chunk's tokens
+        returns  memory (None or one LayerCache a layer), and rope of the chunk's tokens
         """
         self.context = None  # free the previous chunk's rotated keys before allocating
         self.memory.evict(CHUNK)
@@ -161,19 +161,21 @@ class Rollout:
 
     def rotated(self, segments, new=None):
         """
-        Entries of the KV cache in the order of time -> what read_context() returns. Values stay in their
-        segments, uncopied. new: frame numbers of the chunk that reads, None = the next one.
+        Entries of the KV cache in the order of time -> what read_context() returns. new: frame numbers
+        (b, f) of the latents that read, None = those of the next chunk.
         """
         if not segments:
             return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
         frame = torch.cat([s.frame for s in segments], dim=1)
         held, current = self.rope(frame, new)
+        room = segments[-1].keys[0][:, -1:].expand(-1, CHUNK, -1, -1, -1)  # whatever stands there is overwritten
         memory = []
         for layer in range(len(segments[0].keys)):
-            keys = [rearrange(s.keys[layer], "b m n k d -> b (m n) k d") for s in segments]
-            values = [rearrange(s.values[layer], "b m n k d -> b (m n) k d") for s in segments]
-            keys = apply_rope(torch.cat(keys, dim=1), held)
-            memory.append((keys, values))
+            keys = torch.cat([s.keys[layer] for s in segments], dim=1)
+            keys = apply_rope(keys.flatten(1, 2), held)
+            values = torch.cat([*(s.values[layer] for s in segments), room], dim=1).flatten(1, 2)
+            keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
+            memory.append(LayerCache(keys, values, held.shape[1]))
         return memory, current
 
     def predict(self, x, t, text=None, modulation=None):
@@ -187,8 +189,8 @@ class Rollout:
         memory, rope = self.context
         # the compiled net only when memory is full
         policy = self.memory.policy
-        seen = CHUNK + sum(len(segment) for segment in self.memory.segments())
-        is_full = seen == policy.sink + policy.slow + policy.fast
+        seen = policy.sink + policy.slow + policy.fast
+        is_full = memory is not None and memory[0].keys.shape[1] == seen * self.grid[0] * self.grid[1]
         net = self.compiled if self.compiled is not None and is_full else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 

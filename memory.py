@@ -126,6 +126,27 @@ def concatenate(segments):
     return Entries(torch.cat([s.frame for s in segments], dim=1), latent, keys, values)
 
 
+@dataclass
+class LayerCache:
+    """What a chunk attends to in one layer: rotated keys, and values, with room for its own behind them."""
+    keys: torch.Tensor    # (b, s + room, k, d)
+    values: torch.Tensor  # (b, s + room, k, d)
+    held: int             # s
+
+    def extend(self, keys, values):
+        """
+        The chunk's own (b, n, k, d), rotated, behind what is held -> all keys, all values (b, s + n, k, d).
+        Each pass over the chunk overwrites the one before it; where gradients are wanted, copies are made.
+        """
+        end = self.held + keys.shape[1]
+        if torch.is_grad_enabled() or end > self.keys.shape[1]:
+            keys = torch.cat([self.keys[:, :self.held], keys], dim=1)
+            return keys, torch.cat([self.values[:, :self.held], values], dim=1)
+        self.keys[:, self.held:end] = keys
+        self.values[:, self.held:end] = values
+        return self.keys[:, :end], self.values[:, :end]
+
+
 class Memory:
     """What one rollout holds: three segments of Entries, None as long as nothing has come there."""
     def __init__(self, policy):

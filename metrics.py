@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from config import BadInput, check_writable, parse, pick_device, run  # first
+
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -29,7 +31,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from config import BadInput, parse, pick_device, run
 from report import estimate
 from text import read_prompts
 
@@ -168,6 +169,7 @@ def match_prompts(paths, lines):
 @torch.no_grad()
 def main():
     cfg = parse(Config)
+    check_writable(cfg.out)
     paths = sorted(Path(cfg.videos).glob("*.mp4"))
     if not paths:
         raise BadInput(f"no mp4 in --videos {cfg.videos}: sample.py --prompts FILE makes some")

@@ -54,8 +54,26 @@ tiny_dit = DiTConfig(
 
 # ---- parts -------------------------------------------------------------------------------------------------
 
+class Linear(nn.Linear):
+    """
+    nn.Linear, but on a CPU its larger products go to oneDNN. torch takes MKL, which leaves AVX-512 unused on
+    processors that are not Intel's: measured on an AMD EPYC, 110 GFLOP/s a core, not 250.
+    """
+    def forward(self, x):
+        is_large = x.numel() * self.out_features >= 2 ** 20
+        if not is_large or not x.is_cpu or torch.is_grad_enabled() or not has_onednn(x.dtype):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def has_onednn(dtype):
+    """Does oneDNN multiply matrices of this type here, as they are?"""
+    is_plain = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_plain and torch.backends.mkldnn.is_available()
+
+
 def mlp(c_in, hidden, c_out, activation):
-    return nn.Sequential(nn.Linear(c_in, hidden), activation, nn.Linear(hidden, c_out))
+    return nn.Sequential(Linear(c_in, hidden), activation, Linear(hidden, c_out))
 
 
 class RMSNorm(nn.Module):
@@ -65,8 +83,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
-        return normed.to(x.dtype) * self.weight
+        normed = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return normed.to(x.dtype)  # autocast would keep float32
 
 
 def modulate(x, shift, scale):
@@ -75,7 +93,7 @@ def modulate(x, shift, scale):
     x (b, f, n, c); shift, scale (b, f, 1, c), one a frame; float32
     returns  (b, f n, c)
     """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale).flatten(1, 2)
 
 
@@ -100,9 +118,7 @@ def attend(q, k, v, mask=None):
     mask     None, or (b or 1, 1, n, s) bool, True = seen
     returns  (b, n, k d)
     """
-    q = rearrange(q, "b n k d -> b k n d")
-    k = rearrange(k.to(q.dtype), "b s k d -> b k s d")
-    v = rearrange(v.to(q.dtype), "b s k d -> b k s d")
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, k, n or s, d)
     # on a CPU the backward of this takes half the time of the fused kernel's
     if q.device.type == "cpu" and torch.is_grad_enabled():
         score = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, k, n, s)
@@ -112,7 +128,7 @@ def attend(q, k, v, mask=None):
             y = score.softmax(-1) @ v.to(score.dtype)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(y, "b k n d -> b n (k d)")
+    return y.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -120,15 +136,15 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = RMSNorm(dim)
         self.norm_k = RMSNorm(dim)
 
     def split(self, x):
-        return rearrange(x, "b n (k d) -> b n k d", k=self.heads)
+        return x.unflatten(-1, (self.heads, -1))
 
     def queries(self, x):
         return self.split(self.norm_q(self.q(x)))
@@ -145,24 +161,18 @@ class SelfAttention(Attention):
     def forward(self, x, rope, memory, mask, prefix):
         """
         x        (b, n, c)
-        rope     cos, sin of the n tokens (rope_cos_sin)
-        memory   None, or what stands before them in the KV cache: keys (b, s, k, d), rotated already, and a
-                 list of values that are s long together. A list, because at full size the values of sink,
-                 slow and fast memory are 2.6 GB that would be copied twice: joined by the cache, then joined
-                 with the new ones.
+        rope     cos and sin of the n tokens (rope_cos_sin)
+        memory   None, or what stands before them in the KV cache, a memory.LayerCache of s tokens
         mask     None, or (b or 1, 1, n, s + n) bool
         prefix   the first so many tokens see each other only, the others see everything: two calls, no mask
         returns  (b, n, c), and this call's own keys, not rotated, and values
         """
         k, v = self.keys_values(x)
         q = apply_rope(self.queries(x), rope)
-        keys = apply_rope(k, rope)
-        values = v
+        keys, values = apply_rope(k, rope), v
         # the KV cache stands in front
         if memory is not None:
-            old_keys, old_values = memory
-            keys = torch.cat([old_keys, keys], dim=1)
-            values = torch.cat([*old_values, v], dim=1)
+            keys, values = memory.extend(keys, values)
         y = attend(q[:, prefix:], keys, values, mask)
         # context that does not see what follows it
         if prefix:
@@ -183,10 +193,10 @@ class Block(nn.Module):
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
         """
         x           (b, f, n, c) float32, the residual stream
-        modulation  (b, f, 6, c) float32: shift, scale, gate for self-attention, then for the MLP
+        modulation  (6, b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
         """
         dtype = self.ffn[0].weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation, "b f s c -> s b f 1 c")
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         # self-attention
         y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
         x = torch.addcmul(x, y.float().view_as(x), gate1)
@@ -205,8 +215,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, modulation):
-        """x (b, f, n, c), modulation (b, f, 2, c) float32: shift, scale"""
-        shift, scale = rearrange(modulation, "b f s c -> s b f 1 c")
+        """x (b, f, n, c), modulation (2, b, f, 1, c) float32: shift, scale"""
+        shift, scale = modulation
         return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
 
 
@@ -250,29 +260,32 @@ class DiT(nn.Module):
 
     def time(self, t):
         """
-        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: a list of (b, f, 6, c),
-        one a block, and the head's (b, f, 2, c). The head's comes from the embedding itself, the blocks' from
-        its projection.
+        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: (6, b, f, 1, c) for
+        each block, and (2, b, f, 1, c) for the head. The head's comes from the embedding itself, the blocks'
+        from its projection.
         """
         wave = timestep_embedding(t, self.config.freq_dim)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
             embedding = self.time_embedding(wave.to(self.time_embedding[0].weight.dtype))
-            projection = rearrange(self.time_projection(embedding), "b f (s c) -> b f s c", s=6).float()
-        blocks = [projection + block.modulation.float() for block in self.blocks]
-        return blocks, embedding.float()[:, :, None] + self.head.modulation.float()
+            projection = self.time_projection(embedding)
+        projection = rearrange(projection.float(), "b f (s c) -> s b f 1 c", s=6)
+        own = [rearrange(part.modulation.float(), "1 s c -> s 1 1 1 c") for part in (*self.blocks, self.head)]
+        blocks = [projection + modulation for modulation in own[:-1]]
+        return blocks, embedding.float()[:, :, None] + own[-1]
 
-    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None):
+    def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None, with_kv=True):
         """
         x           (b, f, c, h, w) noised latents
         t           (b, f)          noise level of each frame, 0 clean .. 1 noise
         text        from self.text()
-        rope        cos, sin of the tokens of x (rope_cos_sin over its latents' positions)
-        memory      None, or one (keys, values) pair a layer (SelfAttention), seen by all tokens of x
+        rope        cos and sin of the tokens of x (rope_cos_sin over its latents' positions)
+        memory      None, or one memory.LayerCache a layer, seen by all tokens of x
         mask        None (every frame of x sees every frame of x), or (b or 1, f, f) bool, True = row sees
                     column
         prefix      so many frames in front are context: they see each other only, the frames after them see
                     all
         modulation  None, or self.time(t), where the same t returns again and again
+        with_kv     False: the second of what is returned stays empty; of 42 latents of Wan it would be 12 GB
         returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of
                     x's tokens, keys after norm_k and before rotation, each (b, f n, k, d)
         source: Wan 2.1 (order of the modulations: shift, scale, gate)
@@ -291,7 +304,7 @@ class DiT(nn.Module):
         if mask is not None:
             mask = repeat(mask, "b f g -> b 1 (f n) (g m)", n=n, m=n)
             if memory is not None:
-                mask = F.pad(mask, (memory[0][0].shape[1], 0), value=True)
+                mask = F.pad(mask, (memory[0].held, 0), value=True)
 
         # the blocks
         block_modulation, head_modulation = self.time(t) if modulation is None else modulation
@@ -302,7 +315,8 @@ class DiT(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x, made = block(x, modulation=block_modulation[i], text=text[i], rope=rope,
                             memory=None if memory is None else memory[i], mask=mask, prefix=prefix * n)
-            kv.append(made)
+            if with_kv:
+                kv.append(made)
 
         # tokens to latents; the channel is a patch's fastest index
         v = self.head(x, head_modulation).float()

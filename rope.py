@@ -22,7 +22,7 @@ Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
@@ -72,19 +72,23 @@ def rope_angles(time, h, w, d):
 
 
 def rope_cos_sin(time, h, w, d):
-    """time (f,) or (b, f) -> cos and sin, each (1 or b, f h w, 1, d / 2): what apply_rope() takes."""
+    """time (f,) or (b, f) -> (1 or b, f h w, 1, d): cos and sin of each pair, what apply_rope() takes"""
     angles = rope_angles(torch.atleast_2d(time), h, w, d)
     angles = angles[:, :, None]  # the same for every head
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
 
 
 def apply_rope(x, cos_sin):
-    """x (b, n, k, d): pairs (x[2i], x[2i + 1]) turned by the angles, in float32; returned in x's dtype."""
-    cos, sin = cos_sin
-    even, odd = rearrange(x.float(), "b n k (d pair) -> pair b n k d", pair=2)
-    # (even + i odd) (cos + i sin)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rearrange(turned, "b n k d pair -> b n k (d pair)").to(x.dtype)
+    """x (b, n, k, d): pairs x[2i] + i x[2i + 1] turned by the angles, in float32; returned in x's dtype."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    turn = cos_sin.unflatten(-1, (-1, 2))
+    if x.device.type in ("cpu", "cuda"):
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    # not every device has complex numbers
+    else:
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 if __name__ == "__main__":

@@ -7,39 +7,51 @@ Makes videos: prompt -> mp4, and a picture of what the model remembered.
     python sample.py --teacher --continue clip.mp4     # the context teacher goes on, 21 latents at a time
 
 Chunks of 12 frames are generated, decoded and written one after another, so a long video needs no more memory
-than a short one. Beside each mp4 lies its memory picture: frames over time, how surprising each chunk was and
-which were kept, and what sink, slow and fast memory hold at the end.
+than a short one. A file is named by its prompt, its seed and a hash of all else that makes the picture;
+manifest.jsonl beside it says what that is. A memory picture lies there, too: frames over time, how surprising
+each chunk was and which were kept, and what sink, slow and fast memory hold at the end.
 
 References: Context Forcing, arXiv 2602.06028.
 Leaves out: more than one device; a memory picture of the teacher.
 """
+import hashlib
 import json
 import re
-import signal
 import sys
 import time
-from contextlib import nullcontext
+import unicodedata
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, count, islice, product
 from pathlib import Path
+
+# first: see its head
+from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, parse, pick_device, run,
+                    use_one_thread, whole_or_absent, within)
 
 import torch
 from tqdm import tqdm
 
-import world
 from bench import bench, memory_estimate, peak_memory
-from config import STUDENT, BadInput, parse, pick_device, run, whole_or_absent, within
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK
-from text import read_prompts
-from video import (FPS, THUMBNAILS, chunk_at, chunks_of, frames_in, memory_picture, read_clip, to_uint8,
-                   video_writer)
+from text import check_prompt, read_prompts
+from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
+                   memory_picture, read_clip, read_manifest, to_uint8, video_writer)
 from weights import check_options, load_networks, read_file
+from world import GRAMMAR, WorldSpec, make_world
 
 # options that make a video what it is: a saved state brings them along
 SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
                  "dtype"]
+# what a file with a state holds
+HELD = {"frame": torch.Tensor, "latent": torch.Tensor, "keys": [torch.Tensor], "values": [torch.Tensor]}
+MEMORY = {"warm": bool, "pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
+ROLLOUT = {"chunk": int, "descriptor": torch.Tensor, "similarities": [torch.Tensor], "kept": [torch.Tensor],
+           "memory": MEMORY}
+VIDEO = {"rollout": ROLLOUT, "past": [(torch.Tensor, None)], "frames": int, "surplus": torch.Tensor,
+         "thumbnails": dict}
+STATE = {"options": dict, "video": VIDEO, "model": str}
 
 
 @dataclass
@@ -63,6 +75,7 @@ class Config:
     resume: str = ""           # such a file to go on from, up to --seconds, with its own prompt and settings
     compile: bool = False      # torch.compile from the moment that memory is full
     bench: bool = False        # measure the speed of 16 chunks, write no video
+    overwrite: bool = False    # a file of the same name that is another's; else a number is added
     out: str = "out"           # folder for the videos
     device: str = ""           # cuda | mps | cpu (default: the best there is)
     dtype: str = ""            # bf16 | fp32 (default: bf16 on cuda, else fp32)
@@ -94,70 +107,157 @@ def check(cfg):
         raise BadInput("--resume and --continue are two ways to go on: leave one of them out")
     if cfg.teacher and (cfg.bench or not cfg.continue_):
         raise BadInput("--teacher goes on from a clip: give --continue CLIP, and no --bench")
+    # what would be found out after the work
+    if cfg.save_state and Path(cfg.save_state).is_dir():
+        raise BadInput(f"--save-state {cfg.save_state} is a folder: give a file")
+    check_writable(Path(cfg.save_state).parent)
+    if not cfg.bench:
+        check_writable(cfg.out)
+        find_ffmpeg()
 
 
 def read_switches(prompt, end):
-    """'a | 20: b' -> {0: 'a', 27: 'b'}: which text holds from which chunk on; end: of the video in seconds"""
-    first, *parts = prompt.split("|")
-    switches = {0: first.strip()}
+    """
+    'a | 20: b' -> {0: 'a', 27: 'b'}: which text holds from which chunk on; a bar of the text is written \\|.
+    end  of the video in seconds
+    """
+    check_prompt(prompt)
+    first, *parts = re.split(r"(?<!\\)\|", prompt)
+    switches = {0: first}
     before = 0
     for part in parts:
         second, _, text = part.partition(":")
         try:
             second = float(second)
         except ValueError:
-            raise BadInput("cannot read a prompt switch: "
-                           f"write 'a text | 20: the text from 20 s on', not {part!r}") from None
+            raise BadInput("cannot read a prompt switch: write 'a text | 20: the text from 20 s on', "
+                           f"or \\| for a bar, not {part!r}") from None
         if not before < second < end:
             raise BadInput(f"the prompt switches must come one after another, before the end at {end:g} s")
-        switches[chunk_at(second)] = text.strip()
+        switches[chunk_at(second)] = text
         before = second
-    if not all(switches.values()):
-        raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
-    # halves of surrogate pairs: what Python makes of bytes that are no UTF-8
-    if re.search("[\ud800-\udfff]", prompt):
-        raise BadInput(f"the prompt is no UTF-8 text: {prompt[:60]!r}")
+    switches = {chunk: text.replace("\\|", "|").strip() for chunk, text in switches.items()}
+    for text in switches.values():
+        check_prompt(text)
     return switches
 
 
-def plan_jobs(cfg, done):
-    """The options -> list of Job; done: frames that a resumed video has already"""
-    prompts = read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt]
+def read_prompts_and_switches(cfg):
+    """The options -> {prompt: its switches} and the prompts, some of which may stand there twice"""
     end = float("inf") if cfg.save_state else cfg.seconds  # a saved video may go on to a later switch
-    jobs = {}  # by path: prompts that are alike in their first 120 letters must not share a file
-    for prompt in prompts:
-        switches = read_switches(prompt, end)
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:120] or "video"
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            stem = f"{name}-{seed}-from-{done}" if done else f"{name}-{seed}"
-            if stem in jobs:
-                stem = f"{stem}-{len(jobs)}"
-            jobs[stem] = Job(prompt, switches, seed, Path(cfg.out) / f"{stem}.mp4")
-    return list(jobs.values())
+    switches = {}
+
+    def check_line(prompt):
+        switches[prompt] = read_switches(prompt, end)
+    if cfg.prompts:
+        return switches, read_prompts(cfg.prompts, check_line)
+    check_line(cfg.prompt)
+    return switches, [cfg.prompt]
 
 
 def warn_of_grammar(texts):
     """The tiny text encoder has read nothing but the small world's captions."""
     for text in texts:
-        if not re.fullmatch(world.GRAMMAR, text):
-            print(f"warning: outside the small world's grammar, so anything may come: {text[:60]!r}; it is "
-                  f"{world.GRAMMAR}", file=sys.stderr)
+        if not re.fullmatch(GRAMMAR, text):
+            examples = " or ".join(repr(make_world(WorldSpec(seed)).caption) for seed in range(2))
+            print(f"warning: the tiny model knows captions such as {examples}, so anything may come of "
+                  f"{text[:60]!r}", file=sys.stderr)
             return
 
 
 def load_state(cfg, device):
-    """-> cfg with the options of the saved video, and its Video.state_dict()"""
+    """-> cfg with the options of the saved video, its Video.state_dict(), the hash of its networks"""
     state, _ = read_file(cfg.resume, device)
     if "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
+    check_schema(cfg.resume, state, STATE)
     video = state["video"]
     if frames_in(cfg.seconds) <= video["frames"]:
         raise BadInput(f"{cfg.resume} is {video['frames'] / FPS:g} s long already: give --seconds above that")
-    # an option that says something else than the state is refused, not ignored
-    for name, saved in state["options"].items():
-        if getattr(cfg, name) not in (getattr(Config, name), saved):
-            raise BadInput(f"{cfg.resume} was made with --{name} {saved}: leave that option out")
-    return replace(cfg, **state["options"]), video
+    # a file may hold anything: only these options count, and they are read as the command line is
+    options = {name: state["options"].get(name) for name in SAVED_OPTIONS}
+    try:
+        saved = parse(Config, [f"--{name}={value}" for name, value in options.items() if value is not None])
+        check_options(saved)
+    except BadInput as error:
+        raise BadInput(f"{cfg.resume} is damaged: {error}") from None
+    # an option that says something else than the state is refused, but for weights that were moved
+    for name in SAVED_OPTIONS:
+        given, value = getattr(cfg, name), getattr(saved, name)
+        if given == getattr(Config, name):
+            setattr(cfg, name, value)
+        elif given != value and name not in ("ckpt", "wan"):
+            raise BadInput(f"{cfg.resume} was made with --{name} {value}: leave that option out")
+    return cfg, video, state["model"]
+
+
+def save_state(path, cfg, video, model):
+    """The state, with the options that made the video and the hash of the networks"""
+    options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
+    with whole_or_absent(path) as part:
+        try:
+            torch.save({"options": options, "video": video.state_dict(), "model": model}, part)
+        # what torch makes of a full disk
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from None
+
+
+def hash_networks(networks):
+    """sha256 of all weights that make frames of latents and text features"""
+    digest = hashlib.sha256()
+    for net in (networks.dit, networks.vae):
+        for name, tensor in net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe(cfg, networks, model, dtype, done):
+    """What a picture depends on beside prompt and seed: part of a record of the manifest"""
+    options = {
+        "seconds": cfg.seconds,
+        "memory": cfg.memory,
+        "positions": cfg.positions,
+        "tau": networks.policy.tau,
+        "steps": networks.sampler.steps,
+        "size": f"{networks.width}x{networks.height}",
+        "vae": type(networks.vae).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "continue": hash_file(cfg.continue_) if cfg.continue_ else "",
+        "teacher": cfg.teacher,
+        "from": done,
+    }
+    return {"options": options, "model": model}
+
+
+def name_video(cfg, record, manifest, taken):
+    """
+    Where a video goes: its prompt's letters, of every script, its seed, eight digits of all that makes it. A
+    number is added where a file stands that is not the same video: one of other content, or of this run.
+    """
+    prompt = unicodedata.normalize("NFC", record["prompt"].lower())
+    # letters, numbers and marks
+    spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in prompt)
+    name = "-".join(spaced.split()).encode()[:120].decode(errors="ignore") or "video"
+    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+    done = record["options"]["from"]
+    stem = f"{name}-{record['seed']}-from-{done}-{key}" if done else f"{name}-{record['seed']}-{key}"
+    for number in count(1):
+        path = Path(cfg.out, f"{stem}-{number}.mp4" if number > 1 else f"{stem}.mp4")
+        made = manifest.get(path.name, {})
+        ours = path.is_file() and made.items() >= record.items() and made["sha256"] == hash_file(path)
+        free = cfg.overwrite or ours or not (path.exists() or path.with_suffix(".png").is_dir())
+        if free and path not in taken:
+            taken.add(path)
+            return path
 
 
 # ---- videos -----------------------------------------------------------------------------------------------
@@ -187,23 +287,6 @@ class Video:
             self.frames += 1
 
 
-class StopSignals:
-    """
-    Ctrl-C and SIGTERM end the program with 130 and 143. Where `patient` is set, the first of them only sets
-    `code`, so that the chunk under way is finished and the state saved; the second does not wait.
-    """
-    def __init__(self):
-        self.patient = False
-        self.code = 0
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-
-    def receive(self, number, stack):
-        if self.code or not self.patient:
-            sys.exit(128 + number)
-        self.code = 128 + number
-
-
 def text_at(texts, chunk):
     """texts: chunk -> text that holds from there on; -> the one that holds at `chunk`"""
     return texts[max(start for start in texts if start <= chunk)]
@@ -226,7 +309,7 @@ def extend_with_teacher(networks, texts, history, grid, seed):
 
 def render_video(cfg, networks, job, history, state, stop, bar):
     """
-    One video, from its first frame, a clip or a saved state to its mp4 and memory picture.
+    One video, from its first frame, a clip or a saved state to its mp4.
     history  None, or the latents (1, 3m, c, h, w) of the clip to go on from
     state    None, or Video.state_dict() of the one to go on with
     returns  Video
@@ -260,13 +343,15 @@ def render_video(cfg, networks, job, history, state, stop, bar):
             video.write(video.surplus, total, file, bar)
         for x0 in chunks:
             decoded, video.past = networks.vae.decode(x0, video.past)
-            video.write(to_uint8(decoded)[0].cpu(), total, file, bar)
+            # on the device; the frames' way to the host waits for it
+            is_finite = x0.isfinite().all() & decoded.isfinite().all()
+            frames = to_uint8(decoded)[0].cpu()
+            if not is_finite:
+                raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
+                               f"are these weights of {networks.name} damaged, or too large for --dtype?")
+            video.write(frames, total, file, bar)
             if stop.code and rollout.chunk:
                 break
-    bar.write(f"wrote {job.path}")
-    # 4. what the memory holds now
-    if not cfg.teacher:
-        memory_picture(job.path.with_suffix(".png"), video.thumbnails, rollout, networks.vae, job.prompt)
     return video
 
 
@@ -277,31 +362,34 @@ def main():
     cfg = parse(Config)
     device = pick_device(cfg.device)
     check(cfg)
-    state, done = None, 0
+    state, model_of_state, done = None, "", 0
     if cfg.resume:
-        cfg, state = load_state(cfg, device)
+        cfg, state, model_of_state = load_state(cfg, device)
         check(cfg)
         done = state["frames"]
-    jobs = plan_jobs(cfg, done)
-    texts = sorted({text for job in jobs for text in job.switches.values()})
+    switches, prompts = read_prompts_and_switches(cfg)
+    texts = sorted({text for by_chunk in switches.values() for text in by_chunk.values()})
     if not cfg.wan:
         warn_of_grammar(texts)
-    frames = frames_in(cfg.seconds)
+        use_one_thread()
+    frames, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
     # 2. precision: weights of the raw folder are converted, the tiny ones autocast
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
+    dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    stop = StopSignals()
-    state_file = whole_or_absent(cfg.save_state) if cfg.save_state else nullcontext()
-    with autocast, state_file as state_part:
+    with autocast, StopSignals() as stop:
         # 3. networks
-        shipped = "teacher" if cfg.teacher else STUDENT
-        networks = load_networks(cfg, shipped, texts, device, torch.bfloat16 if bf16 else torch.float32)
-        print(f"{len(jobs)} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
+        networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
+        print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
             print(f"estimate: weights and KV cache take {memory_estimate(networks) / 1e9:.1f} GB")
         if cfg.bench:
-            return bench(networks, jobs[0].switches[0], cfg.seed)
+            return bench(networks, switches[prompts[0]][0], cfg.seed)
+        model = hash_networks(networks)
+        if state and model != model_of_state:
+            raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or another "
+                           "autoencoder: give its own by --ckpt or --wan")
         # 4. the clip to go on from
         history = None
         if cfg.continue_:
@@ -310,18 +398,28 @@ def main():
             history = networks.vae.encode(clip).float()
         # 5. the videos; the bar is delayed, so that no error is told behind it
         stop.patient = bool(cfg.save_state)
-        with tqdm(total=frames * len(jobs), initial=done, unit=" frames", delay=.01) as bar:
-            for job in jobs:
+        shared = describe(cfg, networks, model, dtype, done)
+        manifest, taken = read_manifest(cfg.out), set()
+        with tqdm(total=frames * videos, initial=done, unit=" frames", delay=.01) as bar:
+            for prompt, seed in product(prompts, range(cfg.seed, cfg.seed + cfg.seeds)):
+                record = {"prompt": prompt, "seed": seed, **shared}
+                path = name_video(cfg, record, manifest, taken)
+                job = Job(prompt, switches[prompt], seed, path)
                 video = render_video(cfg, networks, job, history, state, stop, bar)
-        # 6. the state, with the options that made the video
-        if cfg.save_state:
-            options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
-            torch.save({"options": options, "video": video.state_dict()}, state_part)
-            print(f"saved {cfg.save_state} at {video.frames / FPS:g} s")
+                made = {"file": path.name, **record, "frames": video.frames - done, "sha256": hash_file(path)}
+                add_to_manifest(cfg.out, made)
+                bar.write(f"wrote {path}")
+                # 6. the state, and what the memory holds now
+                if cfg.save_state:
+                    save_state(cfg.save_state, cfg, video, model)
+                    bar.write(f"saved {cfg.save_state} at {video.frames / FPS:g} s")
+                if not cfg.teacher:
+                    picture = path.with_suffix(".png")
+                    memory_picture(picture, video.thumbnails, video.rollout, networks.vae, prompt)
     if stop.code:
         sys.exit(stop.code)
-    wall, count = time.time() - started, frames * len(jobs) - done
-    print(f"{count} frames in {wall:.1f} s: {count / wall:.0f} frames/s, {peak_memory(device)}")
+    wall, made = time.time() - started, frames * videos - done
+    print(f"{made} frames in {wall:.1f} s: {made / wall:.0f} frames/s, {peak_memory(device)}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class TextConfig:  # the defaults are UMT5-XXL
 
 
 END = 1  # the id of the mark that ends a text; 0 pads
+MOST_LETTERS = 4000  # of a prompt
 
 tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
@@ -149,13 +150,33 @@ def bytes_to_ids(captions, length=96):
     return ids, (ids > 0).long()
 
 
-def read_prompts(path):
-    """A UTF-8 file, one prompt a line -> list of str"""
+def check_prompt(prompt):
+    """Raises BadInput for what is no text to an encoder; tabs and ends of lines are white space."""
+    if not prompt.strip():
+        raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
+    if len(prompt) > MOST_LETTERS:
+        raise BadInput(f"the prompt has {len(prompt)} letters: {MOST_LETTERS} at most")
+    # halves of surrogate pairs: what Python makes of bytes that are no UTF-8
+    if re.search("[\ud800-\udfff]", prompt):
+        raise BadInput(f"the prompt is no UTF-8 text: {prompt[:60]!r}")
+    if re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", prompt):
+        raise BadInput(f"the prompt has control characters: {prompt[:60]!r}")
+
+
+def read_prompts(path, check=check_prompt):
+    """A UTF-8 file, one prompt a line -> list of str; check(prompt) raises BadInput for a bad one."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the prompts {path}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        raise BadInput(f"cannot read the prompts {path}: {error}: write UTF-8, one a line") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                check(line.strip())
+            except BadInput as error:
+                raise BadInput(f"{path}, line {number}: {error}") from None
+            prompts.append(line.strip())
     if not prompts:
         raise BadInput(f"{path} holds no prompts: write one a line")
     return prompts

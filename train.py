@@ -33,12 +33,14 @@ import copy
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from config import BadInput, StopSignals, check_writable, one_of, parse, pick_device, run  # first
 
 import imageio.v3 as iio
 import numpy as np
@@ -51,8 +53,8 @@ from tqdm import tqdm
 import causal
 import erft
 import world
+from bench import training_memory
 from checkpoint import any_process, barrier, get_processes, get_rank, load_checkpoint, save_checkpoint
-from config import BadInput, one_of, parse, pick_device, run
 from dmd import keyframe_histogram
 from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
@@ -95,6 +97,7 @@ PARTS = {  # stage: its parts in order; a part is one run with a folder and weig
 }
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBED = 16        # held-out worlds that a probe looks at
+PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip or encodes prompts
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
@@ -221,6 +224,21 @@ def look(part, preset, step, inputs, ema, sampler):
     return probe(averaged(part, inputs, ema, sampler), held_out(PROBED))
 
 
+def strip_videos(part, m, specs, captions, sampler):
+    """What a strip shows, (b, f, 3, h, w), from weights.Networks"""
+    if part == "vae":
+        clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
+        return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
+    seeds = range(len(captions))
+    text = m.dit.text(m.features(captions))
+    if part in ("base", "teacher"):
+        nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
+        z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
+    else:
+        z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
+    return m.vae.decode(z)[0]
+
+
 @torch.no_grad()
 def save_strip(part, preset, step, inputs, ema, sampler, out):
     """
@@ -234,18 +252,8 @@ def save_strip(part, preset, step, inputs, ema, sampler, out):
         return
     specs = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     captions = m.prompts[:1] or [world.make_world(spec).caption for spec in specs]
-    seeds = range(len(captions))
-    if part == "vae":
-        clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
-        videos, _ = m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))
-    else:
-        text = m.dit.text(m.features(captions))
-        if part in ("base", "teacher"):
-            nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
-            z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
-        else:
-            z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
-        videos, _ = m.vae.decode(z)
+    with inputs.autocast:
+        videos = strip_videos(part, m, specs, captions, sampler)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
     iio.imwrite(out / f"strip_{step:06d}.png", strip.cpu().numpy())
 
@@ -269,17 +277,6 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
             save_weights(path, net.state_dict(), net.config, facts, torch.float32)
             print(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run after the update under way."""
-    def __init__(self):
-        self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
-
-    def __call__(self, number, frame):
-        self.number = number
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -318,8 +315,8 @@ def prepare(cfg, part, preset, device):
     return inputs, stage, nets, ema, make_optimizers(cfg, preset, nets)
 
 
-def train(cfg, part, device):
-    """One part, from its start or its newest checkpoint to its weights."""
+def train(cfg, part, device, stop):
+    """One part, from its start or its newest checkpoint to its weights; stop: StopSignals"""
     preset = settings(cfg, part)
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
@@ -331,6 +328,10 @@ def train(cfg, part, device):
         told = ", ".join(f"{i}: {share:.0%}" for i, share in enumerate(shares))
         print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
 
+    if cfg.wan and is_first:
+        need = training_memory(part, inputs.dit, math.prod(inputs.grid), get_processes())
+        print(f"{part} needs about {need / 1e9:.0f} GB on each of {get_processes()} devices")
+
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
     others = {"ema": ema, **stage.states}
@@ -339,7 +340,7 @@ def train(cfg, part, device):
         check_teacher(out, inputs, stage.teacher)
 
     # ---- the loop
-    stop = StopSignal()
+    stop.patient = True  # until the update under way is done
     bad_in_a_row = 0
     latest = {}
     is_over = step >= preset.updates
@@ -357,7 +358,7 @@ def train(cfg, part, device):
         if bank:
             bank.recycle()
         step += 1
-        is_over = any_process(stop.number is not None) or step == preset.updates
+        is_over = any_process(stop.code > 0) or step == preset.updates
         # 4. look at it, and log
         metrics |= look(part, preset, step, inputs, ema, stage.sampler)
         seconds = time.time() - started
@@ -377,7 +378,8 @@ def train(cfg, part, device):
     # ---- stopped, or done
     if step < preset.updates:
         print(f"stopped at update {step}; run the same command to go on")
-        sys.exit(130 if stop.number == signal.SIGINT else 143)
+        sys.exit(stop.code)
+    stop.patient = False
     save_networks(cfg, part, preset, inputs, ema, stage.sampler)
 
 
@@ -402,18 +404,19 @@ def check(cfg):
 
 def main():
     cfg = parse(Config)
+    check_writable(cfg.out)
     check(cfg)
     device = pick_device(cfg.device)
     if "RANK" in os.environ:  # torchrun started this process
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # gradients travel between devices, flags and errors between hosts
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        for part in PARTS[cfg.stage]:
-            if part == "init_ar" and cfg.init:
-                continue  # a causal model is given: only its four steps are wanted
-            train(cfg, part, device)
+        with StopSignals() as stop:
+            for part in PARTS[cfg.stage]:
+                if part == "init_ar" and cfg.init:
+                    continue  # a causal model is given: only its four steps are wanted
+                train(cfg, part, device, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,5 +1,5 @@
 """
-Video files in and out, frames and chunks of seconds, and the memory picture.
+Video files in and out, the manifest beside them, frames and chunks of seconds, and the memory picture.
 
 Frames are uint8 (f, h, w, 3) here and 16 a second in every file. A chunk is 3 latents, 12 frames, 0.75 s; the
 first latent of a video holds one frame instead of four, so the first chunk has 9 frames.
@@ -9,18 +9,22 @@ first latent of a video holds one frame instead of four, so the first chunk has 
 References: imageio's ffmpeg plugin; Wan's autoencoder (1 + 4 (n - 1) frames <-> n latents).
 Leaves out: sound, other rates than 16 frames a second.
 """
+import json
 import logging
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps  # comes with imageio
+from PIL import Image, ImageDraw, ImageFont  # comes with imageio
 
-from config import BadInput, whole_or_absent
+from config import BadInput, check_schema, whole_or_absent
 from memory import CHUNK
 
 FPS = 16
@@ -28,7 +32,14 @@ FRAMES = 4 * CHUNK  # of a chunk
 THUMBNAILS = 12     # in a row of the memory picture
 SIZE = 128, 64      # pixels of a thumbnail
 COLUMN, ROW = 132, 90    # from one to the next
-BARS, BASE = 130, 320    # pixels from the top: the bars of surprisal stand between them
+FRAMES_TOP = 54          # pixels from the top: below the prompt
+BARS, BASE = 170, 360    # the bars of surprisal stand between them
+BARS_AT_MOST = 528       # 3 pixels each
+# which of them is there depends on the system: letters of all scripts, of most, of some
+FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "malgun.ttf",
+         "unifont.ttf", "DejaVuSans.ttf", "segoeui.ttf", "Nirmala.ttf")
+MANIFEST = "manifest.jsonl"
+RECORD = {"file": str, "prompt": str, "seed": int, "options": dict, "model": str, "sha256": str}
 
 
 def frames_in(seconds):
@@ -52,6 +63,63 @@ def to_uint8(video):
 
 # ---- files ------------------------------------------------------------------------------------------------
 
+def find_ffmpeg():
+    """The ffmpeg that imageio finds, or that IMAGEIO_FFMPEG_EXE names; BadInput where it does not run."""
+    told = "it is no ffmpeg"
+    try:
+        import imageio_ffmpeg
+        if imageio_ffmpeg.get_ffmpeg_version():
+            return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        told = error
+    raise BadInput(f"ffmpeg is missing ({told}): pip install 'imageio[ffmpeg]', or set IMAGEIO_FFMPEG_EXE")
+
+
+class Encoder:
+    """ffmpeg, which takes raw frames and makes an mp4; it starts with the first frame."""
+    def __init__(self, path, comment, scale, log):
+        self.path = path
+        self.comment = comment
+        self.scale = scale
+        self.log = log
+        self.process = None
+
+    def append_data(self, frame):
+        """frame (h, w, 3) uint8"""
+        if self.process is None:
+            self.start(*frame.shape[:2])
+        self.process.stdin.write(frame.tobytes())
+
+    def start(self, h, w):
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", str(FPS), "-i", "-"]
+        # squares of pixels, then the colours that the tags promise
+        enlarge = f"scale=iw*{self.scale}:ih*{self.scale}:flags=neighbor,format=rgb24"
+        convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+        coded = ["-vf", f"{enlarge},{convert},format=yuv420p", "-c:v", "libx264", "-crf", "16"]
+        coded += ["-preset", "veryfast", "-movflags", "+faststart", "-color_range", "tv"]
+        for tag in ("-colorspace", "-color_primaries", "-color_trc"):
+            coded += [tag, "bt709"]
+        # file: in front, as a name may begin with - or hold a colon
+        named = ["-metadata", f"comment={self.comment}", f"file:{self.path.absolute()}"]
+        words = [find_ffmpeg(), "-y", "-xerror", "-loglevel", "error", *raw, *coded, *named]
+        # in a group of its own: Ctrl-C in a terminal is for this program, which then ends ffmpeg
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=self.log, creationflags=group,
+                                        start_new_session=True)
+
+    def finish(self):
+        """Has ffmpeg ended well?"""
+        if self.process is None:
+            return False
+        self.process.stdin.close()
+        return self.process.wait() == 0 and self.path.stat().st_size > 0
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 @contextmanager
 def video_writer(path, comment="", scale=1):
     """
@@ -59,20 +127,51 @@ def video_writer(path, comment="", scale=1):
     comment  its metadata
     scale    each pixel becomes a square of so many
     """
-    try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
-        raise BadInput("ffmpeg is missing: pip install 'imageio[ffmpeg]'") from None
-    options = ["-crf", "16", "-preset", "veryfast", "-metadata", f"comment={comment}"]
-    options += ["-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"]
-    with whole_or_absent(path) as part:
-        # macro_block_size=1: any size, as it is
-        writer = imageio.get_writer(part, format="FFMPEG", fps=FPS, macro_block_size=1, ffmpeg_params=options)
+    with whole_or_absent(path) as part, TemporaryFile() as log:
+        encoder = Encoder(part, comment, scale, log)
         try:
-            with writer:
-                yield writer
-        except OSError as error:
-            raise BadInput(f"ffmpeg stopped writing {path} ({error}): is the disk full?") from None
+            yield encoder
+            is_whole = encoder.finish()
+        # the pipe is broken: ffmpeg has ended, and says why
+        except OSError:
+            is_whole = False
+        finally:
+            encoder.kill()
+        if not is_whole:
+            log.seek(0)
+            told = log.read().decode(errors="replace").strip().splitlines() or ["no frames came"]
+            raise BadInput(f"ffmpeg could not write {path}: {told[-1]}")
+
+
+def read_manifest(folder):
+    """
+    What sample.py has made in a folder: {file name: record}, a record being a dict of file, prompt, seed,
+    options, model (sha256 of the networks) and sha256 (of the file). Of two for one file the later counts.
+    """
+    path = Path(folder, MANIFEST)
+    lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
+    records = {}
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                record = json.loads(line)
+                check_schema(path, record, RECORD, f"line {number}")
+                records[record["file"]] = record
+            except (ValueError, RecursionError) as error:  # BadInput, too
+                print(f"passed over: {path}, line {number}: {error}", file=sys.stderr)
+    return records
+
+def add_to_manifest(folder, record):
+    """One line more; a last line that a full disk cut short is ended first."""
+    path = Path(folder, MANIFEST)
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        with open(path, "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            is_cut = file.read() not in (b"", b"\n")
+            file.write(("\n" * is_cut + line).encode())
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_frames(path, width, height, most):
@@ -105,38 +204,96 @@ def read_clip(path, width, height, most):
 
 # ---- the memory picture -----------------------------------------------------------------------------------
 
+def font_for(text):
+    """-> the font, of those that are here, that has most letters of the text; the text as it can show it"""
+    fonts = [ImageFont.load_default(12)]
+    for name in FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, 12))
+        except OSError:
+            pass
+
+    def lacks(font):
+        empty = bytes(font.getmask("\uffff"))
+        return {letter for letter in set(text) if letter > "~" and bytes(font.getmask(letter)) == empty}
+    font = min(fonts, key=lambda font: len(lacks(font)))
+    missing = lacks(font)
+    shown = [ascii(letter)[1:-1] if letter in missing else letter for letter in text]
+    return font, "".join(shown)
+
+
+def wrapped(text, font, width):
+    """At most three lines of at most `width` pixels"""
+    lines = [""]
+    for letter in " ".join(text.split()):
+        if font.getlength(f"{lines[-1]}{letter} ...") > width:
+            lines.append("")
+        lines[-1] += letter
+    return [*lines[:2], f"{lines[2]} ..."] if len(lines) > 3 else lines
+
+
+def clock(second):
+    """9.75 -> 9.8 s, 75 -> 1:15"""
+    minutes, seconds = divmod(round(second), 60)
+    return f"{minutes}:{seconds:02}" if minutes else f"{second:.1f} s"
+
+
 def memory_picture(path, thumbnails, rollout, vae, prompt):
     """
     What a model saw and kept: frames over time, the surprisal of each chunk, what memory holds at the end.
     thumbnails  second -> frame (h, w, 3) uint8
     rollout     the finished one, of one video
     """
-    page = Image.new("RGB", (COLUMN * THUMBNAILS, BASE + 190), "white")
+    page = Image.new("RGB", (COLUMN * THUMBNAILS, BASE + 220), "white")
     pen = ImageDraw.Draw(page)
-    about = f"what the model drew; surprisal (red: kept); what memory holds at the end: {prompt}"
-    pen.text((4, 8), about, "black")
+    font, shown = font_for(f"What the model drew: {prompt}")
+    for i, line in enumerate(wrapped(shown, font, page.width - 8)):
+        pen.text((4, 4 + 16 * i), line, "black", font)
     # 1. frames over time
     for i, (second, frame) in enumerate(thumbnails.items()):
-        paste_thumbnail(page, i, 26, frame, f"{second:.0f} s")
-    # 2. surprisal: a bar for each chunk, and the threshold
+        paste_thumbnail(page, i, FRAMES_TOP, frame, clock(second))
+    # 2. surprisal over time
+    pen.text((4, BARS - 18), draw_surprisal(page, rollout), "black", font)
+    # 3. what is held, each latent decoded alone, as the first of a video
+    pen.text((4, BASE + 6), "What memory holds at the end", "black", font)
+    held = []
+    for name in ("sink", "slow", "fast"):
+        segment = getattr(rollout.memory, name)
+        if segment is not None:
+            held += [(name, *entry) for entry in zip(segment.frame[0].tolist(), segment.latent[0])]
+    for i, (name, number, latent) in enumerate(held):
+        decoded, _ = vae.decode(latent[None, None])
+        second = max(0, 4 * number - 3) / FPS
+        paste_thumbnail(page, i, BASE + 26, to_uint8(decoded)[0, -1], f"{name} {clock(second)}")
+    with whole_or_absent(path) as part:
+        page.save(part)
+
+
+def draw_surprisal(page, rollout):
+    """A bar for each chunk, or for several of a long video -> what is said above"""
+    pen = ImageDraw.Draw(page)
     policy = rollout.memory.policy
-    surprisal = (1 - torch.cat(rollout.similarities)).clamp(min=0).tolist()
-    scale = (BASE - BARS) / max(1 - policy.tau, *surprisal, 1e-6)
-    step = page.width / len(surprisal)
-    for chunk, value in enumerate(surprisal):
-        x = chunk * step
-        colour = "crimson" if policy.slow and rollout.kept[chunk] else "lightgrey"
-        pen.rectangle([x, BASE - value * scale, x + step, BASE], colour)
+    surprisal = (1 - torch.cat(rollout.similarities)).clamp(min=0)
+    kept = torch.cat(rollout.kept).float() * bool(policy.slow)
+    together = math.ceil(len(surprisal) / BARS_AT_MOST)
+    heights = [group.max().item() for group in surprisal.split(together)]
+    shares = [group.mean().item() for group in kept.split(together)]
+    scale = (BASE - BARS) / max(1 - policy.tau, *heights, 1e-6)
+    step = page.width / len(heights)
+    for i, (height, share) in enumerate(zip(heights, shares)):
+        x = i * step
+        pen.rectangle([x, BASE - height * scale, x + step, BASE], "lightgrey")
+        if share:
+            pen.rectangle([x, BASE - height * share * scale, x + step, BASE], "crimson")
+    about = "Surprisal of each chunk (red: kept in slow memory"
+    if together > 1:
+        about = f"Surprisal, the most of {together} chunks each (red: the share kept in slow memory"
+    # the threshold
     if policy.keep == "surprisal":
         y = BASE - (1 - policy.tau) * scale
         pen.line([0, y, page.width, y], "blue")
-    # 3. what is held, each latent decoded alone, as the first of a video
-    latents = torch.cat([segment.latent for segment in rollout.memory.segments()], dim=1)
-    for i, number in enumerate(rollout.memory.frames()[0].tolist()):
-        decoded, _ = vae.decode(latents[:, i:i + 1])
-        second = max(0, 4 * number - 3) / FPS
-        paste_thumbnail(page, i, BASE + 10, to_uint8(decoded)[0, -1], f"{second:.1f} s")
-    page.save(path)
+        about += "; a tested chunk above the blue line is"
+    return about + ")"
 
 
 def paste_thumbnail(page, i, top, frame, caption):
@@ -144,5 +301,8 @@ def paste_thumbnail(page, i, top, frame, caption):
     x = i % THUMBNAILS * COLUMN
     y = top + i // THUMBNAILS * ROW
     picture = Image.fromarray(frame.cpu().numpy())
-    page.paste(ImageOps.contain(picture, SIZE, Image.NEAREST), (x, y))
-    ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, "black")
+    # a sliver of a frame is one pixel high or wide at least
+    shrink = min(SIZE[0] / picture.width, SIZE[1] / picture.height)
+    shape = [max(1, round(n * shrink)) for n in picture.size]
+    page.paste(picture.resize(shape, Image.NEAREST), (x, y))
+    ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, "black", ImageFont.load_default(12))

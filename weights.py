@@ -101,6 +101,10 @@ def load_state_dict_strict(net, state, name="weights"):
     except RuntimeError as error:
         faults = " ".join(str(error).split())
         raise BadInput(f"{name} do not fit: {faults[:400]}") from None
+    for key, tensor in net.state_dict().items():
+        # the least and the largest, which take no copy of a large tensor
+        if not tensor.is_meta and not torch.stack([tensor.min(), tensor.max()]).isfinite().all():
+            raise BadInput(f"{name}: {key} is not finite (NaN or infinity): damaged, or training went wrong")
     return net.eval().requires_grad_(False)
 
 
@@ -338,11 +342,13 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
     # what is there, and does it fit?
     path = Path(ckpt or folder / DIT)
     vae_path = folder / VAES[vae_name]
-    files = (CONFIG, T5, TOKENIZER, VAES[vae_name])
+    files = (CONFIG, T5, TOKENIZER, VAES[vae_name], *([] if ckpt else [DIT]))
     lacks = [name for name in files if not (folder / name).is_file()]
     if lacks:
-        raise BadInput(f"{folder} lacks {', '.join(lacks)}: hf download Wan-AI/Wan2.1-T2V-1.3B "
-                       f"--local-dir {folder}; for {VAES['tae']} see WAN.md")
+        fetch = f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
+        if lacks == [VAES["tae"]]:
+            fetch = f"curl -L -o {vae_path} https://github.com/madebyollin/taehv/raw/main/{VAES['tae']}"
+        raise BadInput(f"{folder} lacks {', '.join(lacks)}: {fetch}")
     dit = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG))
     # the text encoder is larger than all the rest: it has come and gone before that is read
     features = wan_text(folder, text_cache, prompts, device)
@@ -397,11 +403,23 @@ def load_networks(cfg, shipped, texts, device, dtype):
         sampler = replace(sampler, steps=cfg.steps)
     if cfg.tau is not None:
         sampler = replace(sampler, tau=cfg.tau)
-    compiled = torch.compile(networks.dit, dynamic=False) if cfg.compile else None
+    compiled = try_compiling(networks.dit, device) if cfg.compile else None
     policy = PRESETS[cfg.memory].calibrated(sampler.tau)
     if cfg.tau is not None:
         policy = replace(policy, tau=cfg.tau)
     return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
+
+
+def try_compiling(net, device):
+    """The compiled net; BadInput now, rather than in the middle of a video, where there is no compiler."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    # the backends raise errors of many kinds
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise BadInput(f"--compile does not work here ({reason}): install a C++ compiler, "
+                       "or leave it out") from None
+    return torch.compile(net, dynamic=False)
 
 
 def check_options(cfg):
