@@ -6,9 +6,8 @@ runs them.
     vae        nothing               pixels, and latents of unit variance
     init_ar    nothing (Wan: base)   teacher forcing on real pasts, causal.py
     init_ode   init_ar               its own ODE trajectories at the student's four levels, causal.py
-    base       init_ar               flow matching on 21 latents at once
-    teacher    init_ar (Wan: base)   the same behind a context with errors in it, erft.py
-    stage1     init_ode              DMD against base, dmd.py
+    teacher    init_ar (Wan: base)   flow matching on 21 latents behind a context with errors in it, erft.py
+    stage1     init_ode              DMD against teacher without context (Wan: base), dmd.py
     stage2     stage1                contextual DMD against teacher, dmd.py
 
 References: as in the files named. Leaves out: starting a part from another one's optimizer states.
@@ -40,8 +39,8 @@ from weights import WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
 CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
-NO_TEXT = .1      # base and teacher: share of the samples without text,
-NO_CONTEXT = .1   # and (teacher) without context
+NO_TEXT = .1      # teacher: share of the samples without text,
+NO_CONTEXT = .25  # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -112,7 +111,7 @@ def load_wan_part(cfg, part, name, given, device):
 
 def load_inputs(cfg, part, preset, device):
     """Networks, and what --data names -> Inputs"""
-    takes_clips = part in ("init_ar", "base", "teacher")
+    takes_clips = part in ("init_ar", "teacher")
     prompts = []
     if cfg.data and not takes_clips and not Path(cfg.data).is_dir():
         prompts = read_prompts(cfg.data)
@@ -213,13 +212,13 @@ def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done)
 
 
 def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, done):
-    """21 latents at once: base from text, the teacher behind a context."""
+    """The teacher: 21 latents at once behind a context."""
     net, batch = inputs.dit, preset.batch
     # a real past as memory would hold it, and the 21 latents that follow
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     first, frame = CHUNK * history.chunk, history.frame
     # some samples have no text, some no context, and start where a video starts
-    has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT) & bool(bank)
+    has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT)
     has_text = torch.from_numpy(rng.random(batch) >= NO_TEXT).to(inputs.device)
     first = first * has_context
     features = clips.text(history.clip)
@@ -243,8 +242,7 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, done):
             loss += erft.teacher_step(
                 net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
                 t[rows], features[rows], inputs.grid, cfg.errors, len(rows) / batch)
-    errors = {"errors": float(bank.count.sum())} if bank else {}
-    return {"loss": loss} | errors
+    return {"loss": loss, "errors": float(bank.count.sum())}
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
@@ -273,13 +271,12 @@ def make_stage(cfg, part, preset, inputs):
         return causal_stage(cfg, preset, inputs)
     if part == "init_ode":
         return few_steps_stage(cfg, preset, inputs)
-    if part in ("base", "teacher"):
-        bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
+    if part == "teacher":
+        bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
         clips = load_clips(cfg, inputs, for_student=False)
         sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
         run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
-        states = {"bank": bank} if bank else {}
-        return Stage({part: inputs.dit}, sampler, only_done, [("net", run_pass)], states=states)
+        return Stage({part: inputs.dit}, sampler, only_done, [("net", run_pass)], states={"bank": bank})
     return Distillation(cfg, part, preset, inputs).stage()
 
 

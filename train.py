@@ -4,9 +4,8 @@ starts from and minimises stands in stages.py.
 
     python train.py --stage vae        # the tiny autoencoder of the small world
     python train.py --stage init       # ar: the causal model and the text encoder; ode: its four steps
-    python train.py --stage base       # bidirectional, 21 latents: what Wan2.1 is for the full size
     python train.py --stage teacher    # the context teacher, on pasts with errors in them (erft.py)
-    python train.py --stage 1          # DMD: the student's first 5 s match the base model's (dmd.py)
+    python train.py --stage 1          # DMD: the student's first 5 s match the teacher's (dmd.py)
     python train.py --stage 2          # contextual DMD: its long videos go on as the teacher would
 
     torchrun --nproc_per_node 8 train.py --stage 2    # the same on 8 devices, a batch each
@@ -67,7 +66,7 @@ from world import WorldSpec
 
 @dataclass
 class Config:
-    stage: str = ""       # vae | init | base | teacher | 1 | 2
+    stage: str = ""       # vae | init | teacher | 1 | 2
     out: str = "out"      # folder for logs, strips, checkpoints and weights
     updates: int = 0      # number of updates (0: the stage's own default)
     batch: int = 0        # clips a process and pass (0: the stage's own default)
@@ -77,7 +76,7 @@ class Config:
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
     teacher_context: str = "memory"  # stage 2: memory | none: teacher and critic see no context
     errors: float = 0.5   # stage teacher: share of samples that get errors injected; 0 is plain fine-tuning
-    data: str = ""        # base, teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    data: str = ""        # teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
     wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
@@ -90,7 +89,6 @@ class Config:
 PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
     "vae": ["vae"],
     "init": ["init_ar", "init_ode"],
-    "base": ["base"],
     "teacher": ["teacher"],
     "1": ["stage1"],
     "2": ["stage2"],
@@ -131,10 +129,8 @@ TINY = {
     "vae": Preset(2000, 2e-3, batch=8, ema_decay=.99, probe_every=0),
     "init_ar": Preset(4000, 1.5e-3),
     "init_ode": Preset(600, 2e-4, "init_ar", warmup=50, ema_decay=.99),
-    "base": Preset(3200, 1.5e-3, "init_ar", probe_every=0),
-    # from init_ar, which remembers: from base it did not learn to (recall .10 after 500 updates against .33)
     "teacher": Preset(2200, 7e-4, "init_ar"),
-    "stage1": replace(DISTIL, updates=50, lr=5e-5, start="init_ode", teacher="base"),
+    "stage1": replace(DISTIL, updates=50, lr=5e-5, start="init_ode", teacher="teacher"),
     "stage2": replace(DISTIL, updates=80, lr=6e-5, start="stage1", teacher="teacher", batch=12,
                       shortest=14, longest=40, ramp=.5),
 }
@@ -231,7 +227,7 @@ def strip_videos(part, m, specs, captions, sampler):
         return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
     seeds = range(len(captions))
     text = m.dit.text(m.features(captions))
-    if part in ("base", "teacher"):
+    if part == "teacher":
         nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
         z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
     else:
@@ -390,8 +386,8 @@ def check(cfg):
     if min(cfg.updates, cfg.batch, cfg.lr, cfg.accumulate - 1) < 0 or not 0 <= cfg.errors <= 1:
         raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, "
                        "--errors from 0 to 1")
-    if cfg.wan and cfg.stage in ("vae", "base"):
-        raise BadInput(f"--stage {cfg.stage} is not for --wan: Wan2.1 is the base model, "
+    if cfg.wan and cfg.stage == "vae":
+        raise BadInput("--stage vae is not for --wan: Wan2.1 is the base model, "
                        "and brings its autoencoder")
     if cfg.size and not cfg.wan:
         raise BadInput("--size needs --wan")
