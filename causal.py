@@ -42,7 +42,8 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 HISTORIES = {
     "prefix": .15,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .45,    # all that a memory policy holds
-    "lookup": .40,  # the same, but the last second has no houses: drawing on is no answer, only looking up is
+    "lookup": .40,  # the same, but since the view was last another one there were no houses: they must be looked
+                    # up, drawing on is no answer
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
 
@@ -139,7 +140,7 @@ def teacher_forcing_loss(net, clips, kind, rng, batch, objective):
     kind     of HISTORIES
     returns  scalar loss
     """
-    history = clips.draw_history(rng, batch, clips=len(clips.empty) if kind == "lookup" else None)
+    history = clips.draw_history(rng, batch, lookup=True) if kind == "lookup" else clips.draw_history(rng, batch)
     text = net.text(clips.text(history.clip))
     pack = prefix_pack(clips, history) if kind == "prefix" else history_pack(clips, history, kind)
     return packed_loss(net, text, pack, objective)
@@ -164,9 +165,9 @@ def history_pack(clips, history, kind):
     """A long past at once, as a policy holds it, and noised copies of the next chunk."""
     past = clips.frames(history.clip, history.frame)
     if kind == "lookup":
-        is_recent = history.frame >= CHUNK * (history.chunk - 1)[:, None]
+        hidden = history.frame > clips.apart[history.clip, history.chunk][:, None]
         empty = take_frames(clips.empty, history.clip, history.frame, past.device)
-        past = torch.where(over_frames(is_recent).to(past.device), empty, past)
+        past = torch.where(over_frames(hidden).to(past.device), empty, past)
     target_frame = chunk_frames(history.chunk).repeat(1, COPIES)
     return Pack(past, history.frame, clips.frames(history.clip, target_frame), target_frame)
 

@@ -41,7 +41,7 @@ CLIPS = 768               # training clips of the small world
 CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a target
 EMPTY_CLIPS = 384         # clips that are also encoded without houses
 LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-BACK = 12                 # chunks in which a house comes back are targets so many times as often
+BACK = .8                 # share of the targets whose view is one that comes back
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
 RUN = 6                   # chunks that surprise, or do not, one after another, in the mean
@@ -149,11 +149,16 @@ class Histories:
         frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
         worlds = [world.make_world(spec) for spec in specs]
         heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
+        self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
         self.captions = [w.caption for w in worlds]
 
-        # chunks in which a house comes back are drawn more often
-        self.weight = np.where(landmark_returns(heading), float(BACK), 1.)
+        # the last latent before each chunk that shared nothing with its view, -1 if there is none: (b, chunks)
+        now = self.heading[:, ::CHUNK, None]
+        frame = torch.arange(CHUNK * chunks)
+        is_past = frame < CHUNK * torch.arange(chunks)[:, None]
+        away = (world.wrap(self.heading[:, None] - now).abs() >= world.WIDTH) & is_past
+        self.apart = torch.where(away, frame, -1).amax(2)
 
         # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
         self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
@@ -168,32 +173,36 @@ class Histories:
         for policy in OTHER_POLICIES:
             self.held[policy] = held_frames(PRESETS[policy], every, evict_first)
 
-    def draw_history(self, rng, batch, ahead=1, clips=None):
+        # where the view is one that was seen before, then out of sight, and is still held: (b, chunks) bool
+        self.back = {name: self.comes_back(held) for name, held in self.held.items()}
+
+    def comes_back(self, held):
+        """held (b, chunks, m) -> (b, chunks) bool"""
+        clip = torch.arange(len(held))[:, None, None]
+        turned = world.wrap(self.heading[clip, held] - self.heading[:, ::CHUNK, None])
+        is_alike = turned.abs() < world.WIDTH / 2
+        return (is_alike & (held >= 0) & (held <= self.apart[..., None])).any(2)
+
+    def draw_history(self, rng, batch, ahead=1, lookup=False):
         """
         ahead    so many chunks follow the past
-        clips    None, or: of the first so many clips
+        lookup   only what comes back, and in clips that are also encoded without houses
         returns  History
         """
         drawn = []
         for _ in range(batch):
-            # a policy or keep rule, a clip, and one of its chunks by weight
-            other = rng.random() < OTHER and ahead == 1
+            # a policy or keep rule
+            other = rng.random() < OTHER and ahead == 1 and not lookup
             name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
-            clip = rng.integers(clips or len(self.weight))
-            weight = self.weight[clip, FULL:self.weight.shape[1] - ahead + 1]
-            chunk = FULL + rng.choice(len(weight), p=weight / weight.sum())
-            drawn.append((clip, chunk, self.held[name][clip, chunk]))
+            # a chunk of a clip: mostly one whose view comes back
+            back = self.back[name][:EMPTY_CLIPS if lookup else None, FULL:self.moved.shape[1] - ahead + 1]
+            if not lookup and rng.random() > BACK or not back.any():
+                back = torch.ones_like(back)
+            options = back.nonzero()
+            clip, chunk = options[rng.integers(len(options))].tolist()
+            drawn.append((clip, FULL + chunk, self.held[name][clip, FULL + chunk]))
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))
-
-
-def landmark_returns(heading):
-    """heading (b, chunks, 12) -> (b, chunks) bool: a house comes back that was out of view for a chunk"""
-    # which houses each chunk shows, and which it misses that were seen: (b, chunks, 8)
-    seen = (np.abs(world.offsets(heading)) <= world.GONE).any(2)
-    gone = np.logical_or.accumulate(seen, axis=1) & ~seen
-    back = seen[:, 1:] & gone[:, :-1]
-    return np.pad(back.any(2), ((0, 0), (1, 0)))
 
 
 class Shuffled:
@@ -370,7 +379,7 @@ def main():
     histories = Histories([WorldSpec(0, "aside")])
     print(histories.captions[0])
     print("memory at chunk 30:", histories.held["moving"][0, 30].tolist())
-    print("something comes back:", "".join("#" if weight > 1 else "." for weight in histories.weight[0]))
+    print("something comes back:", "".join("#" if back else "." for back in histories.back["moving"][0]))
 
 
 if __name__ == "__main__":
