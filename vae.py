@@ -108,7 +108,7 @@ class TAE(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], 3))
 
     def initialise(self):
-        """Random weights to train from nothing: signals keep their size, and MemBlocks start as identities."""
+        """Random weights to train from nothing: signals keep their size, and MemBlocks pass them on."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
