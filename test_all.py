@@ -66,7 +66,6 @@ import report
 import sample
 import stages
 import train
-import vae
 import video
 import weights
 import world
@@ -80,7 +79,7 @@ from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_d
 from model import DiT, DiTConfig, timestep_embedding, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts, tiny_text
-from vae import TAE, TAEConfig, tiny_tae
+from vae import TAE, MemBlock, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device, load_state_dict_strict,
                      load_tiny, load_wan, read_file, read_public, save_weights, wan_text,
                      write_safetensors)
@@ -327,7 +326,7 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
 def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
     torch.manual_seed(0)
     tae, x = TAE(tiny_tae).initialise(), torch.rand(1, 8, 64, 5, 6)
-    block = next(module for module in tae.modules() if isinstance(module, vae.MemBlock))
+    block = next(module for module in tae.modules() if isinstance(module, MemBlock))
     passed = block(x[:, :, :tiny_tae.encoder], torch.rand(1, tiny_tae.encoder, 5, 6))
     assert (passed - x[:, :, :tiny_tae.encoder]).abs().max() < .2  # but for biases
     video = torch.from_numpy(clip(WorldSpec(1), 0, 17))[None]
@@ -1092,7 +1091,7 @@ def test_a_history_is_all_that_memory_holds_and_of_lookup_the_last_second_has_no
     assert torch.equal(pack.past_frame, history.frame)
     clip, frame, houses = pack.past[..., 0, 0].unbind(2)
     is_last = history.frame // 3 == history.chunk[:, None] - 1
-    assert (is_last.sum(1) == 3).all()
+    assert is_last.any(1).all()
     there = history.frame >= 0
     assert torch.equal(clip[there], history.clip[:, None].expand_as(frame)[there].float())
     assert torch.equal(frame[there], history.frame[there].float())
@@ -3076,8 +3075,8 @@ def steady(frames, start=0.):
 
 
 def draw_video(headings, landmarks=SET, ground=0):
-    """Frames at these headings; landmarks (8,) or, where they change over time, (f, 8)."""
-    landmarks = np.broadcast_to(landmarks, (len(headings), 8))
+    """Frames at these headings; landmarks (8,), () for none, or, where they change over time, (f, 8)."""
+    landmarks = np.broadcast_to(landmarks, (len(headings), np.shape(landmarks)[-1]))
     frames = np.empty((len(headings), 3, 32, 64), np.float32)
     for row in np.unique(landmarks, axis=0):
         same = (landmarks == row).all(1)
@@ -3119,7 +3118,7 @@ def test_a_frame_shows_the_house_ahead_below_the_sky_and_hills_of_every_world():
     roof, wall = (world.COLOUR_RGB[colour][:, None] for colour in world.PAIRS[SET[3]])  # sector 3
     assert np.allclose(frames[0, :, 12, 31:33], roof, atol=.01)
     assert np.allclose(frames[0, :, 20, 24:28], wall, atol=.01)
-    assert frames[0, :, 12, 22].max() < .3 and frames[0, :, 23, 32].max() < .3  # its outline, its door
+    assert frames[0, :, [8, 23], 32].max() < .3  # its outline, its door
     assert np.array_equal(frames[0, ..., :-8], frames[1, ..., 8:])
     # whatever stands there, the compass is uncovered: one hue round the sky, three round the hills
     points = np.arange(0, 256, 64)
@@ -3219,8 +3218,9 @@ def test_a_house_is_read_while_it_is_wholly_in_view_softened_edges_included():
     offset = np.arange(-48, 48.)  # of sector 3, from one side of the view to the other
     reading = read_video(draw_video(112 - offset))
     assert np.array_equal(reading.landmark[:, 3], np.where(np.abs(offset) <= 17, SET[3], -1))
-    empty, with_house = draw_video([95] * 2, ()), draw_video([95] * 2)
-    assert np.array_equal(empty[..., -1], with_house[..., -1])  # 17 columns to the right, its last edge is in view
+    # 17 columns to the right the view ends with the softened edge
+    is_bare = [np.allclose(draw_video([112 - off])[..., -1], draw_video([112 - off], ())[..., -1]) for off in (17, 16)]
+    assert is_bare == [False, True]
 
 
 def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too():

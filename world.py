@@ -9,8 +9,8 @@ which judge.py reads from frames alone.
 
     row  0      sky        sky        sky        one rainbow round the panorama
          4      hills      hills      hills      three rainbows
-         8      hills     /-----\     hills      roof   \  of two colours: 30 kinds of house
-        16      hills    |       |    hills      wall   /
+         8      hills    .-------.    hills      roof, in one of six colours
+        16      hills    |       |    hills      wall, in another: 30 kinds of house
         20      ground   |   #   |    ground     stripes
         26      ground     ground     ground
 
