@@ -79,7 +79,7 @@ from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_d
 from model import DiT, DiTConfig, timestep_embedding, tiny_dit
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts, tiny_text
-from vae import TAE, MemBlock, TAEConfig, tiny_tae
+from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device, load_state_dict_strict,
                      load_tiny, load_wan, read_file, read_public, save_weights, wan_text,
                      write_safetensors)
@@ -325,14 +325,11 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
 @torch.no_grad()
 def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
     torch.manual_seed(0)
-    tae, x = TAE(tiny_tae).initialise(), torch.rand(1, 8, 64, 5, 6)
-    block = next(module for module in tae.modules() if isinstance(module, MemBlock))
-    passed = block(x[:, :, :tiny_tae.encoder], torch.rand(1, tiny_tae.encoder, 5, 6))
-    assert (passed - x[:, :, :tiny_tae.encoder]).abs().max() < .2  # but for biases
+    tae = TAE(tiny_tae).initialise()
     video = torch.from_numpy(clip(WorldSpec(1), 0, 17))[None]
     latents = tae.encode(video * 2 - 1)
     decoded = tae.decode(torch.randn_like(latents))[0]
-    assert .3 < latents.std() < 3 and .3 < decoded.std() < 3
+    assert .3 < latents.std() < 3 and .3 < decoded.std() < 3  # from torch's own start: .03 and .06
 
 
 @torch.no_grad()
