@@ -4,9 +4,8 @@ The causal start model: stage init. Not in the paper, which takes a causal model
 Distillation needs a student that is causal and remembers before it starts. It is made in two parts:
 
     ar     teacher forcing: a chunk is noised and predicted from the real latents that memory would hold then.
-           Most passes are packs: one clean past, several noised copies of the target behind it, and an
-           attention mask in which the copies see the past but not each other. The last updates go through the
-           real memory instead.
+           A pass is a pack: one clean past, several noised copies of the target behind it, and an attention
+           mask in which the copies see the past but not each other.
     ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels
            it predicts the x0 that 16 Euler steps reach from there.
 
@@ -26,7 +25,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import world
-from data import CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, make_files, take_frames
+from data import (CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, make_files,
+                  take_frames)
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
@@ -41,8 +41,8 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 # Which history a pass has, and how often.
 HISTORIES = {
     "prefix": .15,  # the first 7 chunks, each predicted from those before it: text to video
-    "full": .45,    # all that a memory policy holds
-    "lookup": .40,  # the same, but since the view was last another one there were no houses: they must be looked
+    "full": .35,    # all that a memory policy holds
+    "lookup": .50,  # the same, but since the view was last another one there were no houses: they must be looked
                     # up, drawing on is no answer
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
@@ -130,7 +130,7 @@ def chunk_frames(chunk):
 # ---- ar: teacher forcing -----------------------------------------------------------------------------------
 
 def draw_kind(histories, rng, done):
-    """Which history an update has, the same in all processes; done, the share of the updates, is not used"""
+    """-> which of HISTORIES, the same in all processes; done, the share of the updates, changes nothing"""
     return str(rng.choice(list(histories), p=list(histories.values())))
 
 
@@ -140,7 +140,11 @@ def teacher_forcing_loss(net, clips, kind, rng, batch, objective):
     kind     of HISTORIES
     returns  scalar loss
     """
-    history = clips.draw_history(rng, batch, lookup=True) if kind == "lookup" else clips.draw_history(rng, batch)
+    # which clips, and what is held of them
+    if kind == "lookup":
+        history = clips.draw_history(rng, batch, lookup=True)
+    else:
+        history = clips.draw_history(rng, batch)
     text = net.text(clips.text(history.clip))
     pack = prefix_pack(clips, history) if kind == "prefix" else history_pack(clips, history, kind)
     return packed_loss(net, text, pack, objective)

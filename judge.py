@@ -1,13 +1,13 @@
 """
 Reads a video of the small world back: where the camera looks, what it sees, and what came back right.
 
-It is given nothing but frames. Houses cover rows 8..25, so what they can never cover tells where the camera
-looks, and what stands in each sector is then one of 30 drawings:
+It is given nothing but frames. A house covers rows 8..25, so what it can never cover tells where the camera
+looks, and what stands in each sector is then the nearest of 30 drawings:
 
-    rows  0..3   sky                 the hue, which runs round once:        heading
-    rows  4..7   hills               the hue, which runs round three times: heading, more sharply
-    rows  8..25  hills [house] hills which of 30 it is
-    rows 26..31  ground              the colour: which of 4 it is; the stripes: heading
+    rows  0..3   sky                    one rainbow:    heading
+    rows  4..7   hills                  three of them:  heading, more sharply
+    rows  8..25  hills [ house ] hills  which of 30 it is
+    rows 26..31  ground                 the colour: which of 4 it is; the stripes: heading
 
 A frame is as valid as it is close to the nearest one that world.render() draws, in steps of 1 / SUB column.
 Recall is read from reappearances: a landmark was read, then no pixel of it was in view, then it is back. Its
@@ -22,7 +22,7 @@ blamed on memory. One that the caption's motion brings back, and that does not c
     python judge.py            # prints what it reads from a world whose landmarks are exchanged
 
 References: none, the world is this project's own.
-Leaves out: scenes of anything but sky, ground and one landmark a sector.
+Leaves out: scenes of anything but sky, hills, ground and one house a sector.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,11 +31,13 @@ import numpy as np
 from einops import rearrange
 from numpy.lib.stride_tricks import sliding_window_view
 
-from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HEIGHT, LANDMARKS, PAIRS, SECTOR, SECTORS, SKY,
-                   SUB, TOP, WHOLE, WIDTH, WorldSpec, clip, make_world, offsets, panorama, wrap)
+from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HEIGHT, LANDMARKS, PAIRS, SECTOR,
+                   SECTORS, SKY, SUB, TOP, WHOLE, WIDTH,
+                   WorldSpec, clip, make_world, offsets, panorama, wrap)
 
-READABLE = .5     # the best drawing is at most half as far as any other. Clips, blurred and at 26 dB:
-                  # < .35 as far; morphs, halves, mixed colours, nothing: > .60
+# The best drawing is at most half as far as any other. Clips, blurred and at 26 dB: < .48 as far; halves,
+# morphs, mixed colours, nothing: > .62.
+READABLE = .5
 
 
 # ---- what each frame shows ---------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ READABLE = .5     # the best drawing is at most half as far as any other. Clips,
 class Reading:
     path: np.ndarray      # (f,) heading in columns, unwrapped; misread frames are mended
     ground: np.ndarray    # (f,) index into GROUNDS
-    landmark: np.ndarray  # (f, 8) by sector: a house of world.PAIRS, -1 where not wholly in view or not readable
+    landmark: np.ndarray  # (f, 8) by sector: which of PAIRS; -1 where not wholly in view or not readable
     psnr: np.ndarray      # (f,) dB, peak 1, against the nearest frame that can be rendered
 
 
@@ -67,7 +69,7 @@ def read_video(frames):
 
 def read_frames(x, ground):
     """x (f, 64, 32, 3), all over one ground -> heading (f,) in [0, 256), Reading's landmark and psnr"""
-    # 1. The heading i, in sub-columns: the most alike of all views without landmarks.
+    # 1. The heading i, in sub-columns: the most alike of all views without houses.
     templates, norms = heading_templates(ground)
     i = (rearrange(uncovered(x), "f w d -> f (w d)") @ templates.T - norms).argmax(1)
     # 2. The landmark of each sector: the nearest of 30 drawings.
@@ -75,12 +77,12 @@ def read_frames(x, ground):
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
     nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    # 3. The heading once more: known landmarks have the sharpest edges. Down a parabola, twice.
+    # 3. The heading once more: known houses have the sharpest edges. Down a parabola, twice.
     for step in (SUB, SUB // 2):
         before, here, after = [frame_error(x, i + s, landmark, drawings) for s in (-step, 0, step)]
         shift = step / 2 * (before - after) / np.maximum(before - 2 * here + after, 1e-9)
         i = i + np.rint(shift.clip(-step, step)).astype(int)
-    # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
+    # 4. What counts: houses wholly in view. How far is the frame from the nearest that can be rendered?
     whole = np.abs(offsets(i / SUB)) <= WHOLE
     readable = whole & (nearest <= READABLE * second)
     error = frame_error(x, i, landmark, drawings)
@@ -110,7 +112,8 @@ def uncovered(x):
 def heading_templates(ground):
     """
     Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, for all views b without houses.
-    returns  templates (256 * SUB, 64 * 9), norms (256 * SUB,): the nearest has the largest x @ template - norm
+    returns  templates (256 * SUB, 64 * 9) and norms (256 * SUB,): the nearest has the largest
+             x @ template - norm
     """
     b = uncovered(panorama(ground, ())[view(np.arange(COLUMNS * SUB))])
     b = rearrange(b, "i w d -> i (w d)")
@@ -119,13 +122,13 @@ def heading_templates(ground):
 
 @lru_cache(maxsize=None)
 def landmark_drawings(ground):
-    """(LANDMARKS, 256 * SUB, 32, 3): the panoramas in which every sector has the same landmark."""
+    """(30, 256 * SUB, 32, 3): the panoramas in which every sector has the same house."""
     return np.stack([panorama(ground, [landmark] * SECTORS) for landmark in range(LANDMARKS)])
 
 
 def landmark_distances(x, i, drawings):
     """
-    Squared distance between what stands in each sector and all drawings, over the columns in view.
+    Squared distance between what stands in each sector and the 30 drawings, over the columns in view.
     x         (f, 64, 32, 3) frames
     i         (f,) their headings in sub-columns
     drawings  from landmark_drawings()
@@ -300,8 +303,8 @@ if __name__ == "__main__":
     names = [f"{COLOURS[roof]} over {COLOURS[wall]}" for roof, wall in PAIRS]
     spec = WorldSpec(0, "turn", 8)
     video = clip(spec, 0, 14 * FPS)
-    # Out of view, every landmark becomes another.
+    # After 6 s every house is another: what was out of view then comes back wrong.
     video[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
     for event in reappearances(read_video(video), make_world(spec).motion):
         verdict = "right" if event.right else "WRONG"
-        print(f"{names[event.before]:20} {event.absence:.1f} s away, now {names[event.shown]:20} {verdict}")
+        print(f"{names[event.before]:19} {event.absence:.1f} s away, now {names[event.shown]:19} {verdict}")

@@ -173,21 +173,23 @@ def vae_pass(inputs, batch, rng, done):
     mse = (decoded - real).square().mean()
     moved, real_moved = decoded.diff(dim=1), real.diff(dim=1)
     motion = (moved - real_moved).square().mean()
-    speed = rms(moved) - rms(real_moved)
+    speed = (rms(moved) - rms(real_moved)).square().mean()
     # latents: mean 0 and variance 1 in each channel, and no channel tells of another
     z = rearrange(z.float(), "b f c h w -> (b f w h) c")
     mean, std = z.mean(0), z.std(0)
     covariance = (z - mean).T @ (z - mean) / len(z)
     others = covariance - covariance.diag().diag()
-    unit = mean.square().mean() + (std - 1).square().mean() + others.square().sum(1).mean()
-    loss = mse + .5 * motion + .5 * speed.square().mean() + .02 * unit
+    unit = mean.square().mean() + (std - 1).square().mean()
+    unit = unit + others.square().sum(1).mean()
+    loss = mse + .5 * motion + .5 * speed + .02 * unit
     loss.backward()
-    return {"psnr": -10 * math.log10(mse.item()), "motion": motion.item(), "speed": speed.square().mean().item(),
-            "unit": unit.item(), "loss": loss.item()}
+    psnr = -10 * math.log10(mse.item())
+    losses = {"motion": motion, "speed": speed, "unit": unit, "loss": loss}
+    return {"psnr": psnr} | {name: value.item() for name, value in losses.items()}
 
 
 def rms(change):
-    """(b, f, c, h, w) -> (b, f)"""
+    """(b, f, c, h, w) -> root mean square of each frame (b, f)"""
     return (change.square().mean((2, 3, 4)) + 1e-6).sqrt()
 
 

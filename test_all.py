@@ -27,7 +27,7 @@ import timeit
 import tokenize
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +320,16 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
     close(tae.encode(video[:, :13]), whole[:, :4], 1e-6)
     monkeypatch.setattr("vae.PIECE", 0)
     close(tae.encode(video), whole, 1e-6)
+
+
+@torch.no_grad()
+def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
+    torch.manual_seed(0)
+    tae = TAE(tiny_tae).initialise()
+    video = torch.from_numpy(clip(WorldSpec(1), 0, 17))[None]
+    latents = tae.encode(video * 2 - 1)
+    decoded = tae.decode(torch.randn_like(latents))[0]
+    assert .3 < latents.std() < 3 and .3 < decoded.std() < 3  # from torch's own start: .03 and .06
 
 
 @torch.no_grad()
@@ -695,7 +705,7 @@ def test_golden_dmd_gradient_loss_and_critic():
     close(dmd.dmd_gradient(x, x, x)[0], want["grad_all_equal"], 0)
     # the critic's loss
     v = flow.v_from_x0(want["noisy"], given["x0_fake_cond"], t)
-    loss = flow.flow_matching_loss(v, given["noise"] - x, t).mean()
+    loss = flow.flow_matching_loss(v, given["noise"] - x).mean()
     assert loss.item() == pytest.approx(want["critic.loss"].item(), rel=1e-5)
 
 
@@ -830,35 +840,28 @@ def score_inputs(net):
     return features, trace, torch.tensor([.3, .8]), noise(*trace.x.shape, seed=5)
 
 
-PROBE = F.normalize(noise(2, 256, seed=8), dim=1)
-
-
-@pytest.mark.parametrize("probe", [None, PROBE])
-def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context(probe):
+def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context():
     student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
     features, trace, t, eps = score_inputs(student)
-    loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2), probe, 3.)
+    loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2))
     got, at = gradients(critic), t[:, None, None, None, None]
     assert not gradients(student)
     v = plain_velocity(critic, features, trace.context, (1 - at) * trace.x + at * eps, t)
     off = v - (eps - trace.x)
     want = off.square().mean()
-    if probe is not None:
-        want = want + 3 * ((at * off).flatten(2) @ probe.T).square().sum(-1).mean()
     want.backward()
     same_gradients(got, gradients(critic))
     assert loss == pytest.approx(want.item(), rel=1e-5)
     assert torch.allclose(error, (at * off).square().mean((1, 2, 3, 4)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("guidance, probe", [(1., None), (3., None), (1., PROBE)])
-def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance, probe):
+@pytest.mark.parametrize("guidance", [1., 3.])
+def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance):
     """Eq. 6 in one graph: d/dtheta of sum(x * stopped gradient) is what the two passes add up to."""
     student, teacher, critic = (random_dit(i).requires_grad_() for i in range(3))
     features, trace, t, eps = score_inputs(student)
     other = noise(2, 20, 64, seed=9)
-    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other,
-                                   probe, 3.)
+    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other)
     got, at = gradients(student), t[:, None, None, None, None]
     assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
@@ -868,8 +871,6 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
         real = away + guidance * (real - away)
         scale = (trace.x - real).abs().mean((1, 2, 3, 4))
         gradient = (fake - real) / scale[:, None, None, None, None]
-        if probe is not None:  # the gradient of a mean over 256 numbers, against a sum over 2 directions
-            gradient = gradient + 3 * 256 * (gradient.flatten(2) @ probe.T @ probe).view_as(gradient)
     x = student_video_in_one_graph(student, features, 9)
     (x * gradient).mean().backward()
     same_gradients(got, gradients(student))
@@ -993,14 +994,14 @@ def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatc
     x0, eps = noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
     for level in (.5, .9):
         bank.push(batch_of_errors(t=level))
-    loss = erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), 1., PROBE, 3.)
+    loss = erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), 1.)
     got, at = gradients(net), t[:, None, None, None, None]
     rng = np.random.default_rng([7, 0])
     seen, x0_seen, eps_seen, injected = bank.inject(rng, context, x0, eps, t, p=1)
     assert all(torch.any(a != b) for a, b in ((seen, context), (x0_seen, x0), (eps_seen, eps)))
     v = plain_velocity(net, features, seen, (1 - at) * x0_seen + at * eps_seen, t)
     off = v - (eps_seen - x0)
-    want = off.square().mean() + 3 * ((at * off).flatten(2) @ PROBE.T).square().sum(-1).mean()
+    want = off.square().mean()
     want.backward()
     same_gradients(got, gradients(net))
     assert loss == pytest.approx(want.item(), rel=1e-5)
@@ -1020,7 +1021,7 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
     erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), p)
     got, level = gradients(net), t[:, None].expand(2, 6)
     v = erft.predict_velocity(net, context, flow.add_noise(x0, eps, level), level, net.text(features), (2, 2))
-    flow.flow_matching_loss(v, eps - x0, level).mean().backward()
+    flow.flow_matching_loss(v, eps - x0).mean().backward()
     want = gradients(net)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -1028,19 +1029,21 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
 # ---- the causal start model: packs see what a rollout sees, kinds of history hold what they say ------------
 
 CPU = torch.device("cpu")
-TINY_TAE = WEIGHTS / "vae.safetensors"
 
 
 def numbered(worlds, latents):
-    """In place of a cache: latents (clips, n, 3, 1, 1) that tell clip, frame, and if of a counterfactual"""
+    """In place of a cache: latents (clips, n, 3, 1, 1) that tell clip, frame, and whether there are houses"""
     clip, frame = torch.meshgrid(torch.arange(len(worlds)), torch.arange(latents), indexing="ij")
-    other = torch.full_like(clip, worlds[0].counterfactual)
-    return torch.stack([clip, frame, other], dim=2)[..., None, None].bfloat16()
+    houses = torch.full_like(clip, not worlds[0].empty)
+    return torch.stack([clip, frame, houses], dim=2)[..., None, None].bfloat16()
 
 
-def clips_of(x0):
-    """x0 (b, 123, c, h, w) as the latents of b clips"""
-    return data.WorldClips(training_worlds(len(x0), 0), 41, lambda worlds, latents: x0, list, CPU)
+@pytest.fixture
+def four_clips(monkeypatch):
+    """cache -> clips of the small world, of which two are also encoded without houses"""
+    monkeypatch.setattr(data, "CLIPS", 4)
+    monkeypatch.setattr(data, "EMPTY_CLIPS", 2)
+    return lambda cache=numbered: data.WorldClips(0, cache, lambda captions: captions, CPU)
 
 
 def causal_predictions(net, text, x0, noised, policy="slowfast"):
@@ -1066,9 +1069,9 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
         assert (v[:, copy] - want).abs().max() < 1e-5
 
 
-def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it():
+def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it(four_clips):
     net, x0 = random_dit(), noise(1, 123, 16, 4, 8)
-    clips = clips_of(x0)
+    clips = four_clips(lambda worlds, latents: x0.expand(4, -1, -1, -1, -1))
     pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
     assert torch.equal(pack.target, x0[:, :21]) and torch.equal(pack.past, x0[:, :21])
     text, xt, t = random_text(net), noise(1, 21, 16, 4, 8, seed=3), torch.rand(1, 21)
@@ -1077,53 +1080,35 @@ def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_befo
     assert (v - torch.cat(want, dim=1)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, skip, steady_turns", [
-    ("full_history", 0, True), ("skip_chunk", 1, True), ("skip_chunk", 2, True), ("keyframes_only", 0, True),
-    ("swapped_recent", 0, True), ("swapped_recent", 0, False)])
-def test_each_kind_of_history_holds_what_it_says(kind, skip, steady_turns, monkeypatch):
-    monkeypatch.setattr(data, "COUNTERFACTUALS", 3)
-    worlds = [WorldSpec(seed, "turn", seconds) for seed, seconds in enumerate((8, 16, 16, 12))]
-    clips = data.WorldClips(worlds, 27, numbered, list, CPU)
-    rng, swapped = np.random.default_rng(1), kind == "swapped_recent"
-    history = clips.draw_history(rng, 96, 1 + skip, 3 if swapped else None)
-    pack = causal.history_pack(clips, history, causal.Pass(kind, steady_turns, skip, 0, "", []), rng)
-    for b in range(96):
-        was = [n for n in history.frame[b].tolist() if n >= 0]
-        now = [n for n in pack.past_frame[b].tolist() if n >= 0]
-        last = 3 * int(history.chunk[b]) - 1  # the last latent before the target
-        # the past
-        if kind == "keyframes_only":
-            assert now == was[3:15]
-        elif kind == "full_history" or kind == "skip_chunk" and len(was) < 18 or not steady_turns:
-            assert now == was
-        else:
-            assert now[:3] == was[:3] and now[-3:] == was[-3:] and set(now) <= set(was)
-            assert swapped or len(now) == 18 - 3 * skip
-        if swapped and steady_turns:  # keyframes of the last half turn would show the view, a known way off
-            turned = (clips.heading[history.clip[b]] - clips.heading[history.clip[b], last]).abs().tolist()
-            nearest = min([turned[n] for n in now[3:-3]] + [192])
-            gone = [turned[n] for n in set(was) - set(now)]
-            assert max(gone) < nearest and nearest >= 128  # of 256 columns
-        # the target: copies of the next chunk, or of a later one, at the positions behind all that is missing
-        target = [last + 1 + 3 * skip + i for i in range(3)] * 4
-        position = [len(now) + 3 * skip + i for i in range(3)] * 4
-        assert pack.target_frame[b].tolist() == pack.target[b, :, 1, 0, 0].tolist() == target
-        assert causal.packed_positions(pack)[b].tolist() == [*range(len(pack.past_frame[b])), *position]
-        # the latents are of these clips and frames; only recent ones may be a counterfactual's
-        clip, frame, other = pack.past[b, :len(now), :, 0, 0].unbind(1)
-        assert (clip == history.clip[b]).all() and frame.tolist() == now and not pack.target[b, :, 2].any()
-        assert other.tolist() == [swapped and n in was[-3:] for n in now]
+@pytest.mark.parametrize("kind", ["full", "lookup"])
+def test_a_history_is_all_that_memory_holds_and_of_lookup_the_last_second_has_no_houses(kind, four_clips):
+    clips = four_clips()
+    history = clips.draw_history(np.random.default_rng(1), 96, clips=2)
+    pack = causal.history_pack(clips, history, kind)
+    assert torch.equal(pack.past_frame, history.frame)
+    clip, frame, houses = pack.past[..., 0, 0].unbind(2)
+    is_last = history.frame // 3 == history.chunk[:, None] - 1
+    assert is_last.any(1).all()
+    there = history.frame >= 0
+    assert torch.equal(clip[there], history.clip[:, None].expand_as(frame)[there].float())
+    assert torch.equal(frame[there], history.frame[there].float())
+    assert torch.equal(houses[there] == 0, is_last[there] & (kind == "lookup"))
+    # four copies of the next chunk, with its houses
+    clip, frame, houses = pack.target[..., 0, 0].unbind(2)
+    assert (clip == history.clip[:, None]).all() and houses.all()
+    assert torch.equal(frame, pack.target_frame.float())
+    assert torch.equal(pack.target_frame, (3 * history.chunk[:, None] + torch.arange(3)).repeat(1, 4))
 
 
-@pytest.mark.parametrize("kind, clips", [("swapped_recent", 2), ("full_history", 4)])
-def test_recent_latents_are_swapped_only_in_clips_that_have_a_counterfactual(kind, clips, monkeypatch):
-    monkeypatch.setattr(data, "COUNTERFACTUALS", 2)
-    monkeypatch.setattr(causal, "packed_loss", lambda net, text, pack, objective: text)
-    net, rng = SimpleNamespace(text=list), np.random.default_rng(0)
-    of_four = data.WorldClips(training_worlds(4, 0), 27, numbered, lambda captions: captions, CPU)
-    drawn = causal.Pass(kind, False, 0, 0, "", [])
-    captions = causal.teacher_forcing_loss(net, of_four, drawn, rng, 32, None)
-    assert set(captions) == set(of_four.captions[:clips])
+@pytest.mark.parametrize("kind, drawn", [("prefix", 4), ("full", 4), ("lookup", 2)])
+def test_lookup_is_drawn_from_the_clips_that_are_also_encoded_without_houses(kind, drawn, four_clips, monkeypatch):
+    monkeypatch.setattr(causal, "packed_loss", lambda net, text, pack, objective: (text, pack.past_frame))
+    clips = four_clips()
+    captions, past_frame = causal.teacher_forcing_loss(
+        SimpleNamespace(text=list), clips, kind, np.random.default_rng(0), 32, None)
+    assert set(captions) == set(clips.captions[:drawn])
+    assert (past_frame.max() == 20) == (kind == "prefix")
+    assert clips.empty.shape[0] == 2 and not hasattr(data.WorldClips(0, numbered, list, CPU, False), "empty")
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
@@ -1147,14 +1132,13 @@ def one_too_high(monkeypatch):
     return seen
 
 
-def test_the_loss_is_that_of_the_velocity_and_the_first_chunk_has_no_probe(one_too_high):
+def test_the_loss_is_that_of_the_velocity_behind_a_past_that_is_not_quite_clean(one_too_high):
     frame = torch.arange(6).expand(8, -1)
     pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), frame, torch.full((8, 6, 1, 1, 1), 3.), frame)
-    objective = causal.Objective((1, 1), 3., context_noise=.5, probe=torch.ones(1, 1), probe_weight=10.)
-    loss = causal.packed_loss(None, None, pack, objective)
+    loss = causal.packed_loss(None, None, pack, causal.Objective((1, 1), 3., context_noise=.5))
     pack, _, t = one_too_high[0]
-    assert torch.allclose(loss, 1 + 10 * t[:, 3:].square().sum(1).mean() / 6, rtol=1e-3)
-    assert 0 < pack.past.abs().mean() < .5  # the clean past is not quite clean
+    assert torch.allclose(loss, torch.ones(()), rtol=1e-3)
+    assert 0 < pack.past.abs().mean() < .5
 
 
 def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_high):
@@ -1171,33 +1155,12 @@ def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_h
     assert torch.equal(t, levels.repeat_interleave(3).expand(2, 12))
 
 
-def test_the_curriculum_tells_how_often_each_kind_is_drawn():
+@pytest.mark.parametrize("histories", [causal.HISTORIES, causal.FOLDER_HISTORIES], ids=["world", "folder"])
+def test_each_kind_of_history_is_drawn_as_often_as_the_table_says(histories):
     rng = np.random.default_rng(0)
-    for row, done in zip(causal.HISTORY_CURRICULUM, (0, .5, .8, .99)):
-        drawn = [causal.draw_pass(rng, done) for _ in range(2000)]
-        packs = [p for p in drawn if p.kind != "rollout"]
-        assert abs(1 - len(packs) / 2000 - row.get("rollout", 0)) < .04
-        for kind in causal.KINDS:
-            assert abs(sum(p.kind == kind for p in packs) / len(packs) - row.get(kind, 0)) < .06, (done, kind)
-        assert abs(sum(p.steady_turns for p in packs) / len(packs) - row["steady_turns"]) < .06
-        assert all(p.skip in ((1, 2) if p.kind == "skip_chunk" else (0,)) for p in drawn)
-        assert all(7 <= min(p.supervised) and max(p.supervised) <= p.length <= 40 for p in drawn)
-    kinds = {causal.draw_pass(rng, done, causal.FOLDER_CURRICULUM).kind for done in np.linspace(0, .999, 200)}
-    assert kinds == {"prefix", "full_history"}  # folders of videos have no counterfactuals, and no headings
-
-
-def test_a_rollout_pass_predicts_from_the_real_memory(monkeypatch):
-    net, x0 = random_dit(), noise(2, 123, 16, 4, 8)
-    text, t, offset = random_text(net, 2), torch.rand(2, 12), noise(2, 12, 16, 4, 8, seed=7)
-    monkeypatch.setattr(causal, "stratified_noise", lambda x0, shift: (x0 + offset, t, offset))
-    drawn = causal.Pass("rollout", False, 0, length=9, policy="longlive", supervised=[7, 9])
-    rng, objective = np.random.default_rng(0), causal.Objective((2, 4), 3.)
-    loss = causal.rollout_loss(net, text, clips_of(x0), torch.arange(2), drawn, rng, objective)
-    errors = []
-    for error, level in zip(offset.split(3, dim=1), t.split(3, dim=1)):
-        noised = {i: (x0[:, 3 * i:3 * i + 3] + error, level) for i in drawn.supervised}
-        errors += [v - error for v in causal_predictions(net, text, x0, noised, "longlive")]
-    assert torch.allclose(loss, torch.stack(errors).square().mean(), rtol=1e-4)
+    drawn = Counter(causal.draw_kind(histories, rng, 0.) for _ in range(4000))
+    assert all(abs(drawn[kind] / 4000 - share) < .03 for kind, share in histories.items())
+    assert sum(histories.values()) == 1 and "lookup" not in causal.FOLDER_HISTORIES
 
 
 def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path, monkeypatch):
@@ -1221,28 +1184,6 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
     assert torch.equal(trajectories().x, made.x)
 
 
-def test_an_error_along_the_probe_counts_more_and_any_other_error_as_ever():
-    v_star, t = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3])
-    along, across = torch.linalg.qr(noise(512, 2))[0].T  # at right angles, of length 1
-    for error, more in ((along, torch.tensor([.25, 1.])), (across, torch.zeros(2))):  # of x0
-        loss = flow.flow_matching_loss(v_star + error.view(16, 4, 8), v_star, t, along[None], 10.)
-        assert torch.allclose(loss, 1 / 512 + 10 * more, rtol=1e-3)
-
-
-def test_a_heading_probe_from_few_clips_reads_held_out_worlds(monkeypatch):
-    tae = load(TINY_TAE, TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
-    monkeypatch.setattr(causal, "PROBE_CLIPS", 12)
-    monkeypatch.setattr(causal, "CHUNKS", 27)
-
-    def encoded(worlds, latents=81):
-        return torch.cat([encode_world(tae, spec, latents, CPU) for spec in worlds])
-    worlds = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
-    x, y = causal.fit_heading_probe(encoded) @ encoded(worlds).flatten(0, 1).flatten(1).T
-    heading = Histories(worlds, 27).heading.flatten()
-    off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading).numpy())
-    assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
-
-
 def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keeps_less_lingering():
     is_turn, moved = torch.arange(16) < 8, torch.where(noise(16, 41).abs() > .5, 5., 1.)
     blind = 1 - .1 * noise(16, 41, seed=2).abs()                  # keys that do not tell what moves ...
@@ -1257,9 +1198,8 @@ def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keep
 
 # ---- training clips: never held-out worlds, with the pasts that memory would hold --------------------------
 
-@pytest.mark.parametrize("steady_turns", [False, True])
-def test_training_never_uses_held_out_worlds(steady_turns):
-    seeds = [spec.seed for spec in training_worlds(3000, 0, steady_turns)]
+def test_training_never_uses_held_out_worlds():
+    seeds = [spec.seed for spec in training_worlds(3000, 0)]
     assert len(set(seeds)) == 3000 and .99 * world.HELD_OUT < max(seeds) < world.HELD_OUT
 
 
@@ -1279,7 +1219,7 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
 MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
 
 
-def test_chunks_in_which_something_comes_back_weigh_twelve_times_as_much():
+def test_chunks_in_which_a_house_comes_back_weigh_twelve_times_as_much():
     histories = Histories(MOTIONS, 30)
     for b, spec in enumerate(MOTIONS):
         w = world.make_world(spec)
@@ -1288,9 +1228,7 @@ def test_chunks_in_which_something_comes_back_weigh_twelve_times_as_much():
             first, last = max(0, 12 * i - 3), 12 * i + 8
             heading = w.motion.heading(w.start, np.arange(first, last + 1))
             now = set(np.flatnonzero((np.abs(world.offsets(heading)) <= world.GONE).any(0)))
-            steps = np.diff(w.motion.heading(w.start, np.arange(max(0, first - 1), last + 2)))
-            comes_back = bool(now & seen - before) or len(set(np.sign(steps))) > 1
-            assert i < 7 or histories.weight[b, i] == (12 if comes_back else 1), (spec, i)
+            assert i < 7 or histories.weight[b, i] == (12 if now & seen - before else 1), (spec, i)
             assert abs(histories.moved[b, i] - abs(heading[-1] - heading[0])) < 1e-9
             seen, before = seen | now, now
 
@@ -1307,7 +1245,7 @@ def test_targets_are_drawn_as_often_as_they_weigh_and_have_room_behind_them():
 
 def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison():
     histories, rng = Histories(MOTIONS, 30), np.random.default_rng(0)
-    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0), ({"clips": 2}, 0)):
+    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0)):
         history = histories.draw_history(rng, 3000, **given)
         held = (history.frame >= 0).sum(1)
         assert abs((held < 18).float().mean() - share) < .02  # two of those four hold less than 18 latents
@@ -1315,7 +1253,7 @@ def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison(
 
 
 def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
-    tae, worlds, encoded = shipped_vae(), training_worlds(3, 0), []
+    tae, worlds, encoded = TAE(tiny_tae).initialise(), training_worlds(3, 0), []
 
     def counted(tae, spec, latents, device):
         encoded.append(spec)
@@ -1325,8 +1263,11 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
     assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded == worlds
     next(tmp_path.rglob("00002.safetensors")).unlink()  # as if stopped after two clips
     assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded[3:] == worlds[2:]
-    data.latent_cache(tmp_path, tae, worlds[:2], 6, CPU)
-    assert encoded[4:] == worlds[:2]
+    empty = [replace(spec, empty=True) for spec in worlds]
+    for others in (worlds[:2], empty):
+        encoded.clear()
+        data.latent_cache(tmp_path, tae, others, 6, CPU)
+        assert encoded == others
     assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
 
 
@@ -1334,19 +1275,11 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
 STAGES = ["vae", "init", "base", "teacher", "1", "2"]
-SHORT_CURRICULUM = [  # every kind of history in few updates
-    dict(until=.3, prefix=.2, full_history=.2, skip_chunk=.2, keyframes_only=.2, swapped_recent=.2,
-         steady_turns=.5),
-    dict(until=.5, prefix=.5, full_history=.5, steady_turns=1.),
-    dict(until=.6, prefix=.5, full_history=.5, steady_turns=1., rollout=.8),
-    dict(until=1., prefix=1., rollout=.8),
-]
 
 
 def small_preset(preset):
     lengths = {"shortest": 8, "longest": 10, "ramp": .6} if preset.longest > 7 else {}
-    return replace(preset, heading_weight=min(.1, preset.heading_weight), save_every=2, probe_every=0,
-                   critic_heading_weight=min(.1, preset.critic_heading_weight), **lengths)
+    return replace(preset, save_every=2, probe_every=0, **lengths)
 
 
 def with_presets(**fields):
@@ -1358,9 +1291,8 @@ AS_SMALL = {  # module: what a small training run sets there
     train: {"PROBED": 2,
             "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
     stages: {"tiny_dit": SMALL, "CRITIC_PASSES": 2},
-    data: {"CLIPS": 2, "STEADY_TURN_CLIPS": 2, "COUNTERFACTUALS": 2},
-    causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9, "PROBE_CLIPS": 2,
-             "HISTORY_CURRICULUM": SHORT_CURRICULUM,
+    data: {"CLIPS": 2, "EMPTY_CLIPS": 2},
+    causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9,
              "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
 }
 
@@ -1613,6 +1545,34 @@ def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_
     assert sorted(order[:10]) == sorted(order[10:]) == items and order[:10] != order[10:] and order[:10] != items
     as_process(monkeypatch, 0, 1)
     assert data.Shuffled(items, 0).take(20) == order
+
+
+def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covariance():
+    torch.manual_seed(0)
+    tae = TAE(TAEConfig(encoder=8, decoder=(16, 16, 8, 8))).initialise()
+    torch.manual_seed(1)
+    found = stages.vae_pass(SimpleNamespace(vae=tae, device=CPU, autocast=nullcontext()), 2, np.random.default_rng(0), 0.)
+    got = gradients(tae)
+    # the same written plainly
+    rng, clips = np.random.default_rng(0), []
+    for _ in range(2):
+        spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
+        clips.append(torch.from_numpy(clip(spec, int(rng.integers(480)), 17)))
+    torch.manual_seed(1)
+    real = torch.stack(clips)
+    z = tae.encode(real * 2 - 1)
+    made = tae.run(tae.decoder, z + .1 * torch.randn_like(z), None)[0][:, 3:]
+    change, real_change = made[:, 1:] - made[:, :-1], real[:, 1:] - real[:, :-1]
+    of_frames = [x.flatten(2).norm(dim=2) / x[0, 0].numel() ** .5 for x in (change, real_change)]
+    latents = z.movedim(2, 0).flatten(1)
+    off = torch.cov(latents) - torch.diag(latents.var(1))
+    losses = {"motion": F.mse_loss(change, real_change), "speed": F.mse_loss(*of_frames),
+              "unit": (latents.mean(1) ** 2 + (latents.std(1) - 1) ** 2 + (off ** 2).sum(1)).mean()}
+    mse = F.mse_loss(made, real)
+    losses["loss"] = mse + .5 * losses["motion"] + .5 * losses["speed"] + .02 * losses["unit"]
+    losses["loss"].backward()
+    assert found == pytest.approx({"psnr": -10 * mse.log10().item()} | {k: v.item() for k, v in losses.items()}, rel=.02)
+    same_gradients(got, gradients(tae), .02)
 
 
 def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypatch):
@@ -3073,10 +3033,10 @@ DEMOS = {  # something true that each demo says
     "erft": "its v is off v* by 0.500",
     "text": "-> features (1, 96, 64), zero from there on",
     "weights": "vae.safetensors            {'stage':",
-    "vae": "497,664 numbers -> 10,752 -> 497,664 at 25.9 dB",
+    "vae": "497,664 numbers -> 10,752 -> 497,664 at ",
     "wan_vae": "latent 4 -> frames 13..16, 0e+00 from those decoded at once",
-    "world": "drawn in out/world.png",
-    "judge": "yellow triangle  5.4 s away, now cyan square      WRONG",
+    "world": "Grass. The camera looks from west 90 degrees to the right and back, every 12 seconds.",
+    "judge": "magenta over blue   5.1 s away, now blue over red       WRONG",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
     "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
     "causal": "######...###",
@@ -3098,12 +3058,12 @@ def test_every_demo_is_run():
     assert shown - SCRIPTS - {"report"} == set(DEMOS)  # report.py takes a CSV
 
 
-# ---- the small world: what is drawn follows the caption, and captions never tell the landmarks -------------
+# ---- the small world: what is drawn follows the caption, and captions never tell the houses ----------------
 
 TURNING = Motion("turn", 1, 8)         # 2 columns a frame
 LOOKING = Motion("aside", 1, 16, 180)  # 1 column a frame
-SET = np.array([0, 7, 14, 21, 4, 11, 12, 19])
-LOOK = LOOKING.heading(40., np.arange(400))
+SET = np.array([0, 7, 14, 21, 4, 11, 29, 19])
+LOOK = LOOKING.heading(64., np.arange(400))
 UNTIL_100 = np.minimum(np.arange(400), 100)  # frame numbers of a camera that stops
 
 
@@ -3112,8 +3072,8 @@ def steady(frames, start=0.):
 
 
 def draw_video(headings, landmarks=SET, ground=0):
-    """Frames at these headings; landmarks (8,) or, where they change over time, (f, 8)."""
-    landmarks = np.broadcast_to(landmarks, (len(headings), 8))
+    """Frames at these headings; landmarks (8,), () for none, or, where they change over time, (f, 8)."""
+    landmarks = np.broadcast_to(landmarks, (len(headings), np.shape(landmarks)[-1]))
     frames = np.empty((len(headings), 3, 32, 64), np.float32)
     for row in np.unique(landmarks, axis=0):
         same = (landmarks == row).all(1)
@@ -3134,48 +3094,57 @@ def test_the_camera_moves_as_its_motion_says(motion, start, seconds, end):
     assert motion.heading(start, 16 * seconds) == pytest.approx(end)
 
 
-@pytest.mark.parametrize("motion, words", [
-    (Motion("turn", 1, 8), "turns right, one turn in 8 seconds."),
-    (Motion("linger", -1, 44), "turns left, lingering at the compass points, one turn in 44 seconds."),
-    (Motion("aside", -1, 16, 180), "looks 180 degrees to the left and back, every 16 seconds."),
+@pytest.mark.parametrize("start, motion, words", [
+    (5., Motion("turn", 1, 8), "turns right, one turn in 8 seconds."),
+    (5., Motion("linger", -1, 44), "turns left, lingering at the compass points, one turn in 44 seconds."),
+    (0., Motion("aside", -1, 16, 180), "looks from north 180 degrees to the left and back, every 16 seconds."),
+    (64., Motion("aside", 1, 4, 90), "looks from east 90 degrees to the right and back, every 4 seconds."),
 ])
-def test_a_caption_tells_ground_and_motion_alone_in_96_bytes_and_the_grammar_knows_it(motion, words):
-    caption = World(3, tuple(SET), 0., motion).caption
+def test_a_caption_tells_ground_and_motion_alone_in_96_bytes_and_the_grammar_knows_it(start, motion, words):
+    caption = World(3, tuple(SET), start, motion).caption
     assert caption == f"Stone. The camera {words}"
     assert len(caption.encode()) <= 96
     assert re.fullmatch(world.GRAMMAR, caption)
-    for foreign in (caption.lower(), caption.replace("Stone", "Lava"), caption + " Slowly.", caption[:-1], ""):
-        assert not re.fullmatch(world.GRAMMAR, foreign)
+    changed = [caption.lower(), caption + " Slowly.", caption[:-1], ""]
+    changed += [caption.replace(*words) for words in (("Stone", "Lava"), ("right", "up"), ("left", "down"))]
+    assert not any(re.fullmatch(world.GRAMMAR, other) for other in changed if other != caption)
 
 
-def test_a_frame_shows_what_stands_around_its_heading_and_the_sky_is_the_same_in_every_world():
+def test_a_frame_shows_the_house_ahead_below_the_sky_and_hills_of_every_world():
     frames = draw_video([112, 104])
-    assert np.allclose(frames[0, :, 16, 31:33], world.COLOUR_RGB[21 % 6][:, None], atol=.01)  # sector 3
-    assert frames[0, :, 16, 23].max() < .3  # its outline
+    roof, wall = (world.COLOUR_RGB[colour][:, None] for colour in world.PAIRS[SET[3]])  # sector 3
+    assert np.allclose(frames[0, :, 12, 31:33], roof, atol=.01)
+    assert np.allclose(frames[0, :, 20, 24:28], wall, atol=.01)
+    assert frames[0, :, [8, 23], 32].max() < .3  # its outline, its door
     assert np.array_equal(frames[0, ..., :-8], frames[1, ..., 8:])
-    skies = [draw_video([112], marks, ground)[..., :5, :] for marks in (SET, SET + 1) for ground in range(4)]
-    assert np.array_equal(skies, [skies[0]] * 8)
+    # whatever stands there, the compass is uncovered: one hue round the sky, three round the hills
+    points = np.arange(0, 256, 64)
+    above = [draw_video(points, houses, ground)[..., :world.TOP, :] for houses in (SET, (SET + 1) % 30)
+             for ground in range(4)]
+    assert np.array_equal(above, [draw_video(points, ())[..., :world.TOP, :]] * 8)
+    sky, hills = above[0][..., :4, :], above[0][..., 4:8, :]
+    assert min(np.abs(a - b).mean() for rows in (sky, hills) for a, b in itertools.combinations(rows, 2)) > .1
 
 
 def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
-    one = World(2, (23, 4, 7, 14, 11, 18, 10, 1), 32.049880172813715, Motion("turn", 1, 16))
-    other = replace(one, landmarks=(16, 10, 3, 8, 1, 21, 9, 14))
-    assert make_world(WorldSpec(0)) == one
-    assert make_world(WorldSpec(0, counterfactual=True)) == other
-    assert [make_world(WorldSpec(seed)).motion for seed in (2, 3, 7)] == [
-        Motion("aside", 1, 12, 90), Motion("aside", 1, 12, 135), Motion("turn", -1, 40)]
-    for spec, w in ((WorldSpec(0), one), (WorldSpec(0, counterfactual=True), other)):
+    one = World(2, (29, 6, 8, 17, 14, 23, 13, 2), 32.049880172813715, Motion("turn", 1, 16))
+    other = replace(one, landmarks=(20, 13, 4, 11, 2, 27, 11, 18))
+    for spec, w in ((WorldSpec(0), one), (WorldSpec(0, counterfactual=True), other),
+                    (WorldSpec(0, empty=True), replace(one, landmarks=()))):
+        assert make_world(spec) == w
         heading = w.motion.heading(w.start, np.arange(7, 9))
         assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
+    assert [make_world(WorldSpec(seed)).motion for seed in (2, 5, 7)] == [
+        Motion("aside", 1, 12, 90), Motion("linger", 1, 27), Motion("turn", -1, 40)]
     # On each ground, how light frames are, and how sharp; between sub-columns, the mean of both.
     drawn = [draw_video([0, 50.3, 128], SET, ground).astype(float) for ground in range(4)]
-    assert np.allclose([x.mean() for x in drawn], [.420199, .503110, .602013, .423242], atol=1e-5)
-    assert np.allclose([np.abs(np.diff(x)).mean() for x in drawn], [.026046, .027805, .029053, .023795], atol=1e-5)
+    assert np.allclose([x.mean() for x in drawn], [.430164, .491101, .562312, .432507], atol=1e-5)
+    assert np.allclose([np.abs(np.diff(x)).mean() for x in drawn], [.028398, .031267, .035024, .028345], atol=1e-5)
     before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
     assert np.allclose(between, (before + after) / 2, atol=1e-6)
 
 
-def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
+def test_motions_are_mixed_as_documented_and_looks_aside_go_from_one_compass_point_to_another():
     worlds = [make_world(WorldSpec(seed)) for seed in range(4000)]
     kinds = [w.motion.kind for w in worlds]
     assert np.allclose([kinds.count(k) / 4000 for k in ("turn", "linger", "aside")], (.5, .3, .2), atol=.03)
@@ -3183,8 +3152,15 @@ def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
                                    ("aside", 180, (8, 16))):
         seconds = {w.motion.seconds for w in worlds if (w.motion.kind, w.motion.degrees) == (kind, degrees)}
         assert (min(seconds), max(seconds)) == periods
-    fixed = make_world(WorldSpec(3, "turn", 9))
-    assert fixed == replace(worlds[3], motion=Motion("turn", worlds[3].motion.direction, 9))
+    for w in worlds:
+        if w.motion.kind == "aside":
+            path = w.motion.heading(w.start, np.arange(16 * w.motion.seconds))
+            ends = [path[0], path[8 * w.motion.seconds]]  # at the start, and where it turns
+            assert set(np.mod(ends, 64)) == {0} and path.min() == min(ends) and path.max() == max(ends)
+            assert world.POINTS[int(ends[0] / 64)] in w.caption
+    # fixing the motion changes nothing else
+    fixed = replace(worlds[0], motion=Motion("linger", worlds[0].motion.direction, 20))
+    assert make_world(WorldSpec(0, "linger", 20)) == fixed
 
 
 # ---- the judge: what is drawn is read back, and what is damaged is told ------------------------------------
@@ -3200,10 +3176,15 @@ def tinted(frames):
     return .9 * frames + np.array([.05, 0, -.02], np.float32)[:, None, None] + patches.astype(np.float32)
 
 
+def blurred(frames):
+    """Each pixel the mean of 3 x 3."""
+    return F.avg_pool2d(torch.from_numpy(frames), 3, 1, 1, count_include_pad=False).numpy()
+
+
 def judge_errors(damage, frames=160):
     """
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
-    returns  share of landmarks wholly in view that are right; heading errors; share of right grounds; PSNR
+    returns  share of houses wholly in view that are right; heading errors; share of right grounds; PSNR
     """
     right, wrong_by, grounds, psnr = [], [], [], []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
@@ -3219,20 +3200,24 @@ def judge_errors(damage, frames=160):
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 40), (with_noise, 25), (tinted, 21),
-], ids=["none", "26 dB", "tinted"])
+    (lambda frames: frames, 50), (with_noise, 25), (tinted, 23), (blurred, 19),
+    (lambda frames: with_noise(blurred(frames)), 18),
+], ids=["none", "26 dB", "tinted", "blurred", "blurred, 26 dB"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
     right, wrong_by, ground, psnr = judge_errors(damage)
     assert right >= .99
-    assert wrong_by.max() <= 1
+    assert wrong_by.max() <= .5
     assert ground == 1
     assert psnr >= validity
 
 
-def test_a_landmark_is_read_while_it_is_wholly_in_view_with_two_columns_to_spare():
+def test_a_house_is_read_while_it_is_wholly_in_view_softened_edges_included():
     offset = np.arange(-48, 48.)  # of sector 3, from one side of the view to the other
     reading = read_video(draw_video(112 - offset))
-    assert np.array_equal(reading.landmark[:, 3], np.where(np.abs(offset) <= 21, SET[3], -1))
+    assert np.array_equal(reading.landmark[:, 3], np.where(np.abs(offset) <= 17, SET[3], -1))
+    # 17 columns to the right the view ends with the softened edge
+    is_bare = [np.allclose(draw_video([112 - off])[..., -1], draw_video([112 - off], ())[..., -1]) for off in (17, 16)]
+    assert is_bare == [False, True]
 
 
 def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too():
@@ -3244,19 +3229,26 @@ def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too(
     assert np.abs(reading.path - steady(200)).max() <= 1 / 4
 
 
-@pytest.mark.parametrize("mix", [  # of two landmarks' panoramas a and b, and of none
-    lambda a, b, none: np.where(np.arange(2048)[:, None, None] % 256 < 128, a, b),
+LEFT_HALF = np.arange(2048)[:, None, None] % 256 < 128
+
+
+@pytest.mark.parametrize("mix", [  # of two houses' panoramas a and b, and of none
+    lambda a, b, none: np.where(LEFT_HALF, a, b),
     lambda a, b, none: (a + b) / 2,
+    lambda a, b, none: a.mean(-1, keepdims=True).repeat(3, -1),
+    lambda a, b, none: np.random.default_rng(0).random(a.shape, np.float32),
     lambda a, b, none: none,
-], ids=["two halves", "morph", "nothing"])
-def test_what_is_no_landmark_is_not_readable(mix):
+], ids=["two halves", "morph", "grey", "noise", "nothing"])
+def test_what_is_no_house_is_not_readable(mix):
     rng = np.random.default_rng(3)
     read = []
-    for ground, _ in np.ndindex(3, 24):
+    for ground, a in np.ndindex(3, 30):
         drawings = judge.landmark_drawings(ground)
-        a, b = rng.choice(24, 2, replace=False)
-        mixed = mix(drawings[a], drawings[b], panorama(ground, ()))
-        reading = read_video(render(mixed, np.arange(8) * 32 + rng.uniform(0, 32)))
+        # of another roof, of another wall, or of both
+        b = rng.choice([b for b in range(30) if b != a])
+        seen = panorama(ground, ())
+        seen[:, world.TOP:world.FOOT] = mix(drawings[a], drawings[b], seen)[:, world.TOP:world.FOOT]
+        reading = read_video(render(seen, np.arange(8) * 32 + rng.uniform(0, 32)))
         read.append((reading.landmark >= 0).any())
     assert np.mean(read) <= .01
 
@@ -3269,7 +3261,8 @@ def test_validity_is_the_size_of_the_damage_wherever_it_is():
         frames[:, :, rows, columns] += .1
         share = (rows.stop - rows.start) * columns.stop / (32 * 64)
         assert read_video(frames).psnr == pytest.approx(-10 * np.log10(.01 * share), abs=.5)
-    assert read_video(np.full((8, 3, 32, 64), .5)).psnr.max() < 17  # plain grey
+    for nothing in (np.full((8, 3, 32, 64), .5), np.random.default_rng(0).random((8, 3, 32, 64))):
+        assert read_video(nothing).psnr.max() < 12 and (read_video(nothing).landmark == -1).all()
 
 
 # ---- reappearances: what left and came back, against what it was -------------------------------------------
@@ -3286,9 +3279,9 @@ def returns_of(headings, motion=TURNING, landmarks=SET):
     (slice(200, 240), [1, 0, 1]),
 ])
 def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(changed, right):
-    landmarks = np.tile(SET, (480, 1))
+    landmarks = np.tile(SET, (490, 1))
     landmarks[changed, 4] = 22
-    found = returns_of(steady(480), landmarks=landmarks)
+    found = returns_of(steady(490), landmarks=landmarks)
     assert [e.right for e in found if e.sector == 4] == right
     assert len(found) == 3 * 8
     assert all(e.right for e in found if e.sector != 4)
@@ -3327,17 +3320,17 @@ def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
     headings = steady(400)[UNTIL_100]  # stops after 200 of 256 columns
     found = returns_of(headings)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
-    assert all(abs(e.absence - 174 / 32) <= 2 / 16 for e in found)
-    # Sector 7 leaves at frame 13, is due 98.5 frames later, and missed after 13 + 1.25 * 98.5 + 16 = 152.1.
-    assert [len(returns_of(headings[:frames])) for frames in (152, 153)] == [0, 1]
+    assert all(abs(e.absence - 164 / 32) <= 2 / 16 for e in found)
+    # Sector 7 leaves at frame 16, is due 97.5 frames later, and missed after 16 + 1.25 * 97.5 + 16 = 153.9.
+    assert [len(returns_of(headings[:frames])) for frames in (153, 154)] == [0, 1]
     looks = {e.sector: e.absence for e in reversed(returns_of(LOOK, LOOKING))}  # each sector's first absence
     stays = returns_of(LOOK[np.minimum(np.arange(400), 128)], LOOKING)
     assert all(abs(e.absence - looks[e.sector]) < .2 for e in stays)
 
 
-@pytest.mark.parametrize("start, sinks", [(40, {1}), (42, {1}), (43, {1, 2})])
+@pytest.mark.parametrize("start, sinks", [(40, {1}), (46, {1}), (48, {1, 2})])
 def test_landmarks_wholly_in_view_in_the_first_nine_frames_are_in_the_sink(start, sinks):
-    # The ninth frame looks at start + 16; sector 1 is wholly in view up to 69, sector 2 from 59 on.
+    # The ninth frame looks at start + 16; sector 1 is wholly in view up to 65, sector 2 from 63 on.
     found = returns_of(steady(300, start))
     assert {e.sector for e in found if e.in_sink} == sinks
     assert {e.sector for e in found} == set(range(8))
@@ -3362,7 +3355,7 @@ def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(path, motion, ra
 def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_agree():
     assert landmark_map(np.array([[3, -1], [5, -1], [5, -1], [-1, -1]])) == [5, -1]
     rng = np.random.default_rng(8)
-    assert chance(rng.integers(24, size=(300, 8))) == pytest.approx(1 / 24, abs=.002)
+    assert chance(rng.integers(30, size=(300, 8))) == pytest.approx(1 / 30, abs=.002)
     assert chance([[1, -1], [1, -1], [2, -1]]) == pytest.approx(1 / 3)
     assert np.isnan(chance([[1, 2]]))
 
@@ -3370,14 +3363,14 @@ def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_a
 def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_returns_shows_it_wholly():
     reading = read_video(draw_video(steady(300)))
     event = next(e for e in reappearances(reading, TURNING) if e.sector == 4)
-    # It stands at 144, 2 columns a frame: gone beyond 185, a pixel from 359 on.
-    assert (event.left, event.returned, event.absence) == (93, 180, 87 / 16)
-    whole = (123 <= steady(300)) & (steady(300) <= 165)
+    # It stands at 144, 2 columns a frame: gone beyond 190, a pixel from 354 on.
+    assert (event.left, event.returned, event.absence) == (96, 177, 81 / 16)
+    whole = (127 <= steady(300)) & (steady(300) <= 161)
     shows = [j for j in range(40) if any(whole[f] for f in range(max(0, 4 * j - 3), 4 * j + 1))]
     assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
     assert not is_in_memory(event, reading, []) and is_in_memory(event, reading, [0, 1, shows[0]])
     for event in reappearances(reading, TURNING):  # sectors whose first and last frame fall anywhere in a latent
-        whole = np.abs(wrap(32 * event.sector + 16 - steady(300))) <= 21
+        whole = np.abs(wrap(32 * event.sector + 16 - steady(300))) <= 17
         shows = [j for j in range(76) if whole[max(0, 4 * j - 3):4 * j + 1].any()]
         assert [j for j in range(76) if is_in_memory(event, reading, [j])] == shows
     assert [judge.chunk_of(frame) for frame in range(33)] == [0] * 9 + [1] * 12 + [2] * 12
@@ -3632,10 +3625,12 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     close(with_memory, whole[:, 1:], 1e-5)
 
 
-def test_a_fresh_network_predicts_zero_and_recomputing_changes_no_gradient():
+def test_a_fresh_network_looks_sharply_predicts_zero_and_recomputing_changes_no_gradient():
     x, t, rope = noise(1, 3, 16, 4, 8), torch.rand(1, 3), rope_cos_sin(torch.arange(3), 2, 4, 32)
     fresh = DiT(random_dit().config).initialise()
     assert not fresh(x, t, random_text(fresh), rope)[0].any()
+    norms = [(block.self_attn.norm_q.weight, block.self_attn.norm_k.weight) for block in fresh.blocks]
+    assert all(weight.unique().tolist() == [2.] for pair in norms for weight in pair)
     net = random_dit().requires_grad_(True)
     gradients = []
     for net.config.recompute in (False, True):

@@ -1,15 +1,26 @@
 """
 A small world where only memory can be right.
 
-A camera turns inside a round panorama of 256 columns and sees 64 of them. The sky's hue is the compass, the
-same in every world; on the ground stand 8 landmarks, one in the middle of each sector of 32 columns, whose
-shape and colour are random. The caption tells the ground and the motion, never the landmarks: what stands
-where can only be known from having seen it. So "does this model remember?" has an exact answer, which
-judge.py reads from frames alone.
+A camera turns inside a round panorama of 256 columns and sees 64 of them. Sky and hills run through all
+hues, the same in every world; before them stand 8 houses, one in the middle of each sector of 32 columns,
+whose roof and wall have two random colours. The caption tells the ground and the motion, never the houses:
+what stands where can only be known from having seen it. So "does this model remember?" has an exact answer,
+which judge.py reads from frames alone.
+
+    row  0      sky        sky        sky        one rainbow round the panorama
+         4      hills      hills      hills      three rainbows
+         8      hills    .-------.    hills      roof, in one of six colours
+        16      hills    |       |    hills      wall, in another: 30 kinds of house
+        20      ground   |   #   |    ground     stripes
+        26      ground     ground     ground
 
     sector     0       1       2       3       4       5       6       7
-           |...#...|...#...|...#...|...#...|...#...|...#...|...#...|...#...|    # a landmark
-                         [------view------]                                   64 columns around the heading
+           |..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|    # a house
+               [------view------]                                             64 columns around the heading
+
+Why this world? No house covers the rainbows, an unmistakable compass: a network always knows where it looks.
+Houses fill most of the view, so memory explains most of what the caption leaves open, and a network that
+looks things up soon has less to lose. All have one silhouette, so recall tests memory and not drawing.
 
     python world.py            # draws out/world.png: the three motions, as strips of frames
 
@@ -44,8 +55,8 @@ HELD_OUT = 1_000_000_000  # seeds from here on are held out; training seeds lie 
 GROUNDS = ("Grass", "Sand", "Snow", "Stone")
 POINTS = ("north", "east", "south", "west")  # at columns 0, 64, 128, 192
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
-PAIRS = list(permutations(range(len(COLOURS)), 2))  # a house's roof and wall
-LANDMARKS = len(PAIRS)
+PAIRS = list(permutations(range(len(COLOURS)), 2))  # roof and wall of a house
+LANDMARKS = len(PAIRS)  # kinds of them
 
 GROUND_RGB = np.array([
     (.33, .47, .25),
@@ -193,7 +204,7 @@ def background(ground):
 
 @lru_cache(maxsize=None)
 def house():
-    """Which part of a sector's sub-columns and rows is outline, roof and wall: three of (SECTOR * SUB, 32, 1)"""
+    """-> outline, roof, wall (SECTOR * SUB, 32, 1): what share of each sub-column and row they cover"""
     x = np.abs((np.arange(SECTOR * SUB)[:, None] + .5) / SUB - SECTOR / 2)  # from the middle
     y = (np.arange(HEIGHT * 8) + .5) / 8  # in 8 sub-rows a row
 
@@ -246,7 +257,7 @@ def render(pano, headings):
 
 # ---- what a camera sees ------------------------------------------------------------------------------------
 
-WHOLE = WIDTH // 2 - HALF - 2  # |middle - heading| up to here: wholly in view with 2 columns to spare
+WHOLE = WIDTH // 2 - HALF - 1  # |middle - heading| up to here: wholly in view, softened edges included
 GONE = WIDTH // 2 + HALF       # ... and beyond this: no pixel of it in view
 
 
@@ -263,8 +274,11 @@ def wrap(columns):
 if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
-    frames = [clip(WorldSpec(seed), 0, 10 * FPS)[::FPS] for seed in (0, 2, 8, 7)]
+    specs = [WorldSpec(seed) for seed in (0, 2, 8, 7)]
+    frames = [clip(spec, 0, 10 * FPS)[::FPS] for spec in specs]
     picture = rearrange(np.stack(frames), "world f c h w -> (world h) (f w) c")
     Path("out").mkdir(exist_ok=True)
     iio.imwrite("out/world.png", (picture * 255).astype(np.uint8))
-    print("drawn in out/world.png: a row a world, ten frames, one a second")
+    print("drawn in out/world.png: ten seconds of each of")
+    for spec in specs:
+        print(make_world(spec).caption)
