@@ -71,7 +71,7 @@ import weights
 import world
 from config import BadInput
 from data import Histories, encode_world, training_worlds
-from evaluate import continue_student, own_reappearances
+from evaluate import own_reappearances
 from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
 from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
@@ -2112,17 +2112,6 @@ def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
     assert psnr > 28  # the ceiling that validity is compared with
 
 
-def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
-    """18 s of real video of a 9 s turn, from 10.3 s on: uniform-2 holds what returns, longlive none of it."""
-    networks = weights.load_tiny(WEIGHTS / "init_ar.safetensors", torch.device("cpu"))
-    spec = WorldSpec(world.HELD_OUT, "turn", 9)
-    frames, keep = continue_student(networks, [spec], 24, 0, PRESETS["uniform2"])
-    reading, motion = read_video(frames[0]), world.make_world(spec).motion
-    found = own_reappearances(reading, motion, keep[0], PRESETS["uniform2"], 14)
-    assert len(found) >= 4 and all(event.right and held for event, held in found)
-    assert not any(held for _, held in own_reappearances(reading, motion, keep[0], PRESETS["longlive"], 14))
-
-
 # ---- command lines, files and frames -----------------------------------------------------------------------
 
 @dataclass
@@ -3504,10 +3493,19 @@ def test_a_probe_tells_what_came_back_right_and_what_memory_held():
     frames = [(clip(spec, 0, 225) * 255).round().astype(np.uint8) for spec in specs]
     none = torch.zeros(2, 19, dtype=torch.bool)
     found = evaluate.read_probe(specs, frames, none)
-    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 6 and found["validity"] > 40
+    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 5 and found["validity"] > 40
     assert evaluate.read_probe(specs, frames, torch.arange(19).expand(2, -1) % 2 == 0)["ceiling"] == 1
     frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
     assert evaluate.read_probe(specs, frames, none)["recall"] < .8
+
+
+def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
+    """18 s of a 9 s turn, from 10.3 s on: uniform-2 holds what returns, longlive none of it."""
+    spec, keep = WorldSpec(world.HELD_OUT, "turn", 9), torch.arange(24) % 2 == 0
+    reading, motion = read_video(clip(spec, 0, 285)), make_world(spec).motion
+    found = own_reappearances(reading, motion, keep, PRESETS["uniform2"], 14)
+    assert len(found) >= 4 and all(event.right and held for event, held in found)
+    assert not any(held for _, held in own_reappearances(reading, motion, keep, PRESETS["longlive"], 14))
 
 
 def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch):
