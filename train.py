@@ -278,8 +278,7 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
     if get_rank() == 0:
         for name, net in nets.items():
             path = Path(cfg.out, part, f"{name}.safetensors")
-            # what ships is bfloat16; a next stage that starts there would not see how little it changes
-            save_weights(path, net.state_dict(), net.config, facts, torch.float32)
+            save_weights(path, net.state_dict(), net.config, facts)
             print(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
 

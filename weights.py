@@ -3,6 +3,7 @@ All reading and writing of networks: this project's own weights files, the raw f
 public students trained from it, and random weights of its form.
 
     python weights.py          # what each shipped file holds, and what made it
+    python weights.py out/stage2/stage2.safetensors    # ships a file: a copy in weights/, in bfloat16
 
 A raw folder holds the DiT, its config.json, the text encoder with its tokenizer, and an autoencoder, under
 Wan's own file names. Public students are state dicts, flat or under "generator_ema", "generator" or "model",
@@ -15,6 +16,7 @@ Leaves out: LoRA, image-to-video and 14B models (refused by name).
 import hashlib
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, one_of, whole_or_absent, within
+from config import BadInput, one_of, run, whole_or_absent, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -64,12 +66,18 @@ def write_safetensors(path, tensors, about=None):
         raise BadInput(f"cannot write {path}: {error}") from None
 
 
-def save_weights(path, state, config, facts, dtype=torch.bfloat16):
+def save_weights(path, state, config, facts):
     """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, sampler, ...)"""
     about = {"config": asdict(config), "facts": facts}
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     # one entry, because several would stand in the file in any order
     write_safetensors(path, state, {"about": json.dumps(about)})
+
+
+def ship(file, folder=WEIGHTS):
+    """A copy in bfloat16, to sample from: a stage that starts there would not see how little it changes."""
+    state, about = read_file(file)
+    state = {name: tensor.bfloat16() for name, tensor in state.items()}
+    write_safetensors(Path(folder, Path(file).name), state, {"about": json.dumps(about)})
 
 
 def read_file(path, device="cpu"):
@@ -435,6 +443,12 @@ def check_options(cfg):
         raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
 
 
-if __name__ == "__main__":
+def main():
+    for file in sys.argv[1:]:
+        ship(file)
     for file in sorted(WEIGHTS.glob("*.safetensors")):
         print(f"{file.name:26} {read_file(file)[1]['facts']}"[:110])
+
+
+if __name__ == "__main__":
+    run(main)
