@@ -143,6 +143,11 @@ def has_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
+def fast_layout(device):
+    """Of images in memory: channels last, but for Apple's devices, where convolutions of that are not sure."""
+    return torch.preserve_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def fast_autocast(device):
     """Autocast to bfloat16 where that is faster than float32, and to nothing elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import world
 from checkpoint import barrier, get_processes, get_rank
 from memory import CHUNK, PRESETS, frames_in_memory
-from video import FPS, FRAMES, read_frames
+from video import FPS, FRAMES, find_ffmpeg, read_frames
 from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
 from world import WorldSpec
 
@@ -306,6 +306,7 @@ def read_whole_chunks(file, width, height):
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
     check_writable(cfg.out)
+    find_ffmpeg()
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

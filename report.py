@@ -18,10 +18,12 @@ Leaves out: the paper's assumptions 1 and 2 (too little falls due in a teacher's
 import csv
 import json
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from config import BadInput, whole_or_absent
 from judge import chance
 from world import WorldSpec, make_world
 
@@ -68,13 +70,30 @@ def read_csv(path):
     """-> list of Video; none if there is no file yet"""
     videos = []
     if path.exists():
+        drop_cut_line(path)
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                values = {name: x if name in TEXT else json.loads(x) for name, x in row.items()}
-                eval_set = EvalSet(**pick(EvalSet, values))
-                world = WorldSpec(**pick(WorldSpec, values))
-                videos.append(Video(eval_set, world, **pick(Video, values)))
+            reader = csv.DictReader(file)
+            try:
+                videos = [read_row(row) for row in reader]
+            except (ValueError, TypeError, RecursionError, csv.Error) as error:
+                raise BadInput(f"{path}, line {reader.line_num}: {error}: take the line out") from None
     return videos
+
+
+def read_row(row):
+    values = {name: x if name in TEXT else json.loads(x) for name, x in row.items()}
+    eval_set = EvalSet(**pick(EvalSet, values))
+    return Video(eval_set, WorldSpec(**pick(WorldSpec, values)), **pick(Video, values))
+
+
+def drop_cut_line(path):
+    """What a killed run or a full disk left half is taken out of the file, so that it is made again."""
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        print(f"{path}: the last line was cut short and is dropped", file=sys.stderr)
+        with whole_or_absent(path) as part:
+            part.write_bytes(whole)
 
 
 def append_csv(path, videos):

@@ -29,7 +29,7 @@ import dmd
 import erft
 import world
 from checkpoint import barrier, get_processes, get_rank
-from config import BadInput, has_bf16
+from config import BadInput, fast_layout, has_bf16
 from data import ClipFolder, Shuffled, latent_cache, training_clips
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
@@ -93,7 +93,7 @@ def tiny_inputs(cfg, part, preset, device):
         sampler = Sampler(**facts["sampler"])
     # the autoencoder
     vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device, memory_format=fast_layout(device))
     return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
 
 

@@ -3448,6 +3448,22 @@ def test_a_target_is_met_by_the_number_and_not_by_its_rounding(right, met):
     assert "| recall after 15 s, % | 80 | - | no data |" in lines
 
 
+def test_a_cut_csv_loses_its_last_line_and_a_bad_one_is_named(tmp_path, capsys):
+    path, rows = tmp_path / "a.csv", [video_row([], seed) for seed in range(3)]
+    report.append_csv(path, rows)
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    assert report.read_csv(path) == rows[:2] and path.read_bytes() == b"".join(content.splitlines(True)[:3])
+    assert "the last line was cut short" in capsys.readouterr().err
+    report.append_csv(path, rows[2:])
+    assert path.read_bytes() == content and report.read_csv(path) == rows
+    lines = content.splitlines(True)
+    for line in (lines[2].replace(b"[", b"x"), b"1,2\r\n", lines[2][:-2] + b",more\r\n"):
+        path.write_bytes(b"".join([*lines[:2], line, lines[3]]))
+        with pytest.raises(BadInput, match="a.csv, line 3: .*take the line out"):
+            report.read_csv(path)
+
+
 def test_the_csv_gives_back_what_was_written(tmp_path):
     first, second = video_row([(6., True, False)]), video_row([], 3, worlds="teacher")
     second.world = WorldSpec(world.HELD_OUT, "turn", 8, counterfactual=True)

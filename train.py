@@ -40,7 +40,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import BadInput, StopSignals, check_writable, one_of, parse, pick_device, run  # first
+from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run,  # first
+                    whole_or_absent)
 
 import imageio.v3 as iio
 import numpy as np
@@ -260,7 +261,8 @@ def save_strip(part, preset, step, inputs, ema, sampler, out):
     with inputs.autocast:
         videos = strip_videos(part, m, specs, captions, sampler)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
-    iio.imwrite(out / f"strip_{step:06d}.png", strip.cpu().numpy())
+    with whole_or_absent(out / f"strip_{step:06d}.png") as part:
+        iio.imwrite(part, strip.cpu().numpy())
 
 
 def save_networks(cfg, part, preset, inputs, ema, sampler):

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, one_of, run, whole_or_absent, within
+from config import BadInput, fast_layout, one_of, run, whole_or_absent, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -317,7 +317,7 @@ def load_tiny(ckpt, device):
         raise BadInput(f"{ckpt} is no network of the small world: give --wan with it")
     dit.to(device)
     encoder.to(device)
-    tae.to(device, memory_format=torch.channels_last)
+    tae.to(device, memory_format=fast_layout(device))
 
     def features(texts):
         ids, mask = bytes_to_ids(texts, dit.config.text_len)
