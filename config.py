@@ -144,7 +144,7 @@ def has_bf16(device):
 
 
 def fast_layout(device):
-    """Of images in memory: channels last, but for Apple's devices, where convolutions of that are not sure."""
+    """Of images in memory: channels last, but for Apple's devices, where convolutions are not sure."""
     return torch.preserve_format if torch.device(device).type == "mps" else torch.channels_last
 
 

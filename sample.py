@@ -197,9 +197,9 @@ def save_state(path, cfg, video, model):
     with whole_or_absent(path) as part:
         try:
             torch.save({"options": options, "video": video.state_dict(), "model": model}, part)
-        # what torch makes of a full disk
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from None
+        # torch does not say why it could not write
+        except RuntimeError:
+            raise OSError("is the disk full?") from None
 
 
 def hash_networks(networks):

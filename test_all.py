@@ -2795,6 +2795,16 @@ def test_a_chunk_that_is_not_finite_ends_the_run(name, refused, monkeypatch):
     assert "the chunk at 0 s is not finite" in refused("--seconds", "1")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(sampled, tmp_path, monkeypatch, capsys):
+    (tmp_path / "state").write_text("before")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, path: save(content, open("/dev/full", "wb")))
+    assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", tmp_path / "state")[1] == 2
+    assert "state: is the disk full?" in capsys.readouterr().err
+    assert (tmp_path / "state").read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+
+
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(sampled, refused, tmp_path, capsys):
     state, moved = tmp_path / "state", tmp_path / "moved.safetensors"
     shutil.copy(WEIGHTS / f"{config.STUDENT}.safetensors", tmp_path / "here.safetensors")
