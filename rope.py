@@ -83,11 +83,15 @@ def apply_rope(x, cos_sin):
     pairs = x.float().unflatten(-1, (-1, 2))
     turn = cos_sin.unflatten(-1, (-1, 2))
     if x.device.type in ("cpu", "cuda"):
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+        number = torch.view_as_complex(pairs)
+        turned = torch.view_as_real(number * torch.view_as_complex(turn))
     # not every device has complex numbers
     else:
-        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        a, b = pairs.unbind(-1)
+        cos, sin = turn.unbind(-1)
+        real = a * cos - b * sin
+        imaginary = a * sin + b * cos
+        turned = torch.stack([real, imaginary], dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
 

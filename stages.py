@@ -435,7 +435,8 @@ def kept_and_oldest(roll, kinds):
     kept = tested.float().mean(1)
     found = {}
     for kind in set(kinds):
-        found[f"kept_{kind}"] = kept[[k == kind for k in kinds]].mean().item()
+        of_kind = torch.tensor([k == kind for k in kinds])
+        found[f"kept_{kind}"] = kept[of_kind].mean().item()
     if roll.memory.slow:
         age = CHUNK * roll.chunk - roll.memory.slow.frame[:, 0]
         found["oldest"] = age.float().mean().item() / 4

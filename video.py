@@ -206,6 +206,7 @@ def read_clip(path, width, height, most):
 
 def font_for(text):
     """-> the font, of those that are here, that has most letters of the text; the text as it can show it"""
+    # PIL's own font has ASCII alone
     fonts = [ImageFont.load_default(12)]
     for name in FONTS:
         try:
