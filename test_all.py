@@ -4,6 +4,7 @@ One test per claim, on the CPU, with the shipped weights and the golden vectors 
     python -m pytest test_all.py                  # all but those that measure time or resident memory
     python -m pytest test_all.py -m "not slow"    # without the long ones
     python -m pytest test_all.py -m speed         # time and resident memory, on an idle machine
+    python -m pytest test_all.py -m cuda -s       # on a GPU, which none of the others needs
     GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
 """
 import ast
@@ -4033,6 +4034,85 @@ def test_broken_weights_are_told_in_one_line(refused, tmp_path):
                           ("nan", "blocks.1.ffn.0.bias is not finite"),
                           (WEIGHTS / "vae.safetensors", "another kind of network")):
         assert message in refused("--ckpt", tmp_path / name)
+
+
+# ---- on a GPU: whatever a first run there would meet --------------------------------------------------------
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.cuda.reset_peak_memory_stats()
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("words", [
+    "--seconds 8", "--seconds 8 --compile", "--seconds 8 --teacher", "--wan random --seconds 4",
+    "--wan random --seconds 8 --vae tae --compile", "--wan random --vae tae --bench"])
+def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, sampled, tmp_path, capsys):
+    words = words.split()
+    frames, code = sampled(tmp_path, *words, "--device", "cuda")
+    assert code == 0
+    if "--bench" in words:
+        assert "frames/s" in capsys.readouterr().out
+    else:
+        assert len(frames) == 16 * int(words[words.index("--seconds") + 1]) and frames.std() > 1
+    with capsys.disabled():
+        print("\n", torch.cuda.get_device_name(), *words, bench.peak_memory(gpu))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_first_frames_are_those_of_the_cpu(gpu, sampled, tmp_path):
+    there, here = (sampled(tmp_path / device, "--seconds", "2", "--dtype", "fp32", "--device", device)[0].astype(float)
+                   for device in ("cuda", "cpu"))
+    assert abs(there - here).mean() < 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stage", STAGES)
+def test_on_a_gpu_every_stage_trains_and_goes_on_with_what_belongs_to_the_host_there(stage, gpu, small_training, monkeypatch):
+    go, out = small_training
+    load_checkpoint, hosted = train.load_checkpoint, []
+
+    def watched(folder, nets, optimizers, others):
+        step = load_checkpoint(folder, nets, optimizers, others)
+        if step:
+            hosted.extend(state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state)
+            hosted.extend([others["bank"].errors] if "bank" in others else [])
+            assert {p.device.type for p in nets.parameters()} == {"cuda"}
+        return step
+    monkeypatch.setattr(train, "load_checkpoint", watched)
+    for _ in range(2):
+        go("--stage", stage, "--updates", "4", "--device", "cuda")
+        forget(out, stage, 4)
+    assert hosted and all(tensor.device.type == "cpu" for tensor in hosted)
+    for part in train.PARTS[stage]:
+        lines = logged(out / part)
+        assert [line["step"] for line in lines if line["step"]] == [1, 2, 3, 4, 3, 4]
+        assert all(line["skipped"] == 0 for line in lines if line["step"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_on_a_gpu_training_at_832x480_takes_the_memory_of_its_estimate(stage, gpu, tmp_path, capsys):
+    """Four layers of Wan's thirty, under torchrun on as many GPUs as there are, two at most."""
+    prompts, processes = tmp_path / "prompts.txt", min(2, torch.cuda.device_count())
+    prompts.write_text("a calm sea\na storm rises\n")
+    script = tmp_path / "one.py"
+    script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\nsys.argv[0] = 'train.py'\n"
+                      f"runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n"
+                      "print('peak', torch.cuda.max_memory_allocated())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = ["--wan", "random:1536x4", "--stage", stage, "--updates", "2", "--accumulate", "2", "--data", prompts]
+    told = subprocess.run([*torchrun, script, *words, "--device", "cuda", "--out", tmp_path / "out"],
+                          check=True, timeout=600, capture_output=True, text=True).stdout
+    peak = max(int(number) for number in re.findall(r"peak (\d+)", told))
+    net = DiT(DiTConfig(layers=4))
+    need = bench.training_memory(f"stage{stage}", net, 1560, processes)
+    with capsys.disabled():
+        print(f"\nstage {stage}, 4 layers, {processes} GPUs: {peak / 1e9:.1f} GB, estimated {need / 1e9:.1f}")
+    assert need == pytest.approx(peak, rel=.15)
 
 
 # ---- scores of real videos: the formulas of the paper and of VBench, on files ------------------------------
