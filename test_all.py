@@ -2065,10 +2065,10 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
         assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and told in error, (words, error)
 
 
-# ---- devices that are no cuda and no cpu: Apple's has neither float64 nor complex numbers -------------------
+# ---- devices that are no cuda and no cpu: Apple's has neither float64 nor complex numbers ------------------
 
 class OnDevice(torch.Tensor):
-    """A tensor on a device of its own: only to() and item() bring it to the CPU. The device is called meta."""
+    """A tensor on a device of its own, called meta: only to() and item() bring it to the CPU."""
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
@@ -2108,8 +2108,11 @@ class DeviceWithoutFloat64(TorchDispatchMode):
 @pytest.fixture
 def other_device(monkeypatch):
     """sample.py and train.py run on that device."""
-    autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: autocast("cpu" if kind == "meta" else kind, *a, **k))
+    real = torch.autocast
+
+    def autocast(kind, *about, **more):
+        return real("cpu" if kind == "meta" else kind, *about, **more)
+    monkeypatch.setattr(torch, "autocast", autocast)
     for script in (sample, train):
         monkeypatch.setattr(script, "pick_device", lambda name: torch.device("meta"))
     with DeviceWithoutFloat64():
@@ -2126,7 +2129,7 @@ def test_sampling_needs_no_float64_and_no_complex_numbers_on_the_device(more, sa
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_of_training_needs_float64_or_complex_numbers_on_the_device(stage, small_training, other_device, monkeypatch):
+def test_no_stage_needs_float64_or_complex_numbers_on_the_device(stage, small_training, other_device, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *about: None)
     go, out = small_training
     go("--stage", stage, "--updates", "1")
@@ -2214,7 +2217,8 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     node = config.platform.node()
-    parts = [f".{node}.{dead.pid}.0.part.mp4", f".{node}.{os.getppid()}.0.part.mp4", f".other.{dead.pid}.0.part", ".my.part.mp4"]
+    parts = [f".{node}.{dead.pid}.0.part.mp4", f".{node}.{os.getppid()}.0.part.mp4"]
+    parts += [f".other.{dead.pid}.0.part", ".my.part.mp4"]
     for name in parts:
         (tmp_path / name).touch()
     with config.whole_or_absent(tmp_path / "a") as part:
@@ -2225,7 +2229,7 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
 def test_a_full_disk_is_told_in_one_line_and_the_file_before_stays(tmp_path):
     path = tmp_path / "a"
     path.write_text("first")
-    with pytest.raises(BadInput, match="cannot write .*a: No space left on device"), config.whole_or_absent(path):
+    with pytest.raises(BadInput, match="cannot write .*a: No space left"), config.whole_or_absent(path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(BadInput, match="it is a folder"), config.whole_or_absent(tmp_path):
@@ -2241,15 +2245,21 @@ def test_a_file_that_another_program_has_open_is_not_replaced_and_the_new_one_is
             raise PermissionError(13, "Access is denied")
         replace_file(part, whole)
     monkeypatch.setattr(os, "replace", replace_none_in_use)
-    with pytest.raises(BadInput, match="a.mp4 is in use.*a-[0-9]+.mp4: rename it"), config.whole_or_absent(path) as part:
-        part.write_text("new")
+    with pytest.raises(BadInput, match="a.mp4 is in use.*a-[0-9]+.mp4: rename it"):
+        with config.whole_or_absent(path) as part:
+            part.write_text("new")
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["new", "old"]
 
 
 @pytest.mark.parametrize("schema, value, told", [
-    ({"a": int}, {"a": 1, "b": 2}, ""), ({"a": int}, {}, "its content, a must be int, not NoneType"),
-    ([str], ["a", 1], "its content must be str, not int"), ((str, None), None, ""), ([(str, None)], [None, "a"], ""),
-    ({"a": [int]}, {"a": {}}, "its content, a must be list, not dict"), (dict, [], "its content must be dict, not list")])
+    ({"a": int}, {"a": 1, "b": 2}, ""),
+    ({"a": int}, {}, "its content, a must be int, not NoneType"),
+    ([str], ["a", 1], "its content must be str, not int"),
+    ((str, None), None, ""),
+    ([(str, None)], [None, "a"], ""),
+    ({"a": [int]}, {"a": {}}, "its content, a must be list, not dict"),
+    (dict, [], "its content must be dict, not list"),
+])
 def test_a_schema_names_the_field_that_is_not_as_it_says(schema, value, told):
     if not told:
         return config.check_schema("file", value, schema)
@@ -2259,7 +2269,8 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, value, told):
 
 @pytest.mark.parametrize("error, code, told", [
     (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
-    (NotImplementedError("aten::x on MPS"), 2, "error: use --device cpu, as this device lacks an operation: aten::x on MPS\n")])
+    (NotImplementedError("aten::x"), 2,
+     "error: use --device cpu, as this device lacks an operation: aten::x\n")])
 def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
     def main():
         raise error
@@ -2270,7 +2281,8 @@ def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
 
 def in_a_fresh_python(code, *words, **env):
     """-> exit code, stdout, stderr of a few lines that run before sample.py does with these words"""
-    code += f"\nimport sys, runpy\nsys.argv = ['sample.py', *sys.argv[1:]]\nrunpy.run_path({str(HERE / 'sample.py')!r}, run_name='__main__')"
+    code += "\nimport sys, runpy\nsys.argv = ['sample.py', *sys.argv[1:]]\n"
+    code += f"runpy.run_path({str(HERE / 'sample.py')!r}, run_name='__main__')"
     words = [sys.executable, "-c", code, *map(str, words)]
     ended = subprocess.run(words, capture_output=True, cwd=HERE, env={**os.environ, **env})
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
@@ -2364,8 +2376,9 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
         video.read_clip(path, 64, 32, 40)
 
 
-@pytest.mark.parametrize("exe, told", [("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
-                                       ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
+@pytest.mark.parametrize("exe, told", [
+    ("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
+    ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
 def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp_path):
     if exe:
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
@@ -2379,7 +2392,8 @@ def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp
 def in_place_of_ffmpeg(folder, script):
     """A program that says it is ffmpeg, and then does what the lines of Python say."""
     path = folder / "ffmpeg"
-    path.write_text(f"#!{sys.executable}\nimport sys\nif '-version' in sys.argv:\n    sys.exit(print('ffmpeg version 7'))\n{script}\n")
+    version = "if '-version' in sys.argv:\n    sys.exit(print('ffmpeg version 7'))"
+    path.write_text(f"#!{sys.executable}\nimport sys\n{version}\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -2387,7 +2401,7 @@ def in_place_of_ffmpeg(folder, script):
 @pytest.mark.skipif(sys.platform == "win32", reason="runs a script by its first line")
 @pytest.mark.parametrize("script, told", [
     ("sys.stdin.read(9)\nsys.exit('No space left on device')", "No space left on device"),  # while frames come
-    ("sys.stdin.buffer.read()\nopen(sys.argv[-1][5:], 'w').write('half')\nsys.exit('Error writing trailer')", "writing trailer"),
+    ("sys.stdin.buffer.read()\nopen(sys.argv[-1][5:], 'w').write('half')\nsys.exit('no trailer')", "no trailer"),
     ("sys.stdin.buffer.read()", "could not write")])  # ends well, and has written nothing
 def test_an_older_video_stays_where_ffmpeg_did_not_end_well(script, told, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
@@ -2399,13 +2413,15 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(script, told, monkey
 
 
 def test_colours_come_back_as_a_player_reads_the_tags_and_the_index_stands_in_front(tmp_path):
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [12, 200, 120], [128, 64, 250]], np.uint8)
+    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [12, 200, 120], [128, 64, 250]]
+    colours = np.array(colours, np.uint8)
     frame = colours.repeat(16, 0)[None].repeat(32, 0)
     path = write_video(tmp_path / "a.mp4", [frame] * 3)
     assert "yuv420p(tv, bt709" in facts_of(path)
     # the matrix of BT.709, by hand: Y of red is 16 + 219 * .2126
-    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-"]
-    luma = np.frombuffer(subprocess.run(words, capture_output=True).stdout, np.uint8)[:32 * 96].reshape(32, 96)
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-"]
+    planes = subprocess.run(words, capture_output=True).stdout
+    luma = np.frombuffer(planes, np.uint8)[:32 * 96].reshape(32, 96)
     want = 16 + 219 / 255 * colours @ [.2126, .7152, .0722]
     assert np.abs(luma[16, 8::16] - want).max() < 2.5
     assert np.abs(iio.imread(path, plugin="FFMPEG")[0, 16, 8::16].astype(float) - colours).max() < 6
@@ -2564,13 +2580,15 @@ REFUSED = [
     ("--resume seedx.pt", "seedx.pt is damaged: argument --seed"),
     ("--resume broken.pt", "broken.pt is damaged: its content, video, rollout, chunk must be int, not str"),
     ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
-    ("--save-state folder", "folder is a folder"), ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
+    ("--save-state folder", "folder is a folder"),
+    ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
     ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "two ways"),
     ("--size 64x64", "need --wan"), ("--wan nowhere", "download"),
     ("--wan random --size 100x100", "multiples of 16"), ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
-    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"), ("a | b", "or \\| for a bar"),
-    ("x" * 4001, "4001 letters: 4000 at most"), ("a \x1b[31m", "control characters"), ("a \0", "control characters"),
+    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
+    ("a | b", "or \\| for a bar"), ("x" * 4001, "4001 letters: 4000 at most"),
+    ("a \x1b[31m", "control characters"), ("a \0", "control characters"),
     ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
 
 
@@ -2627,9 +2645,11 @@ def named(folder, prompt, seed=0, taken=(), overwrite=False, **changes):
 
 
 def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the_picture(tmp_path):
-    prompts = ["一只猫", "一只狗", "مرحبا", "Sand!", "Sand?", "🐱", "🐶", "कि", "x" * 300, "x" * 300 + "y", "con", "猫" * 300]
+    prompts = ["一只猫", "一只狗", "مرحبا", "Sand!", "Sand?", "🐱", "🐶", "कि", "con", "猫" * 300]
+    prompts += ["x" * 300, "x" * 300 + "y"]
     names = {named(tmp_path, prompt)[0].name for prompt in prompts}
-    names |= {named(tmp_path, "Sand!", **other)[0].name for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86})}
+    for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86}):
+        names.add(named(tmp_path, "Sand!", **other)[0].name)
     assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
     assert any(name.startswith("一只猫-0-") for name in names) and any(name.startswith("कि-0-") for name in names)
     assert all(re.fullmatch(r"[\w\u0900-\u097f-]+-[01](-from-86)?-[0-9a-f]{8}\.mp4", name) for name in names)
@@ -2643,7 +2663,8 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     first.write_text("video")
     second = named(tmp_path, "a")[0]
     assert second.name == f"{first.stem}-2.mp4" and named(tmp_path, "a", overwrite=True)[0] == first
-    video.add_to_manifest(tmp_path, {"file": first.name, **record, "sha256": hashlib.sha256(b"video").hexdigest()})
+    record |= {"file": first.name, "sha256": hashlib.sha256(b"video").hexdigest()}
+    video.add_to_manifest(tmp_path, record)
     assert named(tmp_path, "a")[0] == first
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
@@ -2785,7 +2806,8 @@ def nan_in(name):
     """In place of load_tiny(): a network with a weight that is not a number."""
     def load(*about):
         networks = load_tiny(*about)
-        getattr(networks, name).requires_grad_(False).get_parameter("blocks.2.ffn.0.bias" if name == "dit" else "decoder.1.bias")[3] = torch.nan
+        bias = "blocks.2.ffn.0.bias" if name == "dit" else "decoder.1.bias"
+        getattr(networks, name).requires_grad_(False).get_parameter(bias)[3] = torch.nan
         return networks
     return load
 
@@ -2798,12 +2820,12 @@ def test_a_chunk_that_is_not_finite_ends_the_run(name, refused, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(sampled, tmp_path, monkeypatch, capsys):
-    (tmp_path / "state").write_text("before")
-    save = torch.save
+    state, save = tmp_path / "state", torch.save
+    state.write_text("before")
     monkeypatch.setattr(torch, "save", lambda content, path: save(content, open("/dev/full", "wb")))
-    assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", tmp_path / "state")[1] == 2
+    assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
     assert "state: is the disk full?" in capsys.readouterr().err
-    assert (tmp_path / "state").read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
 
 
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(sampled, refused, tmp_path, capsys):
@@ -3731,6 +3753,12 @@ def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(weights, "TextEncoder", None)
         wan_text(raw, tmp_path, prompts, torch.device("cpu"))
+    # a file that was cut short is made again
+    (cut, *_) = tmp_path.glob("*.safetensors")
+    content = cut.read_bytes()
+    cut.write_bytes(content[:-9])
+    wan_text(raw, tmp_path, prompts, torch.device("cpu"))
+    assert cut.read_bytes() == content
     os.utime(raw / T5, ns=(1, 1))
     features(["storm"])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
@@ -3863,7 +3891,8 @@ def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
         with pytest.raises(BadInput, match=f"cannot read .*{name}.* fetch it again"):
             load_raw(raw, vae=vae, prompts=["a calm sea"])
     (raw / name).unlink()
-    with pytest.raises(BadInput, match=f"lacks {name}: " + ("curl -L" if name == VAES["tae"] else "hf download")):
+    fetch = "curl -L" if name == VAES["tae"] else "hf download"
+    with pytest.raises(BadInput, match=f"lacks {name}: {fetch}"):
         load_raw(raw, vae=vae)
 
 

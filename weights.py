@@ -228,6 +228,15 @@ def feature_file(prompt, folder, cache):
     return cache / f"{key}.safetensors"
 
 
+def holds_features(file):
+    """Is the file there, and whole? One that was cut short is made again."""
+    try:
+        with safe_open(file, "pt") as content:
+            return list(content.keys()) == ["features"]
+    except (OSError, SafetensorError):
+        return False
+
+
 @torch.no_grad()
 def encode_prompts(files, folder, device):
     """
@@ -257,7 +266,7 @@ def wan_text(wan, cache, prompts, device):
 
     def make(texts):
         files = {feature_file(text, folder, cache): text for text in texts}
-        new = {file: text for file, text in files.items() if not file.exists()}
+        new = {file: text for file, text in files.items() if not holds_features(file)}
         if new:
             encode_prompts(new, folder, device)
             torch.cuda.empty_cache()
