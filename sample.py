@@ -388,8 +388,8 @@ def main():
             return bench(networks, switches[prompts[0]][0], cfg.seed)
         model = hash_networks(networks)
         if state and model != model_of_state:
-            raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or another "
-                           "autoencoder: give its own by --ckpt or --wan")
+            raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
+                           "autoencoder or --dtype: give its own by --ckpt or --wan")
         # 4. the clip to go on from
         history = None
         if cfg.continue_:

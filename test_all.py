@@ -1389,7 +1389,9 @@ def small_training(monkeypatch, tmp_path):
 
     def go(*words, out=tmp_path):
         train_small(out, *words)
-    return go, tmp_path
+    before = signal.getsignal(signal.SIGTERM)
+    yield go, tmp_path
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def results(out, stage):
