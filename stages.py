@@ -245,13 +245,17 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     noise = torch.randn(x0.shape, device=x0.device)
     # a generated past is never clean
     context = augment_context_noise(context, preset.context_noise)
-    # with and without context: two lengths, so two passes
+    # with and without context: two lengths, so two passes; sharded networks want as many in all processes
+    groups = [has_context.nonzero()[:, 0], (~has_context).nonzero()[:, 0]]
+    if cfg.wan:
+        groups = torch.arange(batch).split(1)
     loss = 0.
-    for rows, places in ((has_context, frame.shape[1]), (~has_context, 0)):
-        if not rows.any():
+    for rows in groups:
+        if not len(rows):
             continue
+        places = frame.shape[1] if has_context[rows[0]] else 0
         probe_weight = preset.heading_weight if places else 0.
-        rows = rows.nonzero()[:, 0].to(x0.device)
+        rows = rows.to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
                 net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],

@@ -15,7 +15,9 @@ starts from and minimises stands in stages.py.
 
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
-that accumulates two batches. On two nodes --out must be a disk that both see. Each part of a stage writes
+that accumulates two batches; prompts are shuffled, and all are seen before any returns. In stages 1 and 2
+each pass of an update has a rollout, an exit step and a length of its own, equal in up to 8 batches, which 8
+devices run side by side. On two nodes --out must be a disk that both see. Each part of a stage writes
 out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
 <part>.safetensors, the averages.
 
