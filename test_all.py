@@ -8,10 +8,12 @@ One test per claim, on the CPU, with the shipped weights and the golden vectors 
     GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
 """
 import ast
+import base64
 import copy
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -21,8 +23,10 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import timeit
 import tokenize
@@ -60,11 +64,13 @@ import erft
 import evaluate
 import flow
 import judge
+import live
 import metrics
 import model
 import optim
 import report
 import sample
+import score
 import stages
 import train
 import video
@@ -2884,6 +2890,431 @@ def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
     assert peaks[1] <= 1.05 * peaks[0]
 
 
+# ---- the live page: what is made, who may ask for what, and all of it in a real browser -----------------------
+
+@pytest.fixture(scope="module")
+def tiny_networks():
+    return weights.load_networks(live.Config(), config.STUDENT, [], torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def session(tiny_networks):
+    return live.Session(live.Config(seed=4), tiny_networks)
+
+
+def frames_of_message(message):
+    picture = iio.imread(base64.b64decode(message["strip"].partition(",")[2]))
+    return rearrange(picture, "(f h) w c -> f h w c", h=message["size"][1])
+
+
+def test_a_live_video_is_the_sampled_one_orders_take_hold_at_the_next_chunk_and_a_file_has_all_frames(session, tmp_path):
+    snow = live.Config.prompt.replace("Grass", "Snow")
+    made = []
+    for chunk in range(5):
+        if chunk == 3:
+            session.ask({"ground": "Snow"})
+            session.ask({"paused": True})  # what was asked before still holds
+        made.append(session.make_chunk())
+    networks, texts = session.networks, {3: session.networks.text(snow)}
+    roll = networks.rollout(networks.text(live.Config.prompt))
+    latents = torch.cat(list(generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)), dim=1)
+    want = video.to_uint8(networks.vae.decode(latents)[0])[0].numpy()
+    shown = np.concatenate([frames_of_message(message) for message in made])
+    # decoded chunk by chunk: at most a step of rounding apart
+    assert shown.shape == want.shape and np.abs(shown.astype(int) - want).max() <= 1
+    assert [message["prompt"] for message in made] == [live.Config.prompt] * 3 + [snow] * 2
+    assert [message["first"] for message in made] == [0, 9, 21, 33, 45]
+    # the file
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "video_writer", spy_on(written))
+        session.save(tmp_path / "live.mp4")
+    assert np.array_equal(written, shown)
+    facts = facts_of(tmp_path / "live.mp4")
+    assert all(word in facts for word in ('"AI-generated": true', "| 2.0625: Snow.", "slowfast", '"seed": 4', config.STUDENT))
+
+
+def spy_on(frames):
+    """video.video_writer, which also appends each frame to the list"""
+    @contextmanager
+    def spy(*about):
+        with video.video_writer(*about) as file:
+            append = file.append_data
+            file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
+            yield file
+    return spy
+
+
+def test_memory_can_be_taken_away_and_given_back_and_each_latent_keeps_its_picture(session):
+    for _ in range(9):
+        before = session.make_chunk()
+    assert [name for _, name, *_ in before["held"]] == ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
+    session.ask({"memory": "longlive", "tau": .5, "positions": "unbounded"})
+    after = session.make_chunk()
+    assert [latent[:2] for latent in after["held"]] == [(i, "sink") for i in range(3)] + [(i, "fast") for i in range(21, 30)]
+    assert {latent[0]: latent[3] for latent in before["held"] if latent[0] > 20}.items() <= {
+        latent[0]: latent[3] for latent in after["held"]}.items()
+    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5 == after["tau"]
+    session.ask({"memory": "slowfast", "seed": 7})
+    again = session.make_chunk()
+    assert len(again["held"]) == 3 and again["first"] == 0 and again["seed"] == 7
+    # absolute positions end with Wan's table
+    session.rollout.chunk = 341
+    assert session.make_chunk()["positions"] == "bounded"
+
+
+def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(session):
+    session.ask({"tau": -1.})
+    told = [session.make_chunk()["bars"][-1] for _ in range(4)]
+    assert [tested for _, tested, _ in told] == [True, False, True, False] and not any(kept for *_, kept in told)
+    session.ask({"tau": 1.})
+    assert [session.make_chunk()["bars"][-1][1:] for _ in range(2)] == [(True, True), (False, False)]
+    roll = session.networks.rollout(session.text)
+    list(generate(roll, [4], 4, session.networks.sampler, session.networks.latent))
+    close(torch.tensor([surprisal for surprisal, *_ in told]), 1 - torch.cat(roll.similarities), 1e-5)
+
+
+@pytest.mark.parametrize("body, told", [
+    (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"memory": "slofast"}', "did you mean slowfast"),
+    (b'{"tau": NaN}', "from -1"), (b'{"tau": true}', "cannot be"), (b'{"tau": "1"}', "cannot be"), (b'{"seed": -1}', "from 0"),
+    (b'{"seed": 1.5}', "cannot be"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no text"),
+    (b'{"prompt": 1}', "cannot be"), (b'{"ground": "Lava"}', "choose from Grass"), (b'{"paused": 1}', "cannot be"),
+    (b'{"text": "a"}', "cannot be"), (b'{"positions": []}', "cannot be")])
+def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, session):
+    with pytest.raises(BadInput, match=told) as refusal:
+        session.read_order(body)
+    assert "\n" not in str(refusal.value) and not session.orders
+
+
+def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
+    monkeypatch.setattr(live, "BARS", 5)
+    session.begin()
+    for _ in range(8):
+        session.make_chunk()
+
+    def sizes():
+        rollout = session.rollout
+        lists = session.bars, session.pictures, rollout.similarities, rollout.kept, session.settings
+        return [len(some) for some in lists], len(session.data) // 10_000
+    before = sizes()
+    for _ in range(8):
+        session.publish(**session.make_chunk())
+    assert sizes()[0] == before[0] == [5, 21, 0, 0, 1]
+
+
+def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
+    spec = WorldSpec(3, "turn", 8)
+    motion, lost, unused = make_world(spec).motion, judge_live(spec, 21), judge_live(spec, 3 * 40)
+    frames = np.concatenate([live_clip(spec, chunk) for chunk in range(40)])
+    events = reappearances(read_video(rearrange(frames, "f h w c -> f c h w")), motion)
+    wrong = sum(not event.right for event in events)
+    assert 5 < wrong < len(events)
+    assert lost == {"returns": len(events), "right": len(events) - wrong, "not kept": wrong, "kept but not used": 0}
+    assert unused == {**lost, "not kept": 0, "kept but not used": wrong}
+
+
+def live_clip(spec, chunk):
+    """(f, h, w, 3) uint8; from chunk 20 on other landmarks stand there"""
+    frames = clip(replace(spec, counterfactual=chunk >= 20), max(0, 12 * chunk - 3), 12 if chunk else 9)
+    return (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
+
+
+def judge_live(spec, latents):
+    """What a Score counts of 40 chunks, if memory holds the last so many latents."""
+    told = score.Score()
+    for chunk in range(40):
+        told.read(live_clip(spec, chunk), range(max(0, 3 * chunk - latents), 3 * chunk), make_world(spec).motion)
+    return told.count()
+
+
+def test_what_left_under_another_motion_is_not_missed_and_old_returns_are_no_longer_counted(monkeypatch):
+    spec, told = WorldSpec(3, "turn", 8), score.Score()
+    still = Motion("aside", 1, 16, 90)
+    for chunk in range(16):
+        told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).motion)
+    before = told.count()
+    for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
+        told.read(live_clip(spec, 15)[-1:].repeat(12, 0), range(3 * chunk), still)
+    assert told.count()["right"] == before["right"] > 0
+    monkeypatch.setattr(score, "WINDOW", 12)
+    told.read(live_clip(spec, 15)[-1:].repeat(12, 0), [], still)
+    assert told.count()["returns"] == 0 and len(told.held) <= 2
+
+
+@pytest.mark.parametrize("kind", world.CAPTIONS)
+def test_captions_of_every_motion_are_read_back_and_the_page_has_a_button_for_it(kind):
+    for seed in range(20):
+        w = make_world(WorldSpec(seed, kind))
+        assert score.motion_of(w.caption) == w.motion
+    assert score.motion_of("A calm sea.") is None
+    (motion,) = [motion for motion in live.MOTIONS.values() if motion.kind == kind]
+    assert re.fullmatch(world.GRAMMAR, World(0, (), 0., motion).caption)
+
+
+@pytest.fixture
+def served(session):
+    """A server without chunks: function (method, path, body, headers) -> status, text of the answer"""
+    server = live.Server(("127.0.0.1", 0), live.Handler)
+    server.session, server.names = session, {"localhost", "127.0.0.1"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+
+    def ask(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        headers = {name: value.format(port=port) for name, value in headers.items()}
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8", "replace"), dict(answer.headers)
+    ask.port = port
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status, method, path, body, headers", [
+    (200, "GET", "/", None, {}), (200, "GET", "/", None, {"Host": "localhost:{port}"}),
+    (200, "GET", "/live.js", None, {"Origin": "http://127.0.0.1:{port}"}),
+    (403, "GET", "/", None, {"Host": "evil.example:{port}"}), (403, "GET", "/", None, {"Host": "127.0.0.1:1"}),
+    (403, "GET", "/", None, {"Host": "10.0.0.1:{port}"}), (403, "GET", "/events", None, {"Origin": "null"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://evil.example"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "https://127.0.0.1:{port}"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://127.0.0.1:1"}),
+    (404, "GET", "/live.py", None, {}), (404, "GET", "/../README.md", None, {}), (404, "POST", "/", b"{}", {}),
+    (413, "POST", "/steer", b" " * 4097, {}), (413, "POST", "/steer", b"", {"Content-Length": "9" * 5000}),
+    (411, "POST", "/steer", None, {"Content-Length": "x"}), (400, "POST", "/steer", b'{"tau": 2}', {}),
+    (204, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://localhost:{port}"}),
+    (204, "POST", "/steer", b'{"seed": 1, "prompt": "' + b"a" * 4070 + b'"}', {})])
+def test_the_server_answers_its_own_page_alone(status, method, path, body, headers, served, session):
+    got, text, sent = served(method, path, body, **headers)
+    assert got == status and (status < 400 or len(text.splitlines()) == 1)
+    assert "script-src 'self'" in sent["Content-Security-Policy"]
+    assert ("seed" in session.orders) == (status == 204)
+
+
+def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_one_that_goes_leaves_nothing(served, session, monkeypatch):
+    monkeypatch.setattr(live.Handler, "timeout", 1)
+    monkeypatch.setattr(live, "STALL", .4)
+    threads = threading.active_count()
+    stalled, reading = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
+    for viewer in (stalled, reading):
+        viewer.sendall(f"GET /events HTTP/1.0\r\nHost: localhost:{served.port}\r\n\r\n".encode())
+    stream = reading.makefile("r")
+    for i in range(40):
+        started = time.monotonic()
+        session.publish(id=i, strip="x" * 300_000)  # more than the sockets of one that does not read can hold
+        assert time.monotonic() - started < 1
+        told = {"id": -1}
+        while told["id"] < i:
+            line = stream.readline()
+            if line.startswith("data: "):
+                told = json.loads(line[6:])
+        assert told["id"] == i
+    reading.close(), stream.close(), stalled.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        session.publish(id=100)
+        time.sleep(.1)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--port 70000", "to 65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "-1"), ("--memory slofast", "slowfast"),
+    ("--port {taken}", "another --port")])
+def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, capsys):
+    monkeypatch.setattr(live, "load_networks", None)  # refused before anything is loaded
+    monkeypatch.setattr("sys.argv", ["live.py", *words.format(taken=served.port).split()])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        config.run(live.main)
+    signal.signal(signal.SIGTERM, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and told in line
+
+
+@contextmanager
+def running_live(*words):
+    """live.py as a process of its own -> the process, its address"""
+    command = [sys.executable, HERE / "live.py", "--no-browser", "--port", "0", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
+def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
+    with running_live() as (process, _):
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130 and process.stderr.read() == ""
+
+
+def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, monkeypatch, tmp_path):
+    cfg = live.Config(wan=str(raw), out=str(tmp_path / "o"), size="32x32", prompt="a calm sea")
+    networks = weights.load_networks(cfg, "", [cfg.prompt], torch.device("cpu"), torch.float32)
+    full = live.Session(cfg, networks)
+    full.make_chunk()
+    full.ask(full.read_order(b'{"prompt": "a storm rises"}'))  # encoded now
+    told = full.make_chunk()
+    assert told["strip"].startswith("data:image/jpeg") and frames_of_message(told).shape == (12, 32, 32, 3)
+    assert told["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
+    with pytest.raises(BadInput, match="cannot be"):
+        full.read_order(b'{"ground": "Snow"}')
+    full.save(tmp_path / "full.mp4")
+    assert iio.imread(tmp_path / "full.mp4", plugin="FFMPEG").shape == (21, 32, 32, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.speed
+def test_an_hour_of_the_live_page_takes_no_more_memory_than_its_first_minutes(session):
+    import resource
+    peak = []
+    for chunk in range(3000):
+        session.publish(**session.make_chunk())
+        if chunk in (300, 2999):
+            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
+    assert peak[1] - peak[0] < 10, peak  # MiB
+
+
+# What a page shows, read back from its canvas: the number of the frame, a fingerprint, and its ground's colour
+WATCH = """() => {
+  const canvas = document.getElementById("video"), pen = canvas.getContext("2d");
+  window.seen = [];
+  const look = () => {
+    requestAnimationFrame(look);
+    const frame = Math.round(16 * Number(document.getElementById("made").textContent));
+    if (frame === window.seen.at(-1)?.frame) return;
+    const {data} = pen.getImageData(0, 0, canvas.width, canvas.height);
+    const hash = data.reduce((sum, value, i) => (sum * 31 + value) % 1000000007, 7);
+    window.seen.push({frame, hash, ground: [...data.slice(-64 * 4 * 4, -64 * 4 * 3)], at: Date.now()});
+  };
+  look();
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -r requirements-dev.txt")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is missing: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def tabs(browser):
+    """Two tabs of one live page, once memory is full, and the server's process"""
+    with running_live() as (process, url):
+        tabs, errors = [browser.new_page() for _ in range(2)], []
+        for tab in tabs:
+            tab.on("pageerror", lambda error: errors.append(error))
+            tab.goto(url, wait_until="domcontentloaded")
+            tab.evaluate(WATCH)
+        until(tabs[0], lambda: held_in(tabs[0]) == [3, 12, 6])
+        yield tabs
+        assert not errors
+
+
+def until(tab, is_true):
+    for _ in range(300):
+        if is_true():
+            return
+        tab.wait_for_timeout(200)
+    raise AssertionError("not within a minute")
+
+
+def held_in(tab):
+    return [tab.locator(f"#{name} li").count() for name in ("sink", "slow", "fast")]
+
+
+def watched(tab, seconds):
+    tab.evaluate("window.seen.length = 0")
+    tab.wait_for_timeout(1000 * seconds)
+    return tab.evaluate("window.seen")
+
+
+def test_in_a_browser_frames_arrive_at_16_a_second_and_all_tabs_show_the_same(tabs):
+    """Where other work uses the machine some seconds are slower: one of many need not be."""
+    for _ in range(20):
+        first, second = watched(tabs[0], 2), tabs[1].evaluate("window.seen")
+        different = len({frame["hash"] for frame in first})
+        assert different <= 17 * 2
+        if different >= 12 * 2:
+            break
+    assert different >= 12 * 2
+    second = {frame["frame"]: frame for frame in second}
+    common = [(frame, second[frame["frame"]]) for frame in first if frame["frame"] in second]
+    assert len(common) > 10 and all(one["hash"] == other["hash"] for one, other in common)
+    assert np.median([abs(one["at"] - other["at"]) for one, other in common]) < 200  # ms
+
+
+def test_in_a_browser_the_ground_changes_within_two_seconds_of_a_click(tabs):
+    for ground in ("Snow", "Sand") * 8 + ("Snow",):
+        tabs[0].evaluate("window.seen.length = 0")
+        clicked = tabs[0].evaluate("Date.now()")
+        tabs[0].get_by_role("button", name=ground).click()
+        tabs[0].wait_for_timeout(3000)
+        shown = [frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == ground]
+        if shown and shown[0] < clicked + 2000 and ground == "Snow":
+            break
+    assert shown and shown[0] < clicked + 2000
+    assert tabs[1].get_by_label("Prompt").input_value().startswith("Snow.")
+    assert tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true"
+
+
+def ground_of(frame):
+    row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
+    return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
+
+
+def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs):
+    tabs[0].get_by_label("Memory").select_option("longlive")
+    until(tabs[1], lambda: held_in(tabs[1]) == [3, 0, 9])
+    assert tabs[1].locator("#count").inner_text() == "12"
+    tabs[0].get_by_label("Memory").select_option("slowfast")
+    until(tabs[1], lambda: held_in(tabs[1]) == [3, 12, 6])
+
+
+def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser):
+    hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
+    tabs[0].get_by_label("Prompt").fill(hostile)
+    tabs[0].get_by_role("button", name="Use").click()
+    until(tabs[1], lambda: tabs[1].get_by_label("Prompt").input_value() == hostile)
+    tabs[1].wait_for_timeout(1000)
+    assert all(tab.title() == "Watch it remember" for tab in tabs)
+    # another page of this machine
+    stranger = browser.new_page()
+    url = tabs[0].url
+    stranger.route("http://stranger.localhost/", lambda route: route.fulfill(body="<p>", content_type="text/html"))
+    stranger.goto("http://stranger.localhost/")
+    answers = []
+    stranger.on("response", lambda answer: answers.append(answer.status))
+    order = "url => fetch(url + 'steer', {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
+    stranger.evaluate(order, url)
+    stranger.close()
+    assert answers == [403]
+    assert tabs[0].get_by_label("seed").input_value() == "0"
+
+
+def test_in_a_browser_pause_restart_and_a_narrow_dark_page(tabs):
+    tabs[0].get_by_role("button", name="Pause").press("Enter")  # by keyboard
+    tabs[0].wait_for_timeout(1500)
+    assert len(watched(tabs[1], 1)) <= 1
+    tabs[0].get_by_label("seed").fill("5")
+    tabs[0].get_by_role("button", name="Restart").click()
+    until(tabs[1], lambda: float(tabs[1].locator("#made").inner_text()) < 3)
+    assert tabs[1].get_by_label("seed").input_value() == "5"
+    tabs[1].emulate_media(color_scheme="dark")
+    tabs[1].set_viewport_size({"width": 400, "height": 800})
+    assert tabs[1].evaluate("document.documentElement.scrollWidth") == 400
+    assert tabs[1].evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+
 # ---- what a run costs --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("build, config", [(WanVAE, WanVAEConfig()), (TAE, TAEConfig())], ids=["wan", "tae"])
@@ -3025,10 +3456,10 @@ def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = ("config rope memory world video judge flow model vae wan_vae text weights bench erft dmd "
-         "checkpoint optim data report causal stages evaluate metrics sample train").split()
+ORDER = ("config rope memory world video judge score flow model vae wan_vae text weights bench erft dmd "
+         "checkpoint optim data report causal stages evaluate metrics sample live train").split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
-SCRIPTS = {"evaluate", "metrics", "sample", "train"}
+SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 PACKAGES = {"torch", "einops", "safetensors", "imageio", "tqdm", "numpy"} | {"PIL", "imageio_ffmpeg"}  # imageio's own
 # imported where they are used
 OPTIONAL = {"psutil", "ftfy", "tokenizers", "transformers", "matplotlib"}
@@ -3112,6 +3543,7 @@ DEMOS = {  # something true that each demo says
     "wan_vae": "latent 4 -> frames 13..16, 0e+00 from those decoded at once",
     "world": "drawn in out/world.png",
     "judge": "yellow triangle  5.4 s away, now cyan square      WRONG",
+    "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
     "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
     "causal": "######...###",
