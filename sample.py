@@ -244,9 +244,10 @@ def name_video(cfg, record, manifest, taken):
     number is added where a file stands that is not the same video: one of other content, or of this run.
     """
     prompt = unicodedata.normalize("NFC", record["prompt"].lower())
-    # letters, numbers and marks
+    # letters, numbers and marks, as far as names of files can have them here
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in prompt)
-    name = "-".join(spaced.split()).encode()[:120].decode(errors="ignore") or "video"
+    code = sys.getfilesystemencoding()
+    name = "-".join(spaced.split()).encode(code, "ignore")[:120].decode(code, "ignore") or "video"
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     done = record["options"]["from"]
     stem = f"{name}-{record['seed']}-from-{done}-{key}" if done else f"{name}-{record['seed']}-{key}"
