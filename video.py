@@ -129,18 +129,19 @@ def video_writer(path, comment="", scale=1):
     """
     with whole_or_absent(path) as part, TemporaryFile() as log:
         encoder = Encoder(part, comment, scale, log)
+        why = "it wrote nothing"
         try:
             yield encoder
             is_whole = encoder.finish()
-        # the pipe is broken: ffmpeg has ended, and says why
-        except OSError:
-            is_whole = False
+        # the pipe is broken: ffmpeg has ended, and may say why
+        except OSError as error:
+            is_whole, why = False, error
         finally:
             encoder.kill()
         if not is_whole:
             log.seek(0)
-            told = log.read().decode(errors="replace").strip().splitlines() or ["no frames came"]
-            raise BadInput(f"ffmpeg could not write {path}: {told[-1]}")
+            told = log.read().decode(errors="replace").strip().splitlines()
+            raise BadInput(f"ffmpeg could not write {path}: {told[-1] if told else why}")
 
 
 def read_manifest(folder):
@@ -160,6 +161,7 @@ def read_manifest(folder):
             except (ValueError, RecursionError) as error:  # BadInput, too
                 print(f"passed over: {path}, line {number}: {error}", file=sys.stderr)
     return records
+
 
 def add_to_manifest(folder, record):
     """One line more; a last line that a full disk cut short is ended first."""
