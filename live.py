@@ -19,7 +19,6 @@ import base64
 import io
 import json
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -31,17 +30,19 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
+from config import STUDENT, BadInput, one_of, parse, pick_device, run, use_one_thread, within  # first
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 
 import world
-from config import STUDENT, BadInput, one_of, parse, pick_device, run, within
 from flow import generate
 from memory import CHUNK, PRESETS
 from rope import MAX_POSITION
 from score import Score, draw_map, motion_of
+from text import check_prompt
 from video import FPS, to_uint8, video_writer
 from weights import check_options, load_networks
 
@@ -91,12 +92,6 @@ def data_url(picture, kind="PNG"):
     file = io.BytesIO()
     Image.fromarray(picture).save(file, kind, compress_level=1, quality=85)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def check_prompt(prompt):
-    # halves of surrogate pairs: what Python makes of bytes that are no UTF-8
-    if not prompt.strip() or re.search("[\ud800-\udfff]", prompt):
-        raise BadInput("the prompt is empty, or no text")
 
 
 # ---- the video under way -----------------------------------------------------------------------------------
@@ -443,14 +438,13 @@ def main():
     check_prompt(cfg.prompt)
     within("--port", cfg.port, 0, 65535)
     device = pick_device(cfg.device)
-    signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(128 + number))
     try:
         server = Server((cfg.host, cfg.port), Handler)
     except (OSError, UnicodeError) as error:
         raise BadInput(f"cannot listen on {cfg.host}:{cfg.port} ({error}): give another --port") from None
     # 2. networks; the tiny ones run on one thread, which leaves the other cores to the browser
     if not cfg.wan:
-        torch.set_num_threads(1)
+        use_one_thread()
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan):
