@@ -8,6 +8,7 @@ then (memory.frames_in_memory). Files are written whole, so a run that was stopp
 
     python data.py             # prints what memory would hold of a clip, and where something comes back
     python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos with .txt captions -> latents
+    torchrun --nproc_per_node 8 data.py --videos DIR ...             # shared by the processes of all nodes
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
 policy).

@@ -2022,7 +2022,14 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     out, prompts, weights = raw.parent / "out", raw.parent / "prompts.txt", []
     size, student = ["--wan", raw, "--size", "32x32", "--out"], ["--init", raw.parent / "student.pt"]
     prompts.write_text("a calm sea\n\na storm rises\n")
-    run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
+    texts = []
+    for rank in "01":  # torchrun's processes share clips, and captions
+        with monkeypatch.context() as torchrun:
+            torchrun.setenv("RANK", rank)
+            torchrun.setenv("WORLD_SIZE", "2")
+            run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
+        texts.append(len(list((raw.parent / "data" / "text").iterdir())))
+    assert texts == [2, 4]
     train_words = [*size, out, "--updates", "2", "--data"]
     monkeypatch.setattr(train, "WAN", {part: replace(preset, save_every=1) for part, preset in train.WAN.items()})
     guide, decode = dmd.guide, WanVAE.decode
