@@ -1746,6 +1746,7 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
     ("2 --init nowhere.safetensors", "nowhere.safetensors"),
     ("1 --size 8x8", "needs --wan"),
     ("vae --data clips", "needs --wan"),
+    (f"1 --out {Path(__file__).as_posix()}/o", "cannot write to"),
 ])
 def test_bad_options_of_training_are_told_in_one_line(words, told, small_training):
     go, _ = small_training
@@ -1961,6 +1962,14 @@ def videos(tmp_path):
 def run_script(script, monkeypatch, *words):
     monkeypatch.setattr("sys.argv", [script.__file__, *map(str, words)])
     config.run(script.main)
+
+
+def test_without_ffmpeg_no_clip_is_called_unreadable(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
+    for out, told in ((tmp_path, "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")):
+        with pytest.raises(SystemExit, match="2"):
+            run_script(data, monkeypatch, "--videos", tmp_path, "--out", out)
+        assert told in capsys.readouterr().err
 
 
 def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, monkeypatch, tmp_path, capsys):
