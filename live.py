@@ -75,6 +75,8 @@ class Config:
     tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student
+    lora: str = ""             # with --wan: a LoRA to merge into them
+    no_verify: bool = False    # take files as they are, without verifying their checksums
     wan: str = ""              # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS (default: tiny)
     size: str = ""             # with --wan: WIDTHxHEIGHT in pixels (default 832x480; random on cpu 192x128)
     vae: str = ""              # with --wan: wan | tae, which is faster (default wan)

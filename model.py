@@ -39,6 +39,10 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     patch: tuple = (2, 2)  # latent pixels a token is high and wide
     recompute: bool = False  # training: keep only the blocks' inputs, and run each again in the backward pass
 
+    def __post_init__(self):
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be a multiple of twice the heads, {self.heads}")
+
 
 tiny_dit = DiTConfig(
     dim=128,

@@ -35,6 +35,7 @@ from bench import bench, memory_estimate, peak_memory
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK
+from tensors import hash_file
 from text import check_prompt, read_prompts
 from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
                    memory_picture, read_clip, read_manifest, to_uint8, video_writer)
@@ -42,8 +43,8 @@ from weights import check_options, load_networks, read_file
 from world import GRAMMAR, WorldSpec, make_world
 
 # options that make a video what it is: a saved state brings them along
-SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
-                 "dtype"]
+SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "lora", "wan", "size",
+                 "vae", "dtype"]
 # what a file with a state holds
 HELD = {"frame": torch.Tensor, "latent": torch.Tensor, "keys": [torch.Tensor], "values": [torch.Tensor]}
 MEMORY = {"warm": bool, "pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
@@ -66,6 +67,8 @@ class Config:
     tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student, or teacher
+    lora: str = ""             # with --wan: a LoRA to merge into them, which may be in the same file
+    no_verify: bool = False    # take files as they are, without verifying their checksums
     wan: str = ""              # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS (default: tiny)
     size: str = ""             # with --wan: WIDTHxHEIGHT in pixels (default 832x480; random on cpu 192x128)
     vae: str = ""              # with --wan: wan | tae, which is faster (default wan)
@@ -186,7 +189,7 @@ def load_state(cfg, device):
         given, value = getattr(cfg, name), getattr(saved, name)
         if given == getattr(Config, name):
             setattr(cfg, name, value)
-        elif given != value and name not in ("ckpt", "wan"):
+        elif given != value and name not in ("ckpt", "lora", "wan"):
             raise BadInput(f"{cfg.resume} was made with --{name} {value}: leave that option out")
     return cfg, video, state["model"]
 
@@ -209,14 +212,6 @@ def hash_networks(networks):
         for name, tensor in net.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()
 
 

@@ -34,9 +34,10 @@ from data import ClipFolder, Shuffled, latent_cache, training_clips
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
+from tensors import hash_file
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import WEIGHTS, Networks, load, load_wan, wan_text
+from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
 CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
@@ -72,6 +73,18 @@ def find_weights(cfg, name, given="", part=""):
     return "" if cfg.wan else WEIGHTS / own.name
 
 
+def hash_starts(cfg, part, preset):
+    """-> {"sha256 of NAME": of each file that a part begins with}"""
+    files = {name: find_weights(cfg, name, given)
+             for name, given in ((preset.start, cfg.init), (preset.teacher, cfg.teacher)) if name}
+    if cfg.wan:
+        files = {name: file or Path(cfg.wan, DIT) for name, file in files.items()}
+    elif part != "vae":
+        files["vae"] = find_weights(cfg, "vae")
+        files["text"] = find_weights(cfg, "text", part="init_ar") if preset.start else ""
+    return {f"sha256 of {name}": hash_file(file) for name, file in files.items() if Path(file).is_file()}
+
+
 def encode_text(encoder, device, captions):
     ids, mask = bytes_to_ids(captions, tiny_dit.text_len)
     return encoder(ids.to(device), mask.to(device))
@@ -90,7 +103,7 @@ def tiny_inputs(cfg, part, preset, device):
         net, facts = load_part(cfg, preset.start, cfg.init, device)
         encoder, _ = load(find_weights(cfg, "text", part="init_ar"), TextEncoder, TextConfig)
         encoder.to(device)
-        sampler = Sampler(**facts["sampler"])
+        sampler = Sampler(**facts.get("sampler", {}))
     # the autoencoder
     vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=fast_layout(device))
@@ -109,7 +122,8 @@ def load_wan_part(cfg, part, name, given, device):
     if not file and name != "base" and not cfg.wan.startswith("random"):
         raise BadInput(f"{part} with --wan needs {name}: "
                        "give a file by --init or --teacher, or train it in this --out")
-    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"))
+    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"),
+                        verify=not cfg.no_verify)
     networks.dit.config.recompute = True
     return networks
 
@@ -137,7 +151,7 @@ def load_inputs(cfg, part, preset, device):
     if cfg.wan:
         texts = {"", NEGATIVE, *(prompts[:1] if takes_clips else prompts)}
         mine = sorted(texts)[get_rank()::get_processes()]
-        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device)
+        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify)
         barrier()
     elif preset.heading_weight and not inputs.folder:
         inputs.probe = causal.fit_heading_probe(partial(real_latents, cfg, inputs)).to(device)

@@ -33,7 +33,7 @@ import tokenize
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +72,7 @@ import report
 import sample
 import score
 import stages
+import tensors
 import train
 import video
 import weights
@@ -1481,25 +1482,66 @@ def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training
     assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 3, 4]
 
 
-def test_two_checkpoints_are_kept_and_an_unreadable_one_is_named_and_passed_over(small_training, capsys):
+DAMAGE = {  # to a checkpoint's folder
+    "a wrong bit": lambda folder: flip_bit(folder / "__0_0.distcp"), "cut": lambda folder: cut(folder / "__0_0.distcp"),
+    "gone": lambda folder: (folder / "__0_0.distcp").unlink(), "no index": lambda folder: cut(folder / ".metadata"),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no sums": lambda folder: (folder / "sha256").unlink()}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def test_two_checkpoints_are_kept_and_one_with_any_damage_is_named_and_passed_over(small_training, capsys):
     go, out = small_training
-    go("--stage", "base", "--updates", "6")
-    assert sorted(f.name for f in (out / "base").glob("step_*")) == ["step_000004", "step_000006"]
+    words = ["--stage", "base", "--updates", "4"]
+    go(*words)
+    assert sorted(f.name for f in (out / "base").glob("step_*")) == ["step_000002", "step_000004"]
     want = results(out, "base")
-    damage(out / "base" / "step_000006")
-    go("--stage", "base", "--updates", "6")
-    told = capsys.readouterr().err
-    assert "cannot read" in told and "step_000006" in told and results(out, "base") == want
-    assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 5, 6, 5, 6]
+    for name, damage in DAMAGE.items():
+        shutil.copytree(out / "base", out / name / "base")
+        damage(out / name / "base" / "step_000004")
+        go(*words, out=out / name)
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
+        assert "step_000004" in told and results(out / name, "base") == want, name
+        assert [line["step"] for line in logged(out / name / "base")] == [1, 2, 3, 4, 3, 4]
+    # the checksums are not missed where they are not asked for
+    shutil.copytree(out / "base", out / "unseen" / "base")
+    DAMAGE["no sums"](out / "unseen" / "base" / "step_000004")
+    go(*words, "--no-verify", out=out / "unseen")
+    assert "cannot read" not in capsys.readouterr().err and len(logged(out / "unseen" / "base")) == 4
     for folder in (out / "base").glob("step_*"):
-        damage(folder)
+        DAMAGE["cut"](folder)
     with pytest.raises(config.BadInput, match="delete that folder"):
-        go("--stage", "base", "--updates", "6")
+        go(*words)
 
 
-def damage(folder):
-    for file in folder.glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:1000])
+def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
+    go, out = small_training
+    words = ["--stage", "base", "--updates", "2", "--batch", "2"]
+    go(*words)
+
+    def again(*more):
+        sys.argv = ["train.py", "--out", str(out), *words, *more]
+        train.main()
+    want, start = results(out, "base"), out / "init_ar" / "init_ar.safetensors"
+    facts = load(out / "base" / "base.safetensors", DiT, DiTConfig)[1]
+    for name, file in (("init_ar", start), ("vae", WEIGHTS / "vae.safetensors"), ("text", WEIGHTS / "text.safetensors")):
+        assert facts[f"sha256 of {name}"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    other = {"--seed 7": "seed 0, not 7", "--lr 1": "lr 0.0015, not 1.0", "--updates 1": "updates 2, not 1",
+             "--accumulate 2": "accumulate 1, not 2", f"--init {out / 'base' / 'base.safetensors'}": "sha256 of init_ar [0-9a-f]*, not"}
+    for more, told in other.items():
+        with pytest.raises(BadInput, match=f"{out / 'base'} was trained with {told}") as refused:
+            again(*more.split())
+        assert "\n" not in str(refused.value) and results(out, "base") == want
+    (out / "base" / "settings.json").write_text('{"passes": 3}')
+    with pytest.raises(BadInput, match="settings.json is damaged"):
+        again()
+    # what has trained nothing yet may still change
+    for file in [*(out / "base").glob("step_*"), out / "base" / "base.safetensors"]:
+        file.unlink() if file.is_file() else shutil.rmtree(file)
+    again("--seed", "7")
+    assert results(out, "base") != want
 
 
 def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
@@ -1739,7 +1781,7 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
 
 @pytest.mark.parametrize("words, told", [
     ("3", "choose from"),
-    ("1 --accumulate 0", "at least 1"),
+    ("1 --accumulate 0", "at least 1"), ("1 --lr nan", "--lr must lie"), ("1 --seed -1", "--seed must lie"),
     ("1 --updates -1", "above 0"),
     ("teacher --errors 2", "from 0 to 1"),
     ("2 --teacher-context maybe", "choose from"),
@@ -1951,11 +1993,19 @@ def videos(tmp_path):
     folder = tmp_path / "videos"
     (folder / "more").mkdir(parents=True)
     for i, (name, seconds, scale) in enumerate([("good", 10.7, 1), ("more/good", 13.2, 2), ("short", 9, 1), ("mute", 1, 1)]):
-        film = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
-        iio.imwrite(folder / f"{name}.mp4", (film * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
+        frames = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
+        iio.imwrite(folder / f"{name}.mp4", (frames * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
         (folder / f"{name}.txt").write_text(world.make_world(WorldSpec(i)).caption) if name != "mute" else None
-    (folder / "broken.mp4").write_bytes(b"no video")
-    (folder / "broken.txt").write_text("a calm sea")
+    (folder / "more" / "good.txt").write_text(world.make_world(WorldSpec(1)).caption, "utf-8-sig")
+    good = (folder / "good.mp4").read_bytes()
+    film(folder / "turned.mp4", folder / "good.mp4", "-c", "copy", before=["-display_rotation", "90"])
+    bad = {"broken": b"no video", "noise": good[:5000] + bytes(range(250)) * 12 + good[8000:], "latin": good, "empty": good}
+    for name, content in bad.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+    for name in ("broken", "noise", "turned"):
+        (folder / f"{name}.txt").write_text("a calm sea")
+    (folder / "latin.txt").write_bytes(b"M\xe4rz")
+    (folder / "empty.txt").write_text("\ufeff \n", "utf-8")
     return folder
 
 
@@ -1985,7 +2035,8 @@ def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, mon
     run_script(data, monkeypatch, *words)
     assert sorted(out.rglob("*.*")) == [first, second] and mine[0].stat().st_mtime_ns == made
     printed = capsys.readouterr().out
-    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4", "mute.mp4: no caption"):
+    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: no caption", "noise.mp4 is damaged (",
+                 "turned.mp4: 32x64", "latin.mp4: cannot read the text", "empty.mp4: ", "empty.txt is empty"):
         assert line in printed
 
 
@@ -2017,6 +2068,27 @@ def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enou
     assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
 
+def test_a_clips_file_that_cannot_be_right_is_named(tmp_path):
+    """Cut, with one wrong bit, of another form, or not finite."""
+    path, latents = tmp_path / "clips" / "a.safetensors", torch.zeros(42, 16, 4, 8, dtype=torch.bfloat16)
+    good = {"latents": latents, "text": torch.zeros(3, 64)}
+
+    def drawn(content, about, harm=lambda path: None):
+        write_safetensors(path, content, about)
+        harm(path)
+        clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"))
+        return clips.frames(torch.tensor([0]), torch.arange(42)[None]), clips.text([0])
+    drawn(good, {"caption": "a"})
+    for content, about, harm, told in (
+            (good, {"caption": "a"}, flip_bit, "damaged"), (good, {"caption": "a"}, cut, "cannot read"),
+            (good, {}, str, "lacks a caption"), (good, {"caption": [3]}, str, "lacks a caption"), ({}, {"caption": "a"}, str, "needed are"),
+            (good | {"latents": latents[:10]}, {"caption": "a"}, str, "it has 10"), ({"latents": latents}, {"caption": "a"}, str, "its text"),
+            (good | {"latents": latents / 0}, {"caption": "a"}, str, "latents are not finite")):
+        with pytest.raises(BadInput, match=told) as refused:
+            drawn(content, about, harm)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):
     go, out = small_training
     run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
@@ -2038,7 +2110,7 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
             torchrun.setenv("WORLD_SIZE", "2")
             run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
         texts.append(len(list((raw.parent / "data" / "text").iterdir())))
-    assert texts == [2, 4]
+    assert texts == [3, 4]
     train_words = [*size, out, "--updates", "2", "--data"]
     monkeypatch.setattr(train, "WAN", {part: replace(preset, save_every=1) for part, preset in train.WAN.items()})
     guide, decode = dmd.guide, WanVAE.decode
@@ -2081,7 +2153,7 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
             (train, [*wan, "--stage", "teacher", "--data", tmp_path / "data"], "holds latents [16, 4, 8]"),
             (train, [*wan, "--stage", "1", "--data", prompts], "needs init_ode"),
             (train, ["--wan", tmp_path, "--stage", "teacher", "--data", prompts], "hf download"),
-            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--vidoes", "x"], "did you mean --videos")]:
+            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--size", "64x64"], "needs --wan"), (data, ["--vidoes", "x"], "did you mean --videos")]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_script(script, monkeypatch, *words)
@@ -2395,9 +2467,107 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
     middle = slice(4, -4)
     assert frames.shape == (33, 32, 64, 3)
     assert np.abs(frames[:, :, middle] - ramp(40)[7:, :, middle].astype(float)).max() < 4
-    assert video.read_frames(path, 32, 16, 5)[1] == (96, 32)
+    few, source = video.read_frames(path, 32, 16, 5)
+    assert len(few) == 5 and (source.width, source.height) == (96, 32)
     with pytest.raises(BadInput, match="from 9 to 39 frames"):
         video.read_clip(path, 64, 32, 40)
+
+
+def film(path, source, *options, before=()):
+    """A video by ffmpeg's own words: of a source of its lavfi, or of a file."""
+    kind = [] if Path(source).exists() else ["-f", "lavfi"]
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *before, *kind, "-i", source, *options, path]
+    subprocess.run(list(map(str, words)), check=True)
+    return path
+
+
+BARS = "color=red:s=96x32:r=16:d=1,drawbox=w=24:c=blue:t=fill"  # a blue quarter at the left
+FAST = "color=black:s=64x32:r=32:d=1,geq=lum='16+200*lt(abs(X-60*T),4)':cb=128:cr=128"  # a bar
+
+
+def shown(path):
+    """Of a file's middle frame, in its own size: (width, height), where blue is most"""
+    source = video.open_clip(path)
+    frames = list(source.read(source.width, source.height))
+    blue = frames[len(frames) // 2].astype(int) @ (-1, 0, 1)
+    return (source.width, source.height), np.argwhere(blue > 100).mean(0).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize("name, options, before, want", [
+    ("as_it_is.MKV", [], [], ((96, 32), [16, 12])), ("turned.mp4", [], [90], ((32, 96), [84, 16])),
+    ("upside.mp4", [], [180], ((96, 32), [16, 84])), ("wide.mov", ["-vf", "setsar=2/1"], [], ((192, 32), [16, 24])),
+    ("odd.webm", ["-vf", "format=gbrp,crop=95:31:0:0", "-pix_fmt", "yuv444p"], [], ((95, 31), [15, 12])), ("noname", ["-f", "avi"], [], ((96, 32), [16, 12])),
+    ("tiny.mkv", ["-vf", "crop=24:2:0:0", "-c:v", "ffv1"], [], ((24, 4), [2, 12]))])
+def test_a_video_is_read_upright_with_square_pixels_in_any_container(name, options, before, want, tmp_path):
+    path = film(tmp_path / name, BARS, *options)
+    if before:
+        path = film(tmp_path / f"1{name}", path, "-c", "copy", before=["-display_rotation", *before])
+    size, middle = shown(path)
+    assert size == want[0] and np.abs(np.array(middle) - want[1]).max() <= 1
+
+
+def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
+    """Grey is 50 levels a second; 25 frames a second, then every fifth of them."""
+    grey = "color=black:s=64x32:r=25:d=4,geq=lum=16+50*T:cb=128:cr=128,select='lt(t,2)+not(mod(n,5))'"
+    path = film(tmp_path / "a.mkv", grey, "-fps_mode", "vfr", "-c:v", "ffv1")
+    frames, _ = video.read_frames(path, 64, 32, 999)
+    level = frames.mean((1, 2, 3)) / 255 * 219 / 50  # seconds
+    late = np.abs(level - np.arange(len(level)) / 16)
+    assert len(frames) >= 61 and late[:32].max() < .06 and late.max() < .23
+    source = video.open_clip(path)
+    once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
+    assert len(once) == len(source.seconds) == 60 and np.abs(np.subtract(once, source.seconds)).max() < .03
+
+
+def test_interlaced_and_hdr_videos_are_read_as_they_are_shown(tmp_path):
+    """Fields of different times show no comb; PQ's grey of 203 nits, white on paper, is not the dull grey of its code."""
+    def comb(frames):
+        return np.abs(np.diff(frames.astype(float), axis=1)).mean()
+
+    fields = film(tmp_path / "a.mpg", f"{FAST},tinterlace=4,setfield=tff", "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2")
+    raw = iio.imread(fields, plugin="FFMPEG")
+    frames, _ = video.read_frames(fields, 64, 32, 99)
+    assert comb(frames) < .3 * comb(raw)
+    tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
+    grey = "color=gray:s=64x64:d=0.2,format=yuv420p10le,geq=lum=64+0.58*876:cb=512:cr=512"
+    white, _ = video.read_frames(film(tmp_path / "b.mp4", grey, "-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags), 64, 64, 9)
+    assert white.mean() > 170 and np.ptp(white[0, 16, 32].astype(int)) < 4
+
+
+def test_a_damaged_video_says_so_and_what_is_no_video_says_why(tmp_path, capsys):
+    whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=4", "-movflags", "+faststart")
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 2 // 3])
+    assert not video.read_frames(whole, 64, 32, 99)[1].damage and video.read_frames(cut, 64, 32, 99)[1].damage
+    assert len(video.read_clip(cut, 64, 32, 99)) >= 9 and "cut.mp4 is damaged" in capsys.readouterr().err
+    film(tmp_path / "sound.mp4", "sine=d=1")
+    (tmp_path / "text.mp4").write_text("<!doctype html>")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{whole}'\n")
+    (tmp_path / "folder.mp4").mkdir()
+    told = {"sound.mp4": "no video stream", "text.mp4": "moov atom", "list.mp4": "give a video file",
+            "folder.mp4": "a folder or a pipe", "gone.mp4": "no such file"}
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.mp4")
+        told["pipe.mp4"] = "a folder or a pipe"
+    for name, cause in told.items():
+        with pytest.raises(BadInput, match=f"{name}.*{cause}") as refused:
+            video.open_clip(tmp_path / name)
+        assert "\n" not in str(refused.value)
+
+
+def test_colours_of_a_written_video_are_those_that_were_meant_by_the_tags_that_it_carries(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
+    frame = np.broadcast_to(colours[None].repeat(16, 1), (32, 96, 3))
+    path = write_video(tmp_path / "a.mp4", [frame] * 9)
+    facts = facts_of(path)
+    assert "yuv420p(tv, bt709" in facts and path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+    # turned into RGB by BT.709's matrix, whatever a reader would guess from the size
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-pix_fmt", "yuv444p", "-f", "rawvideo", "-"]
+    y, cb, cr = np.frombuffer(subprocess.run(words, capture_output=True).stdout, np.uint8)[:3 * 32 * 96].reshape(3, 32, 96).astype(float)
+    y, cb, cr = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
+    rgb = np.stack([y + 1.5748 * cr, y - .1873 * cb - .4681 * cr, y + 1.8556 * cb], -1)[16, 8::16]
+    assert np.abs(rgb * 255 - colours).max() < 6
+    assert np.abs(video.read_frames(path, 96, 32, 1)[0][0, 16, 8::16] - colours.astype(float)).max() < 6
 
 
 @pytest.mark.parametrize("exe, told", [
@@ -3472,7 +3642,7 @@ def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = ("config rope memory world video judge score flow model vae wan_vae text weights bench erft dmd "
+ORDER = ("config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft dmd "
          "checkpoint optim data report causal stages evaluate metrics sample live train").split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
@@ -3541,7 +3711,7 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 55_000)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 59_000)], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     assert sum(tokens_by_line((HERE / f"{name}.py").read_text("utf-8")).total() for name in names) <= most
 
@@ -4169,11 +4339,14 @@ def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
 
 def test_a_file_of_prompts_has_one_a_line_in_utf_8(tmp_path):
     file = tmp_path / "prompts.txt"
-    for content, told in ((None, "cannot read"), (b"\xff\xfea\x00", "cannot read"), (b" \n\n", "no prompts")):
+    for content, told in ((None, "cannot read"), (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts")):
         if content is not None:
             file.write_bytes(content)
         with pytest.raises(BadInput, match=told):
             read_prompts(file)
+    for encoding in ("utf-8", "utf-16"):
+        file.write_text(" a calm\u2028sea \n\nein Bär\n", encoding)
+        assert read_prompts(file) == ["a calm\u2028sea", "ein Bär"]
     file.write_bytes(b"\xef\xbb\xbf a calm sea \r\n\r\nein B\xc3\xa4r\xe2\x80\xa8lacht\n")
     assert read_prompts(file) == ["a calm sea", "ein Bär\u2028lacht"]
 
@@ -4272,23 +4445,52 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path,
         Path(path).write_bytes(b"half")
         raise error
     write_safetensors(tmp_path / "a", {"x": torch.ones(3)})
-    monkeypatch.setattr(weights, "save_file", cut)
+    monkeypatch.setattr(tensors, "save_file", cut)
     with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a: .*disk full"):
         write_safetensors(tmp_path / "a", {"x": torch.zeros(3)})
     assert torch.equal(read_file(tmp_path / "a")[0]["x"], torch.ones(3))
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_students_of_every_public_form_load_the_same_weights(raw, tmp_path):
+LEVELS = {  # how training code wraps a state dict
+    "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
+    "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
+    "comfy": lambda s: prefixed("model.diffusion_model.", s), "shadow": lambda s: {"ema": {"shadow": s}},
+    "empty ema": lambda s: {"generator_ema": {}, "generator": {k: torch.nn.Parameter(v) for k, v in s.items()}}}
+
+
+def prefixed(prefix, state):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def save_shards(state, folder):
+    names = sorted(state)
+    files = {name: f"m-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    folder.mkdir()
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, folder / file)
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+CONTAINERS = {  # under names that tell something else
+    "a.ckpt": lambda s, path: torch.save(s, path), "b.safetensors": lambda s, path: torch.save(s, path),
+    "c.bin": lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False),
+    "d.pt": lambda s, path: save_file(s, path), "folder": save_shards}
+
+
+@pytest.mark.parametrize("name", [*LEVELS, *CONTAINERS])
+def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path):
     want, _ = read_public(raw / DIT)
-    compiled = {"_orig_mod.model." + k: v for k, v in want.items()}
-    forms = [want, {"model": want}, {"generator": compiled, "critic": {}}]
-    for form in forms:
-        torch.save(form, tmp_path / "form.pt")
-        got, _ = read_public(tmp_path / "form.pt")
-        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-    student = load_raw(raw, raw.parent / "student.pt").dit.state_dict()  # averages before raw weights
-    assert all(torch.equal(student[k], want[k] + .01) for k in want)
+    path = tmp_path / (name if name in CONTAINERS else "form.pt")
+    CONTAINERS.get(name, CONTAINERS["a.ckpt"])(LEVELS.get(name, LEVELS["flat"])(want), path)
+    got, _ = read_public(path)
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    if name == "folder":
+        with pytest.raises(BadInput, match="one of several files"):
+            read_file(path / "m-00001-of-00002.safetensors")
+    if name == "flat":
+        student = load_raw(raw, raw.parent / "student.pt").dit.state_dict()  # averages before raw weights
+        assert all(torch.equal(student[k], want[k] + .01) for k in want)
 
 
 def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
@@ -4312,7 +4514,7 @@ def test_random_networks_have_the_proportions_of_the_full_size():
 
 
 FOREIGN = {
-    "is a LoRA": lambda s: {"generator": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}},
+    "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "critic_lora": {}, "step": 1},
     "is a 14B": lambda s: s | {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)},
     "image-to-video": lambda s: s | {"patch_embedding.weight": torch.zeros(64, 36, 1, 2, 2)},
     "it has no 'patch_embedding.weight'": lambda s: {"conv.weight": torch.zeros(3)},
@@ -4320,7 +4522,17 @@ FOREIGN = {
     "Missing key.*blocks.1": lambda s: {k: v for k, v in s.items() if "blocks.1" not in k},
     "Unexpected key.*extra.*size mismatch for head.head.bias":
         lambda s: s | {"extra": torch.zeros(1), "head.head.bias": torch.zeros(3)},
+    "is quantised .torch.int8": lambda s: {k: v.to(torch.int8) for k, v in s.items()},
+    "is quantised .torch.float8": lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
+    "is quantised: fetch": lambda s: s | {"scaled_fp8": torch.zeros(1)},
+    "layout of diffusers": lambda s: {k.replace("self_attn", "attn1"): v for k, v in s.items()},
+    "has width 128, .*config.json says 64: .*without --wan":
+        lambda s: s | {"patch_embedding.weight": torch.zeros(128, 16, 1, 2, 2)},
+    "holds a list": lambda s: [1, 2],
+    "blocks.1.ffn.0.weight is not finite": lambda s: s | {"blocks.1.ffn.0.weight": s["blocks.1.ffn.0.weight"] / 0},
 }
+NO_WEIGHTS = {"GGUF": b"GGUF" + bytes(99), "web page": b"<!doctype html><html>Entry not found", "empty.*fetch it again": b"",
+              "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "no file of tensors": b"hello"}
 
 
 @pytest.mark.parametrize("told", FOREIGN)
@@ -4330,6 +4542,138 @@ def test_foreign_weights_are_refused_by_name(told, raw):
     with pytest.raises(BadInput, match=told) as refused:
         load_raw(raw, file)
     assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("told", NO_WEIGHTS)
+def test_what_is_no_file_of_weights_is_named_for_what_it_is(told, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(NO_WEIGHTS[told])
+    with pytest.raises(BadInput, match=told):
+        read_file(tmp_path / "a.safetensors")
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(BadInput, match="dcp_to_torch"):
+        read_file(tmp_path)
+
+
+def flip_bit(path, share=.7):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_wrong_bit_in_any_file_is_told_and_no_verify_takes_it(raw, tmp_path, refused):
+    own, state = tmp_path / "own.safetensors", tmp_path / "a.pt"
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
+    save_weights(own, net.state_dict(), net.config, {"stage": "x"})
+    torch.save(net.state_dict(), state)
+    for path, share in ((own, .7), (own, .04), (state, .7)):  # in its tensors, and in what it says of itself
+        good = path.read_bytes()
+        flip_bit(path, share)
+        with pytest.raises(BadInput, match=f"{path.name}.*damaged" if share == .7 else path.name):
+            read_file(path)
+        if share == .7:
+            assert len(read_file(path, verify=False)[0]) == len(net.state_dict())
+        path.write_bytes(good)
+        read_file(path)
+    flip_bit(raw / VAES["wan"])
+    words = ["--wan", raw, "--seconds", ".1", *SMALL_WAN[:4], "--prompt", "a storm"]
+    assert f"{VAES['wan']} (" in refused(*words)
+    load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("config, facts, told", [
+    ({"layers": 10 ** 9}, {}, "layers"), ({"dim": 1e9}, {}, "dim"), ({"dim": True}, {}, "dim"), ({"heads": 5}, {}, "heads"),
+    ({"patch": [0, 1]}, {}, "patch"), ({"patch": 3}, {}, "patch"), ({"text_len": 10 ** 8}, {}, "text_len"),
+    ({"dim": math.nan}, {}, "dim"), ({"dim": 64}, {}, "size mismatch"), ({"width": 64}, {}, "another kind"), ({}, 3, "facts"),
+    ({}, {"sampler": {"steps": math.inf}}, "steps"), ({}, {"sampler": []}, "sampler"), ({}, {"sampler": {"pool": "x"}}, "pool")])
+def test_what_weights_say_of_themselves_is_believed_within_bounds_alone(config, facts, told, tmp_path):
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
+    about = {"config": asdict(net.config) | config, "facts": facts}
+    save_file(net.state_dict(), tmp_path / "a", {"about": json.dumps(about)})
+    with pytest.raises(BadInput, match=told) as refused:
+        load(tmp_path / "a", DiT, DiTConfig)
+    assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3}', "{}", "9" * 10 ** 5])
+def test_metadata_that_is_no_object_is_told(about, tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "a", {"about": about})
+    with pytest.raises(BadInput, match="cannot read|another kind"):
+        load(tmp_path / "a", DiT, DiTConfig)
+
+
+@pytest.mark.parametrize("sizes, told", [({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
+                                         ({"text_len": None}, "text_len"), ([], "JSON object")])
+def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
+    stated = json.loads((raw / "config.json").read_text())
+    (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
+    with pytest.raises(BadInput, match=f"config.json.*{told}"):
+        load_raw(raw)
+
+
+# a pair for one weight, (out, rank) and (rank, in), under the names that programs give it
+LORAS = {
+    "peft": lambda up, down: {"base_model.model.blocks.0.self_attn.q.lora_A.weight": down,
+                              "base_model.model.blocks.0.self_attn.q.lora_B.weight": up},
+    "longlive": lambda up, down: {"generator_lora": {"base_model.model.model.blocks.0.self_attn.q.lora_A.default.weight": down,
+                                                     "base_model.model.model.blocks.0.self_attn.q.lora_B.default.weight": up}},
+    "comfy": lambda up, down: {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": down,
+                               "diffusion_model.blocks.0.self_attn.q.lora_up.weight": up,
+                               "diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.)},
+    "kohya": lambda up, down: {"lora_unet_blocks_0_self_attn_q.lora_down.weight": down,
+                               "lora_unet_blocks_0_self_attn_q.lora_up.weight": up,
+                               "lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(2.)},
+}
+
+
+@pytest.mark.parametrize("form", LORAS)
+@pytest.mark.parametrize("config", [False, True])
+def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
+    """alpha: 2 in the file, 3 in peft's adapter_config.json, else the rank, 4"""
+    up, down, path = noise(64, 4), noise(4, 64, seed=1), tmp_path / "lora.pt"
+    whole = read_public(raw / DIT)[0]
+    content = LORAS[form](up, down)
+    if form == "longlive":
+        content |= {"generator": prefixed("model.", whole), "critic_lora": {}, "step": 1}
+    torch.save(content, path)
+    if config:
+        (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 3}')
+    alpha = 2 if form in ("comfy", "kohya") else 3 if config else 4
+    name = "blocks.0.self_attn.q.weight"
+    want = whole[name] + alpha / 4 * up @ down
+    m = load_wan(raw, path if form == "longlive" else "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), path)
+    got = m.dit.state_dict()
+    close(got[name], want, 1e-5)
+    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name) and "lora.pt" in m.name
+    if form == "longlive":
+        plain = load_wan(raw, path, "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path)
+        assert torch.equal(plain.dit.state_dict()[name], whole[name]) and "holds a LoRA too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 64)}, "blocks.9.* no place"),
+    ({"blocks.0.self_attn.q.lora_B.weight": None}, "needs lora_A and lora_B"),
+    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 63)}, "needs lora_A and lora_B"),
+    ({"blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(64)}, "no place"),
+    ({"blocks.0.self_attn.q.alpha": torch.tensor(math.nan)}, "not finite")])
+def test_a_lora_that_does_not_fit_wholly_is_refused(change, told, raw, tmp_path):
+    pair = {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 64), "blocks.0.self_attn.q.lora_B.weight": torch.zeros(64, 4)}
+    torch.save({key: tensor for key, tensor in (pair | change).items() if tensor is not None}, tmp_path / "lora.pt")
+    with pytest.raises(BadInput, match=told):
+        load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), tmp_path / "lora.pt")
+
+
+def test_weights_that_were_not_made_for_this_use_are_warned_about(raw, sampled, tmp_path, capsys):
+    """And those that cannot be used at all are refused in one line."""
+    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "teacher.safetensors")
+    assert "comes from stage teacher, where a" in capsys.readouterr().err
+    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "init_ar.safetensors", "--seed", "1")
+    assert "stage" not in capsys.readouterr().err
+    sampled(tmp_path / "o", "--seconds", ".1", "--wan", raw, *SMALL_WAN[:4], "--prompt", "a")
+    assert "give a student of it by --ckpt" in capsys.readouterr().err
+    for words, told in ((["--ckpt", raw / DIT], "need --wan"), (["--lora", "a"], "needs --wan"),
+                        (["--wan", raw, "--ckpt", WEIGHTS / "stage2.safetensors"], "without --wan")):
+        assert sampled(tmp_path / "o", "--seconds", ".1", *words)[1] == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", [DIT, "config.json", T5, TOKENIZER, VAES["wan"], VAES["tae"]])
@@ -4351,7 +4695,7 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run"),)
     torch.save({"model": Code()}, tmp_path / "code.pt")
-    with pytest.raises(BadInput, match="cannot read"):
+    with pytest.raises(BadInput, match="holds more than tensors"):
         read_public(tmp_path / "code.pt")
     assert not (tmp_path / "run").exists()
 
@@ -4609,7 +4953,7 @@ def by_hand(features, other, fps):
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
-    got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], fps).values()]
+    got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], torch.arange(n) / fps).values()]
     np.testing.assert_allclose(got, by_hand(x, x[0], fps), atol=1e-5)
     assert np.isnan(got[0]) == (n == 1)
     assert np.isnan(got[1]) == (n in (152, 1))  # 153 frames reach the window of 10 s by one
@@ -4684,12 +5028,43 @@ def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
     assert rows["a-dog-0.mp4"]["prompt"] == "A dog."
 
 
-def test_networks_without_all_their_weights_and_broken_videos_are_refused(score_videos, capsys):
+def test_any_video_is_scored_at_its_times_and_one_that_cannot_be_read_is_listed(score_videos, capsys, monkeypatch):
+    """Fake networks, as only files and times matter: a frame's feature is its mean grey."""
+    def load_network(option, folder, kinds):
+        def to(device):
+            return net
+        net = SimpleNamespace(to=to, device="cpu", config=SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=9)))
+        return net, lambda prompt, **more: SimpleNamespace(to=lambda device: {"prompt": prompt})
+    monkeypatch.setattr(metrics, "load_network", load_network)
+    grey = lambda frames: F.normalize(torch.stack([frames.float().mean((1, 2, 3)), torch.full((len(frames),), 100.)], 1))
+    monkeypatch.setattr(metrics, "dino_features", lambda net, frames: grey(frames))
+    monkeypatch.setattr(metrics, "clip_features", lambda net, frames, ids: (grey(frames), torch.tensor([[0., 1.]])))
+    # 12 s, of which the last 9 have a frame a second
+    film("in/TIMES.MKV", "color=black:s=32x32:r=25:d=12,geq=lum=16+18*T:cb=128:cr=128,select='lt(t,3)+not(mod(n,25))'",
+         "-fps_mode", "vfr", "-c:v", "ffv1")
+    whole = Path("in/a-cat-0.mp4").read_bytes()
+    Path("in/half-0.mp4").write_bytes(whole[:9999])
+    Path("in/noise-0.mp4").write_bytes(whole[:40000] + bytes(range(250)) * 40 + whole[50000:])
+    Path(os.fsdecode(b"in/m\xe4rz-0.mp4")).write_bytes(whole)
+    (Path("in") / "folder.mp4").mkdir()
+    made = {"file": "a-dog-0.mp4", "prompt": "一只狗 | 3: a cat", "seed": 0, "options": {}, "model": "", "sha256": ""}
+    Path("in/manifest.jsonl").write_text(json.dumps(made) + "\n{cut")
+    rows = score_videos("--videos in")
+    told = capsys.readouterr()
+    assert "skipped: cannot read the clip in/half-0.mp4 (moov" in told.out and "in/noise-0.mp4 is damaged" in told.out
+    assert set(rows) == {"TIMES.MKV", "a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", "m\\udce4rz-0.mp4"} and "line 2" in told.err
+    assert rows["a-dog-0.mp4"]["prompt"] == made["prompt"] and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
+    level = 18 * 10 / 219 * 255  # of the one frame near 10 s
+    assert float(rows["TIMES.MKV"]["clip_t_10"]) == pytest.approx(100 / math.hypot(level, 100), abs=.01)
+    assert rows["TIMES.MKV"]["clip_t_20"] == "nan"
+    # the list that made a set scores it
+    Path("list").write_text("一只狗 | 3: a cat\nA cat!\n", "utf-8-sig")
+    rows = score_videos("--videos in --prompts list")
+    assert {row["prompt"] for row in rows.values()} == {made["prompt"], "A cat!"} and len(rows) == 3
+
+
+def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     dino, *_ = random_networks("vit")
-    Path("in/half-0.mp4").write_bytes(Path("in/a-cat-0.mp4").read_bytes()[:9999])
-    with pytest.raises(SystemExit):
-        score_videos("--videos in --dino dino --clip clip")
-    assert "error: cannot read in/half-0.mp4" in capsys.readouterr().err
     biases = {name: x for name, x in dino.state_dict().items() if "bias" in name}
     save_file(biases, "dino/model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
@@ -4698,13 +5073,14 @@ def test_networks_without_all_their_weights_and_broken_videos_are_refused(score_
 
 
 @pytest.mark.parametrize("script, words, message", [
-    (metrics, "--videos nowhere", "no mp4"), (metrics, "--videos in --dino gone", "requirements-eval.txt"),
+    (metrics, "--videos nowhere", "no video"), (metrics, "--videos in --dino gone", "requirements-eval.txt"),
     (metrics, "--videos in --prompts no", "cannot read"),
-    (metrics, "--videos in --prompts dogs", "no line for a-cat"),
+    (metrics, "--videos in --prompts birds", "no video to score"),
     (metrics, "--videos in --out dogs/o", "cannot write to"), (evaluate, "--out dogs/o", "cannot write to"),
     (evaluate, "--memory slofast", "did you mean slowfast?"), (evaluate, "--worlds -1", "above 0, not -1")])
 def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, message, score_videos, capsys, monkeypatch):
     Path("dogs").write_text("A dog.")
+    Path("birds").write_text("A bird.")
     monkeypatch.setattr(sys, "argv", ["script", *words.split()])
     with pytest.raises(SystemExit) as stop:
         config.run(script.main)
