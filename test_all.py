@@ -2815,6 +2815,17 @@ def test_options_replace_what_the_weights_say_of_sampling():
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
 
+@pytest.mark.parametrize("said, chosen", [(None, [1]), ("2", [])])
+def test_tiny_networks_take_one_thread_unless_the_environment_says(said, chosen, sampled, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    sampled(tmp_path, "--seconds", ".3", "--steps", "1")
+    assert calls == chosen
+
+
 def test_bf16_changes_the_tiny_models_frames(sampled, tmp_path):
     fp32, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "fp32")
     bf16, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "bf16")
