@@ -180,7 +180,9 @@ class Rollout:
             return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
         frame = torch.cat([s.frame for s in segments], dim=1)
         held, current = self.rope(frame, new)
-        room = segments[-1].keys[0][:, -1:].expand(-1, CHUNK, -1, -1, -1)  # whatever stands there is overwritten
+        # whatever stands there is overwritten
+        newest = segments[-1].keys[0][:, -1:]
+        room = newest.expand(-1, CHUNK, -1, -1, -1)
         memory = []
         for layer in range(len(segments[0].keys)):
             keys = torch.cat([s.keys[layer] for s in segments], dim=1)
