@@ -74,8 +74,7 @@ def training_memory(part, net, tokens, devices):
     if part.startswith("init"):
         graph += 3 * (latents * tokens) ** 2  # who sees whom, as bool and as bfloat16
     rollout = held * tokens * config.dim * 4 * config.layers
-    # autocast keeps the weights in bfloat16 during a pass
-    return 4 * copies * weights / devices + 2 * weights + max(graph, rollout)
+    return 4 * copies * weights / devices + max(graph, rollout)
 
 
 def peak_memory(device):

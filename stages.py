@@ -156,7 +156,8 @@ def load_inputs(cfg, part, preset, device):
     elif preset.heading_weight and not inputs.folder:
         inputs.probe = causal.fit_heading_probe(partial(real_latents, cfg, inputs)).to(device)
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
-    inputs.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    # without its cache: gradients of sharded weights that several passes share in one context get lost there
+    inputs.autocast = torch.autocast(device.type, torch.bfloat16, use_bf16, cache_enabled=False)
     return inputs
 
 

@@ -1936,18 +1936,31 @@ def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other
     assert results(out / "two_two" / stage, stage) == results(out / "two" / stage, stage)
 
 
+def test_sharded_weights_have_the_gradients_of_whole_ones_in_bf16(monkeypatch, tmp_path):
+    """One process with and without a process group: at update 1 the same gradients, whatever Adam makes of them."""
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr(train, "WAN", train.WAN)
+    train_full_size(tmp_path / "whole", "bf16")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    train_full_size(tmp_path / "sharded", "bf16")  # ends the group
+    whole, sharded = (logged(tmp_path / name / "bf16" / "stage1")[0] for name in ("whole", "sharded"))
+    for name in ("grad", "critic_grad", "critic_loss"):
+        assert sharded[name] == pytest.approx(whole[name], rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run, folder, part, most", [
     ("two", "fp32", "stage1", 1e-6), ("two_one", "fp32", "stage1", 1e-6), ("two", "bf16", "stage1", 1e-4),
     ("two", "bf16", "stage2", 1e-4)])
 def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes_little(run, folder, part, most, two_processes):
     """In the form of the full size (stage1), where weights are sharded, and in the small world (stage2)."""
-    want, _ = checkpoint_of(two_processes / "one" / folder / part / "step_000002")
-    got, _ = checkpoint_of(two_processes / run / folder / part / "step_000002")
+    one, other = (two_processes / name / folder / part for name in ("one", run))
+    want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
     assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
-    moved = [name for name in want if not torch.equal(want[name], checkpoint_of(
-        two_processes / "one" / folder / part / "step_000001")[0][name])]
-    assert len(moved) > .9 * len(want)
+    # the weights hardly move, and Adam hides how long a gradient is
+    for line, same in zip(logged(one)[-2:], logged(other)[-2:]):
+        assert same["grad"] == pytest.approx(line["grad"], rel=10 * most)
+        assert same["critic_grad"] == pytest.approx(line["critic_grad"], rel=10 * most)
 
 
 @pytest.mark.slow
@@ -3590,10 +3603,8 @@ def full_size_pass(part, nets, teacher):
             roll.memory.push(roll.entries(torch.arange(3)[None], frames(3), kv), torch.ones(1) > 0)
             roll.chunk += 1
         trace = dmd.rollout(roll, [1.], 0, lambda *_: frames(3), 7, 7)
-    torch.clear_autocast_cache()
     trace.exits = trace.exits[-1:]  # of the last chunk, which sees as much as any
     dmd.student_step(net, teacher, nets["critic"], features, trace, t, frames(21), grid, 3., features)
-    torch.clear_autocast_cache()
     trace.entries = trace.exits = []  # a critic's rollout has none
     dmd.critic_step(nets["critic"], features, trace, t, frames(21), grid)
 
@@ -3616,7 +3627,7 @@ def test_the_estimate_of_training_is_what_fake_tensors_of_the_full_size_hold(par
             optimizer.step()
         optim.update_ema({part: average}, nets, .99)
         states = live.now
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             full_size_pass(part, nets, teacher)
     for devices in (1, 8):
         measured = live.peak - states * (devices - 1) / devices
