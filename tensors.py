@@ -265,7 +265,7 @@ def read_public(path, verify=True):
     """-> state dict with bare names, and the facts of a file of this project (else {})"""
     state, about = read_file(path, verify=verify)
     state = go_down(state, LEVELS)
-    if not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    if not state or not all(torch.is_tensor(x) and x.layout == torch.strided for x in state.values()):
         raise BadInput(f"{path} holds no weights at top level nor under {', '.join(LEVELS)}")
     for pattern, what in NOT_RUN.items():
         if any(re.search(pattern, name) for name in state):
@@ -273,7 +273,10 @@ def read_public(path, verify=True):
     coarse = [x.dtype for x in state.values() if x.element_size() < 2 or not x.is_floating_point()]
     if coarse:
         raise BadInput(f"{path} is quantised ({coarse[0]}): fetch the model in bf16, fp16 or fp32")
-    return {bare(name): tensor for name, tensor in state.items()}, about.get("facts", {})
+    renamed = {bare(name): tensor for name, tensor in state.items()}
+    if len(renamed) < len(state):
+        raise BadInput(f"{path} holds two tensors of one name, with and without a prefix")
+    return renamed, about.get("facts", {})
 
 
 @dataclass

@@ -2555,6 +2555,12 @@ def test_a_damaged_video_says_so_and_what_is_no_video_says_why(tmp_path, capsys)
     assert not video.read_frames(whole, 64, 32, 99)[1].damage and video.read_frames(cut, 64, 32, 99)[1].damage
     assert len(video.read_clip(cut, 64, 32, 99)) >= 9 and "cut.mp4 is damaged" in capsys.readouterr().err
     film(tmp_path / "sound.mp4", "sine=d=1")
+    titled = film(tmp_path / "titled.mp4", whole, "-c", "copy", "-metadata", "title=[error] x\n[fatal] y")
+    assert not video.read_frames(titled, 64, 32, 99)[1].damage
+    sizes = [film(tmp_path / f"{s}.ts", f"testsrc2=s={s}:r=25:d=1", "-c:v", "mpeg2video").read_bytes() for s in ("64x32", "96x64")]
+    (tmp_path / "sizes.ts").write_bytes(b"".join(sizes))
+    several = video.open_clip(tmp_path / "sizes.ts")
+    assert len(list(several.read(64, 32))) and "change their size" in several.damage
     (tmp_path / "text.mp4").write_text("<!doctype html>")
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{whole}'\n")
     (tmp_path / "folder.mp4").mkdir()
@@ -4551,7 +4557,7 @@ FOREIGN = {
     "layout of diffusers": lambda s: {k.replace("self_attn", "attn1"): v for k, v in s.items()},
     "has width 128, .*config.json says 64: .*without --wan":
         lambda s: s | {"patch_embedding.weight": torch.zeros(128, 16, 1, 2, 2)},
-    "holds a list": lambda s: [1, 2],
+    "holds a list": lambda s: [1, 2], "two tensors of one name": lambda s: s | prefixed("module.", s),
     "blocks.1.ffn.0.weight is not finite": lambda s: s | {"blocks.1.ffn.0.weight": s["blocks.1.ffn.0.weight"] / 0},
 }
 NO_WEIGHTS = {"GGUF": b"GGUF" + bytes(99), "web page": b"<!doctype html><html>Entry not found", "empty.*fetch it again": b"",

@@ -206,10 +206,12 @@ class Clip:
         filters = f"{self.filters},{times},{cover},crop={width}:{height}"
         words = decoding(self.path, filters, "-f", "rawvideo", "-pix_fmt", "rgb24", *options)
         size = width * height * 3
+        count = 0
         with TemporaryFile() as file:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file)
             try:
                 while len(frame := process.stdout.read(size)) == size:
+                    count += 1
                     yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
                 process.wait()
             finally:
@@ -219,6 +221,8 @@ class Clip:
             log = file.read().decode("utf-8", "replace")
         self.damage = first_error(log)
         self.seconds = [float(second) for second in re.findall(r"pts_time:([-\d.]+)", log)]
+        if not rate and count != len(self.seconds):
+            self.damage = self.damage or "its frames change their size"
 
 
 def decoding(path, filters, *options):
@@ -230,7 +234,8 @@ def decoding(path, filters, *options):
 
 def first_error(log):
     """The first that ffmpeg calls an error, '' if nothing"""
-    found = re.search(r"\[(?:error|fatal)\] (.*)", log)
+    # at the start of a line, behind who says it: titles of videos may say anything
+    found = re.search(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (.*)", log, re.M)
     return found[1].strip() if found else ""
 
 
