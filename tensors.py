@@ -267,6 +267,7 @@ def read_public(path, verify=True):
     state = go_down(state, LEVELS)
     if not state or not all(torch.is_tensor(x) and x.layout == torch.strided for x in state.values()):
         raise BadInput(f"{path} holds no weights at top level nor under {', '.join(LEVELS)}")
+    # what cannot be run is named
     for pattern, what in NOT_RUN.items():
         if any(re.search(pattern, name) for name in state):
             raise BadInput(f"{path} {what}")
@@ -299,6 +300,7 @@ def read_lora(path, shapes, verify=True):
     shapes   of the model's tensors, by name
     returns  name of the weight -> LoRA; raises BadInput if anything in the file has no place in the model
     """
+    # what is said of all pairs
     state, _ = read_file(path, verify=verify)
     config = Path(path).with_name("adapter_config.json")
     alpha = read_json(config).get("lora_alpha") if config.exists() else None
