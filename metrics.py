@@ -1,7 +1,9 @@
 """
 Scores of real videos: the paper's, and two of VBench's, by DINO and CLIP.
 
-    python metrics.py --videos DIR --dino DIR --clip DIR --prompts FILE    # out/videos.csv, means, intervals
+    python metrics.py --videos DIR --dino DIR --clip DIR --prompts FILE    # out/videos.csv, out/videos.md
+
+The first has a line a video, the second the means under the paper's tables, column by column.
 
 Nothing is downloaded by itself: hf download facebook/dinov2-base --local-dir DIR and, for CLIP,
 openai/clip-vit-large-patch14. VBench's own are facebook/dino-vitb16 and openai/clip-vit-base-patch32.
@@ -31,11 +33,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from report import estimate
+from paper import SECONDS, beside
+from report import estimate, markdown
 from text import read_prompts
 from video import open_clip, read_manifest
 
-SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
 BATCH = 16  # frames
 NO_VIDEOS = {".png", ".jpg", ".txt", ".csv", ".md", ".json", ".jsonl", ".safetensors"}
 DINO_COLOURS = (.485, .456, .406), (.229, .224, .225)  # mean and deviation
@@ -154,10 +156,16 @@ def write_table(rows, path):
         writer.writerows(rows)
     # the scores stand behind video and prompt
     print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
+    scores = {}
     for name in list(rows[0])[2:]:
         there = [row[name] for row in rows if not math.isnan(row[name])]
-        mean, low, high = 100 * estimate([(x, 1) for x in there])
-        print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+        scores[name], low, high = 100 * estimate([(x, 1) for x in there])
+        print(f"  {name:14} {scores[name]:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+    # the paper's tables, and these videos in their last row
+    lines = []
+    for title, table in beside(scores).items():
+        lines += markdown(title, table, 2)
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 # ---- the command line ------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ from bench import training_memory
 from checkpoint import (any_process, barrier, get_processes, get_rank, keep_settings, load_checkpoint,
                         save_checkpoint)
 from dmd import keyframe_histogram
-from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
+from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from stages import TARGET_CHUNKS, encode_text, hash_starts, load_inputs, make_stage
 from video import to_uint8
 from weights import save_weights
