@@ -37,19 +37,19 @@ PLAIN = 255, 255, 255
 
 # ---- curves: rows are EvalSet -> videos, first is the EvalSet of the student -------------------------------
 
-def draw_curve(axes, videos, name, held=False, **style):
-    """Recall by absence, shaded its interval; held: and the ceiling. Five returns a point at least."""
+def draw_curve(axes, videos, name, alone=True, **style):
+    """Recall by absence; alone: its interval and the ceiling too. Five returns a point at least."""
     points = [absence for absence in ABSENCES if number(recall(videos, absence)) >= 5]
     if not points:
         return
     found = [estimate(recall(videos, absence)) for absence in points]
     right, low, high = 100 * np.array(found).T
     line, = axes.plot(points, right, "o-", label=name, markersize=3, **style)
-    colour = line.get_color()
-    axes.fill_between(points, low, high, color=colour, alpha=.08, linewidth=0)
-    if held:
-        kept = [100 * mean(ceiling(videos, absence)) for absence in points]
-        axes.plot(points, kept, "--", color=colour, linewidth=.8)
+    if alone:
+        colour = line.get_color()
+        axes.fill_between(points, low, high, color=colour, alpha=.08, linewidth=0)
+        held = [100 * mean(ceiling(videos, absence)) for absence in points]
+        axes.plot(points, held, "--", color=colour, linewidth=.8)
 
 
 def finish(axes, title, videos):
@@ -57,7 +57,6 @@ def finish(axes, title, videos):
     axes.axhline(100 * luck(videos), color="grey", linewidth=.8, linestyle=":")
     axes.set(title=title, xlabel="seconds out of view", ylabel="right returns, %")
     axes.set(xlim=(0, LONGEST), ylim=(0, 102))
-    axes.legend(fontsize=7, frameon=False)
 
 
 def draw_forgetting(figure, rows, first):
@@ -69,11 +68,12 @@ def draw_forgetting(figure, rows, first):
     groups = [others[i:i + 4] for i in range(0, len(others), 4)] or [[]]
     plots = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, group in zip(plots, groups):
-        draw_curve(axes, rows.get(ours, []), label(ours), held=True, color="black", linewidth=2)
+        draw_curve(axes, rows.get(ours, []), label(ours), color="black", linewidth=2)
         for s in group:
-            draw_curve(axes, rows[s], label(s), held=True)
+            draw_curve(axes, rows[s], label(s))
         shown = [video for s in (ours, *group) for video in rows.get(s, [])]
         finish(axes, "", shown)
+        axes.legend(fontsize=7, frameon=False)
 
 
 def draw_frontier(figure, rows, first):
@@ -90,17 +90,19 @@ def draw_frontier(figure, rows, first):
         for s, colour in zip(uniform + surprisal, colours):
             # above, what is remembered
             videos = of_kinds(rows.get(s, []), kind)
-            draw_curve(above, videos, label(s), color=colour)
+            draw_curve(above, videos, label(s), alone=False, color=colour)
             shown += videos
             # below, a point a rule: what never falls half-way stands at the top
-            place = 100 * detail(videos)[0], min(half_way(videos), LONGEST - 1)
+            place = 100 * mean(detail(videos)), min(half_way(videos), LONGEST - 1)
             if not np.isnan(place).any():
                 below.plot(*place, "o", color=colour)
                 name = label(s).removeprefix("slowfast, ").removeprefix("uniform")
-                below.annotate(name, place, (4, -3), textcoords="offset points", fontsize=7)
+                right = place[0] > 70
+                below.text(*place, f"  {name}  ", fontsize=7, va="center", ha="right" if right else "left")
         finish(above, MOTIONS[kind], shown)
-        below.set(xlabel="detail: right returns at best, %", ylabel="reach: half-way, s")
+        below.set(xlabel="detail: right returns after the shortest absence, %", ylabel="reach: half-way, s")
         below.set(xlim=(0, 102), ylim=(0, LONGEST))
+    above.legend(fontsize=7, frameon=False)
 
 
 def draw_drifting(figure, rows, first):

@@ -9,8 +9,8 @@ not tell what another training would give.
     recall      share of the landmarks due back, those in the sink left out, that look as before they left
     ceiling     share of which the memory still held a latent
     chance      how often two videos of a row show the same landmark in a sector
-    detail      recall where it is best, of those seconds out of view after which ten or more are due back
-    half-way    seconds out of view after which recall has fallen half-way from its best to chance: the reach;
+    detail      recall after the shortest absence after which ten or more are due back
+    half-way    seconds out of view after which recall, as it can only fall, is half-way to chance: the reach;
                 "beyond" where it does not fall so far within what was measured
     steady      videos that move within 10 % of their caption's rate
     drift       validity (dB to the nearest frame of the world) of the last 10 s less that of the first 10 s
@@ -255,36 +255,47 @@ def luck(videos):
     return chance([video.landmarks for video in videos]) if videos else math.nan
 
 
-def measured(videos, share=recall):
-    """-> the ABSENCES after which ten or more are due back, and estimates of `share`, recall or ceiling"""
-    points = [absence for absence in ABSENCES if number(share(videos, absence)) >= 10]
-    return points, [estimate(share(videos, absence)) for absence in points]
-
-
 def detail(videos):
-    """-> estimate"""
-    return max(measured(videos)[1], key=lambda found: found[0], default=estimate([]))
+    """Recall after the shortest absence after which ten or more are due back -> pairs"""
+    for absence in ABSENCES:
+        if number(recall(videos, absence)) >= 10:
+            return recall(videos, absence)
+    return []
+
+
+def falling(videos, share):
+    """
+    The curve of `share`, recall or ceiling, over ABSENCES with ten returns or more, as it can only fall:
+    neighbours between which it rises are counted as one.
+    returns  list of (absence, value)
+    """
+    blocks = []  # how many are right, how many were due, after which absences
+    for absence in ABSENCES:
+        pairs = share(videos, absence)
+        right, due, points = sum(x for x, _ in pairs), number(pairs), [absence]
+        if due < 10:
+            continue
+        while blocks and blocks[-1][0] / blocks[-1][1] < right / due:
+            before = blocks.pop()
+            right, due, points = right + before[0], due + before[1], before[2] + points
+        blocks.append((right, due, points))
+    return [(absence, right / due) for right, due, points in blocks for absence in points]
 
 
 def half_way(videos, share=recall):
     """
-    Seconds out of view, between measured points, at which `share` is half-way from its best to chance; inf if
-    it never is, NaN if there is nothing to fall from.
+    Seconds out of view at which `share` has fallen half-way to chance; inf if it never does, NaN if there is
+    nothing to fall from, less than 20 points above chance.
     """
-    points, curve = measured(videos, share)
-    if len(points) < 2:
+    curve = falling(videos, share)
+    best = curve[0][1] if len(curve) > 1 else math.nan
+    if not best > luck(videos) + .2:
         return math.nan
-    # what it falls from, if that is more than luck, and the level to which it falls
-    best = int(np.argmax([value for value, _, _ in curve]))
-    value, low, _ = curve[best]
-    if not low > luck(videos):
-        return math.nan
-    level = (value + luck(videos)) / 2
-    # from the best on, the first two points with that level between them
-    for i in range(best, len(curve) - 1):
-        high, low = curve[i][0], curve[i + 1][0]
+    level = (best + luck(videos)) / 2
+    # between the first two points that have that level between them
+    for (before, high), (after, low) in zip(curve, curve[1:]):
         if low < level:
-            return points[i] + (points[i + 1] - points[i]) * (high - level) / (high - low)
+            return before + (after - before) * (high - level) / (high - low)
     return math.inf
 
 
@@ -388,7 +399,7 @@ def curve(videos):
 
 def frontier(videos, baseline):
     return {
-        "detail, %": 100 * detail(videos),
+        "detail, %": 100 * estimate(detail(videos)),
         "half-way, s": half_way(videos),
         "steady, %": 100 * estimate(steady(videos)),
         BESIDE: beside(videos, baseline),

@@ -4136,18 +4136,21 @@ def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
     assert report.jumps([video_row([], jumps=3, minutes=2.)]) == [(3, 2.)]  # a minute
 
 
-def test_half_way_is_where_recall_has_fallen_half_the_way_from_its_best_to_chance():
+def test_half_way_is_where_recall_that_can_only_fall_is_half_way_to_chance():
     falls = {2: True, 3: False, 4.5: True, 6: True, 9: False, 12: False}
     videos = [video_row([(s, right, True) for s, right in falls.items()], i) for i in range(24)]
-    for video in videos[::4]:  # what comes before the best is no fall
+    for video in videos[::4]:
         video.reappearances[0]["right"] = False
-    assert report.luck(videos) == 0 and report.detail(videos).tolist() == [1, 1, 1]
-    assert report.half_way(videos) == pytest.approx(7.5)
+    assert report.luck(videos) == 0 and report.mean(report.detail(videos)) == .75
+    # that it rises from 0 to 1 and 1 is chance
+    assert report.falling(videos, report.recall) == [(2, .75), (3, 2 / 3), (4.5, 2 / 3), (6, 2 / 3), (9, 0), (12, 0)]
+    assert report.half_way(videos) == pytest.approx(6 + 3 * (2 / 3 - .375) * 1.5)
     assert report.half_way(videos, report.ceiling) == math.inf
-    two_kinds = [replace(video, landmarks=[i % 2] * 8) for i, video in enumerate(videos)]
-    assert report.half_way(two_kinds) == pytest.approx(6 + 3 * (1 - 11 / 23) / 2)  # chance is 11 / 23
-    alike = [replace(video, landmarks=[1] * 8) for video in videos]
-    assert np.isnan(report.half_way(alike)) and np.isnan(report.half_way(videos[:9]))  # all by luck; nine returns
+    some = [replace(video, landmarks=[i % 4] * 8) for i, video in enumerate(videos)]
+    level = (.75 + 5 / 23) / 2  # chance is 5 / 23
+    assert report.half_way(some) == pytest.approx(6 + 3 * (2 / 3 - level) * 1.5)
+    alike = [replace(video, landmarks=[i < 20] * 8) for i, video in enumerate(videos)]
+    assert np.isnan(report.half_way(alike)) and np.isnan(report.half_way(videos[:9]))  # nine returns a point
 
 
 @pytest.mark.parametrize("text, real, met", [(8_999, 9_000, "no"), (9_000, 8_999, "no"), (9_000, 9_000, "yes")])
@@ -4288,7 +4291,7 @@ def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_fronti
     assert sorted({name for names in shown for name in names}) == sorted(PRESETS)
     figure.clear()
     figures.draw_frontier(figure, rows, FIRST)
-    shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes[:3]]
+    shown = [[line.get_label() for line in axes.lines[:-1]] for axes in figure.axes[:3]]  # the last is chance
     assert shown == [["uniform1", "uniform2", "uniform3", "uniform6", "slowfast"]] * 3
     figures.draw_all(rows | by_set(video_row([], worlds="hour", landmarks=[[1] * 8] * 4)), FIRST, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "frontier.png", "drifting.png"}
