@@ -14,6 +14,7 @@ References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B
 model.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rope import apply_rope
@@ -64,16 +66,15 @@ class Linear(nn.Linear):
     processors that are not Intel's: measured on an AMD EPYC, 110 GFLOP/s a core, not 250.
     """
     def forward(self, x):
-        is_large = x.numel() * self.out_features >= 2 ** 20
-        if not is_large or not x.is_cpu or torch.is_grad_enabled() or not has_onednn(x.dtype):
+        is_large = x.is_cpu and x.numel() * self.out_features >= 2 ** 20
+        if not is_large or torch.is_grad_enabled() or not has_onednn(x.dtype):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def has_onednn(dtype):
-    """Does oneDNN multiply matrices of this type here, as they are?"""
-    is_plain = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_plain and torch.backends.mkldnn.is_available()
+    is_float32 = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_float32 and torch.backends.mkldnn.is_available()
 
 
 def mlp(c_in, hidden, c_out, activation):
@@ -124,7 +125,7 @@ def attend(q, k, v, mask=None):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, k, n or s, d)
     # on a CPU the backward of this takes half the time of the fused kernel's
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.is_cpu and torch.is_grad_enabled():
         score = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, k, n, s)
         if mask is not None:
             score = score + torch.zeros_like(mask, dtype=score.dtype).masked_fill_(~mask, -1e9)
@@ -133,6 +134,16 @@ def attend(q, k, v, mask=None):
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)
+
+
+def fast_attention(device):
+    """
+    with fast_attention(device): on cuda attention tries its kernels in this order, the fastest first; one
+    that cannot run the case at hand is passed over.
+    """
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 class Attention(nn.Module):
@@ -197,7 +208,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
         """
         x           (b, f, n, c) float32, the residual stream
-        modulation  (6, b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
+        modulation  six of (b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
         """
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
@@ -219,9 +230,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, modulation):
-        """x (b, f, n, c), modulation (2, b, f, 1, c) float32: shift, scale"""
-        shift, scale = modulation
-        return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
+        """x (b, f, n, c), modulation two of (b, f, 1, c) float32: shift, scale"""
+        return self.head(modulate(x, *modulation).to(self.head.weight.dtype))
 
 
 # ---- the network -------------------------------------------------------------------------------------------
@@ -259,9 +269,9 @@ class DiT(nn.Module):
 
     def time(self, t):
         """
-        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: (6, b, f, 1, c) for
-        each block, and (2, b, f, 1, c) for the head. The head's comes from the embedding itself, the blocks'
-        from its projection.
+        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: six (b, f, 1, c) for
+        each block, and two for the head. The head's come from the embedding itself, the blocks' from its
+        projection.
         """
         wave = timestep_embedding(t, self.config.freq_dim)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
@@ -269,8 +279,8 @@ class DiT(nn.Module):
             projection = self.time_projection(embedding)
         projection = rearrange(projection.float(), "b f (s c) -> s b f 1 c", s=6)
         own = [rearrange(part.modulation.float(), "1 s c -> s 1 1 1 c") for part in (*self.blocks, self.head)]
-        blocks = [projection + modulation for modulation in own[:-1]]
-        return blocks, embedding.float()[:, :, None] + own[-1]
+        blocks = [(projection + modulation).unbind() for modulation in own[:-1]]
+        return blocks, (embedding.float()[:, :, None] + own[-1]).unbind()
 
     def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None, with_kv=True):
         """

@@ -35,10 +35,11 @@ from bench import bench, memory_estimate, peak_memory
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK
+from model import fast_attention
 from tensors import hash_file
 from text import check_prompt, read_prompts
 from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
-                   memory_picture, read_clip, read_manifest, to_uint8, video_writer)
+                   decode_beside, memory_picture, read_clip, read_manifest, video_writer)
 from weights import check_options, load_networks, read_file
 from world import GRAMMAR, WorldSpec, make_world
 
@@ -77,7 +78,7 @@ class Config:
     save_state: str = ""       # file for the state after the last whole chunk: at the end, or on a signal
     resume: str = ""           # such a file to go on from, up to --seconds, with its own prompt and settings
     compile: bool = False      # torch.compile from the moment that memory is full
-    bench: bool = False        # measure the speed of 16 chunks, write no video
+    bench: bool = False        # measure the parts and the speed of chunks, write no video
     overwrite: bool = False    # a file of the same name that is another's; else a number is added
     out: str = "out"           # folder for the videos
     device: str = ""           # cuda | mps | cpu (default: the best there is)
@@ -332,22 +333,22 @@ def render_video(cfg, networks, job, history, state, stop, bar):
         chunks = generate(rollout, [job.seed], count, sampler, networks.latent, uncond, history, later)
     if history is not None:
         chunks = chain(history.split(CHUNK, dim=1), chunks)
+
+    def until_signal():
+        for x0 in chunks:
+            yield x0
+            if stop.code and rollout.chunk:
+                return
     # 3. decode and write them one after another
     about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
     with video_writer(job.path, about, networks.scale) as file:
         if len(video.surplus):
             video.write(video.surplus, total, file, bar)
-        for x0 in chunks:
-            decoded, video.past = networks.vae.decode(x0, video.past)
-            # on the device; the frames' way to the host waits for it
-            is_finite = x0.isfinite().all() & decoded.isfinite().all()
-            frames = to_uint8(decoded)[0].cpu()
+        for frames, is_finite, video.past in decode_beside(networks.vae, until_signal(), video.past):
             if not is_finite:
                 raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
                                f"are these weights of {networks.name} damaged, or too large for --dtype?")
             video.write(frames, total, file, bar)
-            if stop.code and rollout.chunk:
-                break
     return video
 
 
@@ -373,13 +374,13 @@ def main():
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    with autocast, StopSignals() as stop:
+    with autocast, fast_attention(device), StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
         print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
-            print(f"estimate: weights and KV cache take {memory_estimate(networks) / 1e9:.1f} GB")
+            print(f"estimate: {memory_estimate(networks) / 1e9:.1f} GB at most")
         if cfg.bench:
             return bench(networks, switches[prompts[0]][0], cfg.seed)
         model = hash_networks(networks)

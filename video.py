@@ -17,6 +17,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -60,6 +61,34 @@ def chunks_of(frames):
 def chunk_at(second):
     """The first chunk that begins at this second, above 0, or later."""
     return math.ceil((second * FPS + 3) / FRAMES)
+
+
+def decode_beside(vae, chunks, past=None):
+    """
+    Generator: decodes one chunk after another. On cuda in a stream of its own, while the next chunk is made:
+    frames come one chunk late, and nothing waits but for their own way to the host.
+    chunks  iterable of latents (1, 3, c, h, w)
+    past    from vae.decode(), of the chunks before
+    yields  frames (f, h, w, 3) uint8 on the host, is all of the chunk finite, and `past` of the last decoded
+    """
+    side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
+    under_way = []
+    for x0 in chain(chunks, [None]):
+        if x0 is not None:
+            if side is not None:
+                side.wait_stream(torch.cuda.current_stream())
+                x0.record_stream(side)
+            with torch.cuda.stream(side):  # None: changes nothing
+                decoded, past = vae.decode(x0, past)
+                made = to_uint8(decoded)[0], x0.isfinite().all() & decoded.isfinite().all()
+                made = [part.to("cpu", non_blocking=side is not None) for part in made]
+                under_way.append((*made, side and side.record_event()))
+        # all but the newest on cuda; the last one, too, at the end
+        while len(under_way) > (side is not None and x0 is not None):
+            frames, is_finite, arrived = under_way.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            yield frames, is_finite, past
 
 
 def to_uint8(video):
