@@ -69,11 +69,8 @@ def memory_estimate(networks):
     pixels = networks.width * networks.height
     decoding = MAPS[type(vae)] * channels * pixels * next(vae.parameters()).element_size()
     weights = sum(p.nbytes for p in (*networks.dit.parameters(), *vae.parameters()))
-    # on cuda a chunk is decoded while the next is made; elsewhere after it, when what it saw is gone
-    if weight.is_cuda:
-        return weights + cache + block + decoding
-    seen = config.layers * (2 * held + 5 * CHUNK) * tokens * config.dim * weight.element_size()
-    return weights + cache + max(block, decoding - seen)
+    # a chunk is decoded while the next is made; where it is decoded after it, this is up to a tenth too much
+    return weights + cache + block + decoding
 
 
 def training_memory(part, net, tokens, devices):

@@ -14,7 +14,6 @@ References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B
 model.
 """
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rope import apply_rope
@@ -134,16 +132,6 @@ def attend(q, k, v, mask=None):
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)
-
-
-def fast_attention(device):
-    """
-    with fast_attention(device): on cuda attention tries its kernels in this order, the fastest first; one
-    that cannot run the case at hand is passed over.
-    """
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 class Attention(nn.Module):

@@ -25,8 +25,8 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, parse, pick_device, run,
-                    use_one_thread, whole_or_absent, within)
+from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, fast_attention, parse,
+                    pick_device, run, use_one_thread, whole_or_absent, within)
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,6 @@ from bench import bench, memory_estimate, peak_memory
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK
-from model import fast_attention
 from tensors import hash_file
 from text import check_prompt, read_prompts
 from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
