@@ -352,7 +352,7 @@ def encode_videos(cfg, device):
         try:
             frames = read_whole_chunks(file, networks.width, networks.height)
         except BadInput as reason:
-            print(f"skipped: {reason}")
+            tqdm.write(f"skipped: {reason}")
             continue
         # encode, write
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
