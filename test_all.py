@@ -4831,7 +4831,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path,
     assert len(list(tmp_path.iterdir())) == 1
 
 
-LEVELS = {  # how training code wraps a state dict
+WRAPPINGS = {  # how training code wraps a state dict
     "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
     "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
     "comfy": lambda s: prefixed("model.diffusion_model.", s), "shadow": lambda s: {"ema": {"shadow": s}},
@@ -4857,11 +4857,11 @@ CONTAINERS = {  # under names that tell something else
     "d.pt": lambda s, path: save_file(s, path), "folder": save_shards}
 
 
-@pytest.mark.parametrize("name", [*LEVELS, *CONTAINERS])
+@pytest.mark.parametrize("name", [*WRAPPINGS, *CONTAINERS])
 def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path):
     want, _ = read_public(raw / DIT)
     path = tmp_path / (name if name in CONTAINERS else "form.pt")
-    CONTAINERS.get(name, CONTAINERS["a.ckpt"])(LEVELS.get(name, LEVELS["flat"])(want), path)
+    CONTAINERS.get(name, CONTAINERS["a.ckpt"])(WRAPPINGS.get(name, WRAPPINGS["flat"])(want), path)
     got, _ = read_public(path)
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     if name == "folder":
@@ -5141,6 +5141,19 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     assert all(found == full[0] for found in full) and full[0][1] == (1, 21 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
         roll.similarities[-1].item()  # what this test would have caught
+
+
+def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
+    """On the meta device, where tensors have no values, from Algorithm 1 to the gradients of every weight."""
+    with torch.device("meta"):
+        student, teacher, critic = (DiT(DiTConfig(256, 512, 2, 2, recompute=True)) for _ in range(3))
+        features, t, eps = torch.empty(1, 7, 4096), torch.empty(1), torch.empty(1, 21, 16, 8, 8)
+        with torch.no_grad():
+            roll = Rollout(student, student.text(features), PRESETS["slowfast"], (4, 4))
+    with torch.no_grad():
+        trace = dmd.rollout(roll, LEVELS, 1, lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta"), 14, 7)
+    dmd.student_step(student, teacher, critic, features, trace, t, eps, (4, 4), 3., features)
+    assert trace.context.shape[1] == 21 and all(p.grad is not None for p in student.parameters())
 
 
 def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
