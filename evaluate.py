@@ -312,14 +312,14 @@ def middles(whole, left):
 
 
 def make_strip(spec, sector, left, files, first, device, path):
-    """Makes the two videos once more, and draws nine frames of each."""
+    """Makes the two videos once more, and draws seven frames of each."""
     videos, moments = [], []
     for memory in ("slowfast", "longlive"):
         batch = Batch(replace(first, worlds="real", memory=memory), [spec], files, "", device)
         frames, _ = make_videos(batch)
         seen = judge.read_video(frames[0]).landmark[:, sector] >= 0
         videos.append(frames[0])
-        moments.append(np.linspace(*middles(seen, left), 9).round().astype(int))
+        moments.append(np.linspace(*middles(seen, left), 7).round().astype(int))
     figures.draw_strip(videos, moments, (True, False), path)
 
 

@@ -152,7 +152,7 @@ def draw_all(rows, first, out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curves: pip install matplotlib")
+        print("no curves: pip install -r requirements-eval.txt")
         return
     rows = {s: videos for s, videos in rows.items() if videos}
     drawn = {

@@ -43,6 +43,7 @@ MEASURES = {
 def flat(row):
     """A row of the file with a cell a number; what is not given is left out."""
     cells = {}
+    # table 1 has a list by seconds, table 2 a group of cells for each length
     for name, x in row.items():
         if isinstance(x, dict):
             cells |= {f"{name} {inner}": y for inner, y in x.items()}
@@ -78,6 +79,8 @@ def orderings(rows, first):
             theirs = replace(first, **SYSTEMS[system])
             ours = rows.get(replace(first, worlds=theirs.worlds), [])
             theirs = rows.get(theirs, [])
+            if not ours or not theirs:
+                continue
             measure, name_here, scale = MEASURES[score]
             # the same as in the paper?
             verdict = better(ours, theirs, measure)

@@ -275,6 +275,7 @@ def falling(videos, share):
         right, due, points = sum(x for x, _ in pairs), number(pairs), [absence]
         if due < 10:
             continue
+        # what rose until here is one with this
         while blocks and blocks[-1][0] / blocks[-1][1] < right / due:
             before = blocks.pop()
             right, due, points = right + before[0], due + before[1], before[2] + points
@@ -408,6 +409,7 @@ def frontier(videos, baseline):
 
 def hour(videos):
     cells = {}
+    # three columns a minute
     for i, minute in enumerate(MINUTES):
         cells[f"{minute} min: dB"] = estimate(validity_in(videos, i))
         cells[f"{minute} min: entropy"] = estimate(entropy_in(videos, i))
@@ -448,9 +450,10 @@ def all_tables(rows, first):
                     first_one = baseline.setdefault((s.worlds, kind), some)
                     row = named(s) | {"motion": kind} | frontier(some, first_one)
                     tables[FRONTIER].append(row | curve(some))
+    # what all of it cost
     for worlds in dict.fromkeys(s.worlds for s in rows):
         tables["What it cost"].append(cost(rows, worlds))
-    return {title: table for title, table in tables.items() if table}
+    return tables
 
 
 # ---- ... and as text ---------------------------------------------------------------------------------------
@@ -480,7 +483,8 @@ def write(tables, student, path):
     """title -> table, into a file of Markdown and on the screen"""
     lines = [f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py."]
     for title, table in tables.items():
-        lines += markdown(title, table)
+        if table:
+            lines += markdown(title, table)
     text = "\n".join(lines)
     path.write_text(text + "\n", encoding="utf-8")
     print(text)
