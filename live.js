@@ -130,6 +130,7 @@ function showScore(chunk) {
   }
   $("another").replaceChildren();
   for (const isAnother of chunk.another) make("span", $("another"), isAnother ? "≠" : "");
+  $("now").alt = `The panorama now: ${chunk.another.filter(Boolean).length} landmarks are not those of the start`;
 }
 
 // ---- steering
@@ -148,6 +149,7 @@ function showSettings(chunk) {
   const fields = {prompt, seed, positions, "memory-preset": chunk.memory, tau: chunk.tau?.toFixed(3)};
   for (const [id, value] of Object.entries(fields)) if ($(id) !== document.activeElement) $(id).value = value;
   $("paused").ariaPressed = Boolean(chunk.paused);
+  pen.canvas.ariaLabel = `The video: ${prompt}`;
 }
 
 function offer(name, choices) {

@@ -444,7 +444,7 @@ def main():
         server = Server((cfg.host, cfg.port), Handler)
     except (OSError, UnicodeError) as error:
         raise BadInput(f"cannot listen on {cfg.host}:{cfg.port} ({error}): give another --port") from None
-    # 2. networks; the tiny ones run on one thread, which leaves the other cores to the browser
+    # 2. networks
     if not cfg.wan:
         use_one_thread()
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
