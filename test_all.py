@@ -3505,7 +3505,7 @@ def browser():
 def tabs(browser):
     """Two tabs of one live page, once memory is full, and the server's process"""
     with running_live() as (process, url):
-        tabs, errors = [browser.new_page() for _ in range(2)], []
+        tabs, errors = [browser.new_page(reduced_motion="reduce") for _ in range(2)], []
         for tab in tabs:
             tab.on("pageerror", lambda error: errors.append(error))
             tab.goto(url, wait_until="domcontentloaded")
