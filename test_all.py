@@ -3271,7 +3271,7 @@ def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(s
 @pytest.mark.parametrize("body, told", [
     (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"memory": "slofast"}', "did you mean slowfast"),
     (b'{"tau": NaN}', "from -1"), (b'{"tau": true}', "cannot be"), (b'{"tau": "1"}', "cannot be"), (b'{"seed": -1}', "from 0"),
-    (b'{"seed": 1.5}', "cannot be"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no text"),
+    (b'{"seed": 1.5}', "cannot be"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"),
     (b'{"prompt": 1}', "cannot be"), (b'{"ground": "Lava"}', "choose from Grass"), (b'{"paused": 1}', "cannot be"),
     (b'{"text": "a"}', "cannot be"), (b'{"positions": []}', "cannot be")])
 def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, session):
