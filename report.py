@@ -25,6 +25,7 @@ import math
 import operator
 import sys
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -130,12 +131,16 @@ def number(pairs):
     return sum(n for _, n in pairs)
 
 
+@lru_cache
+def draws(n):
+    """2,000 times n of n videos: the same for any two rows of as many, which pairs them"""
+    return np.random.default_rng(0).integers(n, size=(2000, n))
+
+
 def resampled(pairs):
     """2,000 ratios of sums over videos that are drawn again; NaN where nothing is counted"""
     pairs = np.asarray(pairs, float).reshape(-1, 2)
-    # the same draws for any two rows of as many videos, which pairs them
-    draws = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
-    total, n = pairs[draws].sum(1).T
+    total, n = pairs[draws(len(pairs))].sum(1).T
     return np.divide(total, n, out=np.full(len(n), np.nan), where=n > 0)
 
 

@@ -4179,7 +4179,7 @@ FIRST = report.EvalSet("student")
 
 def video_row(returns, seed=0, memory="slowfast", worlds="text", kind=None, weights="student", **measured):
     """A line of the CSV; returns: (absence, right, held) of each landmark that was due back."""
-    events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0}
+    events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0, "left": 100}
               for absence, right, held in returns]
     plain = {"caption": "Sand.", "made_by": "w p", "cost": 1., "psnr": [27.] * 4, "landmarks": [seed] * 8,
              "turning": 1., "jumps": 0, "minutes": 1.}
@@ -4502,6 +4502,19 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_names_one(tau, monke
     assert used.tau == .7 and asked.sampler == replace(networks.sampler, steps=2)
 
 
+def test_of_an_hour_some_minutes_are_decoded_and_a_teacher_goes_on_from_stage_1_or_from_real_video(monkeypatch):
+    monkeypatch.setattr(evaluate, "continue_student", lambda *given: given[-1])
+    monkeypatch.setattr(evaluate, "continue_teacher", lambda *given, student: student and student.name)
+
+    def made(weights, worlds, **more):
+        eval_set = report.EvalSet(weights, "uniform2", worlds=worlds, **more)
+        return evaluate.make_videos(evaluate.Batch(eval_set, [], FILES_OF_WEIGHTS, "", torch.device("cpu")))
+
+    assert made("stage2", "hour") is probe.decode_minutes and made("stage2", "text") is probe.decode_frames
+    assert made("teacher", "after stage1", teacher=True) == load_tiny(FILES_OF_WEIGHTS["stage1"], torch.device("cpu")).name
+    assert made("teacher", "after real", teacher=True) is None
+
+
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
     x = torch.arange(8).view(4, 2)
     assert probe.swap_neighbours(x).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
@@ -4654,6 +4667,30 @@ def test_a_policy_of_ones_own_gets_its_row_its_curve_and_its_reach_by_one_line(r
     # ... and, not named, in both evaluations
     for quick in (False, True):
         assert report.EvalSet("stage2", "mine", worlds="returns") in evaluate.eval_sets(report.EvalSet("stage2"), (), quick)
+
+
+def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", Policy(3, 6, 12, "uniform", interval=3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
+    monkeypatch.setattr(figures, "draw_all", lambda *given: None)
+    monkeypatch.setattr(evaluate, "make_strip", lambda *given: None)
+
+    def run_batch(batch):
+        maps = {"landmarks": [[1] * 8] * 4} if batch.eval_set.worlds == "hour" else {}
+        rows = [video_row([(6., True, True)], **maps) for _ in batch.specs]
+        return [replace(row, eval_set=batch.eval_set, world=spec, made_by=batch.made_by)
+                for row, spec in zip(rows, batch.specs)]
+
+    monkeypatch.setattr(evaluate, "run_batch", run_batch)
+    monkeypatch.setattr(sys, "argv", f"evaluate.py --device cpu --out {tmp_path} --worlds 9 --steps 2".split())
+    evaluate.main()
+    text = (tmp_path / "evaluate.md").read_text("utf-8")
+    titles = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
+    assert titles == ["Targets", report.ALL, report.CURVES, report.FRONTIER, report.ASSUMPTIONS, report.HOUR,
+                      "What it cost", "The paper's orderings"]
+    rows = [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| stage2 | mine, 2 steps |")]
+    assert rows == ["returns"] * 5 + ["hour"]  # of all, its curve, and by three kinds of motion
+    assert text.count("uniform6, 2 steps") == 5 and text.count("| teacher | uniform2 |") == 4
 
 
 def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
