@@ -2,10 +2,12 @@
 What a run costs: the FLOPs of a pass, the memory of a full-size run, and its speed.
 
     python bench.py                              # FLOPs of the full-size model
-    python sample.py --wan random --bench        # the table, with random weights
+    python sample.py --bench                     # two tables, of the tiny networks
+    python sample.py --wan random --bench        # of random weights of Wan's form; --size, --device, --dtype
 
-The table measures the transformer alone and with an autoencoder, and holds it against what the device does
-in one large matrix product.
+The first table tells where a chunk's time goes, part by part, waiting for the device after each. The second
+measures frames a second, of the transformer alone and with an autoencoder, without waiting, and holds them
+against what the device does in one large matrix product.
 
 Leaves out: the text encoder, which runs once a prompt; times of training.
 """
@@ -20,7 +22,9 @@ import torch
 from flow import generate
 from memory import CHUNK
 from model import DiT, DiTConfig
-from video import FRAMES
+from vae import TAE
+from video import FRAMES, to_uint8
+from wan_vae import WanVAE
 
 # Training at full size, what each part holds: copies of the float32 weights (weights, gradients, two moments
 # and averages; the critic's first four; the teacher's first), latents of its longest pass with a graph, and
@@ -34,7 +38,9 @@ TRAINING = {
     "stage2": (10, 42, 42 + 21 + 21 + 6),
 }
 BLOCK = 118  # bytes of one block's graph for each number of the residual stream, measured at full size
-CHUNKS = 16  # made for each row of the table; memory is full after the first 7
+CHUNKS = 16  # made for each measurement ...
+FULL = 7     # ... of which the first fill the memory
+MAPS = {WanVAE: 35, TAE: 27}  # maps of full resolution and width that decoding holds, measured at full size
 
 
 def flops(config, n, held):
@@ -48,15 +54,23 @@ def flops(config, n, held):
 
 
 def memory_estimate(networks):
-    """Bytes of the weights and of a full KV cache with its rotated keys; a pass and decoding come on top."""
-    config, policy = networks.dit.config, networks.policy
-    weight = networks.dit.blocks[0].ffn[0].weight
+    """Bytes at the peak of sampling, prompt switches included, once memory is full."""
+    config, policy, vae = networks.dit.config, networks.policy, networks.vae
+    weight, tokens = networks.dit.blocks[0].ffn[0].weight, math.prod(networks.grid)
     held = policy.sink + policy.slow + policy.fast - CHUNK
-    # keys and values of all, rotated keys of what is held; keys and values of the text
-    tokens = math.prod(networks.grid) * (3 * held + 2 * CHUNK) + 2 * config.text_len
-    cache = config.layers * tokens * config.dim * weight.element_size()
-    weights = [*networks.dit.parameters(), *networks.vae.parameters()]
-    return sum(p.nbytes for p in weights) + cache
+    # keys as they are kept, keys rotated, values: each with room for a chunk; both of the pass
+    latents = 3 * (held + CHUNK) + 2 * CHUNK
+    places = latents * tokens + 2 * config.text_len
+    cache = config.layers * places * config.dim * weight.element_size()
+    # a pass: the MLP before and after its activation; the residual stream, its copies in float32
+    block = CHUNK * tokens * (2 * config.ffn_dim * weight.element_size() + 16 * config.dim)
+    # decoding: maps as large as the video
+    channels = vae.config.dim if isinstance(vae, WanVAE) else vae.config.decoder[-1]
+    pixels = networks.width * networks.height
+    decoding = MAPS[type(vae)] * channels * pixels * next(vae.parameters()).element_size()
+    weights = sum(p.nbytes for p in (*networks.dit.parameters(), *vae.parameters()))
+    # a chunk is decoded while the next is made; where it is decoded after it, this is up to a tenth too much
+    return weights + cache + block + decoding
 
 
 def training_memory(part, net, tokens, devices):
@@ -74,8 +88,7 @@ def training_memory(part, net, tokens, devices):
     if part.startswith("init"):
         graph += 3 * (latents * tokens) ** 2  # who sees whom, as bool and as bfloat16
     rollout = held * tokens * config.dim * 4 * config.layers
-    # autocast keeps the weights in bfloat16 during a pass
-    return 4 * copies * weights / devices + 2 * weights + max(graph, rollout)
+    return 4 * copies * weights / devices + max(graph, rollout)
 
 
 def peak_memory(device):
@@ -88,6 +101,43 @@ def peak_memory(device):
         return "peak memory not measured"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB"
+
+
+def wait_for_device():
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def part_seconds(networks, text):
+    """
+    How long the parts of a chunk take once memory is full, each by itself, the device waited for; of noise,
+    because what the latents show changes no time.
+    returns  name -> seconds, several of each
+    """
+    rollout, vae = networks.rollout(networks.text(text)), networks.vae
+    device = rollout.text[0][0].device
+    x = torch.randn(1, CHUNK, *networks.latent, device=device)
+    t = torch.full((1, CHUNK), .5, device=device)
+    modulation = rollout.net.time(t)
+    past, video = None, None
+    seconds = {}
+
+    def timed(name, part):
+        wait_for_device()
+        started = time.perf_counter()
+        made = part()
+        wait_for_device()
+        if rollout.chunk >= FULL:
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+        return made
+    for _ in range(CHUNKS):
+        timed("read memory", rollout.read_context)
+        for _ in range(networks.sampler.steps):
+            timed("pass", lambda: rollout.predict(x, t, modulation=modulation))
+        video, past = timed("decode", lambda: vae.decode(x, past))
+        timed("to the host", lambda: to_uint8(video).cpu())
+        timed("clean pass", lambda: rollout.append(x, modulation=modulation))
+    return seconds
 
 
 def chunk_seconds(networks, text, seed, vae):
@@ -105,8 +155,16 @@ def chunk_seconds(networks, text, seed, vae):
 
 
 def bench(networks, text, seed):
-    """One table: frames a second without and with the autoencoder, and as a share of what FLOPs allow."""
-    # 1. what the FLOPs allow on this device
+    """Two tables: parts of a chunk; frames a second, and their share of what the FLOPs allow."""
+    # 1. where the time goes
+    print("part of a chunk  times         ms, median")
+    total = 0
+    for name, seconds in part_seconds(networks, text).items():
+        times = networks.sampler.steps if name == "pass" else 1
+        total += times * np.median(seconds)
+        print(f"{name:16} {times:5} {1000 * np.median(seconds):18.3f}")
+    print(f"{'a chunk':16} {1:5} {1000 * total:18.3f}")
+    # 2. what the FLOPs allow on this device
     policy, weight = networks.policy, networks.dit.blocks[0].ffn[0].weight
     held = policy.sink + policy.slow + policy.fast - CHUNK
     work = (networks.sampler.steps + 1) * flops(networks.dit.config, math.prod(networks.grid), held)
@@ -116,11 +174,11 @@ def bench(networks, text, seed):
     bound = FRAMES * rate / work
     print(f"a chunk: {work / 1e12:.4f} TFLOP, so at most {bound:.1f} frames/s at {rate / 1e12:.3f} TFLOP/s, "
           "a product of 2048 x 2048 matrices here")
-    # 2. what it does, once memory is full
+    # 3. what it does, once memory is full
     print("           frames/s   share  first frame")
     for name, vae in {"DiT only": None, type(networks.vae).__name__: networks.vae}.items():
         seconds = chunk_seconds(networks, text, seed, vae)
-        fps = FRAMES / np.median(seconds[10:])
+        fps = FRAMES / np.median(seconds[FULL:])
         print(f"{name:8} {fps:10.2f} {fps / bound:7.1%} {seconds[0]:10.2f} s")
     print(peak_memory(weight.device))
 

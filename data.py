@@ -8,6 +8,7 @@ then (memory.frames_in_memory). Files are written whole, so a run that was stopp
 
     python data.py             # prints what memory would hold of a clip, and where something comes back
     python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos with .txt captions -> latents
+    torchrun --nproc_per_node 8 data.py --videos DIR ...             # shared by the processes of all nodes
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
 policy).
@@ -24,16 +25,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
 from checkpoint import barrier, get_processes, get_rank
 from memory import CHUNK, PRESETS, frames_in_memory
-from video import FPS, FRAMES, read_frames
-from weights import WEIGHTS, load_tiny, load_wan, write_safetensors
+from tensors import read_file, read_head, write_safetensors
+from text import read_text
+from video import FPS, FRAMES, find_ffmpeg, read_frames
+from weights import WEIGHTS, load_tiny, load_wan
 from world import WorldSpec
 
 FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
@@ -45,6 +46,8 @@ BACK = .8                 # share of the targets whose view is one that comes ba
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
 RUN = 6                   # chunks that surprise, or do not, one after another, in the mean
+LONGEST_NAME = 220        # bytes of a shard's name; most disks end at 255
+ENCODE_AGAIN = "delete it and run data.py again"
 
 KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
 OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
@@ -58,6 +61,7 @@ class Config:
     wan: str = ""     # a raw Wan2.1-T2V-1.3B folder: with its autoencoder and text encoder (default: tiny)
     size: str = ""    # with --wan: WIDTHxHEIGHT in pixels (default 832x480); smaller clips are skipped
     device: str = ""  # cuda | mps | cpu (default: the best there is)
+    no_verify: bool = False  # take files as they are, without verifying their checksums
 
 
 @dataclass
@@ -121,7 +125,7 @@ def make_files(files, make, title):
     for file in tqdm(missing, title, disable=not missing):
         write_safetensors(file, make(files[file]))
     barrier()
-    return [load_file(file) for file in files]
+    return [read_file(file, remedy="delete it, and it is made again")[0] for file in files]
 
 
 def latent_cache(folder, tae, worlds, latents, device):
@@ -262,25 +266,44 @@ class WorldClips(Histories):
 # ---- folders of videos -------------------------------------------------------------------------------------
 
 def read_captions(folder):
-    """-> {video file: its caption}"""
+    """-> {video file: its caption}; lists what has none"""
+    files = sorted(file for file in Path(folder).rglob("[!.]*") if not file.is_dir())
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    # a video's is the text of its name
     captions = {}
-    for file in sorted(Path(folder).rglob("*.*")):
-        text = file.with_suffix(".txt")
-        if text.is_file() and text != file:
-            captions[file] = text.read_text("utf-8", "replace").strip()
-        elif text != file:
-            print(f"skipped: {file}: no caption in a .txt beside it")
+    for file in files:
+        if file.suffix.lower() == ".txt":
+            continue
+        try:
+            captions[file] = read_caption(texts.get(file.with_suffix("")))
+        except BadInput as reason:
+            print(f"skipped: {file}: {reason}")
     if not captions:
         raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
     return captions
 
 
+def read_caption(file):
+    """file: of text, or None"""
+    if file is None or not file.is_file():
+        raise BadInput("no caption in a .txt beside it")
+    caption = read_text(file).strip()
+    if not caption:
+        raise BadInput(f"{file} is empty")
+    return caption
+
+
 def read_whole_chunks(file, width, height):
-    """The first whole chunks of a video, 25 s at most -> (f, h, w, 3) uint8; BadInput if it is too small."""
+    """
+    The first whole chunks of a video, 25 s at most -> (f, h, w, 3) uint8; BadInput if it is too small or
+    damaged.
+    """
     least = frames_of((FULL + AHEAD) * CHUNK)
-    frames, (w, h) = read_frames(file, width, height, frames_of((LONGEST + AHEAD) * CHUNK))
-    if w < width or h < height or len(frames) < least:
-        raise BadInput(f"{file}: {w}x{h}, {len(frames) / FPS:.1f} s; "
+    frames, clip = read_frames(file, width, height, frames_of((LONGEST + AHEAD) * CHUNK))
+    if clip.damage:
+        raise BadInput(f"{file} is damaged ({clip.damage})")
+    if clip.width < width or clip.height < height or len(frames) < least:
+        raise BadInput(f"{file}: {clip.width}x{clip.height}, {len(frames) / FPS:.1f} s; "
                        f"needed are {width}x{height}, {least / FPS:.1f} s")
     return frames[:len(frames) - (len(frames) + 3) % FRAMES]
 
@@ -289,26 +312,30 @@ def read_whole_chunks(file, width, height):
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
     check_writable(cfg.out)
+    find_ffmpeg()
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     new = {}
     for file in list(captions)[rank::processes]:
         shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
-        if not shard.exists():
+        if len(os.fsencode(shard.name)) > LONGEST_NAME:
+            print(f"skipped: {file}: its name is too long")
+        elif not shard.exists():
             new[file] = shard
     # the autoencoder, and text features of the captions
     if cfg.wan:
         prompts = [captions[file] for file in new]
         cache = Path(cfg.out, "text")
-        networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, cache, prompts)
+        networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, cache, prompts,
+                            verify=not cfg.no_verify)
     else:
         networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
     for file, shard in tqdm(new.items(), "encoding clips"):
         try:
             frames = read_whole_chunks(file, networks.width, networks.height)
         except BadInput as reason:
-            print(f"skipped: {reason}")
+            tqdm.write(f"skipped: {reason}")
             continue
         # encode, write
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
@@ -329,6 +356,19 @@ def keep_with_gaps(rng, chunks, has_gaps):
     return torch.from_numpy(surprises | (not has_gaps)) & (torch.arange(chunks) % 2 == 0)
 
 
+def read_shard_head(file, latent):
+    """-> caption and number of latents of a clip of encode_videos(); BadInput if they cannot be right"""
+    shapes, about = read_head(file, ENCODE_AGAIN)
+    caption = about.get("caption")
+    n, *shape = shapes.get("latents", [0])
+    if shape != list(latent):
+        raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
+                       "see --wan and --size of data.py")
+    if not isinstance(caption, str) or n < (FULL + AHEAD) * CHUNK or len(shapes.get("text", [])) != 2:
+        raise BadInput(f"{file} lacks a caption, its text or latents enough (it has {n}): {ENCODE_AGAIN}")
+    return caption, n
+
+
 class ClipFolder:
     """What encode_videos() wrote, read when it is drawn."""
     def __init__(self, folder, latent, device, evict_first=True):
@@ -341,23 +381,26 @@ class ClipFolder:
         self.captions = []
         self.chunks = []
         for file in self.files:
-            with safe_open(file, "pt") as content:
-                n, *shape = content.get_slice("latents").get_shape()
-                self.captions.append(content.metadata()["caption"])
-            if shape != list(latent):
-                raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
-                               "see --wan and --size of data.py")
-            self.chunks.append(n // CHUNK)
+            caption, latents = read_shard_head(file, latent)
+            self.captions.append(caption)
+            self.chunks.append(latents // CHUNK)
         self.evict_first = evict_first
+
+    def read(self, clip, name):
+        """Latents or text of one clip"""
+        tensor = read_file(self.files[clip], remedy=ENCODE_AGAIN)[0][name]
+        if not tensor.isfinite().all():
+            raise BadInput(f"{self.files[clip]}: its {name} are not finite: {ENCODE_AGAIN}")
+        return tensor
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""
         rows = zip(clip, frame.clamp(min=0))
-        latents = [load_file(self.files[c])["latents"][numbers] for c, numbers in rows]
+        latents = [self.read(c, "latents")[numbers] for c, numbers in rows]
         return torch.stack(latents).to(self.device).float()
 
     def text(self, clip):
-        features = [load_file(self.files[c])["text"] for c in clip]
+        features = [self.read(c, "text") for c in clip]
         return pad_sequence(features, batch_first=True).to(self.device)
 
     def draw_history(self, rng, batch, ahead=1):
@@ -373,6 +416,8 @@ class ClipFolder:
 
 def main():
     cfg = parse(Config)
+    if cfg.size and not cfg.wan:
+        raise BadInput("--size needs --wan: the tiny model has one size")
     if cfg.videos:
         return encode_videos(cfg, pick_device(cfg.device))
     # otherwise: what memory would hold at chunk 30 of a clip, and which chunks are targets more often

@@ -237,7 +237,6 @@ def student_step(student, teacher, critic, features, trace, t, noise, grid, guid
         if guidance != 1:
             away = predict_x0(teacher, negative, trace.context, xt, t, grid)
             real = guide(real, away, guidance)
-    torch.clear_autocast_cache()  # the critic's weights in bfloat16, 3 GB at full size
     # eq. 6
     gradient, norm = dmd_gradient(trace.x, fake, real)
     backward(trace, features, gradient / gradient.numel())

@@ -2,18 +2,29 @@
 The paper in miniature: what trained models remember and how their pictures hold, by the small world's judge.
 
     python evaluate.py                            # everything; run it again to go on after a stop
-    python evaluate.py --quick                    # three policies, 32 worlds each: 4 minutes on two cores
-    python evaluate.py --quick --memory NAME      # one preset of memory.py, its row and its curve: a minute
+    python evaluate.py --quick                    # what every preset of memory.py remembers
+    python evaluate.py --quick --memory NAME      # one preset, its row and its curve
+    python evaluate.py --quick --tau X --steps N  # other than the weights' own, beside what is there
 
 An EvalSet says which videos are made: whose weights, which memory, which worlds. Each video leaves one line
-in out/evaluate.csv with all that report.py needs: it is made once, and tables and figure cost nothing after
-that. A line counts as long as weights and preset are those that made it; whoever changes the code of
-Policy.should_keep gives an --out of its own. Real videos: metrics.py.
+in out/evaluate.csv with all that report.py needs: it is made once, and tables and figures cost nothing after
+that. A line counts as long as the networks, the policy and the code that made it are what they were. Real
+videos: metrics.py.
+
+    text       captions drawn at random; 62.8 s from nothing, as all that follows unless it says otherwise
+    real       the same, 50 s after 10.3 s of real video
+    returns    as many captions of each kind of motion, that bring landmarks back soon, late and last of all
+    swapped    a world and its counterfactual exchange slow memories, 4 s after real video
+    teacher    31 s of a teacher alone
+    after ..   5 s of the teacher, after 10.3 s that are real, or by Stage 1
+    hour       an hour, of which minutes 1, 5, 15 and 60 are looked at
 
 References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
-Leaves out: DINO and CLIP on the small world.
+Leaves out: more than one training seed.
 """
+import ast
 import hashlib
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,252 +32,157 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from config import STUDENT, BadInput, check_writable, fast_autocast, one_of, parse, pick_device, run  # first
+from config import STUDENT, BadInput, check_writable, one_of, parse, pick_device, run, within  # first
 
 import numpy as np
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
+import figures
 import judge
+import paper
 import report
-import world
-from data import encode_world, frames_of
-from erft import TARGET, extend
-from flow import Rollout, generate
-from memory import CHUNK, PRESETS, frames_in_memory
-from report import EvalSet, Video
+from data import frames_of
+from erft import TARGET
+from memory import CHUNK, PRESETS, Policy
+from probe import (CHUNKS, GIVEN, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher, decode_frames,
+                   decode_minutes, first_own_frame, held_out, measure, measure_minutes)
+from report import KINDS, EvalSet, Video
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
-GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
-BATCH = 16          # videos made together
-PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
-PROBED = PRESETS["uniform2"]     # the policy of probes
-SPAN = 5 * FPS      # frames of an entry of Video.psnr
-JUMP = 15 / 360 * world.COLUMNS  # between two frames; the fastest caption moves 2 columns
+BATCH = 16     # videos made together
+TRIES = 64     # held-out worlds of each kind of motion, among which "returns" chooses
+INTERVALS = range(1, 7)  # of the uniform rules of the frontier
 
 
 @dataclass
 class Config:
-    quick: bool = False  # what memory is worth, and no more: 32 worlds, three policies
+    quick: bool = False  # what memory is worth, and no more
     memory: str = ""     # only the rows of this preset
-    worlds: int = 0      # number of held-out worlds a set (default: 64; 32 with --quick)
+    tau: float = None    # surprisal threshold in [-1, 1] (default: the weights' own)
+    steps: int = None    # denoising steps of the students (default: the weights' own)
+    worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
     ckpt: str = ""       # the student (default: config.STUDENT)
     out: str = "out"     # folder for CSV, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
 
 
-# ---- videos of the small world: real first chunks, then the model's own ------------------------------------
-
-def conditions(networks, specs, given):
-    """
-    networks  weights.Networks of the small world
-    specs     WorldSpecs, one a video
-    given     chunks of real video
-    returns   net.text of the captions, real latents (b, 3 given, c, h, w)
-    """
-    text = networks.dit.text(networks.features([make_world(spec).caption for spec in specs]))
-    device = text[0][0].device
-    if given == 0:
-        return text, torch.zeros(len(specs), 0, *networks.latent, device=device)
-    return text, torch.cat([encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs])
-
-
-def decode_frames(vae, latents):
-    """
-    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, a chunk at a time; in bf16 where that is fast,
-    which moves the validity by 0.02 dB. The models themselves run in float32, as in sample.py.
-    """
-    frames, past = [], None
-    for chunk in latents.split(CHUNK, dim=1):
-        with fast_autocast(latents.device):
-            video, past = vae.decode(chunk, past)
-        frames.append((video * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy())
-    return np.concatenate(frames, axis=1)
-
-
-@torch.no_grad()
-def continue_student(networks, specs, given, chunks, policy, positions="bounded", swap=False):
-    """
-    given    chunks of each world's real video; then `chunks` of the student's own
-    swap     each two neighbours of the batch exchange their slow memories before going on
-    returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
-    """
-    sampler = networks.sampler
-    seeds = [spec.seed for spec in specs]
-    text, history = conditions(networks, specs, given)
-    rollout = Rollout(networks.dit, text, policy, networks.grid, positions, sampler.pool)
-    # the real part enters the memory, and nothing is made yet
-    if given:
-        list(generate(rollout, seeds, 0, sampler, networks.latent, history=history))
-    if swap:
-        rollout.memory.evict(CHUNK)
-        rollout.memory.slow = rollout.memory.slow.apply(swap_neighbours)
-    # the student's own part
-    own = generate(rollout, seeds, chunks, sampler, networks.latent)
-    latents = torch.cat([history, *own], dim=1)
-    return decode_frames(networks.vae, latents), torch.stack(rollout.kept, dim=1).cpu()
-
-
-def swap_neighbours(x):
-    pairs = rearrange(x, "(pair two) ... -> pair two ...", two=2)
-    return rearrange(pairs.flip(1), "pair two ... -> (pair two) ...")
-
-
-@torch.no_grad()
-def continue_teacher(networks, specs, given, blocks, shuffle=False):
-    """
-    given    chunks of each world's real video; then `blocks` times 21 latents of the teacher
-    shuffle  each goes on from the next world's past, and shows it if the teacher looks there
-    returns  as continue_student()
-    """
-    text, latents = conditions(networks, specs, given)
-    seeds = [spec.seed for spec in specs]
-    for _ in range(blocks):
-        past = latents.roll(-1, 0) if shuffle else latents
-        more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
-        latents = torch.cat([latents, more], dim=1)
-    chunk = torch.arange(latents.shape[1] // CHUNK)
-    keep = chunk % PROBED.interval == 0
-    return decode_frames(networks.vae, latents), keep.expand(len(specs), -1)
-
-
-def first_own_frame(given):
-    return frames_of(given * CHUNK) if given else 0
-
-
-def own_reappearances(reading, motion, keep, policy, given):
-    """
-    What was due back in the model's own part; what the sink shows does not count.
-    keep     (chunks,) bool of the rollout
-    returns  list of (judge.Reappearance, did the memory hold a latent that shows it?)
-    """
-    contexts = frames_in_memory(policy, keep[None])
-    found = []
-    for event in judge.reappearances(reading, motion):
-        if event.returned >= first_own_frame(given) and not event.in_sink:
-            chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
-            held = contexts[chunk][0].tolist()
-            found.append((event, judge.is_in_memory(event, reading, held)))
-    return found
-
-
-def measure(frames, motion, keep, policy, given):
-    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
-    reading = judge.read_video(frames)
-    # pictures: what is left over behind the last 5 s does not count
-    start = first_own_frame(given)
-    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
-    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
-    # motion
-    jumps = np.abs(np.diff(reading.path)) > JUMP
-    # memory
-    events = []
-    for event, held in own_reappearances(reading, motion, keep, policy, given):
-        events.append(vars(event) | {"right": event.right, "held": held})
-    return {
-        "psnr": psnr,
-        "landmarks": judge.landmark_map(reading.landmark),
-        "reappearances": events,
-        "turning": judge.turning_rate(reading.path, motion),
-        "jumps": int(jumps.sum()),
-        "minutes": len(frames) / FPS / 60,
-    }
-
-
-# ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
-
-def held_out(n, seed=0):
-    """n worlds that turn once in 8 or 9 s: after 10 s, what was away for 5.4 or 6.1 s is due back."""
-    return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2) for i in range(n)]
-
-
-def probe_student(networks, specs):
-    """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
-    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
-    return read_probe(specs, frames, keep)
-
-
-def probe_teacher(networks, specs, shuffle=False):
-    """The same of a teacher; shuffle: from another world's 10 s."""
-    frames, keep = continue_teacher(networks, specs, GIVEN, 1, shuffle)
-    return read_probe(specs, frames, keep)
-
-
-def read_probe(specs, frames, keeps):
-    """
-    dict: recall (share of what was due back that is right), ceiling (share that memory still held), chance,
-    returns (how many were due), validity (dB to the nearest frame that the world can draw)
-    """
-    videos = []
-    for spec, video, keep in zip(specs, frames, keeps):
-        videos.append(measure(video, make_world(spec).motion, keep, PROBED, GIVEN))
-    events = [event for video in videos for event in video["reappearances"]]
-    returns = len(events)
-    return {
-        "recall": sum(event["right"] for event in events) / max(1, returns),
-        "ceiling": sum(event["held"] for event in events) / max(1, returns),
-        "chance": judge.chance([video["landmarks"] for video in videos]),
-        "returns": returns,
-        "validity": float(np.mean([video["psnr"] for video in videos])),
-    }
-
-
-def check_teacher_uses_context(networks, specs):
-    """Recall from each world's own past and from another's: numbers for the log."""
-    own = probe_teacher(networks, specs)
-    shuffled = probe_teacher(networks, specs, shuffle=True)
-    return {
-        "teacher_recall": own["recall"],
-        "teacher_shuffled_recall": shuffled["recall"],
-        "teacher_chance": own["chance"],
-    }
-
-
 # ---- which videos are made ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Length:
-    given: int   # chunks of real video
-    chunks: int  # of the model's own, after it
+    given: int        # chunks that are there
+    chunks: int       # of the model's own, after them
+    student: str = ""  # the weights that make those chunks, if they are not real video
 
 
 LENGTHS = {  # by EvalSet.worlds
-    "text": Length(0, 84),                   # 62.8 s from the caption alone
-    "real": Length(GIVEN, 67),               # 50 s
-    "swapped": Length(GIVEN, PROBE_CHUNKS),  # 4 s; a world and its counterfactual exchange slow memories
-    "teacher": Length(0, 42),                # 31 s
+    "text": Length(0, 84),
+    "real": Length(GIVEN, 67),
+    "returns": Length(0, 84),
+    "swapped": Length(GIVEN, PROBE_CHUNKS),
+    "teacher": Length(0, 42),
+    "after real": Length(GIVEN, 7),
+    "after stage1": Length(GIVEN, 7, "stage1"),
+    "hour": Length(0, CHUNKS * MINUTES[-1] + 1),
 }
 
 
-def eval_sets(student, quick=False, memory=""):
-    """The rows of the tables -> list of EvalSet. A new preset of memory.py gets its row by its name."""
+def eval_sets(first, taus=(), quick=False, memory=""):
+    """
+    The rows of the tables.
+    first    the EvalSet of the student
+    taus     surprisal thresholds of the frontier beside that of the weights
+    returns  list of EvalSet; a new preset of memory.py gets its rows by its name
+    """
+    def of(worlds, memory="slowfast", **other):
+        return replace(first, worlds=worlds, memory=memory, **other)
+
     # what each policy remembers, and whose memory the student follows
-    policies = list(PRESETS)
-    if quick and not memory:
-        policies = ["slowfast", "uniform2", "longlive"]
-    sets = [EvalSet(student, policy) for policy in policies]
-    sets.append(EvalSet(student, "uniform2", worlds="swapped"))
+    sets = [of("returns", policy) for policy in PRESETS]
+    sets.append(of("swapped", "uniform2"))
     if not quick:
-        # after real video; positions that nobody trained
-        sets += [EvalSet(student, policy, worlds="real") for policy in ("slowfast", "longlive")]
-        sets += [EvalSet(student, policy, "unbounded") for policy in ("slowfast", "longlive", "infinity")]
-        # models before and beside the student; the teacher alone
-        sets += [EvalSet(weights) for weights in ("init_ar", "init_ode", "stage1", "stage2", "stage2_none")]
-        for weights in ("teacher", "teacher_plain"):
-            sets.append(EvalSet(weights, "uniform2", worlds="teacher", teacher=True))
+        # the frontier, at equal slots
+        sets += [of("returns", f"uniform{interval}") for interval in INTERVALS]
+        sets += [of("returns", tau=tau) for tau in taus]
+        # the student and what it comes from, from both starts; positions that nobody trained
+        weights = [first.weights, "stage1", "init_ar"]
+        sets += [of(start, weights=name) for start in ("text", "real") for name in weights]
+        sets += [of("text", weights=name) for name in ("init_ode", "stage2", "stage2_none")]
+        sets += [of("real", "longlive"), of("text", positions="unbounded")]
+        # the teacher alone, and after real video or a student's
+        for name in ("teacher", "teacher_plain"):
+            sets.append(EvalSet(name, "uniform2", worlds="teacher", teacher=True))
+        for worlds in ("after real", "after stage1"):
+            sets.append(EvalSet("teacher", "uniform2", worlds=worlds, teacher=True))
+        # an hour under each policy, and of the students without the context's teacher
+        sets += [of("hour", policy) for policy in PRESETS]
+        sets += [of("hour", weights=name) for name in ("stage1", "stage2_none")]
     if memory:
-        sets = [s for s in sets if s.memory == memory and s.weights == student]
+        sets = [s for s in sets if s.memory == memory and s.weights == first.weights]
     return list(dict.fromkeys(sets))
+
+
+def policy_of(eval_set, tau=Policy.tau):
+    """A preset of memory.py, or uniformN: every N-th chunk; tau: that of the weights -> Policy"""
+    uniform = {f"uniform{n}": replace(PRESETS["uniform1"], interval=n) for n in INTERVALS}
+    policy = (uniform | PRESETS)[eval_set.memory].calibrated(tau)
+    return policy if eval_set.tau is None else replace(policy, tau=eval_set.tau)
+
+
+def longest_absence(spec, frames):
+    """Seconds out of view, outside the sink, after which its motion brings two landmarks or more back; NaN"""
+    w = make_world(spec)
+    path = w.motion.heading(w.start, np.arange(frames))
+    # as of a video without a fault
+    seen = np.zeros((frames, len(w.landmarks)), int)
+    events = judge.reappearances(judge.Reading(path, None, seen, None), w.motion)
+    absences = sorted(event.absence for event in events if not event.in_sink)
+    return absences[-2] if len(absences) > 1 else np.nan
+
+
+@lru_cache
+def candidates(kind, seed):
+    """Held-out worlds of one kind of motion -> list of (longest absence, WorldSpec), shortest first"""
+    frames = frames_of(LENGTHS["returns"].chunks * CHUNK)
+    specs = [WorldSpec(HELD_OUT + seed + i, kind) for i in range(TRIES)]
+    found = [(longest_absence(spec, frames), spec) for spec in specs]
+    return sorted([pair for pair in found if pair[0] > 0], key=lambda pair: pair[0])
+
+
+def worlds_with_returns(number, seed):
+    """
+    As many of each kind of motion, from those in which landmarks are soon back to those in which they stay
+    away the longest, more of these, as they show fewer returns -> WorldSpecs
+    """
+    specs = []
+    for i, kind in enumerate(KINDS):
+        left = list(candidates(kind, seed))
+        count = len(range(i, number, len(KINDS)))
+        if len(left) < count:
+            raise BadInput(f"landmarks come back in {len(left)} of {TRIES} worlds of the motion {kind!r}, "
+                           f"and {count} are needed: change KINDS in report.py, or --worlds")
+        low, high = left[0][0], left[-1][0]
+        for share in np.linspace(0, 1, count) ** .7:
+            nearest = min(left, key=lambda pair: abs(pair[0] - low - share * (high - low)))
+            left.remove(nearest)
+            specs.append(nearest[1])
+    return specs
 
 
 def worlds_of(name, number, seed):
     """The held-out worlds of an EvalSet.worlds -> list of WorldSpec"""
+    if name == "returns":
+        return worlds_with_returns(number, seed)
     if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks
         pairs = product(held_out(number // 2, seed), (False, True))
         return [replace(spec, counterfactual=other) for spec, other in pairs]
+    if name.startswith("after"):
+        return held_out(number, seed)
+    if name == "hour":  # few, as they are long; the motion of sample.py's default video
+        return [WorldSpec(HELD_OUT + seed + i, "turn", 12) for i in range((number + 31) // 32)]
     return [WorldSpec(HELD_OUT + seed + i) for i in range(number)]
 
 
@@ -280,41 +196,79 @@ class Batch:
     """What one process makes at a time."""
     eval_set: EvalSet
     specs: list
-    weights: Path
+    files: dict    # name of weights -> path
     made_by: str
     device: torch.device
 
 
 def make_videos(batch):
     """-> frames (b, f, 3, 32, 64) uint8, keep (b, chunks) bool"""
-    networks = load_once(batch.weights, batch.device)
     eval_set = batch.eval_set
     length = LENGTHS[eval_set.worlds]
+    networks = load_once(batch.files[eval_set.weights], batch.device)
     if eval_set.teacher:
-        return continue_teacher(networks, batch.specs, length.given, length.chunks * CHUNK // TARGET)
-    policy = PRESETS[eval_set.memory].calibrated(networks.sampler.tau)
+        student = load_once(batch.files[length.student], batch.device) if length.student else None
+        blocks = length.chunks * CHUNK // TARGET
+        return continue_teacher(networks, batch.specs, length.given, blocks, student=student)
+    policy = policy_of(eval_set, networks.sampler.tau)
+    if eval_set.steps is not None:
+        networks = replace(networks, sampler=replace(networks.sampler, steps=eval_set.steps))
     swap = eval_set.worlds == "swapped"
+    decode = decode_minutes if eval_set.worlds == "hour" else decode_frames
     return continue_student(networks, batch.specs, length.given, length.chunks, policy,
-                            eval_set.positions, swap)
+                            eval_set.positions, swap, decode)
 
 
 def run_batch(batch):
     """Makes and measures -> list of report.Video"""
+    started = time.perf_counter()
     frames, keeps = make_videos(batch)
-    policy = PRESETS[batch.eval_set.memory]
     given = LENGTHS[batch.eval_set.worlds].given
-    videos = []
+    found = []
     for spec, video, keep in zip(batch.specs, frames, keeps):
-        w = make_world(spec)
-        measured = measure(video, w.motion, keep, policy, given)
-        videos.append(Video(batch.eval_set, spec, w.caption, batch.made_by, **measured))
+        motion = make_world(spec).motion
+        if batch.eval_set.worlds == "hour":
+            found.append(measure_minutes(video, motion))
+        else:
+            found.append(measure(video, motion, keep, policy_of(batch.eval_set), given))
+    # each with its share of the time
+    cost = (time.perf_counter() - started) / len(found)
+    videos = []
+    for spec, measured in zip(batch.specs, found):
+        caption = make_world(spec).caption
+        videos.append(Video(batch.eval_set, spec, caption, batch.made_by, cost, **measured))
     return videos
 
 
+# the files by which a video is made and measured
+CODE = ("config rope memory world video judge flow model vae wan_vae tensors text weights erft checkpoint "
+        "data probe evaluate").split()
+
+
+def fingerprint(paths):
+    """Eight letters that change with what the files hold; in code, comments and layout do not count"""
+    total = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        total.update(ast.dump(ast.parse(content)).encode() if path.suffix == ".py" else content)
+    return total.hexdigest()[:8]
+
+
+@lru_cache
+def code_fingerprint():
+    return fingerprint([Path(__file__).with_name(f"{name}.py") for name in CODE])
+
+
+def networks_of(eval_set):
+    """The names of their files"""
+    names = eval_set.weights, LENGTHS[eval_set.worlds].student, "text", "vae"
+    return [name for name in names if name]
+
+
 def made_by(eval_set, files):
-    """What a line of the CSV rests on: a fingerprint of the networks, and the preset in words."""
-    networks = b"".join(files[name].read_bytes() for name in (eval_set.weights, "text", "vae"))
-    return f"{hashlib.sha256(networks).hexdigest()[:8]} {PRESETS[eval_set.memory]}"
+    """What a line of the CSV rests on: fingerprints of networks and code, and the policy in words."""
+    networks = fingerprint([files[name] for name in networks_of(eval_set)])
+    return f"{networks} {code_fingerprint()} {policy_of(eval_set)}"
 
 
 def make_all(batches, path, device):
@@ -326,37 +280,111 @@ def make_all(batches, path, device):
             report.append_csv(path, videos)
 
 
-def main():
-    cfg = parse(Config)
-    check_writable(cfg.out)
+# ---- one landmark, under two policies ----------------------------------------------------------------------
+
+def forgotten(rows, first):
+    """
+    The first landmark, world by world, that leaves in the real part and comes back after 6 s or more, right
+    under slowfast and wrong under longlive -> WorldSpec, sector, first frame without it; None if none does
+    """
+    found = {}
+    for memory in ("slowfast", "longlive"):
+        for video in rows.get(replace(first, worlds="real", memory=memory), []):
+            for event in video.reappearances:
+                place = video.world, event["sector"], event["left"]
+                is_real = event["left"] < first_own_frame(GIVEN)
+                if is_real and event["absence"] >= 6 and event["shown"] >= 0:
+                    found.setdefault(place, {})[memory] = event["right"]
+    places = [place for place, right in found.items() if right == {"slowfast": True, "longlive": False}]
+    return places[0] if places else None
+
+
+def middles(whole, left):
+    """
+    The middles of the last visit before frame `left`, and of the first one after it.
+    whole  (f,) bool: is the landmark wholly in view?
+    """
+    frames = np.flatnonzero(whole)
+    visits = np.split(frames, np.flatnonzero(np.diff(frames) > FPS) + 1)
+    before = [visit for visit in visits if visit[0] < left][-1]
+    after = [visit for visit in visits if visit[0] >= left][0]
+    return int(np.median(before)), int(np.median(after))
+
+
+def make_strip(spec, sector, left, files, first, device, path):
+    """Makes the two videos once more, and draws seven frames of each."""
+    videos, moments = [], []
+    for memory in ("slowfast", "longlive"):
+        batch = Batch(replace(first, worlds="real", memory=memory), [spec], files, "", device)
+        frames, _ = make_videos(batch)
+        seen = judge.read_video(frames[0]).landmark[:, sector] >= 0
+        videos.append(frames[0])
+        moments.append(np.linspace(*middles(seen, left), 7).round().astype(int))
+    figures.draw_strip(videos, moments, (True, False), path)
+
+
+def check(cfg):
+    """Refuses what can be refused before anything is made."""
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
-    if cfg.worlds < 0:
-        raise BadInput(f"--worlds must be above 0, not {cfg.worlds}")
+    within("--worlds", cfg.worlds, 0, 10 ** 6)
+    within("--tau", cfg.tau, -1, 1)
+    within("--steps", cfg.steps, 1, 1000)
+    check_writable(cfg.out)
+
+
+def rows_of(videos, makers, worlds):
+    """What the CSV knows of each EvalSet, as it would be made now -> EvalSet -> videos"""
+    rows = {s: [] for s in makers}
+    for video in videos:
+        s = video.eval_set
+        if s in makers and video.made_by == makers[s] and video.world in worlds[s.worlds]:
+            rows[s].append(video)
+    return rows
+
+
+def main():
+    cfg = parse(Config)
+    check(cfg)
     device = pick_device(cfg.device)
-    # which networks are there, and which rows can be made of them
+    # which networks are there
     files = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
     student = STUDENT
     if cfg.ckpt:
         student = Path(cfg.ckpt).stem
         files[student] = Path(cfg.ckpt)
-    makers = {s: made_by(s, files) for s in eval_sets(student) if s.weights in files}
+    # the frontier's taus: similarities twice, and half as far below 1 as for the weights' own
+    apart = 1 - load_tiny(files[student], device).sampler.tau
+    taus = round(1 - 2 * apart, 4), round(1 - apart / 2, 4)
+    # the rows that are asked for, and beside them the student as it is, where the CSV has it
+    first = EvalSet(student, tau=cfg.tau, steps=cfg.steps)
+    asked = eval_sets(first, taus, cfg.quick, cfg.memory)
+    makers = {}
+    for s in dict.fromkeys(eval_sets(EvalSet(student), taus) + asked):
+        if set(networks_of(s)) <= set(files):
+            makers[s] = made_by(s, files)
+    number = cfg.worlds or (24 if cfg.quick else 64)
+    worlds = {name: worlds_of(name, number, cfg.seed) for name in LENGTHS}
     # videos that the CSV lacks
     path = Path(cfg.out, "evaluate.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
-    number = cfg.worlds or (32 if cfg.quick else 64)
     batches = []
-    for s in eval_sets(student, cfg.quick, cfg.memory):
+    for s in asked:
         if s in makers:
-            specs = [w for w in worlds_of(s.worlds, number, cfg.seed) if (s, w, makers[s]) not in there]
+            specs = [w for w in worlds[s.worlds] if (s, w, makers[s]) not in there]
             for i in range(0, len(specs), BATCH):
-                batches.append(Batch(s, specs[i:i + BATCH], files[s.weights], makers[s], device))
+                batches.append(Batch(s, specs[i:i + BATCH], files, makers[s], device))
     make_all(batches, path, device)
-    # all tables of what is in the CSV now
-    videos = report.read_csv(path)
-    rows = {s: [v for v in videos if v.eval_set == s and v.made_by == makers[s]] for s in makers}
-    report.write(rows, student, path.parent)
+    # all tables and figures of what is in the CSV now
+    rows = rows_of(report.read_csv(path), makers, worlds)
+    tables = report.all_tables(rows, first)
+    tables["The paper's orderings"] = paper.orderings(rows, first)
+    place = forgotten(rows, first)
+    if place:
+        make_strip(*place, files, first, device, path.parent / "strip.png")
+    figures.draw_all(rows, first, path.parent)
+    report.write(tables, student, path.parent / "evaluate.md")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ References: Flow matching / rectified flow, arXiv 2210.02747, 2209.03003; Self-F
 table of 1,000 rows, so that t = 0 means 0.005; here it is closed form and t = 0 is clean.
 Leaves out: higher-order solvers.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,9 +129,9 @@ class Rollout:
 
     def rope(self, frame, new=None):
         """
-        cos + i sin for the held latents, and for the three after them.
+        cos and sin for the held latents, and for those after them.
         frame  (b, m) frame numbers of the held latents
-        new    (b, 3) frame numbers of the chunk, None = the next chunk
+        new    (b, f) frame numbers of those after them, None = the next chunk
         """
         d = self.net.config.dim // self.net.config.heads
         device = self.text[0][0].device
@@ -141,41 +142,45 @@ class Rollout:
                 old, new = absolute_positions(old, CHUNK * self.chunk, CHUNK)
             return rope_cos_sin(old, *self.grid, d), rope_cos_sin(new, *self.grid, d)
         # bounded positions depend only on how many latents are held: made once
-        held = frame.shape[1]
-        if held not in self.bounded_tables:
-            old, new = bounded_positions(held, CHUNK)
+        count = frame.shape[1], CHUNK if new is None else new.shape[1]
+        if count not in self.bounded_tables:
+            old, new = bounded_positions(*count)
             old = rope_cos_sin(old.to(device), *self.grid, d)
             new = rope_cos_sin(new.to(device), *self.grid, d)
-            self.bounded_tables[held] = old, new
-        return self.bounded_tables[held]
+            self.bounded_tables[count] = old, new
+        return self.bounded_tables[count]
 
     def read_context(self):
         """
         Make room, read, apply_rope: what the next chunk sees.
         returns  memory (None or one LayerCache a layer), and rope of the chunk's tokens
         """
-        self.context = None  # free the previous chunk's rotated keys before allocating
         self.memory.evict(CHUNK)
         self.context = self.rotated(self.memory.segments())
         return self.context
 
     def rotated(self, segments, new=None):
         """
-        Entries of the KV cache in the order of time -> what read_context() returns. new: frame numbers
-        (b, f) of the latents that read, None = those of the next chunk.
+        Entries of the KV cache in the order of time -> what read_context() returns.
+        new  frame numbers (b, f) of the latents that read, None = those of the next chunk
         """
         if not segments:
             return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
         frame = torch.cat([s.frame for s in segments], dim=1)
         held, current = self.rope(frame, new)
-        room = segments[-1].keys[0][:, -1:].expand(-1, CHUNK, -1, -1, -1)  # whatever stands there is overwritten
+        # room for the chunk's own; what stands there is overwritten
+        room = segments[-1].keys[0][:, :1].expand(-1, CHUNK, -1, -1, -1)
+        sizes = [len(s) for s in segments]
         memory = []
         for layer in range(len(segments[0].keys)):
             keys = torch.cat([s.keys[layer] for s in segments], dim=1)
             keys = apply_rope(keys.flatten(1, 2), held)
-            values = torch.cat([*(s.values[layer] for s in segments), room], dim=1).flatten(1, 2)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
-            memory.append(LayerCache(keys, values, held.shape[1]))
+            values = torch.cat([*(s.values[layer] for s in segments), room], dim=1)
+            memory.append(LayerCache(keys, values.flatten(1, 2), held.shape[1]))
+            # values need no rotation: from here on the segments share these, 2.6 GB at full size
+            for segment, part in zip(segments, values.split([*sizes, CHUNK], dim=1)):
+                segment.values[layer] = part
         return memory, current
 
     def predict(self, x, t, text=None, modulation=None):
@@ -189,8 +194,8 @@ class Rollout:
         memory, rope = self.context
         # the compiled net only when memory is full
         policy = self.memory.policy
-        seen = policy.sink + policy.slow + policy.fast
-        is_full = memory is not None and memory[0].keys.shape[1] == seen * self.grid[0] * self.grid[1]
+        seen = math.prod(self.grid) * (policy.sink + policy.slow + policy.fast)
+        is_full = memory is not None and memory[0].keys.shape[1] == seen
         net = self.compiled if self.compiled is not None and is_full else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
@@ -221,7 +226,8 @@ class Rollout:
             similar = similarity(descriptor, self.descriptor)
         if keep is None:
             keep = self.memory.policy.should_keep(self.chunk, similar)
-        # into fast memory
+        # into fast memory; what the chunk has seen makes room for what the next one will see
+        self.context = None
         frame = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=device).expand(b, -1)
         entries = self.entries(frame, x0, kv)
         self.memory.push(entries, keep)
@@ -247,8 +253,8 @@ class Rollout:
     def recache(self, text):
         """
         The prompt changes, between two chunks (LongLive's KV-recache): what is held is encoded anew under
-        `text`, at t = 0, three latents after another, each seeing those before it. Which frames are held does
-        not change.
+        `text`, at t = 0, three latents after another, each seeing those before it (where a policy's sizes are
+        no multiple of three, the first are fewer). Which frames are held does not change.
         """
         self.text = text
         self.context = None
@@ -256,12 +262,14 @@ class Rollout:
         held = concatenate([Entries(segment.frame, segment.latent) for segment in self.memory.segments()])
         self.memory.drop_keys()
         # a clean pass over every three latents
+        first = (len(held) - 1) % CHUNK + 1
+        sizes = [first] + [CHUNK] * ((len(held) - first) // CHUNK)
         encoded = []
-        for frame, x0 in zip(held.frame.split(CHUNK, dim=1), held.latent.split(CHUNK, dim=1)):
+        for frame, x0 in zip(held.frame.split(sizes, dim=1), held.latent.split(sizes, dim=1)):
             self.context = self.rotated(encoded, new=frame)
             _, kv = self.predict(x0, torch.zeros(x0.shape[:2], device=x0.device))
             encoded.append(self.entries(frame, x0, kv))
-        self.context = None
+            self.context = None
         # the next chunk is compared with the last one as the new text sees it
         self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
         # back into the segments, freed layer by layer

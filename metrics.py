@@ -1,7 +1,9 @@
 """
 Scores of real videos: the paper's, and two of VBench's, by DINO and CLIP.
 
-    python metrics.py --videos DIR --dino DIR --clip DIR --prompts FILE    # out/videos.csv, means, intervals
+    python metrics.py --videos DIR --dino DIR --clip DIR --prompts FILE    # out/videos.csv, out/videos.md
+
+The first has a line a video, the second the means under the paper's tables, column by column.
 
 Nothing is downloaded by itself: hf download facebook/dinov2-base --local-dir DIR and, for CLIP,
 openai/clip-vit-large-patch14. VBench's own are facebook/dino-vitb16 and openai/clip-vit-base-patch32.
@@ -17,35 +19,37 @@ python evaluate.py --mode custom_input --videos_path DIR --dimension motion_smoo
 """
 import csv
 import math
+import os
 import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from config import BadInput, check_writable, parse, pick_device, run  # first
+from config import BadInput, check_writable, parse, pick_device, run, whole_or_absent  # first
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from report import estimate
+from paper import SECONDS, beside
+from report import estimate, markdown
 from text import read_prompts
+from video import open_clip, read_manifest
 
-SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
 BATCH = 16  # frames
+NO_VIDEOS = {".png", ".jpg", ".txt", ".csv", ".md", ".json", ".jsonl", ".safetensors"}
 DINO_COLOURS = (.485, .456, .406), (.229, .224, .225)  # mean and deviation
 CLIP_COLOURS = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
 @dataclass
 class Config:
-    videos: str = ""   # a folder of mp4
+    videos: str = ""   # a folder of videos of any kind
     dino: str = ""     # a folder with DINOv2 or DINO
     clip: str = ""     # a folder with CLIP
-    prompts: str = ""  # the file of lines that sample.py took (default: the file names are the prompts)
+    prompts: str = ""  # only videos of its lines (default: all, of the manifest's prompts or the file names)
     out: str = "out"   # folder for videos.csv
     device: str = ""   # cuda | mps | cpu (default: the best there is)
 
@@ -104,9 +108,11 @@ def consistency(features):
     return ((to_last.clamp(min=0) + to_first.clamp(min=0)) / 2).mean().item()
 
 
-def windows(name, cosines, fps):
-    """The paper's, of the cosines (n,) of all frames -> {name_t: mean around t, NaN behind the end}"""
-    seconds = torch.arange(len(cosines)) / fps
+def windows(name, cosines, seconds):
+    """
+    The paper's, of the cosines (n,) of all frames, shown at `seconds` (n,)
+    returns  {name_t: mean around t, NaN behind the end}
+    """
     scores = {}
     for t in SECONDS:
         near = (seconds - t).abs() <= .5 + 1e-5
@@ -116,12 +122,12 @@ def windows(name, cosines, fps):
 
 def score_video(path, prompt, dino, clip, words):
     """words: CLIP's tokenizer -> a row of the CSV, cosines as they are"""
-    fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+    source = open_clip(path)
     longest = clip.config.text_config.max_position_embeddings
     ids = words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(clip.device)
     # features, 16 frames at a time: some kB a frame stay
     by_dino, by_clip = [], []
-    frames = iio.imiter(path, plugin="FFMPEG")
+    frames = source.read(source.width, source.height)
     batch = list(islice(frames, BATCH))
     while batch:
         x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
@@ -129,40 +135,70 @@ def score_video(path, prompt, dino, clip, words):
         by_dino.append(dino_features(dino, x))
         by_clip.append(images)
         batch = list(islice(frames, BATCH))
+    if source.damage:
+        raise BadInput(f"{path} is damaged ({source.damage})")
+    seconds = torch.tensor(source.seconds) - source.seconds[0]
     f = torch.cat(by_dino)
     g = torch.cat(by_clip)
     # the table's columns: what it is, VBench's, the paper's
     row = {"video": path.name, "prompt": prompt, "subject": consistency(f), "background": consistency(g)}
-    row |= windows("dino", f @ f[0], fps)
-    row |= windows("clip_f", g @ g[0], fps)
-    return row | windows("clip_t", g @ text[0], fps)
+    row |= windows("dino", f @ f[0], seconds)
+    row |= windows("clip_f", g @ g[0], seconds)
+    return row | windows("clip_t", g @ text[0], seconds)
 
 
 def write_table(rows, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    # a name that is no text, as Linux allows, is written with \\ in it
+    with whole_or_absent(path) as part, open(part, "w", newline="", encoding="utf-8",
+                                             errors="backslashreplace") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     # the scores stand behind video and prompt
     print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
+    scores = {}
     for name in list(rows[0])[2:]:
         there = [row[name] for row in rows if not math.isnan(row[name])]
-        mean, low, high = 100 * estimate([(x, 1) for x in there])
-        print(f"  {name:14} {mean:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+        scores[name], low, high = 100 * estimate([(x, 1) for x in there])
+        print(f"  {name:14} {scores[name]:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
+    # the paper's tables, and these videos in their last row
+    lines = []
+    for title, table in beside(scores).items():
+        lines += markdown(title, table, 2)
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 # ---- the command line ------------------------------------------------------------------------------------
 
-def match_prompts(paths, lines):
-    """-> path -> prompt: the line that sample.py named the video after (a-cat-0.mp4), or that name"""
-    named = {re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:120]: line for line in lines}
+def words_of(text):
+    """Its letters and digits, of any script, as in names of files"""
+    return "-".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def match_prompts(folder, lines):
+    """
+    What each video of a folder was made from: its manifest says so; else it is the line whose words are the
+    name of the file, or that name (a-cat-0.mp4).
+    lines    the prompts whose videos are wanted; none: all
+    returns  path -> prompt; what is left out is listed
+    """
+    manifest = read_manifest(folder)
+    named = {words_of(line): line for line in lines}
     prompts = {}
-    for path in paths:
-        name = re.sub(r"-\d+$", "", path.stem)
-        if lines and name not in named:
-            raise BadInput(f"--prompts has no line for {path.name}")
-        prompts[path] = named.get(name, name)
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.is_dir() or path.suffix.lower() in NO_VIDEOS:
+            continue
+        # bytes that are no text, as names may hold, have no place in a prompt
+        stem = os.fsencode(path.stem).decode("utf-8", "replace")
+        name = words_of(re.sub(r"-\d+$", "", stem))
+        made = manifest.get(path.name)
+        prompt = made["prompt"] if made else named.get(name, name)
+        if lines and prompt not in lines:
+            print(f"skipped: {path}: no line of --prompts made it")
+        else:
+            prompts[path] = prompt
+    if not prompts:
+        raise BadInput(f"no video to score in --videos {folder}: sample.py --prompts FILE makes some")
     return prompts
 
 
@@ -170,19 +206,18 @@ def match_prompts(paths, lines):
 def main():
     cfg = parse(Config)
     check_writable(cfg.out)
-    paths = sorted(Path(cfg.videos).glob("*.mp4"))
-    if not paths:
-        raise BadInput(f"no mp4 in --videos {cfg.videos}: sample.py --prompts FILE makes some")
-    prompts = match_prompts(paths, read_prompts(cfg.prompts) if cfg.prompts else [])
+    prompts = match_prompts(cfg.videos, read_prompts(cfg.prompts) if cfg.prompts else [])
     device = pick_device(cfg.device)
     dino, _ = load_network("--dino", cfg.dino, ("vit", "dinov2"))
     clip, words = load_network("--clip", cfg.clip, ("clip",))
     rows = []
-    for path in tqdm(paths, "videos"):
+    for path, prompt in tqdm(prompts.items(), "videos"):
         try:
-            rows.append(score_video(path, prompts[path], dino.to(device), clip.to(device), words))
-        except OSError as error:
-            raise BadInput(f"cannot read {path}: {str(error).splitlines()[-1]}") from None
+            rows.append(score_video(path, prompt, dino.to(device), clip.to(device), words))
+        except BadInput as reason:
+            tqdm.write(f"skipped: {reason}")
+    if not rows:
+        raise BadInput(f"no video in --videos {cfg.videos} can be read")
     write_table(rows, Path(cfg.out, "videos.csv"))
 
 

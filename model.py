@@ -39,6 +39,10 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
     patch: tuple = (2, 2)  # latent pixels a token is high and wide
     recompute: bool = False  # training: keep only the blocks' inputs, and run each again in the backward pass
 
+    def __post_init__(self):
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be a multiple of twice the heads, {self.heads}")
+
 
 tiny_dit = DiTConfig(
     dim=128,
@@ -60,16 +64,15 @@ class Linear(nn.Linear):
     processors that are not Intel's: measured on an AMD EPYC, 110 GFLOP/s a core, not 250.
     """
     def forward(self, x):
-        is_large = x.numel() * self.out_features >= 2 ** 20
-        if not is_large or not x.is_cpu or torch.is_grad_enabled() or not has_onednn(x.dtype):
+        is_large = x.is_cpu and x.numel() * self.out_features >= 2 ** 20
+        if not is_large or torch.is_grad_enabled() or not has_onednn(x.dtype):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def has_onednn(dtype):
-    """Does oneDNN multiply matrices of this type here, as they are?"""
-    is_plain = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_plain and torch.backends.mkldnn.is_available()
+    is_float32 = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_float32 and torch.backends.mkldnn.is_available()
 
 
 def mlp(c_in, hidden, c_out, activation):
@@ -120,7 +123,7 @@ def attend(q, k, v, mask=None):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, k, n or s, d)
     # on a CPU the backward of this takes half the time of the fused kernel's
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.is_cpu and torch.is_grad_enabled():
         score = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, k, n, s)
         if mask is not None:
             score = score + torch.zeros_like(mask, dtype=score.dtype).masked_fill_(~mask, -1e9)
@@ -193,7 +196,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
         """
         x           (b, f, n, c) float32, the residual stream
-        modulation  (6, b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
+        modulation  six of (b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
         """
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
@@ -215,9 +218,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
     def forward(self, x, modulation):
-        """x (b, f, n, c), modulation (2, b, f, 1, c) float32: shift, scale"""
-        shift, scale = modulation
-        return self.head(modulate(x, shift, scale).to(self.head.weight.dtype))
+        """x (b, f, n, c), modulation two of (b, f, 1, c) float32: shift, scale"""
+        return self.head(modulate(x, *modulation).to(self.head.weight.dtype))
 
 
 # ---- the network -------------------------------------------------------------------------------------------
@@ -260,9 +262,9 @@ class DiT(nn.Module):
 
     def time(self, t):
         """
-        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: (6, b, f, 1, c) for
-        each block, and (2, b, f, 1, c) for the head. The head's comes from the embedding itself, the blocks'
-        from its projection.
+        t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: six (b, f, 1, c) for
+        each block, and two for the head. The head's come from the embedding itself, the blocks' from its
+        projection.
         """
         wave = timestep_embedding(t, self.config.freq_dim)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
@@ -270,8 +272,8 @@ class DiT(nn.Module):
             projection = self.time_projection(embedding)
         projection = rearrange(projection.float(), "b f (s c) -> s b f 1 c", s=6)
         own = [rearrange(part.modulation.float(), "1 s c -> s 1 1 1 c") for part in (*self.blocks, self.head)]
-        blocks = [projection + modulation for modulation in own[:-1]]
-        return blocks, embedding.float()[:, :, None] + own[-1]
+        blocks = [(projection + modulation).unbind() for modulation in own[:-1]]
+        return blocks, (embedding.float()[:, :, None] + own[-1]).unbind()
 
     def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None, with_kv=True):
         """

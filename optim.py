@@ -11,6 +11,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -72,13 +73,15 @@ def shard(nets):
     """Spreads networks of Wan's form over the processes, if there are several."""
     if not dist.is_initialized():
         return
+    # where the networks are: the default is a GPU, if there is one
+    mesh = init_device_mesh(next(nets[0].parameters()).device.type, (get_processes(),))
     for net in nets:
         # not whole blocks: DiT itself reads their modulation, and asks for the text's keys and values
         for block in net.blocks:
             for part in (block.self_attn, block.cross_attn, block.ffn):
-                fully_shard(part)
+                fully_shard(part, mesh=mesh)
             register_fsdp_forward_method(block.cross_attn, "keys_values")
-        fully_shard(net)
+        fully_shard(net, mesh=mesh)
         register_fsdp_forward_method(net, "text")
 
 

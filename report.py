@@ -1,32 +1,43 @@
 """
-What evaluate.py measured, one line a video in a CSV, as tables and a figure. Knows no network.
+What evaluate.py measured, one line a video in a CSV, as numbers and tables. Knows no network.
 
-A number is a ratio of sums over a row's videos, "48.2 [33.1, 62.0]" with its 95 % bootstrap interval over
-videos; rows are compared in the worlds that both have. One training seed a row: intervals do not tell what
-another training would give.
+A number is a ratio of sums over a row's videos, with its 95 % bootstrap interval over videos, as
+"48.2 [33.1, 62.0]"; rows are compared in the worlds that both have. A table is a list of rows of numbers, and
+becomes text at the very end: what is met, or better, is decided before. One training seed a row: intervals do
+not tell what another training would give.
 
     recall      share of the landmarks due back, those in the sink left out, that look as before they left
     ceiling     share of which the memory still held a latent
     chance      how often two videos of a row show the same landmark in a sector
-    half-way    seconds out of view after which recall has fallen half-way from its best to chance
+    detail      recall after the shortest absence after which ten or more are due back
+    half-way    seconds out of view after which recall, as it can only fall, is half-way to chance: the reach;
+                "beyond" where it does not fall so far within what was measured
     steady      videos that move within 10 % of their caption's rate
-    drift       validity (dB to the nearest frame of the world) of the last 5 s less that of the second 5 s
+    drift       validity (dB to the nearest frame of the world) of the last 10 s less that of the first 10 s
+    entropy     of the landmarks that a video shows in a minute, in bits: 0 where all are the same
 
-References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8, tables 1-3.
-Leaves out: the paper's assumptions 1 and 2 (too little falls due in a teacher's 5 s).
+References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8, assumptions 1 and 2.
+Leaves out: what another training seed would give.
 """
 import csv
 import json
 import math
+import operator
+import sys
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 
+from config import BadInput, whole_or_absent
 from judge import chance
+from probe import MINUTES
 from world import WorldSpec, make_world
 
 ABSENCES = (2, 3, 4.5, 6, 9, 12, 15, 16.5, 18, 21, 24, 30)  # seconds, each within a tenth
 SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes many such returns
+KINDS = ("turn", "linger", "aside")  # of motion
 
 
 # ---- the CSV -----------------------------------------------------------------------------------------------
@@ -35,10 +46,12 @@ SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes 
 class EvalSet:
     """The videos of one row: who makes them, and from where."""
     weights: str                # a file in weights/, without its ending
-    memory: str = "slowfast"    # a preset of memory.py; of a teacher, what selects its context
+    memory: str = "slowfast"    # see evaluate.policy_of(); of a teacher, what selects its context
     positions: str = "bounded"
     worlds: str = "text"        # one of evaluate.LENGTHS
     teacher: bool = False       # 21 latents at a time, no KV cache
+    tau: float = None           # surprisal threshold; None: the weights' own
+    steps: int = None           # of denoising; None: the weights' own
 
 
 @dataclass
@@ -47,13 +60,15 @@ class Video:
     eval_set: EvalSet
     world: WorldSpec
     caption: str
-    made_by: str          # fingerprint of the networks, and the preset in words
-    psnr: list            # dB to the nearest frame that the world can draw, for every 5 s of the model's own
-    landmarks: list       # by sector: what it shows most, -1 for nothing
+    made_by: str          # fingerprint of networks and code, and the policy in words
+    cost: float           # seconds of one process, to make and measure it
+    psnr: list            # dB to the nearest frame that the world can draw, for every 5 s of the model's own;
+                          # of an hour, for each of MINUTES
+    landmarks: list       # by sector: what it shows most, -1 for nothing; of an hour, for each of MINUTES
     reappearances: list   # dicts: those of judge.Reappearance, and right, held (by the memory)
     turning: float        # columns travelled, over those of the caption
     jumps: int            # of the camera by more than 15 degrees
-    minutes: float        # of the whole video
+    minutes: float        # of what was measured
 
 
 TEXT = ("weights", "memory", "positions", "worlds", "caption", "made_by")  # other columns hold JSON
@@ -68,13 +83,31 @@ def read_csv(path):
     """-> list of Video; none if there is no file yet"""
     videos = []
     if path.exists():
+        drop_cut_line(path)
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                values = {name: x if name in TEXT else json.loads(x) for name, x in row.items()}
-                eval_set = EvalSet(**pick(EvalSet, values))
-                world = WorldSpec(**pick(WorldSpec, values))
-                videos.append(Video(eval_set, world, **pick(Video, values)))
+            reader = csv.DictReader(file)
+            try:
+                videos = [read_row(row) for row in reader]
+            except (ValueError, TypeError, RecursionError, csv.Error) as error:
+                raise BadInput(f"{path}, line {reader.line_num}: {error}: take the line out, "
+                               "or give another --out") from None
     return videos
+
+
+def read_row(row):
+    values = {name: x if name in TEXT else json.loads(x) for name, x in row.items()}
+    eval_set = EvalSet(**pick(EvalSet, values))
+    return Video(eval_set, WorldSpec(**pick(WorldSpec, values)), **pick(Video, values))
+
+
+def drop_cut_line(path):
+    """What a killed run or a full disk left half is taken out of the file, so that it is made again."""
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        print(f"{path}: the last line was cut short and is dropped", file=sys.stderr)
+        with whole_or_absent(path) as part:
+            part.write_bytes(whole)
 
 
 def append_csv(path, videos):
@@ -98,12 +131,16 @@ def number(pairs):
     return sum(n for _, n in pairs)
 
 
+@lru_cache
+def draws(n):
+    """2,000 times n of n videos: the same for any two rows of as many, which pairs them"""
+    return np.random.default_rng(0).integers(n, size=(2000, n))
+
+
 def resampled(pairs):
     """2,000 ratios of sums over videos that are drawn again; NaN where nothing is counted"""
     pairs = np.asarray(pairs, float).reshape(-1, 2)
-    # the same draws for any two rows of as many videos, which pairs them
-    draws = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
-    total, n = pairs[draws].sum(1).T
+    total, n = pairs[draws(len(pairs))].sum(1).T
     return np.divide(total, n, out=np.full(len(n), np.nan), where=n > 0)
 
 
@@ -122,16 +159,17 @@ def mean(pairs):
 def better(ours, theirs, measure):
     """
     Is `measure` (videos -> pairs) higher in our videos than in theirs, world by world?
-    returns  "yes" or "no" where the difference's 95 % interval says so, else "not significant" or "no data"
+    returns  "yes" or "no" where the difference's 95 % interval says so, else "not significant"; "no data"
+             from fewer than eight worlds, or where nothing counts
     """
     # the worlds of both, in one order
     ours = {video.world: video for video in ours}
     theirs = {video.world: video for video in theirs}
     both = [world for world in ours if world in theirs]
-    if not both:
-        return "no data"
     ours = measure([ours[world] for world in both])
     theirs = measure([theirs[world] for world in both])
+    if len(both) < 8 or not number(ours) or not number(theirs):
+        return "no data"
     # is nought in the interval of their difference?
     low, high = np.nanpercentile(resampled(ours) - resampled(theirs), (2.5, 97.5))
     if low > 0:
@@ -167,13 +205,14 @@ def follows(videos):
 
 
 def last_validity(videos):
-    """dB of the last 5 s"""
+    """dB of the last 5 s; of an hour, of its last minute"""
     return [(video.psnr[-1], 1) for video in videos]
 
 
 def drift(videos):
-    """dB of the last 5 s less those of the second"""
-    return [(video.psnr[-1] - video.psnr[1], 1) for video in videos if len(video.psnr) > 2]
+    """dB of the last 10 s less those of the first 10 s"""
+    long = [video.psnr for video in videos if len(video.psnr) > 3]
+    return [(np.mean(psnr[-2:]) - np.mean(psnr[:2]), 1) for psnr in long]
 
 
 def steady(videos):
@@ -184,145 +223,273 @@ def jumps(videos):
     return [(video.jumps, video.minutes) for video in videos]
 
 
+# ---- of an hour: minute is a place in MINUTES --------------------------------------------------------------
+
+def validity_in(videos, minute):
+    return [(video.psnr[minute], 1) for video in videos]
+
+
+def entropy_in(videos, minute):
+    """Bits"""
+    pairs = []
+    for video in videos:
+        _, count = np.unique([x for x in video.landmarks[minute] if x >= 0], return_counts=True)
+        share = count / count.sum()
+        pairs.append((-(share * np.log2(share)).sum(), 1))
+    return pairs
+
+
+def agreement_in(videos, minute):
+    """Sectors that show what they showed in the first minute, of those that show something in both"""
+    pairs = []
+    for video in videos:
+        then, now = video.landmarks[0], video.landmarks[minute]
+        both = [(a, b) for a, b in zip(then, now) if min(a, b) >= 0]
+        pairs.append((sum(a == b for a, b in both), len(both)))
+    return pairs
+
+
 # ---- ... or to a number, NaN if there is none --------------------------------------------------------------
+
+def of_kinds(videos, *kinds):
+    """Those with such a motion"""
+    return [video for video in videos if make_world(video.world).motion.kind in kinds]
+
 
 def luck(videos):
     return chance([video.landmarks for video in videos]) if videos else math.nan
 
 
+def detail(videos):
+    """Recall after the shortest absence after which ten or more are due back -> pairs"""
+    for absence in ABSENCES:
+        if number(recall(videos, absence)) >= 10:
+            return recall(videos, absence)
+    return []
+
+
+def falling(videos, share):
+    """
+    The curve of `share`, recall or ceiling, over ABSENCES with ten returns or more, as it can only fall:
+    neighbours between which it rises are counted as one.
+    returns  list of (absence, value)
+    """
+    blocks = []  # how many are right, how many were due, after which absences
+    for absence in ABSENCES:
+        pairs = share(videos, absence)
+        right, due, points = sum(x for x, _ in pairs), number(pairs), [absence]
+        if due < 10:
+            continue
+        # what rose until here is one with this
+        while blocks and blocks[-1][0] / blocks[-1][1] < right / due:
+            before = blocks.pop()
+            right, due, points = right + before[0], due + before[1], before[2] + points
+        blocks.append((right, due, points))
+    return [(absence, right / due) for right, due, points in blocks for absence in points]
+
+
 def half_way(videos, share=recall):
     """
-    Seconds out of view, between measured points, at which `share` (recall or ceiling) is half-way to chance;
-    points with less than ten returns do not count.
+    Seconds out of view at which `share` has fallen half-way to chance; inf if it never does, NaN if there is
+    nothing to fall from, less than 20 points above chance.
     """
-    # the curve, and the level to which it falls
-    points = [absence for absence in ABSENCES if number(share(videos, absence)) >= 10]
-    curve = [(absence, mean(share(videos, absence))) for absence in points]
-    best = max((value for _, value in curve), default=math.nan)
+    curve = falling(videos, share)
+    best = curve[0][1] if len(curve) > 1 else math.nan
+    if not best > luck(videos) + .2:
+        return math.nan
     level = (best + luck(videos)) / 2
-    # from the best on, the first two points with that level between them
-    start = [value for _, value in curve].index(best) if curve else 0
-    for (before, high), (after, low) in zip(curve[start:], curve[start + 1:]):
+    # between the first two points that have that level between them
+    for (before, high), (after, low) in zip(curve, curve[1:]):
         if low < level:
             return before + (after - before) * (high - level) / (high - low)
-    return math.nan
+    return math.inf
 
 
-# ---- tables: a list of rows, a row a dict of cells ---------------------------------------------------------
+# ---- tables: a list of rows, a row a dict of cells: words, numbers, or a mean with both ends of its interval
 
-def single(x):
-    return "-" if math.isnan(x) else f"{x:.1f}"
+ALL = "All rows"
+CURVES = "Recall by seconds out of view, %"
+FRONTIER = "The frontier: reach against detail, by the kind of motion"
+ASSUMPTIONS = "Assumptions 1 and 2: the teacher's 5 s after 10 s of real video, and after 10 s of Stage 1"
+HOUR = "Drifting over an hour"
+BESIDE = "recall beside the first's"  # of the same worlds
 
-
-def interval(pairs, scale=1):
-    middle, low, high = map(single, scale * estimate(pairs))
-    return "-" if middle == "-" else f"{middle} [{low}, {high}]"
-
-
-def table(title, rows):
-    """-> lines of Markdown"""
-    lines = ["", f"**{title}**", ""]
-    for cells in (rows[0], ["---"] * len(rows[0]), *[row.values() for row in rows]):
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+RELATIONS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
 
 
-def target(what, x, at_least):
-    """A row; met or not is decided by the number itself, not by how a table rounds it."""
+def target(what, relation, bound, **found):
+    """
+    A row, decided by the numbers themselves and not by how a table rounds them.
+    found  text, real: what was measured of videos from text and of those after real video; all must meet it
+    """
     met = "no data"
-    if not math.isnan(x):
-        met = "yes" if x >= at_least else "no"
-    return {"from text": what, "at least": str(at_least), "slowfast": single(x), "met": met}
+    if not any(math.isnan(x) for x in found.values()):
+        met = "yes" if all(RELATIONS[relation](x, bound) for x in found.values()) else "no"
+    cells = {"from text": found.get("text", ""), "after real video": found.get("real", "")}
+    return {"target": what, "": f"{relation} {bound}"} | cells | {"met": met}
 
 
-def target_table(rows, student):
-    """rows: EvalSet -> videos"""
-    def of(memory, worlds="text"):
-        return rows.get(EvalSet(student, memory, worlds=worlds), [])
+def apart(ours, theirs, measure):
+    """Points between the low end of our interval and the high end of theirs; below 0 if they overlap"""
+    return 100 * (estimate(measure(ours))[1] - estimate(measure(theirs))[2])
 
-    slowfast = of("slowfast")
-    after_15 = mean(recall(slowfast, 15))
-    longlive = mean(recall(of("longlive"), 15))
-    exchanged = follows(of("uniform2", "swapped"))
-    return table("Targets", [
-        target("recall after 6 s, %", 100 * mean(recall(slowfast, 6)), 90),
-        target("recall after 15 s, %", 100 * after_15, 80),
-        target("recall after 15 s over longlive's", after_15 / longlive if longlive else math.nan, 3),
-        target("steady, %", 100 * mean(steady(slowfast)), 90),
-        target("drift, dB", mean(drift(slowfast)), -1),
-        target("returns that follow exchanged memories, %", 100 * mean(exchanged), 70),
-    ])
+
+def targets(rows, first):
+    """rows: EvalSet -> videos; first: the EvalSet of the student -> rows"""
+    def of(worlds, **other):
+        return rows.get(replace(first, worlds=worlds, **other), [])
+
+    def both(what, relation, bound, measure):
+        found = {start: measure(of(start)) for start in ("text", "real")}
+        return target(what, relation, bound, **found)
+
+    exchanged = 100 * mean(follows(of("swapped", memory="uniform2")))
+    table = [
+        both("recall after 6 s, %", "at least", 90, lambda v: 100 * mean(recall(v, 6))),
+        both("recall after 15 s, %", "at least", 80, lambda v: 100 * mean(recall(v, 15))),
+        both("steady turns, %", "at least", 90, lambda v: 100 * mean(steady(of_kinds(v, "turn", "linger")))),
+        both("steady looks aside, %", "at least", 80, lambda v: 100 * mean(steady(of_kinds(v, "aside")))),
+        both("jumps a minute", "at most", 1, lambda v: mean(jumps(v))),
+        both("last 5 s, dB", "at least", 27.4, lambda v: mean(last_validity(v))),
+        target("returns that follow exchanged memories, %", "at least", 90, real=exchanged),
+    ]
+    # Stage 2 against its own start and the causal model, by intervals that do not touch
+    for weights, measure in product(("stage1", "init_ar"), (recall, steady)):
+        gaps = {start: apart(of(start), of(start, weights=weights), measure) for start in ("text", "real")}
+        what = f"{measure.__name__}: from the interval of {weights} up to ours, points"
+        table.append(target(what, "above", 0, **gaps))
+    return table
+
+
+def label(eval_set):
+    """Its memory, and what else was asked for"""
+    # tau and steps only where they are not the weights' own
+    text = eval_set.memory
+    if eval_set.tau is not None:
+        text += f", tau {eval_set.tau:g}"
+    return text if eval_set.steps is None else f"{text}, {eval_set.steps} steps"
+
+
+def named(eval_set):
+    """The cells that say which row it is"""
+    return {"weights": eval_set.weights, "memory": label(eval_set), "positions": eval_set.positions,
+            "worlds": eval_set.worlds}
+
+
+def beside(videos, baseline):
+    if videos is baseline:
+        return ""
+    found = better(videos, baseline, recall)
+    return {"yes": "higher", "no": "lower"}.get(found, found)
 
 
 def summary(videos, baseline):
     return {
-        "recall, %": interval(recall(videos), 100),
-        "returns": str(number(recall(videos))),
-        "ceiling": interval(ceiling(videos), 100),
-        "chance": single(100 * luck(videos)),
-        "half-way, s": single(half_way(videos)),
-        "ceiling's": single(half_way(videos, ceiling)),
-        "last 5 s, dB": interval(last_validity(videos)),
-        "drift": interval(drift(videos)),
-        "steady, %": interval(steady(videos), 100),
-        "jumps a minute": interval(jumps(videos)),
-        "worse recall than the first?": "" if videos is baseline else better(baseline, videos, recall),
+        "recall, %": 100 * estimate(recall(videos)),
+        "returns": number(recall(videos)),
+        "ceiling": 100 * estimate(ceiling(videos)),
+        "chance": 100 * luck(videos),
+        "half-way, s": half_way(videos),
+        "ceiling's": half_way(videos, ceiling),
+        "last 5 s, dB": estimate(last_validity(videos)),
+        "drift": estimate(drift(videos)),
+        "steady, %": 100 * estimate(steady(videos)),
+        "jumps a minute": estimate(jumps(videos)),
+        BESIDE: beside(videos, baseline),
     }
 
 
-def all_tables(rows, student):
-    """rows: EvalSet -> videos. -> lines of Markdown"""
-    first = {}  # of each kind of worlds: what the other rows are compared with
-    summaries, curves = [], []
-    for eval_set, videos in rows.items():
-        if not videos:
+def curve(videos):
+    return {f"{absence:g} s": 100 * estimate(recall(videos, absence)) for absence in ABSENCES}
+
+
+def frontier(videos, baseline):
+    return {
+        "detail, %": 100 * estimate(detail(videos)),
+        "half-way, s": half_way(videos),
+        "steady, %": 100 * estimate(steady(videos)),
+        BESIDE: beside(videos, baseline),
+    }
+
+
+def hour(videos):
+    cells = {}
+    # three columns a minute
+    for i, minute in enumerate(MINUTES):
+        cells[f"{minute} min: dB"] = estimate(validity_in(videos, i))
+        cells[f"{minute} min: entropy"] = estimate(entropy_in(videos, i))
+        cells[f"{minute} min: as in the first, %"] = 100 * estimate(agreement_in(videos, i))
+    return cells
+
+
+def cost(rows, worlds):
+    """A row: what the videos of one kind of worlds took"""
+    videos = [video for s, some in rows.items() if s.worlds == worlds for video in some]
+    minutes = sum(video.cost for video in videos) / 60
+    return {"worlds": worlds, "rows": sum(s.worlds == worlds for s in rows), "videos": len(videos),
+            "minutes of one core": minutes}
+
+
+def all_tables(rows, first):
+    """rows: EvalSet -> videos; first: the EvalSet of the student -> title -> rows"""
+    rows = {eval_set: videos for eval_set, videos in rows.items() if videos}
+    tables = {title: [] for title in ("Targets", ALL, CURVES, FRONTIER, ASSUMPTIONS, HOUR, "What it cost")}
+    if replace(first, worlds="text") in rows:
+        tables["Targets"] = targets(rows, first)
+    baseline = {}  # of each kind of worlds: what the other rows are compared with
+    for s, videos in rows.items():
+        if s.worlds == "hour":
+            tables[HOUR].append(named(s) | hour(videos))
             continue
-        baseline = first.setdefault(eval_set.worlds, videos)
-        names = pick(EvalSet, vars(eval_set))
-        del names["teacher"]
-        summaries.append(names | summary(videos, baseline))
-        curve = {f"{absence:g} s": interval(recall(videos, absence), 100) for absence in ABSENCES}
-        curves.append(names | curve)
-    lines = target_table(rows, student)
-    lines += table("All rows", summaries)
-    return lines + table("Recall by seconds out of view, %", curves)
+        # "after real", "after stage1": the same worlds
+        first_one = baseline.setdefault(s.worlds.split()[0], videos)
+        is_after = s.worlds.startswith("after")
+        tables[ASSUMPTIONS if is_after else ALL].append(named(s) | summary(videos, first_one))
+        if not is_after:
+            tables[CURVES].append(named(s) | curve(videos))
+        # the student's, by the kind of motion
+        if s.weights == first.weights and s.worlds != "swapped":
+            for kind in KINDS:
+                some = of_kinds(videos, kind)
+                if some:
+                    first_one = baseline.setdefault((s.worlds, kind), some)
+                    row = named(s) | {"motion": kind} | frontier(some, first_one)
+                    tables[FRONTIER].append(row | curve(some))
+    # what all of it cost
+    for worlds in dict.fromkeys(s.worlds for s in rows):
+        tables["What it cost"].append(cost(rows, worlds))
+    return tables
 
 
-# ---- the figure --------------------------------------------------------------------------------------------
+# ---- ... and as text ---------------------------------------------------------------------------------------
 
-def draw_forgetting(axes, rows, student):
-    """Figure 1: recall by absence with its interval, the ceiling, chance; a colour a policy"""
-    for eval_set, videos in rows.items():
-        # five returns a point at least
-        points = [absence for absence in ABSENCES if number(recall(videos, absence)) >= 5]
-        if eval_set != EvalSet(student, eval_set.memory) or not points:
-            continue
-        right, low, high = 100 * np.array([estimate(recall(videos, absence)) for absence in points]).T
-        held = [100 * mean(ceiling(videos, absence)) for absence in points]
-        line, = axes.plot(points, right, "o-", label=eval_set.memory, markersize=3)
-        colour = line.get_color()
-        axes.fill_between(points, low, high, color=colour, alpha=.12)
-        axes.plot(points, held, "--", color=colour, linewidth=.7)
-        axes.axhline(100 * luck(videos), color=colour, linewidth=.5, linestyle=":")
-    axes.set(xlabel="seconds out of view", ylabel="right returns, %", ylim=(0, 100))
-    axes.legend(fontsize=7, loc="upper right")
+def formatted(cell, digits):
+    """Words as they are; "-" where there is no number; an interval behind its mean"""
+    if isinstance(cell, (str, int)):
+        return str(cell)
+    # a mean with both ends of its interval
+    if np.ndim(cell):
+        mean, low, high = [formatted(x, digits) for x in cell]
+        return mean if mean == "-" else f"{mean} [{low}, {high}]"
+    if math.isnan(cell):
+        return "-"
+    return "beyond" if math.isinf(cell) else f"{cell:.{digits}f}"
 
 
-def write(rows, student, out):
-    """out/evaluate.md, printed too, and out/forgetting.png where matplotlib is installed"""
+def markdown(title, table, digits=1):
+    """-> lines"""
+    lines = ["", f"**{title}**", ""]
+    for cells in (table[0], ["---"] * len(table[0]), *[row.values() for row in table]):
+        lines.append(f"| {' | '.join(formatted(cell, digits) for cell in cells)} |")
+    return lines
+
+
+def write(tables, student, path):
+    """title -> table, into a file of Markdown and on the screen"""
     lines = [f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py."]
-    lines += all_tables(rows, student)
-    # the figure
-    try:
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(7, 4), dpi=110, layout="tight")
-        draw_forgetting(figure.subplots(), rows, student)
-        figure.savefig(out / "forgetting.png")
-        lines += ["", "![Recall by seconds out of view](forgetting.png)"]
-        lines += ["Shaded: 95 %; dashed: the ceiling; dotted: chance."]
-    except ImportError:
-        print("no forgetting.png: pip install matplotlib")
-    # one text for the file and the screen
+    for title, table in tables.items():
+        if table:
+            lines += markdown(title, table)
     text = "\n".join(lines)
-    (out / "evaluate.md").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     print(text)

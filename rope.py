@@ -22,7 +22,7 @@ Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
@@ -72,23 +72,29 @@ def rope_angles(time, h, w, d):
 
 
 def rope_cos_sin(time, h, w, d):
-    """time (f,) or (b, f) -> (1 or b, f h w, 1, d): cos and sin of each pair, what apply_rope() takes"""
+    """
+    time (f,) or (b, f) -> (1 or b, f h w, 1, 2 d), what apply_rope() takes: cos of each pair twice, then -sin
+    and sin of each pair.
+    """
     angles = rope_angles(torch.atleast_2d(time), h, w, d)
-    angles = angles[:, :, None]  # the same for every head
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
+    sin = angles.sin()
+    # the same for every head
+    for_pair = repeat(angles.cos(), "b n p -> b n 1 (p pair)", pair=2)
+    for_swapped = rearrange([-sin, sin], "pair b n p -> b n 1 (p pair)")
+    return torch.cat([for_pair, for_swapped], dim=-1)
 
 
 def apply_rope(x, cos_sin):
-    """x (b, n, k, d): pairs x[2i] + i x[2i + 1] turned by the angles, in float32; returned in x's dtype."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    turn = cos_sin.unflatten(-1, (-1, 2))
-    if x.device.type in ("cpu", "cuda"):
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
-    # not every device has complex numbers
-    else:
-        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    """
+    x (b, n, k, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
+    returns  (b, n, k, d) in x's dtype
+    """
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    pairs = x.float()
+    # (q, p)
+    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1)
+    turned = torch.addcmul(pairs * cos, swapped.flatten(-2), sin)
+    return turned.to(x.dtype)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, parse, pick_device, run,
-                    use_one_thread, whole_or_absent, within)
+from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, fast_attention, parse,
+                    pick_device, run, use_one_thread, whole_or_absent, within)
 
 import torch
 from tqdm import tqdm
@@ -35,15 +35,16 @@ from bench import bench, memory_estimate, peak_memory
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK
+from tensors import hash_file
 from text import check_prompt, read_prompts
 from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
-                   memory_picture, read_clip, read_manifest, to_uint8, video_writer)
+                   decode_beside, memory_picture, read_clip, read_manifest, video_writer)
 from weights import check_options, load_networks, read_file
 from world import GRAMMAR, WorldSpec, make_world
 
 # options that make a video what it is: a saved state brings them along
-SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "wan", "size", "vae",
-                 "dtype"]
+SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "lora", "wan", "size",
+                 "vae", "dtype"]
 # what a file with a state holds
 HELD = {"frame": torch.Tensor, "latent": torch.Tensor, "keys": [torch.Tensor], "values": [torch.Tensor]}
 MEMORY = {"warm": bool, "pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
@@ -66,6 +67,8 @@ class Config:
     tau: float = None          # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None          # denoising steps (default: the weights' own)
     ckpt: str = ""             # weights of another student, or teacher
+    lora: str = ""             # with --wan: a LoRA to merge into them, which may be in the same file
+    no_verify: bool = False    # take files as they are, without verifying their checksums
     wan: str = ""              # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS (default: tiny)
     size: str = ""             # with --wan: WIDTHxHEIGHT in pixels (default 832x480; random on cpu 192x128)
     vae: str = ""              # with --wan: wan | tae, which is faster (default wan)
@@ -74,7 +77,7 @@ class Config:
     save_state: str = ""       # file for the state after the last whole chunk: at the end, or on a signal
     resume: str = ""           # such a file to go on from, up to --seconds, with its own prompt and settings
     compile: bool = False      # torch.compile from the moment that memory is full
-    bench: bool = False        # measure the speed of 16 chunks, write no video
+    bench: bool = False        # measure the parts and the speed of chunks, write no video
     overwrite: bool = False    # a file of the same name that is another's; else a number is added
     out: str = "out"           # folder for the videos
     device: str = ""           # cuda | mps | cpu (default: the best there is)
@@ -186,7 +189,7 @@ def load_state(cfg, device):
         given, value = getattr(cfg, name), getattr(saved, name)
         if given == getattr(Config, name):
             setattr(cfg, name, value)
-        elif given != value and name not in ("ckpt", "wan"):
+        elif given != value and name not in ("ckpt", "lora", "wan"):
             raise BadInput(f"{cfg.resume} was made with --{name} {value}: leave that option out")
     return cfg, video, state["model"]
 
@@ -197,9 +200,9 @@ def save_state(path, cfg, video, model):
     with whole_or_absent(path) as part:
         try:
             torch.save({"options": options, "video": video.state_dict(), "model": model}, part)
-        # what torch makes of a full disk
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from None
+        # torch does not say why it could not write
+        except RuntimeError:
+            raise OSError("is the disk full?") from None
 
 
 def hash_networks(networks):
@@ -209,14 +212,6 @@ def hash_networks(networks):
         for name, tensor in net.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()
 
 
@@ -244,9 +239,10 @@ def name_video(cfg, record, manifest, taken):
     number is added where a file stands that is not the same video: one of other content, or of this run.
     """
     prompt = unicodedata.normalize("NFC", record["prompt"].lower())
-    # letters, numbers and marks
+    # letters, numbers and marks, as far as names of files can have them here
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in prompt)
-    name = "-".join(spaced.split()).encode()[:120].decode(errors="ignore") or "video"
+    code = sys.getfilesystemencoding()
+    name = "-".join(spaced.split()).encode(code, "ignore")[:120].decode(code, "ignore") or "video"
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     done = record["options"]["from"]
     stem = f"{name}-{record['seed']}-from-{done}-{key}" if done else f"{name}-{record['seed']}-{key}"
@@ -336,22 +332,22 @@ def render_video(cfg, networks, job, history, state, stop, bar):
         chunks = generate(rollout, [job.seed], count, sampler, networks.latent, uncond, history, later)
     if history is not None:
         chunks = chain(history.split(CHUNK, dim=1), chunks)
+
+    def until_signal():
+        for x0 in chunks:
+            yield x0
+            if stop.code and rollout.chunk:
+                return
     # 3. decode and write them one after another
     about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
     with video_writer(job.path, about, networks.scale) as file:
         if len(video.surplus):
             video.write(video.surplus, total, file, bar)
-        for x0 in chunks:
-            decoded, video.past = networks.vae.decode(x0, video.past)
-            # on the device; the frames' way to the host waits for it
-            is_finite = x0.isfinite().all() & decoded.isfinite().all()
-            frames = to_uint8(decoded)[0].cpu()
+        for frames, is_finite, video.past in decode_beside(networks.vae, until_signal(), video.past):
             if not is_finite:
                 raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
                                f"are these weights of {networks.name} damaged, or too large for --dtype?")
             video.write(frames, total, file, bar)
-            if stop.code and rollout.chunk:
-                break
     return video
 
 
@@ -377,19 +373,19 @@ def main():
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    with autocast, StopSignals() as stop:
+    with autocast, fast_attention(device), StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
         print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
-            print(f"estimate: weights and KV cache take {memory_estimate(networks) / 1e9:.1f} GB")
+            print(f"estimate: {memory_estimate(networks) / 1e9:.1f} GB at most")
         if cfg.bench:
             return bench(networks, switches[prompts[0]][0], cfg.seed)
         model = hash_networks(networks)
         if state and model != model_of_state:
-            raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or another "
-                           "autoencoder: give its own by --ckpt or --wan")
+            raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
+                           "autoencoder or --dtype: give its own by --ckpt or --wan")
         # 4. the clip to go on from
         history = None
         if cfg.continue_:

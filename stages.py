@@ -28,14 +28,15 @@ import dmd
 import erft
 import world
 from checkpoint import barrier, get_processes, get_rank
-from config import BadInput, has_bf16
+from config import BadInput, fast_layout, has_bf16
 from data import ClipFolder, Shuffled, WorldClips, latent_cache
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
+from tensors import hash_file
 from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import WEIGHTS, Networks, load, load_wan, wan_text
+from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
 CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
@@ -67,6 +68,18 @@ def find_weights(cfg, name, given="", part=""):
     return "" if cfg.wan else WEIGHTS / own.name
 
 
+def hash_starts(cfg, part, preset):
+    """-> {"sha256 of NAME": of each file that a part begins with}"""
+    files = {name: find_weights(cfg, name, given)
+             for name, given in ((preset.start, cfg.init), (preset.teacher, cfg.teacher)) if name}
+    if cfg.wan:
+        files = {name: file or Path(cfg.wan, DIT) for name, file in files.items()}
+    elif part != "vae":
+        files["vae"] = find_weights(cfg, "vae")
+        files["text"] = find_weights(cfg, "text", part="init_ar") if preset.start else ""
+    return {f"sha256 of {name}": hash_file(file) for name, file in files.items() if Path(file).is_file()}
+
+
 def encode_text(encoder, device, captions):
     ids, mask = bytes_to_ids(captions, tiny_dit.text_len)
     return encoder(ids.to(device), mask.to(device))
@@ -85,10 +98,10 @@ def tiny_inputs(cfg, part, preset, device):
         net, facts = load_part(cfg, preset.start, cfg.init, device)
         encoder, _ = load(find_weights(cfg, "text", part="init_ar"), TextEncoder, TextConfig)
         encoder.to(device)
-        sampler = Sampler(**facts["sampler"])
+        sampler = Sampler(**facts.get("sampler", {}))
     # the autoencoder
     vae = TAE(tiny_tae).initialise() if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device, memory_format=fast_layout(device))
     return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
 
 
@@ -104,7 +117,8 @@ def load_wan_part(cfg, part, name, given, device):
     if not file and name != "base" and not cfg.wan.startswith("random"):
         raise BadInput(f"{part} with --wan needs {name}: "
                        "give a file by --init or --teacher, or train it in this --out")
-    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"))
+    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"),
+                        verify=not cfg.no_verify)
     networks.dit.config.recompute = True
     return networks
 
@@ -132,10 +146,11 @@ def load_inputs(cfg, part, preset, device):
     if cfg.wan:
         texts = {"", NEGATIVE, *(prompts[:1] if takes_clips else prompts)}
         mine = sorted(texts)[get_rank()::get_processes()]
-        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device)
+        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify)
         barrier()
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
-    inputs.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    # without its cache: gradients of sharded weights that several passes share in one context get lost there
+    inputs.autocast = torch.autocast(device.type, torch.bfloat16, use_bf16, cache_enabled=False)
     return inputs
 
 
@@ -234,12 +249,16 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, done):
     noise = torch.randn(x0.shape, device=x0.device)
     # a generated past is never clean
     context = augment_context_noise(context, preset.context_noise)
-    # with and without context: two lengths, so two passes
+    # with and without context: two lengths, so two passes; sharded networks want as many in all processes
+    groups = [has_context.nonzero()[:, 0], (~has_context).nonzero()[:, 0]]
+    if cfg.wan:
+        groups = torch.arange(batch).split(1)
     loss = 0.
-    for rows, places in ((has_context, frame.shape[1]), (~has_context, 0)):
-        if not rows.any():
+    for rows in groups:
+        if not len(rows):
             continue
-        rows = rows.nonzero()[:, 0].to(x0.device)
+        places = frame.shape[1] if has_context[rows[0]] else 0
+        rows = rows.to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
                 net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
@@ -418,7 +437,8 @@ def kept_and_oldest(roll, kinds):
     kept = tested.float().mean(1)
     found = {}
     for kind in set(kinds):
-        found[f"kept_{kind}"] = kept[[k == kind for k in kinds]].mean().item()
+        of_kind = torch.tensor([k == kind for k in kinds])
+        found[f"kept_{kind}"] = kept[of_kind].mean().item()
     if roll.memory.slow:
         age = CHUNK * roll.chunk - roll.memory.slow.frame[:, 0]
         found["oldest"] = age.float().mean().item() / 4

@@ -4,13 +4,16 @@ One test per claim, on the CPU, with the shipped weights and the golden vectors 
     python -m pytest test_all.py                  # all but those that measure time or resident memory
     python -m pytest test_all.py -m "not slow"    # without the long ones
     python -m pytest test_all.py -m speed         # time and resident memory, on an idle machine
+    python -m pytest test_all.py -m cuda -s       # on a GPU, which none of the others needs
     GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
 """
 import ast
+import base64
 import copy
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -20,15 +23,17 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import timeit
 import tokenize
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +49,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -57,26 +63,32 @@ import data
 import dmd
 import erft
 import evaluate
+import figures
 import flow
 import judge
+import live
 import metrics
 import model
 import optim
+import paper
+import probe
 import report
 import sample
+import score
 import stages
+import tensors
 import train
 import video
 import weights
 import world
 from config import BadInput
 from data import Histories, encode_world, training_worlds
-from evaluate import own_reappearances
 from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
 from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
                     similarity)
 from model import DiT, DiTConfig, timestep_embedding, tiny_dit
+from probe import continue_student, own_reappearances
 from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
@@ -677,6 +689,36 @@ def test_a_rollout_is_steered_from_outside_between_two_chunks():
             roll.memory.change_policy(PRESETS["longlive"])
     assert torch.equal(torch.cat(made[:9]), torch.cat(want[:9])) and not torch.equal(made[9], want[9])
     assert roll.memory.frames()[0].tolist() == [0, 1, 2, *range(27, 36)]
+
+
+@torch.no_grad()
+def test_recaching_seven_latents_encodes_the_first_alone_and_the_last_chunk_whole():
+    net, new = random_dit(), random_text(random_dit(), 2, seed=6)
+    roll = append_all(Rollout(net, random_text(net, 2), Policy(1, 0, 6), (2, 4)), noise(2, 12, 16, 4, 8))
+    roll.recache(new)
+    held, group = roll.memory.read(), torch.tensor([0, 1, 1, 1, 2, 2, 2])
+    rope, mask = rope_cos_sin(torch.arange(7), 2, 4, 32), (group[:, None] >= group)[None]
+    _, kv = net(held.latent, torch.zeros(2, 7), new, rope, mask=mask)
+    for keys, values, want in zip(held.keys, held.values, kv, strict=True):
+        close(keys.flatten(1, 2), want[0], 1e-5)
+        close(values.flatten(1, 2), want[1], 1e-5)
+    close(roll.descriptor, chunk_descriptor([k[:, -24:] for k, _ in kv]), 1e-5)
+
+
+@torch.no_grad()
+def test_a_pass_overwrites_the_one_before_it_and_nothing_that_is_held():
+    net, x = random_dit(), noise(3, 2, 3, 16, 4, 8)
+    roll = append_all(Rollout(net, random_text(net, 2), PRESETS["slowfast"], (2, 4)), noise(2, 24, 16, 4, 8))
+    memory, _ = roll.read_context()
+    before = roll.memory.read()
+    t = torch.full((2, 3), .5)
+    first, second, again = (roll.predict(x[i], t) for i in (0, 1, 0))
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], second[0])
+    for i, (keys, values) in enumerate(first[1]):
+        assert torch.equal(memory[i].values[:, 18 * 8:], values) and torch.equal(keys, again[1][i][0])
+        assert memory[i].values.data_ptr() == roll.memory.segments()[0].values[i].data_ptr()  # held once
+    after = roll.memory.read()
+    assert all(map(torch.equal, before.keys + before.values, after.keys + after.values))
 
 
 # ---- distillation: DMD and its contextual form -------------------------------------------------------------
@@ -1320,7 +1362,9 @@ def small_training(monkeypatch, tmp_path):
 
     def go(*words, out=tmp_path):
         train_small(out, *words)
-    return go, tmp_path
+    before = signal.getsignal(signal.SIGTERM)
+    yield go, tmp_path
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def results(out, stage):
@@ -1404,25 +1448,66 @@ def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training
     assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 3, 4]
 
 
-def test_two_checkpoints_are_kept_and_an_unreadable_one_is_named_and_passed_over(small_training, capsys):
+DAMAGE = {  # to a checkpoint's folder
+    "a wrong bit": lambda folder: flip_bit(folder / "__0_0.distcp"), "cut": lambda folder: cut(folder / "__0_0.distcp"),
+    "gone": lambda folder: (folder / "__0_0.distcp").unlink(), "no index": lambda folder: cut(folder / ".metadata"),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no sums": lambda folder: (folder / "sha256").unlink()}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def test_two_checkpoints_are_kept_and_one_with_any_damage_is_named_and_passed_over(small_training, capsys):
     go, out = small_training
-    go("--stage", "base", "--updates", "6")
-    assert sorted(f.name for f in (out / "base").glob("step_*")) == ["step_000004", "step_000006"]
+    words = ["--stage", "base", "--updates", "4"]
+    go(*words)
+    assert sorted(f.name for f in (out / "base").glob("step_*")) == ["step_000002", "step_000004"]
     want = results(out, "base")
-    damage(out / "base" / "step_000006")
-    go("--stage", "base", "--updates", "6")
-    told = capsys.readouterr().err
-    assert "cannot read" in told and "step_000006" in told and results(out, "base") == want
-    assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 5, 6, 5, 6]
+    for name, damage in DAMAGE.items():
+        shutil.copytree(out / "base", out / name / "base")
+        damage(out / name / "base" / "step_000004")
+        go(*words, out=out / name)
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
+        assert "step_000004" in told and results(out / name, "base") == want, name
+        assert [line["step"] for line in logged(out / name / "base")] == [1, 2, 3, 4, 3, 4]
+    # the checksums are not missed where they are not asked for
+    shutil.copytree(out / "base", out / "unseen" / "base")
+    DAMAGE["no sums"](out / "unseen" / "base" / "step_000004")
+    go(*words, "--no-verify", out=out / "unseen")
+    assert "cannot read" not in capsys.readouterr().err and len(logged(out / "unseen" / "base")) == 4
     for folder in (out / "base").glob("step_*"):
-        damage(folder)
+        DAMAGE["cut"](folder)
     with pytest.raises(config.BadInput, match="delete that folder"):
-        go("--stage", "base", "--updates", "6")
+        go(*words)
 
 
-def damage(folder):
-    for file in folder.glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:1000])
+def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
+    go, out = small_training
+    words = ["--stage", "base", "--updates", "2", "--batch", "2"]
+    go(*words)
+
+    def again(*more):
+        sys.argv = ["train.py", "--out", str(out), *words, *more]
+        train.main()
+    want, start = results(out, "base"), out / "init_ar" / "init_ar.safetensors"
+    facts = load(out / "base" / "base.safetensors", DiT, DiTConfig)[1]
+    for name, file in (("init_ar", start), ("vae", WEIGHTS / "vae.safetensors"), ("text", WEIGHTS / "text.safetensors")):
+        assert facts[f"sha256 of {name}"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    other = {"--seed 7": "seed 0, not 7", "--lr 1": "lr 0.0015, not 1.0", "--updates 1": "updates 2, not 1",
+             "--accumulate 2": "accumulate 1, not 2", f"--init {out / 'base' / 'base.safetensors'}": "sha256 of init_ar [0-9a-f]*, not"}
+    for more, told in other.items():
+        with pytest.raises(BadInput, match=f"{out / 'base'} was trained with {told}") as refused:
+            again(*more.split())
+        assert "\n" not in str(refused.value) and results(out, "base") == want
+    (out / "base" / "settings.json").write_text('{"passes": 3}')
+    with pytest.raises(BadInput, match="settings.json is damaged"):
+        again()
+    # what has trained nothing yet may still change
+    for file in [*(out / "base").glob("step_*"), out / "base" / "base.safetensors"]:
+        file.unlink() if file.is_file() else shutil.rmtree(file)
+    again("--seed", "7")
+    assert results(out, "base") != want
 
 
 def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
@@ -1490,7 +1575,7 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
         average = [decay * a + (1 - decay) * p for a, p in zip(average, now)]
     saved = load(out / "base" / "base.safetensors", DiT, DiTConfig)[0].parameters()
     for p, a, raw in zip(saved, average, weights[-1]):
-        assert torch.allclose(p, a, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(p, a, rtol=1e-5, atol=1e-7)  # float32: a bf16 file would be off by 1e-3
     assert any(not torch.allclose(a, raw, rtol=1e-2, atol=1e-6) for a, raw in zip(average, weights[-1]))
 
 
@@ -1673,7 +1758,7 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
     teacher.sampler = Sampler(steps=4, shift=3., renoise=False)
 
     def check():
-        return train.check_teacher_uses_context(teacher, evaluate.held_out(4))
+        return train.check_teacher_uses_context(teacher, probe.held_out(4))
     looks = check()
     assert looks["teacher_recall"] > looks["teacher_shuffled_recall"] + .2
     forward = DiT.forward
@@ -1690,13 +1775,14 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
 
 @pytest.mark.parametrize("words, told", [
     ("3", "choose from"),
-    ("1 --accumulate 0", "at least 1"),
+    ("1 --accumulate 0", "at least 1"), ("1 --lr nan", "--lr must lie"), ("1 --seed -1", "--seed must lie"),
     ("1 --updates -1", "above 0"),
     ("teacher --errors 2", "from 0 to 1"),
     ("2 --teacher-context maybe", "choose from"),
     ("2 --init nowhere.safetensors", "nowhere.safetensors"),
     ("1 --size 8x8", "needs --wan"),
     ("vae --data clips", "needs --wan"),
+    (f"1 --out {Path(__file__).as_posix()}/o", "cannot write to"),
 ])
 def test_bad_options_of_training_are_told_in_one_line(words, told, small_training):
     go, _ = small_training
@@ -1756,6 +1842,7 @@ def in_each_of_two_processes(out):
         go("two_two", stage)
         go("one_two", stage)
     train_in_bf16(out / "two")
+    torch._C._get_accelerator = lambda *a: torch.device("cuda")  # asked for the CPU on a machine with GPUs
     for dtype in ("fp32", "bf16"):
         train_full_size(out / "two", dtype)
     # a signal that reaches one process ends both
@@ -1843,18 +1930,31 @@ def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other
     assert results(out / "two_two" / stage, stage) == results(out / "two" / stage, stage)
 
 
+def test_sharded_weights_have_the_gradients_of_whole_ones_in_bf16(monkeypatch, tmp_path):
+    """One process with and without a process group: at update 1 the same gradients, whatever Adam makes of them."""
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr(train, "WAN", train.WAN)
+    train_full_size(tmp_path / "whole", "bf16")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    train_full_size(tmp_path / "sharded", "bf16")  # ends the group
+    whole, sharded = (logged(tmp_path / name / "bf16" / "stage1")[0] for name in ("whole", "sharded"))
+    for name in ("grad", "critic_grad", "critic_loss"):
+        assert sharded[name] == pytest.approx(whole[name], rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run, folder, part, most", [
     ("two", "fp32", "stage1", 1e-6), ("two_one", "fp32", "stage1", 1e-6), ("two", "bf16", "stage1", 1e-4),
     ("two", "bf16", "stage2", 1e-4)])
 def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes_little(run, folder, part, most, two_processes):
     """In the form of the full size (stage1), where weights are sharded, and in the small world (stage2)."""
-    want, _ = checkpoint_of(two_processes / "one" / folder / part / "step_000002")
-    got, _ = checkpoint_of(two_processes / run / folder / part / "step_000002")
+    one, other = (two_processes / name / folder / part for name in ("one", run))
+    want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
     assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
-    moved = [name for name in want if not torch.equal(want[name], checkpoint_of(
-        two_processes / "one" / folder / part / "step_000001")[0][name])]
-    assert len(moved) > .9 * len(want)
+    # the weights hardly move, and Adam hides how long a gradient is
+    for line, same in zip(logged(one)[-2:], logged(other)[-2:]):
+        assert same["grad"] == pytest.approx(line["grad"], rel=10 * most)
+        assert same["critic_grad"] == pytest.approx(line["critic_grad"], rel=10 * most)
 
 
 @pytest.mark.slow
@@ -1901,17 +2001,33 @@ def videos(tmp_path):
     folder = tmp_path / "videos"
     (folder / "more").mkdir(parents=True)
     for i, (name, seconds, scale) in enumerate([("good", 10.7, 1), ("more/good", 13.2, 2), ("short", 9, 1), ("mute", 1, 1)]):
-        film = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
-        iio.imwrite(folder / f"{name}.mp4", (film * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
+        frames = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
+        iio.imwrite(folder / f"{name}.mp4", (frames * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
         (folder / f"{name}.txt").write_text(world.make_world(WorldSpec(i)).caption) if name != "mute" else None
-    (folder / "broken.mp4").write_bytes(b"no video")
-    (folder / "broken.txt").write_text("a calm sea")
+    (folder / "more" / "good.txt").write_text(world.make_world(WorldSpec(1)).caption, "utf-8-sig")
+    good = (folder / "good.mp4").read_bytes()
+    film(folder / "turned.mp4", folder / "good.mp4", "-c", "copy", before=["-display_rotation", "90"])
+    bad = {"broken": b"no video", "noise": good[:5000] + bytes(range(250)) * 12 + good[8000:], "latin": good, "empty": good}
+    for name, content in bad.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+    for name in ("broken", "noise", "turned"):
+        (folder / f"{name}.txt").write_text("a calm sea")
+    (folder / "latin.txt").write_bytes(b"M\xe4rz")
+    (folder / "empty.txt").write_text("\ufeff \n", "utf-8")
     return folder
 
 
 def run_script(script, monkeypatch, *words):
     monkeypatch.setattr("sys.argv", [script.__file__, *map(str, words)])
     config.run(script.main)
+
+
+def test_without_ffmpeg_no_clip_is_called_unreadable(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
+    for out, told in ((tmp_path, "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")):
+        with pytest.raises(SystemExit, match="2"):
+            run_script(data, monkeypatch, "--videos", tmp_path, "--out", out)
+        assert told in capsys.readouterr().err
 
 
 def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, monkeypatch, tmp_path, capsys):
@@ -1927,7 +2043,8 @@ def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, mon
     run_script(data, monkeypatch, *words)
     assert sorted(out.rglob("*.*")) == [first, second] and mine[0].stat().st_mtime_ns == made
     printed = capsys.readouterr().out
-    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4", "mute.mp4: no caption"):
+    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: no caption", "noise.mp4 is damaged (",
+                 "turned.mp4: 32x64", "latin.mp4: cannot read the text", "empty.mp4: ", "empty.txt is empty"):
         assert line in printed
 
 
@@ -1959,6 +2076,27 @@ def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enou
     assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
 
+def test_a_clips_file_that_cannot_be_right_is_named(tmp_path):
+    """Cut, with one wrong bit, of another form, or not finite."""
+    path, latents = tmp_path / "clips" / "a.safetensors", torch.zeros(42, 16, 4, 8, dtype=torch.bfloat16)
+    good = {"latents": latents, "text": torch.zeros(3, 64)}
+
+    def drawn(content, about, harm=lambda path: None):
+        write_safetensors(path, content, about)
+        harm(path)
+        clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"))
+        return clips.frames(torch.tensor([0]), torch.arange(42)[None]), clips.text([0])
+    drawn(good, {"caption": "a"})
+    for content, about, harm, told in (
+            (good, {"caption": "a"}, flip_bit, "damaged"), (good, {"caption": "a"}, cut, "cannot read"),
+            (good, {}, str, "lacks a caption"), (good, {"caption": [3]}, str, "lacks a caption"), ({}, {"caption": "a"}, str, "needed are"),
+            (good | {"latents": latents[:10]}, {"caption": "a"}, str, "it has 10"), ({"latents": latents}, {"caption": "a"}, str, "its text"),
+            (good | {"latents": latents / 0}, {"caption": "a"}, str, "latents are not finite")):
+        with pytest.raises(BadInput, match=told) as refused:
+            drawn(content, about, harm)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):
     go, out = small_training
     run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
@@ -1973,7 +2111,14 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     out, prompts, weights = raw.parent / "out", raw.parent / "prompts.txt", []
     size, student = ["--wan", raw, "--size", "32x32", "--out"], ["--init", raw.parent / "student.pt"]
     prompts.write_text("a calm sea\n\na storm rises\n")
-    run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
+    texts = []
+    for rank in "01":  # torchrun's processes share clips, and captions
+        with monkeypatch.context() as torchrun:
+            torchrun.setenv("RANK", rank)
+            torchrun.setenv("WORLD_SIZE", "2")
+            run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
+        texts.append(len(list((raw.parent / "data" / "text").iterdir())))
+    assert texts == [3, 4]
     train_words = [*size, out, "--updates", "2", "--data"]
     monkeypatch.setattr(train, "WAN", {part: replace(preset, save_every=1) for part, preset in train.WAN.items()})
     guide, decode = dmd.guide, WanVAE.decode
@@ -2016,7 +2161,7 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
             (train, [*wan, "--stage", "teacher", "--data", tmp_path / "data"], "holds latents [16, 4, 8]"),
             (train, [*wan, "--stage", "1", "--data", prompts], "needs init_ode"),
             (train, ["--wan", tmp_path, "--stage", "teacher", "--data", prompts], "hf download"),
-            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--vidoes", "x"], "did you mean --videos")]:
+            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--size", "64x64"], "needs --wan"), (data, ["--vidoes", "x"], "did you mean --videos")]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_script(script, monkeypatch, *words)
@@ -2024,10 +2169,10 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
         assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and told in error, (words, error)
 
 
-# ---- devices that are no cuda and no cpu: Apple's has neither float64 nor complex numbers -------------------
+# ---- devices that are no cuda and no cpu: Apple's has neither float64 nor complex numbers ------------------
 
 class OnDevice(torch.Tensor):
-    """A tensor on a device of its own: only to() and item() bring it to the CPU. The device is called meta."""
+    """A tensor on a device of its own, called meta: only to() and item() bring it to the CPU."""
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
@@ -2067,8 +2212,11 @@ class DeviceWithoutFloat64(TorchDispatchMode):
 @pytest.fixture
 def other_device(monkeypatch):
     """sample.py and train.py run on that device."""
-    autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: autocast("cpu" if kind == "meta" else kind, *a, **k))
+    real = torch.autocast
+
+    def autocast(kind, *about, **more):
+        return real("cpu" if kind == "meta" else kind, *about, **more)
+    monkeypatch.setattr(torch, "autocast", autocast)
     for script in (sample, train):
         monkeypatch.setattr(script, "pick_device", lambda name: torch.device("meta"))
     with DeviceWithoutFloat64():
@@ -2085,7 +2233,7 @@ def test_sampling_needs_no_float64_and_no_complex_numbers_on_the_device(more, sa
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_of_training_needs_float64_or_complex_numbers_on_the_device(stage, small_training, other_device, monkeypatch):
+def test_no_stage_needs_float64_or_complex_numbers_on_the_device(stage, small_training, other_device, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *about: None)
     go, out = small_training
     go("--stage", stage, "--updates", "1")
@@ -2162,7 +2310,8 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     node = config.platform.node()
-    parts = [f".{node}.{dead.pid}.0.part.mp4", f".{node}.{os.getppid()}.0.part.mp4", f".other.{dead.pid}.0.part", ".my.part.mp4"]
+    parts = [f".{node}.{dead.pid}.0.part.mp4", f".{node}.{os.getppid()}.0.part.mp4"]
+    parts += [f".other.{dead.pid}.0.part", ".my.part.mp4"]
     for name in parts:
         (tmp_path / name).touch()
     with config.whole_or_absent(tmp_path / "a") as part:
@@ -2173,7 +2322,7 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
 def test_a_full_disk_is_told_in_one_line_and_the_file_before_stays(tmp_path):
     path = tmp_path / "a"
     path.write_text("first")
-    with pytest.raises(BadInput, match="cannot write .*a: No space left on device"), config.whole_or_absent(path):
+    with pytest.raises(BadInput, match="cannot write .*a: No space left"), config.whole_or_absent(path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(BadInput, match="it is a folder"), config.whole_or_absent(tmp_path):
@@ -2189,15 +2338,21 @@ def test_a_file_that_another_program_has_open_is_not_replaced_and_the_new_one_is
             raise PermissionError(13, "Access is denied")
         replace_file(part, whole)
     monkeypatch.setattr(os, "replace", replace_none_in_use)
-    with pytest.raises(BadInput, match="a.mp4 is in use.*a-[0-9]+.mp4: rename it"), config.whole_or_absent(path) as part:
-        part.write_text("new")
+    with pytest.raises(BadInput, match="a.mp4 is in use.*a-[0-9]+.mp4: rename it"):
+        with config.whole_or_absent(path) as part:
+            part.write_text("new")
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["new", "old"]
 
 
 @pytest.mark.parametrize("schema, value, told", [
-    ({"a": int}, {"a": 1, "b": 2}, ""), ({"a": int}, {}, "its content, a must be int, not NoneType"),
-    ([str], ["a", 1], "its content must be str, not int"), ((str, None), None, ""), ([(str, None)], [None, "a"], ""),
-    ({"a": [int]}, {"a": {}}, "its content, a must be list, not dict"), (dict, [], "its content must be dict, not list")])
+    ({"a": int}, {"a": 1, "b": 2}, ""),
+    ({"a": int}, {}, "its content, a must be int, not NoneType"),
+    ([str], ["a", 1], "its content must be str, not int"),
+    ((str, None), None, ""),
+    ([(str, None)], [None, "a"], ""),
+    ({"a": [int]}, {"a": {}}, "its content, a must be list, not dict"),
+    (dict, [], "its content must be dict, not list"),
+])
 def test_a_schema_names_the_field_that_is_not_as_it_says(schema, value, told):
     if not told:
         return config.check_schema("file", value, schema)
@@ -2207,7 +2362,8 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, value, told):
 
 @pytest.mark.parametrize("error, code, told", [
     (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
-    (NotImplementedError("aten::x on MPS"), 2, "error: use --device cpu, as this device lacks an operation: aten::x on MPS\n")])
+    (NotImplementedError("aten::x"), 2,
+     "error: use --device cpu, as this device lacks an operation: aten::x\n")])
 def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
     def main():
         raise error
@@ -2218,7 +2374,8 @@ def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
 
 def in_a_fresh_python(code, *words, **env):
     """-> exit code, stdout, stderr of a few lines that run before sample.py does with these words"""
-    code += f"\nimport sys, runpy\nsys.argv = ['sample.py', *sys.argv[1:]]\nrunpy.run_path({str(HERE / 'sample.py')!r}, run_name='__main__')"
+    code += "\nimport sys, runpy\nsys.argv = ['sample.py', *sys.argv[1:]]\n"
+    code += f"runpy.run_path({str(HERE / 'sample.py')!r}, run_name='__main__')"
     words = [sys.executable, "-c", code, *map(str, words)]
     ended = subprocess.run(words, capture_output=True, cwd=HERE, env={**os.environ, **env})
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
@@ -2307,13 +2464,118 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
     middle = slice(4, -4)
     assert frames.shape == (33, 32, 64, 3)
     assert np.abs(frames[:, :, middle] - ramp(40)[7:, :, middle].astype(float)).max() < 4
-    assert video.read_frames(path, 32, 16, 5)[1] == (96, 32)
+    few, source = video.read_frames(path, 32, 16, 5)
+    assert len(few) == 5 and (source.width, source.height) == (96, 32)
     with pytest.raises(BadInput, match="from 9 to 39 frames"):
         video.read_clip(path, 64, 32, 40)
 
 
-@pytest.mark.parametrize("exe, told", [("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
-                                       ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
+def film(path, source, *options, before=()):
+    """A video by ffmpeg's own words: of a source of its lavfi, or of a file."""
+    kind = [] if Path(source).exists() else ["-f", "lavfi"]
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *before, *kind, "-i", source, *options, path]
+    subprocess.run(list(map(str, words)), check=True)
+    return path
+
+
+BARS = "color=red:s=96x32:r=16:d=1,drawbox=w=24:c=blue:t=fill"  # a blue quarter at the left
+FAST = "color=black:s=64x32:r=32:d=1,geq=lum='16+200*lt(abs(X-60*T),4)':cb=128:cr=128"  # a bar
+
+
+def shown(path):
+    """Of a file's middle frame, in its own size: (width, height), where blue is most"""
+    source = video.open_clip(path)
+    frames = list(source.read(source.width, source.height))
+    blue = frames[len(frames) // 2].astype(int) @ (-1, 0, 1)
+    return (source.width, source.height), np.argwhere(blue > 100).mean(0).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize("name, options, before, want", [
+    ("as_it_is.MKV", [], [], ((96, 32), [16, 12])), ("turned.mp4", [], [90], ((32, 96), [84, 16])),
+    ("upside.mp4", [], [180], ((96, 32), [16, 84])), ("wide.mov", ["-vf", "setsar=2/1"], [], ((192, 32), [16, 24])),
+    ("odd.webm", ["-vf", "format=gbrp,crop=95:31:0:0", "-pix_fmt", "yuv444p"], [], ((95, 31), [15, 12])), ("noname", ["-f", "avi"], [], ((96, 32), [16, 12])),
+    ("tiny.mkv", ["-vf", "crop=24:2:0:0", "-c:v", "ffv1"], [], ((24, 4), [2, 12]))])
+def test_a_video_is_read_upright_with_square_pixels_in_any_container(name, options, before, want, tmp_path):
+    path = film(tmp_path / name, BARS, *options)
+    if before:
+        path = film(tmp_path / f"1{name}", path, "-c", "copy", before=["-display_rotation", *before])
+    size, middle = shown(path)
+    assert size == want[0] and np.abs(np.array(middle) - want[1]).max() <= 1
+
+
+def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
+    """Grey is 50 levels a second; 25 frames a second, then every fifth of them."""
+    grey = "color=black:s=64x32:r=25:d=4,geq=lum=16+50*T:cb=128:cr=128,select='lt(t,2)+not(mod(n,5))'"
+    path = film(tmp_path / "a.mkv", grey, "-fps_mode", "vfr", "-c:v", "ffv1")
+    frames, _ = video.read_frames(path, 64, 32, 999)
+    level = frames.mean((1, 2, 3)) / 255 * 219 / 50  # seconds
+    late = np.abs(level - np.arange(len(level)) / 16)
+    assert len(frames) >= 61 and late[:32].max() < .06 and late.max() < .23
+    source = video.open_clip(path)
+    once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
+    assert len(once) == len(source.seconds) == 60 and np.abs(np.subtract(once, source.seconds)).max() < .03
+
+
+def test_interlaced_and_hdr_videos_are_read_as_they_are_shown(tmp_path):
+    """Fields of different times show no comb; PQ's grey of 203 nits, white on paper, is not the dull grey of its code."""
+    def comb(frames):
+        return np.abs(np.diff(frames.astype(float), axis=1)).mean()
+
+    fields = film(tmp_path / "a.mpg", f"{FAST},tinterlace=4,setfield=tff", "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2")
+    raw = iio.imread(fields, plugin="FFMPEG")
+    frames, _ = video.read_frames(fields, 64, 32, 99)
+    assert comb(frames) < .3 * comb(raw)
+    tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
+    grey = "color=gray:s=64x64:d=0.2,format=yuv420p10le,geq=lum=64+0.58*876:cb=512:cr=512"
+    white, _ = video.read_frames(film(tmp_path / "b.mp4", grey, "-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags), 64, 64, 9)
+    assert white.mean() > 170 and np.ptp(white[0, 16, 32].astype(int)) < 4
+
+
+def test_a_damaged_video_says_so_and_what_is_no_video_says_why(tmp_path, capsys):
+    whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=4", "-movflags", "+faststart")
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 2 // 3])
+    assert not video.read_frames(whole, 64, 32, 99)[1].damage and video.read_frames(cut, 64, 32, 99)[1].damage
+    assert len(video.read_clip(cut, 64, 32, 99)) >= 9 and "cut.mp4 is damaged" in capsys.readouterr().err
+    film(tmp_path / "sound.mp4", "sine=d=1")
+    titled = film(tmp_path / "titled.mp4", whole, "-c", "copy", "-metadata", "title=[error] x\n[fatal] y")
+    assert not video.read_frames(titled, 64, 32, 99)[1].damage
+    sizes = [film(tmp_path / f"{s}.ts", f"testsrc2=s={s}:r=25:d=1", "-c:v", "mpeg2video").read_bytes() for s in ("64x32", "96x64")]
+    (tmp_path / "sizes.ts").write_bytes(b"".join(sizes))
+    several = video.open_clip(tmp_path / "sizes.ts")
+    assert len(list(several.read(64, 32))) and "change their size" in several.damage
+    (tmp_path / "text.mp4").write_text("<!doctype html>")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{whole}'\n")
+    (tmp_path / "folder.mp4").mkdir()
+    told = {"sound.mp4": "no video stream", "text.mp4": "moov atom", "list.mp4": "give a video file",
+            "folder.mp4": "a folder or a pipe", "gone.mp4": "no such file"}
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.mp4")
+        told["pipe.mp4"] = "a folder or a pipe"
+    for name, cause in told.items():
+        with pytest.raises(BadInput, match=f"{name}.*{cause}") as refused:
+            video.open_clip(tmp_path / name)
+        assert "\n" not in str(refused.value)
+
+
+def test_colours_of_a_written_video_are_those_that_were_meant_by_the_tags_that_it_carries(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
+    frame = np.broadcast_to(colours[None].repeat(16, 1), (32, 96, 3))
+    path = write_video(tmp_path / "a.mp4", [frame] * 9)
+    facts = facts_of(path)
+    assert "yuv420p(tv, bt709" in facts and path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+    # turned into RGB by BT.709's matrix, whatever a reader would guess from the size
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-pix_fmt", "yuv444p", "-f", "rawvideo", "-"]
+    y, cb, cr = np.frombuffer(subprocess.run(words, capture_output=True).stdout, np.uint8)[:3 * 32 * 96].reshape(3, 32, 96).astype(float)
+    y, cb, cr = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
+    rgb = np.stack([y + 1.5748 * cr, y - .1873 * cb - .4681 * cr, y + 1.8556 * cb], -1)[16, 8::16]
+    assert np.abs(rgb * 255 - colours).max() < 6
+    assert np.abs(video.read_frames(path, 96, 32, 1)[0][0, 16, 8::16] - colours.astype(float)).max() < 6
+
+
+@pytest.mark.parametrize("exe, told", [
+    ("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
+    ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
 def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp_path):
     if exe:
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
@@ -2327,7 +2589,8 @@ def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp
 def in_place_of_ffmpeg(folder, script):
     """A program that says it is ffmpeg, and then does what the lines of Python say."""
     path = folder / "ffmpeg"
-    path.write_text(f"#!{sys.executable}\nimport sys\nif '-version' in sys.argv:\n    sys.exit(print('ffmpeg version 7'))\n{script}\n")
+    version = "if '-version' in sys.argv:\n    sys.exit(print('ffmpeg version 7'))"
+    path.write_text(f"#!{sys.executable}\nimport sys\n{version}\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -2335,7 +2598,7 @@ def in_place_of_ffmpeg(folder, script):
 @pytest.mark.skipif(sys.platform == "win32", reason="runs a script by its first line")
 @pytest.mark.parametrize("script, told", [
     ("sys.stdin.read(9)\nsys.exit('No space left on device')", "No space left on device"),  # while frames come
-    ("sys.stdin.buffer.read()\nopen(sys.argv[-1][5:], 'w').write('half')\nsys.exit('Error writing trailer')", "writing trailer"),
+    ("sys.stdin.buffer.read()\nopen(sys.argv[-1][5:], 'w').write('half')\nsys.exit('no trailer')", "no trailer"),
     ("sys.stdin.buffer.read()", "could not write")])  # ends well, and has written nothing
 def test_an_older_video_stays_where_ffmpeg_did_not_end_well(script, told, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
@@ -2347,13 +2610,15 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(script, told, monkey
 
 
 def test_colours_come_back_as_a_player_reads_the_tags_and_the_index_stands_in_front(tmp_path):
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [12, 200, 120], [128, 64, 250]], np.uint8)
+    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [12, 200, 120], [128, 64, 250]]
+    colours = np.array(colours, np.uint8)
     frame = colours.repeat(16, 0)[None].repeat(32, 0)
     path = write_video(tmp_path / "a.mp4", [frame] * 3)
     assert "yuv420p(tv, bt709" in facts_of(path)
     # the matrix of BT.709, by hand: Y of red is 16 + 219 * .2126
-    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-"]
-    luma = np.frombuffer(subprocess.run(words, capture_output=True).stdout, np.uint8)[:32 * 96].reshape(32, 96)
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-"]
+    planes = subprocess.run(words, capture_output=True).stdout
+    luma = np.frombuffer(planes, np.uint8)[:32 * 96].reshape(32, 96)
     want = 16 + 219 / 255 * colours @ [.2126, .7152, .0722]
     assert np.abs(luma[16, 8::16] - want).max() < 2.5
     assert np.abs(iio.imread(path, plugin="FFMPEG")[0, 16, 8::16].astype(float) - colours).max() < 6
@@ -2512,13 +2777,15 @@ REFUSED = [
     ("--resume seedx.pt", "seedx.pt is damaged: argument --seed"),
     ("--resume broken.pt", "broken.pt is damaged: its content, video, rollout, chunk must be int, not str"),
     ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
-    ("--save-state folder", "folder is a folder"), ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
+    ("--save-state folder", "folder is a folder"),
+    ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
     ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "two ways"),
     ("--size 64x64", "need --wan"), ("--wan nowhere", "download"),
     ("--wan random --size 100x100", "multiples of 16"), ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
-    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"), ("a | b", "or \\| for a bar"),
-    ("x" * 4001, "4001 letters: 4000 at most"), ("a \x1b[31m", "control characters"), ("a \0", "control characters"),
+    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
+    ("a | b", "or \\| for a bar"), ("x" * 4001, "4001 letters: 4000 at most"),
+    ("a \x1b[31m", "control characters"), ("a \0", "control characters"),
     ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
 
 
@@ -2551,6 +2818,17 @@ def test_options_replace_what_the_weights_say_of_sampling():
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
 
+@pytest.mark.parametrize("said, chosen", [(None, [1]), ("2", [])])
+def test_tiny_networks_take_one_thread_unless_the_environment_says(said, chosen, sampled, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    sampled(tmp_path, "--seconds", ".3", "--steps", "1")
+    assert calls == chosen
+
+
 def test_bf16_changes_the_tiny_models_frames(sampled, tmp_path):
     fp32, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "fp32")
     bf16, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "bf16")
@@ -2575,9 +2853,11 @@ def named(folder, prompt, seed=0, taken=(), overwrite=False, **changes):
 
 
 def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the_picture(tmp_path):
-    prompts = ["一只猫", "一只狗", "مرحبا", "Sand!", "Sand?", "🐱", "🐶", "कि", "x" * 300, "x" * 300 + "y", "con", "猫" * 300]
+    prompts = ["一只猫", "一只狗", "مرحبا", "Sand!", "Sand?", "🐱", "🐶", "कि", "con", "猫" * 300]
+    prompts += ["x" * 300, "x" * 300 + "y"]
     names = {named(tmp_path, prompt)[0].name for prompt in prompts}
-    names |= {named(tmp_path, "Sand!", **other)[0].name for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86})}
+    for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86}):
+        names.add(named(tmp_path, "Sand!", **other)[0].name)
     assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
     assert any(name.startswith("一只猫-0-") for name in names) and any(name.startswith("कि-0-") for name in names)
     assert all(re.fullmatch(r"[\w\u0900-\u097f-]+-[01](-from-86)?-[0-9a-f]{8}\.mp4", name) for name in names)
@@ -2591,7 +2871,8 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     first.write_text("video")
     second = named(tmp_path, "a")[0]
     assert second.name == f"{first.stem}-2.mp4" and named(tmp_path, "a", overwrite=True)[0] == first
-    video.add_to_manifest(tmp_path, {"file": first.name, **record, "sha256": hashlib.sha256(b"video").hexdigest()})
+    record |= {"file": first.name, "sha256": hashlib.sha256(b"video").hexdigest()}
+    video.add_to_manifest(tmp_path, record)
     assert named(tmp_path, "a")[0] == first
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
@@ -2733,7 +3014,8 @@ def nan_in(name):
     """In place of load_tiny(): a network with a weight that is not a number."""
     def load(*about):
         networks = load_tiny(*about)
-        getattr(networks, name).requires_grad_(False).get_parameter("blocks.2.ffn.0.bias" if name == "dit" else "decoder.1.bias")[3] = torch.nan
+        bias = "blocks.2.ffn.0.bias" if name == "dit" else "decoder.1.bias"
+        getattr(networks, name).requires_grad_(False).get_parameter(bias)[3] = torch.nan
         return networks
     return load
 
@@ -2742,6 +3024,16 @@ def nan_in(name):
 def test_a_chunk_that_is_not_finite_ends_the_run(name, refused, monkeypatch):
     monkeypatch.setattr(weights, "load_tiny", nan_in(name))
     assert "the chunk at 0 s is not finite" in refused("--seconds", "1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(sampled, tmp_path, monkeypatch, capsys):
+    state, save = tmp_path / "state", torch.save
+    state.write_text("before")
+    monkeypatch.setattr(torch, "save", lambda content, path: save(content, open("/dev/full", "wb")))
+    assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
+    assert "state: is the disk full?" in capsys.readouterr().err
+    assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
 
 
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(sampled, refused, tmp_path, capsys):
@@ -2798,18 +3090,476 @@ def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
     assert peaks[1] <= 1.05 * peaks[0]
 
 
+@pytest.mark.parametrize("device, set_by_us", [("cpu", False), ("mps", False), ("cuda", True)])
+def test_the_order_of_attention_kernels_is_set_on_cuda_alone(device, set_by_us):
+    before = torch._C._get_sdp_priority_order()
+    with config.fast_attention(torch.device(device)):
+        first = torch._C._get_sdp_priority_order()[0]
+        assert (first == int(SDPBackend.CUDNN_ATTENTION)) == set_by_us
+    assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize("has_streams", [False, True])
+def test_a_chunk_is_decoded_beside_the_making_of_the_next_where_the_device_has_streams(has_streams, monkeypatch):
+    vae, log, made = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False), [], []
+    latents = noise(1, 9, 16, 2, 2).split(CHUNK, dim=1)
+
+    def chunks():
+        for i, x0 in enumerate(latents):
+            log.append(f"made {i}")
+            yield x0
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append("wait")
+
+        def record_event(self):
+            return SimpleNamespace(synchronize=lambda: log.append("arrived"))
+    if has_streams:
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, side: log.append("in use"))
+        monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
+    for frames, is_finite, past in video.decode_beside(vae, chunks()):
+        log.append("frames")
+        made.append(frames)
+        assert is_finite
+    decode, get = ["wait", "in use"], ["arrived", "frames"]
+    late = ["made 0", *decode, "made 1", *decode, *get, "made 2", *decode, *get, *get]
+    assert log == (late if has_streams else ["made 0", "frames", "made 1", "frames", "made 2", "frames"])
+    whole, state = vae.decode(torch.cat(latents, dim=1))
+    assert (torch.cat(made).int() - video.to_uint8(whole)[0].int()).abs().max() <= 1
+    close(past[-1], state[-1], 1e-5)
+
+
+# ---- the live page: what is made, who may ask for what, and all of it in a real browser -----------------------
+
+@pytest.fixture(scope="module")
+def tiny_networks():
+    return weights.load_networks(live.Config(), config.STUDENT, [], torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def session(tiny_networks):
+    return live.Session(live.Config(seed=4), tiny_networks)
+
+
+def frames_of_message(message):
+    picture = iio.imread(base64.b64decode(message["strip"].partition(",")[2]))
+    return rearrange(picture, "(f h) w c -> f h w c", h=message["size"][1])
+
+
+def test_a_live_video_is_the_sampled_one_orders_take_hold_at_the_next_chunk_and_a_file_has_all_frames(session, tmp_path):
+    snow = live.Config.prompt.replace("Grass", "Snow")
+    made = []
+    for chunk in range(5):
+        if chunk == 3:
+            session.ask({"ground": "Snow"})
+            session.ask({"paused": True})  # what was asked before still holds
+        made.append(session.make_chunk())
+    networks, texts = session.networks, {3: session.networks.text(snow)}
+    roll = networks.rollout(networks.text(live.Config.prompt))
+    latents = torch.cat(list(generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)), dim=1)
+    want = video.to_uint8(networks.vae.decode(latents)[0])[0].numpy()
+    shown = np.concatenate([frames_of_message(message) for message in made])
+    # decoded chunk by chunk: at most a step of rounding apart
+    assert shown.shape == want.shape and np.abs(shown.astype(int) - want).max() <= 1
+    assert [message["prompt"] for message in made] == [live.Config.prompt] * 3 + [snow] * 2
+    assert [message["first"] for message in made] == [0, 9, 21, 33, 45]
+    # the file
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "video_writer", spy_on(written))
+        session.save(tmp_path / "live.mp4")
+    assert np.array_equal(written, shown)
+    facts = facts_of(tmp_path / "live.mp4")
+    assert all(word in facts for word in ('"AI-generated": true', "| 2.0625: Snow.", "slowfast", '"seed": 4', config.STUDENT))
+
+
+def spy_on(frames):
+    """video.video_writer, which also appends each frame to the list"""
+    @contextmanager
+    def spy(*about):
+        with video.video_writer(*about) as file:
+            append = file.append_data
+            file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
+            yield file
+    return spy
+
+
+def test_memory_can_be_taken_away_and_given_back_and_each_latent_keeps_its_picture(session):
+    for _ in range(9):
+        before = session.make_chunk()
+    assert [name for _, name, *_ in before["held"]] == ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
+    session.ask({"memory": "longlive", "tau": .5, "positions": "unbounded"})
+    after = session.make_chunk()
+    assert [latent[:2] for latent in after["held"]] == [(i, "sink") for i in range(3)] + [(i, "fast") for i in range(21, 30)]
+    assert {latent[0]: latent[3] for latent in before["held"] if latent[0] > 20}.items() <= {
+        latent[0]: latent[3] for latent in after["held"]}.items()
+    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5 == after["tau"]
+    session.ask({"memory": "slowfast", "seed": 7})
+    again = session.make_chunk()
+    assert len(again["held"]) == 3 and again["first"] == 0 and again["seed"] == 7
+    # absolute positions end with Wan's table
+    session.rollout.chunk = 341
+    assert session.make_chunk()["positions"] == "bounded"
+
+
+def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(session):
+    session.ask({"tau": -1.})
+    told = [session.make_chunk()["bars"][-1] for _ in range(4)]
+    assert [tested for _, tested, _ in told] == [True, False, True, False] and not any(kept for *_, kept in told)
+    session.ask({"tau": 1.})
+    assert [session.make_chunk()["bars"][-1][1:] for _ in range(2)] == [(True, True), (False, False)]
+    roll = session.networks.rollout(session.text)
+    list(generate(roll, [4], 4, session.networks.sampler, session.networks.latent))
+    close(torch.tensor([surprisal for surprisal, *_ in told]), 1 - torch.cat(roll.similarities), 1e-5)
+
+
+@pytest.mark.parametrize("body, told", [
+    (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"memory": "slofast"}', "did you mean slowfast"),
+    (b'{"tau": NaN}', "from -1"), (b'{"tau": true}', "cannot be"), (b'{"tau": "1"}', "cannot be"), (b'{"seed": -1}', "from 0"),
+    (b'{"seed": 1.5}', "cannot be"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"),
+    (b'{"prompt": 1}', "cannot be"), (b'{"ground": "Lava"}', "choose from Grass"), (b'{"paused": 1}', "cannot be"),
+    (b'{"text": "a"}', "cannot be"), (b'{"positions": []}', "cannot be")])
+def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, session):
+    with pytest.raises(BadInput, match=told) as refusal:
+        session.read_order(body)
+    assert "\n" not in str(refusal.value) and not session.orders
+
+
+def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
+    monkeypatch.setattr(live, "BARS", 5)
+    session.begin()
+    for _ in range(8):
+        session.make_chunk()
+
+    def sizes():
+        rollout = session.rollout
+        lists = session.bars, session.pictures, rollout.similarities, rollout.kept, session.settings
+        return [len(some) for some in lists], len(session.data) // 10_000
+    before = sizes()
+    for _ in range(8):
+        session.publish(**session.make_chunk())
+    assert sizes()[0] == before[0] == [5, 21, 0, 0, 1]
+
+
+def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
+    spec = WorldSpec(3, "turn", 8)
+    motion, lost, unused = make_world(spec).motion, judge_live(spec, 21), judge_live(spec, 3 * 40)
+    frames = np.concatenate([live_clip(spec, chunk) for chunk in range(40)])
+    events = reappearances(read_video(rearrange(frames, "f h w c -> f c h w")), motion)
+    wrong = sum(not event.right for event in events)
+    assert 5 < wrong < len(events)
+    assert lost == {"returns": len(events), "right": len(events) - wrong, "not kept": wrong, "kept but not used": 0}
+    assert unused == {**lost, "not kept": 0, "kept but not used": wrong}
+
+
+def live_clip(spec, chunk):
+    """(f, h, w, 3) uint8; from chunk 20 on other landmarks stand there"""
+    frames = clip(replace(spec, counterfactual=chunk >= 20), max(0, 12 * chunk - 3), 12 if chunk else 9)
+    return (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
+
+
+def judge_live(spec, latents):
+    """What a Score counts of 40 chunks, if memory holds the last so many latents."""
+    told = score.Score()
+    for chunk in range(40):
+        told.read(live_clip(spec, chunk), range(max(0, 3 * chunk - latents), 3 * chunk), make_world(spec).motion)
+    return told.count()
+
+
+def test_what_left_under_another_motion_is_not_missed_and_old_returns_are_no_longer_counted(monkeypatch):
+    spec, told = WorldSpec(3, "turn", 8), score.Score()
+    still = Motion("aside", 1, 16, 90)
+    for chunk in range(16):
+        told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).motion)
+    before = told.count()
+    for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
+        told.read(live_clip(spec, 15)[-1:].repeat(12, 0), range(3 * chunk), still)
+    assert told.count()["right"] == before["right"] > 0
+    monkeypatch.setattr(score, "WINDOW", 12)
+    told.read(live_clip(spec, 15)[-1:].repeat(12, 0), [], still)
+    assert told.count()["returns"] == 0 and len(told.held) <= 2
+
+
+@pytest.mark.parametrize("kind", world.CAPTIONS)
+def test_captions_of_every_motion_are_read_back_and_the_page_has_a_button_for_it(kind):
+    for seed in range(20):
+        w = make_world(WorldSpec(seed, kind))
+        assert score.motion_of(w.caption) == w.motion
+    assert score.motion_of("A calm sea.") is None
+    (motion,) = [motion for motion in live.MOTIONS.values() if motion.kind == kind]
+    assert re.fullmatch(world.GRAMMAR, World(0, (), 0., motion).caption)
+
+
+@pytest.fixture
+def served(session):
+    """A server without chunks: function (method, path, body, headers) -> status, text of the answer"""
+    server = live.Server(("127.0.0.1", 0), live.Handler)
+    server.session, server.names = session, {"localhost", "127.0.0.1"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+
+    def ask(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        headers = {name: value.format(port=port) for name, value in headers.items()}
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8", "replace"), dict(answer.headers)
+    ask.port = port
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status, method, path, body, headers", [
+    (200, "GET", "/", None, {}), (200, "GET", "/", None, {"Host": "localhost:{port}"}),
+    (200, "GET", "/live.js", None, {"Origin": "http://127.0.0.1:{port}"}),
+    (403, "GET", "/", None, {"Host": "evil.example:{port}"}), (403, "GET", "/", None, {"Host": "127.0.0.1:1"}),
+    (403, "GET", "/", None, {"Host": "10.0.0.1:{port}"}), (403, "GET", "/events", None, {"Origin": "null"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://evil.example"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "https://127.0.0.1:{port}"}),
+    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://127.0.0.1:1"}),
+    (404, "GET", "/live.py", None, {}), (404, "GET", "/../README.md", None, {}), (404, "POST", "/", b"{}", {}),
+    (413, "POST", "/steer", b" " * 4097, {}), (413, "POST", "/steer", b"", {"Content-Length": "9" * 5000}),
+    (411, "POST", "/steer", None, {"Content-Length": "x"}), (400, "POST", "/steer", b'{"tau": 2}', {}),
+    (204, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://localhost:{port}"}),
+    (204, "POST", "/steer", b'{"seed": 1, "prompt": "' + b"a" * 3970 + b'"' + b" " * 100 + b"}", {})])
+def test_the_server_answers_its_own_page_alone(status, method, path, body, headers, served, session):
+    got, text, sent = served(method, path, body, **headers)
+    assert got == status and (status < 400 or len(text.splitlines()) == 1)
+    assert "script-src 'self'" in sent["Content-Security-Policy"]
+    assert ("seed" in session.orders) == (status == 204)
+
+
+def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_one_that_goes_leaves_nothing(served, session, monkeypatch):
+    monkeypatch.setattr(live.Handler, "timeout", 1)
+    monkeypatch.setattr(live, "STALL", .4)
+    threads = threading.active_count()
+    stalled, reading = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
+    for viewer in (stalled, reading):
+        viewer.sendall(f"GET /events HTTP/1.0\r\nHost: localhost:{served.port}\r\n\r\n".encode())
+    stream = reading.makefile("r")
+    for i in range(40):
+        started = time.monotonic()
+        session.publish(id=i, strip="x" * 300_000)  # more than the sockets of one that does not read can hold
+        assert time.monotonic() - started < 1
+        told = {"id": -1}
+        while told["id"] < i:
+            line = stream.readline()
+            if line.startswith("data: "):
+                told = json.loads(line[6:])
+        assert told["id"] == i
+    reading.close(), stream.close(), stalled.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        session.publish(id=100)
+        time.sleep(.1)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--port 70000", "to 65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "-1"), ("--memory slofast", "slowfast"),
+    ("--port {taken}", "another --port")])
+def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, capsys):
+    monkeypatch.setattr(live, "load_networks", None)  # refused before anything is loaded
+    monkeypatch.setattr("sys.argv", ["live.py", *words.format(taken=served.port).split()])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        config.run(live.main)
+    signal.signal(signal.SIGTERM, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and told in line
+
+
+@contextmanager
+def running_live(*words):
+    """live.py as a process of its own -> the process, its address"""
+    command = [sys.executable, HERE / "live.py", "--no-browser", "--port", "0", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
+def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
+    with running_live() as (process, _):
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130 and process.stderr.read() == ""
+
+
+def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, monkeypatch, tmp_path):
+    cfg = live.Config(wan=str(raw), out=str(tmp_path / "o"), size="32x32", prompt="a calm sea")
+    networks = weights.load_networks(cfg, "", [cfg.prompt], torch.device("cpu"), torch.float32)
+    full = live.Session(cfg, networks)
+    full.make_chunk()
+    full.ask(full.read_order(b'{"prompt": "a storm rises"}'))  # encoded now
+    told = full.make_chunk()
+    assert told["strip"].startswith("data:image/jpeg") and frames_of_message(told).shape == (12, 32, 32, 3)
+    assert told["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
+    with pytest.raises(BadInput, match="cannot be"):
+        full.read_order(b'{"ground": "Snow"}')
+    full.save(tmp_path / "full.mp4")
+    assert iio.imread(tmp_path / "full.mp4", plugin="FFMPEG").shape == (21, 32, 32, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.speed
+def test_an_hour_of_the_live_page_takes_no_more_memory_than_its_first_minutes():
+    import resource
+    cfg, peak = live.Config(steps=1), []
+    session = live.Session(cfg, weights.load_networks(cfg, config.STUDENT, [], torch.device("cpu"), torch.float32))
+    for chunk in range(3000):
+        session.publish(**session.make_chunk())
+        if chunk in (300, 2999):
+            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
+    assert peak[1] - peak[0] < 10, peak  # MiB
+
+
+# What a page shows, read back from its canvas: the number of the frame, a fingerprint, and its ground's colour
+WATCH = """() => {
+  const canvas = document.getElementById("video"), pen = canvas.getContext("2d");
+  window.seen = [];
+  const look = () => {
+    requestAnimationFrame(look);
+    const frame = Math.round(16 * Number(document.getElementById("made").textContent));
+    if (frame === window.seen.at(-1)?.frame) return;
+    const {data} = pen.getImageData(0, 0, canvas.width, canvas.height);
+    const hash = data.reduce((sum, value, i) => (sum * 31 + value) % 1000000007, 7);
+    window.seen.push({frame, hash, ground: [...data.slice(-64 * 4 * 4, -64 * 4 * 3)], at: Date.now()});
+  };
+  look();
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -r requirements-dev.txt")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is missing: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def tabs(browser):
+    """Two tabs of one live page, once memory is full, and the server's process"""
+    with running_live() as (process, url):
+        tabs, errors = [browser.new_page(reduced_motion="reduce") for _ in range(2)], []
+        for tab in tabs:
+            tab.on("pageerror", lambda error: errors.append(error))
+            tab.goto(url, wait_until="domcontentloaded")
+            tab.evaluate(WATCH)
+        until(tabs[0], lambda: held_in(tabs[0]) == [3, 12, 6])
+        yield tabs
+        assert not errors
+
+
+def until(tab, is_true):
+    for _ in range(300):
+        if is_true():
+            return
+        tab.wait_for_timeout(200)
+    raise AssertionError("not within a minute")
+
+
+def held_in(tab):
+    return [tab.locator(f"#{name} li:not(.dropped)").count() for name in ("sink", "slow", "fast")]
+
+
+def watched(tab, seconds):
+    tab.evaluate("window.seen.length = 0")
+    tab.wait_for_timeout(1000 * seconds)
+    return tab.evaluate("window.seen")
+
+
+def test_in_a_browser_frames_arrive_at_16_a_second_and_all_tabs_show_the_same(tabs):
+    """Where other work uses the machine some seconds are slower: one of many need not be."""
+    for _ in range(20):
+        first, second = watched(tabs[0], 2), tabs[1].evaluate("window.seen")
+        different = len({frame["hash"] for frame in first})
+        assert different <= 17 * 2
+        if different >= 12 * 2:
+            break
+    assert different >= 12 * 2
+    second = {frame["frame"]: frame for frame in second}
+    common = [(frame, second[frame["frame"]]) for frame in first if frame["frame"] in second]
+    assert len(common) > 10 and all(one["hash"] == other["hash"] for one, other in common)
+    assert np.median([abs(one["at"] - other["at"]) for one, other in common]) < 200  # ms
+
+
+def test_in_a_browser_the_ground_changes_within_two_seconds_of_a_click(tabs):
+    for ground in ("Snow", "Sand") * 8 + ("Snow",):
+        tabs[0].evaluate("window.seen.length = 0")
+        clicked = tabs[0].evaluate("Date.now()")
+        tabs[0].get_by_role("button", name=ground).click()
+        tabs[0].wait_for_timeout(3000)
+        shown = [frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == ground]
+        if shown and shown[0] < clicked + 2000 and ground == "Snow":
+            break
+    assert shown and shown[0] < clicked + 2000
+    assert tabs[1].get_by_label("Prompt").input_value().startswith("Snow.")
+    assert tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true"
+
+
+def ground_of(frame):
+    row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
+    return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
+
+
+def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs):
+    tabs[0].get_by_label("Memory").select_option("longlive")
+    until(tabs[1], lambda: held_in(tabs[1]) == [3, 0, 9])
+    assert tabs[1].locator("#count").inner_text() == "12"
+    tabs[0].get_by_label("Memory").select_option("slowfast")
+    until(tabs[1], lambda: held_in(tabs[1]) == [3, 12, 6])
+
+
+def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser):
+    hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
+    tabs[0].get_by_label("Prompt").fill(hostile)
+    tabs[0].get_by_role("button", name="Use").click()
+    until(tabs[1], lambda: tabs[1].get_by_label("Prompt").input_value() == hostile)
+    tabs[1].wait_for_timeout(1000)
+    assert all(tab.title() == "Watch it remember" for tab in tabs)
+    # another page of this machine
+    stranger = browser.new_page()
+    url = tabs[0].url
+    stranger.route("http://stranger.localhost/", lambda route: route.fulfill(body="<p>", content_type="text/html"))
+    stranger.goto("http://stranger.localhost/")
+    answers = []
+    stranger.on("response", lambda answer: answers.append(answer.status))
+    order = "url => fetch(url + 'steer', {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
+    stranger.evaluate(order, url)
+    stranger.close()
+    assert answers == [403]
+    assert tabs[0].get_by_label("seed").input_value() == "0"
+
+
+def test_in_a_browser_pause_restart_and_a_narrow_dark_page(tabs):
+    tabs[0].get_by_role("button", name="Pause").press("Enter")  # by keyboard
+    tabs[0].wait_for_timeout(1500)
+    assert len(watched(tabs[1], 1)) <= 1
+    tabs[0].get_by_label("seed").fill("5")
+    tabs[0].get_by_role("button", name="Restart").click()
+    until(tabs[1], lambda: float(tabs[1].locator("#made").inner_text()) < 3)
+    assert tabs[1].get_by_label("seed").input_value() == "5"
+    tabs[1].emulate_media(color_scheme="dark")
+    tabs[1].set_viewport_size({"width": 400, "height": 800})
+    assert tabs[1].evaluate("document.documentElement.scrollWidth") == 400
+    assert tabs[1].evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+
 # ---- what a run costs --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("build, config", [(WanVAE, WanVAEConfig()), (TAE, TAEConfig())], ids=["wan", "tae"])
-def test_the_estimate_of_a_full_size_run_is_its_weights_and_its_cache(build, config):
-    """By hand, bf16: 1560 tokens a latent; 30 layers of dim 1536; 18 latents held and 3 new."""
-    with torch.device("meta"):
-        dit, vae = DiT(DiTConfig()).bfloat16(), build(config).bfloat16()
-    size = 2 * sum(p.numel() for net in (dit, vae) for p in net.parameters())
-    cache = 30 * 1536 * 2 * (1560 * (3 * 18 + 2 * 3) + 2 * 512)
-    need = bench.memory_estimate(Networks(dit, vae, None, Sampler(), "", 832, 480))
-    assert need == size + cache and need < 12e9
-
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, made inside; fake tensors have sizes and no content."""
@@ -2832,6 +3582,40 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
         return made
+
+
+def bf16_net(build, config):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return build(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vae, config, most", [(WanVAE, WanVAEConfig(), 2.8e9), (TAE, TAEConfig(), 1.4e9)])
+def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(vae, config, most, monkeypatch):
+    """
+    Within 5 %, at 4 of 30 layers in bf16, memory full, as if decoding and the next chunk had their peaks at once.
+    A switch costs less than 10 MB a layer, of which 3 are the new text's.
+    """
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        dit, vae = bf16_net(DiT, replace(DiTConfig(), layers=4)), bf16_net(vae, config)
+        need = bench.memory_estimate(Networks(dit, vae, None, Sampler(), "", 832, 480))
+        text, other = (dit.text(torch.empty(1, 512, 4096)) for _ in range(2))
+        both = 4 * 2 * 512 * 1536 * 2
+        roll, past = Rollout(dit, text, PRESETS["slowfast"], (30, 52)), None
+        for i, x0 in enumerate(generate(roll, [0], 9, Sampler(steps=1), (16, 60, 104))):
+            made, before, live.peak = live.peak - both, live.now, live.now
+            if i in (0, 8):
+                video, past = vae.decode(x0, past)
+                del video
+                assert live.peak - before < most
+            decoding, live.peak = live.peak - before, live.now
+        assert need == pytest.approx(made + decoding, rel=.05)
+        roll.recache(other)
+        assert live.peak - both < made + 4 * 10e6
 
 
 class Flash(torch.autograd.Function):
@@ -2875,10 +3659,8 @@ def full_size_pass(part, nets, teacher):
             roll.memory.push(roll.entries(torch.arange(3)[None], frames(3), kv), torch.ones(1) > 0)
             roll.chunk += 1
         trace = dmd.rollout(roll, [1.], 0, lambda *_: frames(3), 7, 7)
-    torch.clear_autocast_cache()
     trace.exits = trace.exits[-1:]  # of the last chunk, which sees as much as any
     dmd.student_step(net, teacher, nets["critic"], features, trace, t, frames(21), grid, 3., features)
-    torch.clear_autocast_cache()
     trace.entries = trace.exits = []  # a critic's rollout has none
     dmd.critic_step(nets["critic"], features, trace, t, frames(21), grid)
 
@@ -2901,7 +3683,7 @@ def test_the_estimate_of_training_is_what_fake_tensors_of_the_full_size_hold(par
             optimizer.step()
         optim.update_ema({part: average}, nets, .99)
         states = live.now
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             full_size_pass(part, nets, teacher)
     for devices in (1, 8):
         measured = live.peak - states * (devices - 1) / devices
@@ -2923,7 +3705,7 @@ def test_the_formula_of_a_pass_is_what_a_pass_does():
     assert bench.flops(config, 96, 18) == pytest.approx(count.get_total_flops(), rel=.01)
 
 
-def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
+def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
     words = ["--wan", "random:32x1", "--size", "32x32", "--steps", "1", "--vae", "tae", "--bench"]
     frames, _ = sampled(tmp_path, *words)
     told = capsys.readouterr().out
@@ -2934,15 +3716,20 @@ def test_bench_prints_one_table_at_any_size(sampled, tmp_path, capsys):
     assert [name for name, *_ in rows] == ["DiT only", "TAE"] and not len(frames)
     for _, fps, share in rows:
         assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
+    parts = re.findall(r"^([a-z ]+?) +(\d) +([\d.]+)$", told, re.M)
+    *names, whole = (name for name, *_ in parts)
+    assert set(names) == {"read memory", "pass", "decode", "to the host", "clean pass"} and whole == "a chunk"
+    *ms, total = (int(times) * float(median) for _, times, median in parts)
+    assert total == pytest.approx(sum(ms), abs=.01) and min(ms) > 0
 
 
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = ("config rope memory world video judge flow model vae wan_vae text weights bench erft dmd "
-         "checkpoint optim data report causal stages evaluate metrics sample train").split()
+ORDER = ("config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft dmd "
+         "checkpoint optim data probe report paper figures causal stages evaluate metrics sample live train").split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
-SCRIPTS = {"evaluate", "metrics", "sample", "train"}
+SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 PACKAGES = {"torch", "einops", "safetensors", "imageio", "tqdm", "numpy"} | {"PIL", "imageio_ffmpeg"}  # imageio's own
 # imported where they are used
 OPTIONAL = {"psutil", "ftfy", "tokenizers", "transformers", "matplotlib"}
@@ -2969,7 +3756,7 @@ def test_imports_go_one_way_and_packages_are_the_six(name):
     everywhere = imports_of(ast.walk(tree))
     ours = everywhere & set(FILES)
     assert all(ORDER.index(other) < ORDER.index(name) for other in ours), ours
-    assert ours & SCRIPTS <= ({"evaluate"} if name == "train" else set())
+    assert not ours & SCRIPTS
     assert name not in METHOD or ours <= METHOD
     # packages
     assert imports_of(tree.body) - ours <= PACKAGES
@@ -3008,7 +3795,7 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 50_200)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 64_850)], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     assert sum(tokens_by_line((HERE / f"{name}.py").read_text("utf-8")).total() for name in names) <= most
 
@@ -3026,9 +3813,11 @@ DEMOS = {  # something true that each demo says
     "wan_vae": "latent 4 -> frames 13..16, 0e+00 from those decoded at once",
     "world": "Grass. The camera looks from west 90 degrees to the right and back, every 12 seconds.",
     "judge": "magenta over blue   5.1 s away, now blue over red       WRONG",
+    "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
     "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
     "causal": "######...###",
+    "paper": "| LTX-Video | bidirectional | 1.9B | 8.98 | 80.00 |",
 }
 
 
@@ -3044,7 +3833,7 @@ def test_the_demo_of_a_file_shows_what_it_says(name, tmp_path, monkeypatch, caps
 
 def test_every_demo_is_run():
     shown = {name for name in FILES if "\nif __name__" in (HERE / f"{name}.py").read_text("utf-8")}
-    assert shown - SCRIPTS - {"report"} == set(DEMOS)  # report.py takes a CSV
+    assert shown - SCRIPTS == set(DEMOS)
 
 
 # ---- the small world: what is drawn follows the caption, and captions never tell the houses ----------------
@@ -3367,14 +4156,25 @@ def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_r
 
 # ---- the miniature's numbers: what an evaluation tells is what the judge read ------------------------------
 
-def video_row(returns, seed=0, memory="slowfast", worlds="text", **measured):
+FIRST = report.EvalSet("student")
+
+
+def video_row(returns, seed=0, memory="slowfast", worlds="text", kind=None, weights="student", **measured):
     """A line of the CSV; returns: (absence, right, held) of each landmark that was due back."""
-    events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0}
+    events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0, "left": 100}
               for absence, right, held in returns]
-    plain = {"caption": "Sand.", "made_by": "w p", "psnr": [27.] * 4, "landmarks": [seed] * 8, "turning": 1.,
-             "jumps": 0, "minutes": 1.}
-    return report.Video(report.EvalSet("student", memory, worlds=worlds), WorldSpec(world.HELD_OUT + seed),
-                        reappearances=events, **plain | measured)
+    plain = {"caption": "Sand.", "made_by": "w p", "cost": 1., "psnr": [27.] * 4, "landmarks": [seed] * 8,
+             "turning": 1., "jumps": 0, "minutes": 1.}
+    eval_set = report.EvalSet(weights, memory, worlds=worlds)
+    return report.Video(eval_set, WorldSpec(world.HELD_OUT + seed, kind), reappearances=events, **plain | measured)
+
+
+def by_set(*videos):
+    """-> EvalSet -> videos"""
+    rows = {}
+    for video in videos:
+        rows.setdefault(video.eval_set, []).append(video)
+    return rows
 
 
 def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_memory_does_not_bridge():
@@ -3383,6 +4183,12 @@ def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_me
     assert report.recall(videos, 6) == [(1, 1), (1, 2)]
     assert report.ceiling(videos, 6) == [(1, 1), (1, 2)]
     assert report.recall(videos) == [(2, 2), (1, 3)]
+
+
+def test_drift_is_that_of_the_last_ten_seconds_from_the_first_ten():
+    videos = [video_row([], psnr=[30., 28., 7., 7., 26., 25.]), video_row([], psnr=[1., 2., 3.])]
+    assert report.drift(videos) == [(-3.5, 1)]  # no video of 15 s
+    assert report.last_validity(videos) == [(25., 1), (3., 1)]
 
 
 def test_intervals_are_over_videos():
@@ -3394,67 +4200,223 @@ def test_intervals_are_over_videos():
     assert np.diff(report.estimate(normal)[[1, 2]]) == pytest.approx(2 * 1.96 / 20, rel=.1)
 
 
-@pytest.mark.parametrize("gain, spread, verdict", [
-    (.05, 0, "yes"), (-.05, 0, "no"), (0, .1, "not significant")])
-def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
-    """Videos differ far more than the two rows do; the order of the lines does not matter."""
+def noisy_rows(gain, spread):
+    """Jumps of 64 videos that differ far more than the two rows do"""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
     theirs = [video_row([], i, jumps=x) for i, x in enumerate(hard)]
     ours = [video_row([], i, jumps=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
+    return ours, theirs
+
+
+@pytest.mark.parametrize("gain, spread, verdict", [
+    (.05, 0, "yes"), (-.05, 0, "no"), (0, .1, "not significant")])
+def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
+    """The order of the lines does not matter."""
+    ours, theirs = noisy_rows(gain, spread)
     strangers = [video_row([], 100 + i, jumps=9 * gain) for i in range(64)]
     assert report.better(ours, strangers + theirs[::-1], report.jumps) == verdict
     assert report.better(ours, strangers, report.jumps) == "no data"
+    assert report.better(ours[:7], theirs, report.jumps) == report.better(ours, theirs, report.recall) == "no data"
     assert report.jumps([video_row([], jumps=3, minutes=2.)]) == [(3, 2.)]  # a minute
 
 
-def test_half_way_is_where_recall_has_fallen_half_the_way_from_its_best_to_chance():
+def test_half_way_is_where_recall_that_can_only_fall_is_half_way_to_chance():
     falls = {2: True, 3: False, 4.5: True, 6: True, 9: False, 12: False}
     videos = [video_row([(s, right, True) for s, right in falls.items()], i) for i in range(24)]
-    for video in videos[::4]:  # what comes before the best is no fall
+    for video in videos[::4]:
         video.reappearances[0]["right"] = False
-    assert report.luck(videos) == 0
-    assert report.half_way(videos) == pytest.approx(7.5)
-    assert np.isnan(report.half_way(videos, report.ceiling))
-    two_kinds = [replace(video, landmarks=[i % 2] * 8) for i, video in enumerate(videos)]
-    assert report.half_way(two_kinds) == pytest.approx(6 + 3 * (1 - 11 / 23) / 2)  # chance is 11 / 23
-    assert np.isnan(report.half_way(videos[:9]))  # nine returns a point are too few
+    assert report.luck(videos) == 0 and report.mean(report.detail(videos)) == .75
+    # that it rises from 0 to 1 and 1 is chance
+    assert report.falling(videos, report.recall) == [(2, .75), (3, 2 / 3), (4.5, 2 / 3), (6, 2 / 3), (9, 0), (12, 0)]
+    assert report.half_way(videos) == pytest.approx(6 + 3 * (2 / 3 - .375) * 1.5)
+    assert report.half_way(videos, report.ceiling) == math.inf
+    some = [replace(video, landmarks=[i % 4] * 8) for i, video in enumerate(videos)]
+    level = (.75 + 5 / 23) / 2  # chance is 5 / 23
+    assert report.half_way(some) == pytest.approx(6 + 3 * (2 / 3 - level) * 1.5)
+    alike = [replace(video, landmarks=[i < 20] * 8) for i, video in enumerate(videos)]
+    assert np.isnan(report.half_way(alike)) and np.isnan(report.half_way(videos[:9]))  # nine returns a point
 
 
-@pytest.mark.parametrize("right, met", [(8_999, "no"), (9_000, "yes")])
-def test_a_target_is_met_by_the_number_and_not_by_its_rounding(right, met):
+@pytest.mark.parametrize("text, real, met", [(8_999, 9_000, "no"), (9_000, 8_999, "no"), (9_000, 9_000, "yes")])
+def test_a_target_is_met_from_both_starts_and_by_the_number_not_its_rounding(text, real, met):
     """8,999 of 10,000 returns are 89.99 %, which the table shows as 90.0."""
-    videos = [video_row([(6., i < right, True) for i in range(10_000)])]
-    lines = report.target_table({videos[0].eval_set: videos}, "student")
-    assert f"| recall after 6 s, % | 90 | 90.0 | {met} |" in lines
-    assert "| recall after 15 s, % | 80 | - | no data |" in lines
+    starts = [video_row([(6., i < right, True) for i in range(10_000)], worlds=worlds)
+              for worlds, right in (("text", text), ("real", real))]
+    table = report.targets(by_set(*starts), FIRST)
+    assert f"| recall after 6 s, % | at least 90 | 90.0 | 90.0 | {met} |" in report.markdown("", table)
+    assert "| recall after 15 s, % | at least 80 | - | - | no data |" in report.markdown("", table)
+    assert report.targets(by_set(starts[0]), FIRST)[0]["met"] == "no data"
+
+
+def test_a_cut_csv_loses_its_last_line_and_a_bad_one_is_named(tmp_path, capsys):
+    path, rows = tmp_path / "a.csv", [video_row([], seed) for seed in range(3)]
+    report.append_csv(path, rows)
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    assert report.read_csv(path) == rows[:2] and path.read_bytes() == b"".join(content.splitlines(True)[:3])
+    assert "the last line was cut short" in capsys.readouterr().err
+    report.append_csv(path, rows[2:])
+    assert path.read_bytes() == content and report.read_csv(path) == rows
+    lines = content.splitlines(True)
+    for line in (lines[2].replace(b"[", b"x"), b"1,2\r\n", lines[2][:-2] + b",more\r\n"):
+        path.write_bytes(b"".join([*lines[:2], line, lines[3]]))
+        with pytest.raises(BadInput, match="a.csv, line 3: .*take the line out"):
+            report.read_csv(path)
+
+
+def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_jumps_are_to_be_few():
+    kinds = [("turn", 1.), ("linger", 1.), ("aside", 1.2), ("aside", 1.)]
+    videos = [video_row([], i, worlds=worlds, kind=kind, turning=rate, jumps=1)
+              for worlds in ("text", "real") for i, (kind, rate) in enumerate(kinds)]
+    table = {row["target"]: row for row in report.targets(by_set(*videos), FIRST)}
+    assert table["steady turns, %"]["met"] == "yes" and table["steady turns, %"]["from text"] == 100
+    assert table["steady looks aside, %"]["met"] == "no" and table["steady looks aside, %"]["from text"] == 50
+    assert table["jumps a minute"]["met"] == "yes"
+
+
+@pytest.mark.parametrize("theirs, met", [(0, "yes"), (6, "no"), (8, "no")])
+def test_the_student_must_be_better_than_its_start_by_intervals_that_do_not_touch(theirs, met):
+    rows = [video_row([(6., i < right, True)] * 9, i, worlds=worlds, weights=weights)
+            for worlds in ("text", "real") for weights, right in (("student", 8), ("stage1", theirs))
+            for i in range(9)]
+    table = {row["target"]: row for row in report.targets(by_set(*rows), FIRST)}
+    assert table["recall: from the interval of stage1 up to ours, points"]["met"] == met
+    assert table["recall: from the interval of init_ar up to ours, points"]["met"] == "no data"
+    assert table["steady: from the interval of stage1 up to ours, points"]["met"] == "no"  # they touch
 
 
 def test_the_csv_gives_back_what_was_written(tmp_path):
     first, second = video_row([(6., True, False)]), video_row([], 3, worlds="teacher")
+    first.eval_set = replace(first.eval_set, tau=.9, steps=2)
     second.world = WorldSpec(world.HELD_OUT, "turn", 8, counterfactual=True)
-    report.append_csv(tmp_path / "a.csv", [first])
-    report.append_csv(tmp_path / "a.csv", [second])
-    assert report.read_csv(tmp_path / "a.csv") == [first, second]
-    assert (tmp_path / "a.csv").read_text().startswith("weights,memory,positions,worlds,teacher,seed,kind,")
+    path = tmp_path / "a.csv"
+    report.append_csv(path, [first])
+    report.append_csv(path, [second])
+    assert report.read_csv(path) == [first, second]
 
 
-def test_tables_show_each_row_beside_the_first_of_its_worlds():
+def test_tables_hold_numbers_and_show_each_row_beside_the_first_of_its_worlds(tmp_path):
     good = [video_row([(6., True, True)], i) for i in range(9)]
     bad = [video_row([(6., False, True)], i, "window", psnr=[25., 29., 28., 28.5]) for i in range(9)]
-    text = "\n".join(report.all_tables({video[0].eval_set: video for video in (good, bad)}, "student"))
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in tables)
-    assert "| slowfast | bounded | text | 100.0 [100.0, 100.0] | 9 | 100.0 [100.0, 100.0] | 0.0 | -" in text
-    assert "| 0.0 [0.0, 0.0] |  |" in text
-    assert "| 28.5 [28.5, 28.5] | -0.5 [-0.5, -0.5] | 100.0 [100.0, 100.0] | 0.0 [0.0, 0.0] | yes |" in text
-    assert "| student | window | bounded | text | - | - | - | 0.0 [0.0, 0.0] | - |" in text  # by absence
+    tables = report.all_tables(by_set(*good, *bad), FIRST)
+    first, second = tables[report.ALL]
+    assert first["returns"] == 9 and first["recall, %"].tolist() == [100, 100, 100] and first[report.BESIDE] == ""
+    assert second["drift"] == pytest.approx([1.25] * 3) and second["recall, %"][0] == 0
+    assert second[report.BESIDE] == "lower"
+    report.write(tables, "student", tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text("utf-8")
+    assert "| student | slowfast | bounded | text | 100.0 [100.0, 100.0] | 9 | 100.0 [100.0, 100.0] | 0.0 | -" in text
+    parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(parts) == sum(map(bool, tables.values())) == 5
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in parts)
+
+
+def test_the_frontier_tells_reach_and_detail_of_each_kind_of_motion_apart():
+    rows = [video_row([(6., kind == "turn", True), (24., False, True)], i, worlds="returns", kind=kind)
+            for kind in ("turn", "aside") for i in range(12)]
+    turn, aside = report.all_tables(by_set(*rows), FIRST)[report.FRONTIER]
+    assert (turn["motion"], aside["motion"]) == ("turn", "aside")
+    assert turn["detail, %"][0] == 100 and turn["half-way, s"] == 15 and turn["6 s"][0] == 100
+    assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"])
+
+
+def test_of_an_hour_the_entropy_of_landmarks_and_their_agreement_with_the_first_minute_are_told():
+    maps = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, -1, -1, -1, -1, -1, -1], [9] * 8]
+    rows = by_set(video_row([], worlds="hour", psnr=[27., 26., 25., 24.], landmarks=maps))
+    row, = report.all_tables(rows, FIRST)[report.HOUR]
+    by_minute = {minute: [row[f"{minute} min: {what}"][0] for what in ("dB", "entropy", "as in the first, %")]
+                 for minute in (1, 5, 15, 60)}
+    assert by_minute == {1: [27, 3, 100], 5: [26, 2, 50], 15: [25, 1, 100], 60: [24, 0, 0]}
+
+
+# ---- the paper's tables beside ours ------------------------------------------------------------------------
+
+def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_columns():
+    scores = dict.fromkeys([*(f"{name}_{t}" for name in ("dino", "clip_f", "clip_t") for t in metrics.SECONDS),
+                            "background", "subject"], 12.34)
+    tables = paper.beside(scores)
+    systems = {row["system"] for table in tables.values() for row in table}
+    wanted = {"LTX-Video", "Wan2.1", "SkyReels-V2", "MAGI-1", "CausVid", "NOVA", "Pyramid Flow", "LongLive",
+              "Self Forcing, chunk-wise", "Self Forcing++", "Rolling Forcing", "Infinity-RoPE", "FramePack-F1"}
+    assert wanted <= systems
+    first, second, third = (table[-1] for table in tables.values())
+    assert first["dino_60"] == first["clip_t_10"] == first["subject"] == third["background"] == 12.34
+    assert second["60s subject"] == 12.34 and math.isnan(second["5s subject"]) and math.isnan(third["total"])
+    longlive = tables["table1"][1]
+    assert (longlive["dino_60"], longlive["context_length"]) == (86.26, "3.0 s")
+    short = paper.beside(scores | {"dino_10": math.nan, "dino_60": math.nan})["table2"][-1]
+    assert short["5s subject"] == 12.34 and math.isnan(short["60s subject"])
+    assert all(len({tuple(row) for row in table}) == 1 for table in tables.values())
+
+
+@pytest.mark.parametrize("ours, theirs, word", [
+    (9, 0, "agrees"), (0, 9, "does not"), (5, 5, "not significant"), (9, None, None)])
+def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ours, theirs, word):
+    """In the paper LongLive is less consistent than its method, of higher quality over 60 s."""
+    rows = [video_row([(6., (5 * i + right) % 9 < right, True)], i, memory, "returns", psnr=[right] * 4)
+            for memory, right in (("slowfast", ours), ("longlive", theirs)) if right is not None
+            for i in range(9)]
+    table = paper.orderings(by_set(*rows), FIRST)
+    found = {(row["against"], row["score"]): row["the ordering"] for row in table}
+    other = {"agrees": "does not", "does not": "agrees"}.get(word, word)
+    names = ["dino_60", "subject", "60s subject", "60s quality"]
+    assert found == {("LongLive", name): other if "quality" in name else word for name in names if word}
+    assert not word or (table[0]["its own there"], table[0]["theirs there"]) == (87.89, 86.26)
+
+
+# ---- the figures -------------------------------------------------------------------------------------------
+
+def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_frontier(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    memories = [*PRESETS, "uniform3", "uniform6"]
+    rows = by_set(*(video_row([(s, i % 3 > 0, True) for s in (6., 24.)], i, memory, "returns", kind)
+                    for kind in report.KINDS for memory in memories for i in range(12)))
+    figures.draw_forgetting(figure, rows, FIRST)
+    shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert all(len(names) <= 5 and names[0] == "slowfast" for names in shown)
+    assert sorted({name for names in shown for name in names}) == sorted(PRESETS)
+    figure.clear()
+    figures.draw_frontier(figure, rows, FIRST)
+    shown = [[line.get_label() for line in axes.lines[:-1]] for axes in figure.axes[:3]]  # the last is chance
+    assert shown == [["uniform1", "uniform2", "uniform3", "uniform6", "slowfast"]] * 3
+    figures.draw_all(rows | by_set(video_row([], worlds="hour", landmarks=[[1] * 8] * 4)), FIRST, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "frontier.png", "drifting.png"}
+
+
+def test_the_strip_shows_a_landmark_that_one_policy_brings_back_and_the_other_does_not(tmp_path):
+    def real(memory, seed, right, left=100, absence=7., shown=3):
+        event = {"sector": 2, "left": left, "absence": absence, "shown": shown, "right": right}
+        return replace(video_row([], seed, memory, "real"), reappearances=[event])
+
+    pairs = [(True, True, {}), (True, False, {"absence": 5.}), (True, False, {"shown": -1}),
+             (True, False, {"left": 165}), (True, False, {})]  # only the last will do
+    rows = by_set(*(real(memory, i, right, **more) for i, (a, b, more) in enumerate(pairs)
+                    for memory, right in (("slowfast", a), ("longlive", b))))
+    assert evaluate.forgotten(rows, FIRST) == (WorldSpec(world.HELD_OUT + 4), 2, 100)
+    whole = np.zeros(300, bool)
+    whole[[*range(10, 21), *range(80, 99), 90, *range(200, 211), *range(280, 290)]] = True
+    assert evaluate.middles(whole, 100) == (89, 205)
+    frames = np.arange(30, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(32, 2).repeat(64, 3)
+    figures.draw_strip([frames, frames], [np.array([5, 7, 9])] * 2, (True, False), tmp_path / "strip.png")
+    picture = iio.imread(tmp_path / "strip.png")
+    height, width = picture.shape[0] // 2, picture.shape[1] // 3
+    middles = picture[height // 2::height, width // 2::width, 0]
+    assert middles.tolist() == [[5, 7, 9]] * 2
+    edges = picture[::height, ::width]
+    assert (edges[0, 0] == edges[0, 2]).all() and (edges[1, 0] == edges[0, 0]).all()
+    assert (edges[1, 2] == figures.WRONG).all() and (edges[:, 1] == 255).all()
+
+
+# ---- videos of the small world are made, measured, and counted once ----------------------------------------
+
+FILES_OF_WEIGHTS = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
 
 
 def measured(frames):
     spec = WorldSpec(world.HELD_OUT + 3, "turn", 12)
     keep = torch.ones(84, dtype=torch.bool)
-    return evaluate.measure(frames, world.make_world(spec).motion, keep, PRESETS["slowfast"], 0)
+    return probe.measure(frames, world.make_world(spec).motion, keep, PRESETS["slowfast"], 0)
 
 
 def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
@@ -3477,11 +4439,11 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
         pasts.append(past)
         return past[:, :1].expand(-1, 21, -1, -1, -1)
 
-    monkeypatch.setattr(evaluate, "extend", extend)
+    monkeypatch.setattr(probe, "extend", extend)
     networks = weights.load_tiny(WEIGHTS / "teacher.safetensors", torch.device("cpu"))
-    specs = evaluate.held_out(3)
-    frames, keep = evaluate.continue_teacher(networks, specs, 1, 2, shuffle)
-    real = evaluate.conditions(networks, specs, 1)[1]
+    specs = probe.held_out(3)
+    frames, keep = probe.continue_teacher(networks, specs, 1, 2, shuffle)
+    real = probe.conditions(networks, specs, 1)[1]
     assert torch.equal(pasts[0], real[whose])
     assert [past.shape[1] for past in pasts] == [3, 24]
     assert frames.shape == (3, 177, 3, 32, 64) and keep.tolist() == [[True, False] * 7 + [True]] * 3
@@ -3489,14 +4451,14 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
 
 def test_a_probe_tells_what_came_back_right_and_what_memory_held():
     """Real videos are right whatever the memory holds; one that keeps nothing new ends with the first 3.5 s."""
-    specs = evaluate.held_out(2)
+    specs = probe.held_out(2)
     frames = [(clip(spec, 0, 225) * 255).round().astype(np.uint8) for spec in specs]
     none = torch.zeros(2, 19, dtype=torch.bool)
-    found = evaluate.read_probe(specs, frames, none)
+    found = probe.read_probe(specs, frames, none)
     assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 5 and found["validity"] > 40
-    assert evaluate.read_probe(specs, frames, torch.arange(19).expand(2, -1) % 2 == 0)["ceiling"] == 1
+    assert probe.read_probe(specs, frames, torch.arange(19).expand(2, -1) % 2 == 0)["ceiling"] == 1
     frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
-    assert evaluate.read_probe(specs, frames, none)["recall"] < .8
+    assert probe.read_probe(specs, frames, none)["recall"] < .8
 
 
 def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
@@ -3509,9 +4471,9 @@ def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policie
 
 
 def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch):
-    probe = {False: {"recall": 2, "chance": .5}, True: {"recall": 1, "chance": .7}}
-    monkeypatch.setattr(evaluate, "probe_teacher", lambda networks, specs, shuffle=False: probe[shuffle])
-    found = evaluate.check_teacher_uses_context(None, [])
+    numbers = {False: {"recall": 2, "chance": .5}, True: {"recall": 1, "chance": .7}}
+    monkeypatch.setattr(probe, "probe_teacher", lambda networks, specs, shuffle=False: numbers[shuffle])
+    found = probe.check_teacher_uses_context(None, [])
     assert found == {"teacher_recall": 2, "teacher_shuffled_recall": 1, "teacher_chance": .5}
 
 
@@ -3521,15 +4483,32 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_names_one(tau, monke
     if tau:
         monkeypatch.setitem(PRESETS, "uniform2", replace(PRESETS["uniform2"], tau=tau))
     eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
-    batch = evaluate.Batch(eval_set, [], WEIGHTS / "stage2.safetensors", "", torch.device("cpu"))
-    networks, _, given, chunks, used, positions, swap = evaluate.make_videos(batch)
+    batch = evaluate.Batch(eval_set, [], FILES_OF_WEIGHTS, "", torch.device("cpu"))
+    networks, _, given, chunks, used, positions, swap, _ = evaluate.make_videos(batch)
     assert used == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
     assert (given, chunks, positions, swap) == (14, 5, "bounded", True)
+    # what the EvalSet says goes before both
+    batch.eval_set = replace(eval_set, tau=.7, steps=2)
+    asked, _, _, _, used, *_ = evaluate.make_videos(batch)
+    assert used.tau == .7 and asked.sampler == replace(networks.sampler, steps=2)
+
+
+def test_of_an_hour_some_minutes_are_decoded_and_a_teacher_goes_on_from_stage_1_or_from_real_video(monkeypatch):
+    monkeypatch.setattr(evaluate, "continue_student", lambda *given: given[-1])
+    monkeypatch.setattr(evaluate, "continue_teacher", lambda *given, student: student and student.name)
+
+    def made(weights, worlds, **more):
+        eval_set = report.EvalSet(weights, "uniform2", worlds=worlds, **more)
+        return evaluate.make_videos(evaluate.Batch(eval_set, [], FILES_OF_WEIGHTS, "", torch.device("cpu")))
+
+    assert made("stage2", "hour") is probe.decode_minutes and made("stage2", "text") is probe.decode_frames
+    assert made("teacher", "after stage1", teacher=True) == load_tiny(FILES_OF_WEIGHTS["stage1"], torch.device("cpu")).name
+    assert made("teacher", "after real", teacher=True) is None
 
 
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
     x = torch.arange(8).view(4, 2)
-    assert evaluate.swap_neighbours(x).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+    assert probe.swap_neighbours(x).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
     first, second, *_ = specs = evaluate.worlds_of("swapped", 7, 5)
     assert len(specs) == 6 and second == replace(first, counterfactual=True)
     assert first.seed == evaluate.worlds_of("text", 2, 5)[0].seed == world.HELD_OUT + 5
@@ -3539,13 +4518,91 @@ def test_the_shipped_student_is_evaluated_from_its_file():
     """The path from a preset's name to a line of the CSV, with networks: 4 s after real video."""
     eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
     specs = evaluate.worlds_of("swapped", 4, 0)
-    batch = evaluate.Batch(eval_set, specs, WEIGHTS / "stage2.safetensors", "w p", torch.device("cpu"))
+    batch = evaluate.Batch(eval_set, specs, FILES_OF_WEIGHTS, "w p", torch.device("cpu"))
     videos = evaluate.run_batch(batch)
     assert [video.world for video in videos] == specs and len(videos[0].psnr) == 1
     pairs = report.follows(videos)
     assert report.number(pairs) >= 8 and report.mean(pairs) > .6  # returns show the other world's landmarks
     own = [replace(v, world=replace(v.world, counterfactual=not v.world.counterfactual)) for v in videos]
     assert report.mean(report.follows(own)) < .2 and report.mean(report.recall(videos)) < .2
+
+
+def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late():
+    specs = evaluate.worlds_of("returns", 24, 0)
+    kinds = [make_world(spec).motion.kind for spec in specs]
+    assert len(set(specs)) == 24 and [kinds.count(kind) for kind in report.KINDS] == [8, 8, 8]
+    longest = {kind: [evaluate.longest_absence(spec, 1005) for spec in specs if spec.kind == kind] for kind in kinds}
+    assert all(absences == sorted(absences) for absences in longest.values())
+    assert min(longest["turn"]) < 7 and max(longest["turn"]) > 27 and min(longest["aside"]) < 3
+    # the judge finds these returns in a video of the world
+    last = evaluate.worlds_of("returns", 3, 0)[0]
+    events = reappearances(read_video(clip(last, 0, 1005)), make_world(last).motion)
+    absences = sorted(event.absence for event in events if not event.in_sink)
+    assert absences[-2] == pytest.approx(evaluate.longest_absence(last, 1005), abs=.2)
+
+
+def test_a_world_in_which_nothing_comes_back_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(evaluate.LENGTHS, "returns", evaluate.Length(0, 2))  # 1.3 s
+    evaluate.candidates.cache_clear()
+    with pytest.raises(BadInput, match="landmarks come back in 0 of 64 worlds of the motion 'turn'"):
+        evaluate.worlds_of("returns", 3, 0)
+    evaluate.candidates.cache_clear()
+
+
+def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slots():
+    sets = [s for s in evaluate.eval_sets(FIRST, (.9, .97)) if s.worlds == "returns"]
+    policies = [evaluate.policy_of(s, .94) for s in sets]
+    slots = [p for p in policies if (p.sink, p.slow, p.fast) == (3, 12, 6)]
+    assert sorted(p.interval for p in slots if p.keep == "uniform") == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.tau for p in slots if p.keep == "surprisal") == [.9, .94, .97]
+
+
+def test_of_an_hour_four_minutes_are_decoded_and_measured(monkeypatch):
+    """Frames that show their number: each minute ends with its last frame."""
+    monkeypatch.setattr(probe, "decode_frames", lambda vae, latents: 4 * latents.numpy().repeat(4, 1))
+    frames = probe.decode_minutes(None, torch.arange(14_403)[None])
+    ends = [960 * minute for minute in report.MINUTES]
+    assert frames.shape == (1, 3840) and [frames[0, 960 * i + 959] for i in range(4)] == pytest.approx(ends, abs=12)
+    spec = WorldSpec(world.HELD_OUT, "turn", 12)
+    first, other = clip(spec, 0, 960), clip(replace(spec, counterfactual=True), 0, 960)
+    found = probe.measure_minutes(np.concatenate([first, other, first, first[:1].repeat(960, 0)]), make_world(spec).motion)
+    assert found["landmarks"][0] == found["landmarks"][2] == list(make_world(spec).landmarks) != found["landmarks"][1]
+    assert min(found["psnr"]) > 40 and found["turning"] == pytest.approx(1, abs=.01) and len(found["psnr"]) == 4
+
+
+def test_a_teacher_goes_on_from_a_students_video():
+    cpu = torch.device("cpu")
+    networks, student = (load_tiny(FILES_OF_WEIGHTS[name], cpu) for name in ("teacher", "stage1"))
+    specs = probe.held_out(1)
+    frames, _ = probe.continue_teacher(networks, specs, 2, 1, student=student)
+    own, _ = continue_student(student, specs, 0, 2, probe.PROBED)
+    assert frames.shape == (1, 105, 3, 32, 64) and np.abs(frames[:, :21].astype(int) - own).max() <= 1
+
+
+def test_what_makes_a_video_is_in_its_key(tmp_path):
+    """Other weights, another preset, other code; comments and layout of code do not count."""
+    files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1")}
+    for name, path in files.items():
+        path.write_text(name)
+    made_by = [evaluate.made_by(report.EvalSet(name, "window"), files) for name in ("one", "two")]
+    assert made_by[0] != made_by[1]
+    assert all(line.endswith(" " + repr(PRESETS["window"])) for line in made_by)
+    after = report.EvalSet("one", "uniform2", worlds="after stage1")
+    before = evaluate.made_by(after, files)
+    files["stage1"].write_text("other")
+    assert evaluate.made_by(after, files) != before
+    # code
+    texts = ["a = 1", "a  =  1  # one", "a = 2"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.py").write_text(text)
+    prints = [evaluate.fingerprint([tmp_path / f"{i}.py"]) for i in range(3)]
+    assert prints[0] == prints[1] != prints[2]
+    # all that evaluate.py imports, but what makes tables and figures of what is known
+    reached = {"evaluate"}
+    for name in ORDER[::-1]:
+        if name in reached:
+            reached |= imports_of(ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8")))) & set(FILES)
+    assert set(evaluate.CODE) == reached - {"report", "paper", "figures"}
 
 
 @pytest.fixture
@@ -3561,6 +4618,7 @@ def run_evaluate(tmp_path, monkeypatch, capsys):
         return (videos * 255).round().astype(np.uint8), keep.expand(len(videos), -1)
 
     monkeypatch.setattr(evaluate, "make_videos", real_videos)
+    monkeypatch.setattr(figures, "draw_all", lambda *given: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
 
     def run(words):
@@ -3572,34 +4630,64 @@ def run_evaluate(tmp_path, monkeypatch, capsys):
 
 
 def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monkeypatch):
-    words = "--quick --memory infinity --worlds 2"
+    words = "--quick --memory infinity --worlds 3"
     text, made = run_evaluate(words)
     again, made_again = run_evaluate(words)
-    assert (made, made_again) == (2, 0) and again == text
+    assert (made, made_again) == (3, 0) and again == text
     monkeypatch.setitem(PRESETS, "infinity", Policy(0, 0, 15))
     edited, made = run_evaluate(words)
     row, edited_row = (re.search(r"\| stage2 \| infinity \| .*", x)[0].split("|") for x in (text, edited))
-    assert made == 2 and edited_row[6] == row[6]  # so many returns: the old lines do not count
+    assert made == 3 and edited_row[6] == row[6]  # so many returns: the old lines do not count
 
 
-def test_a_policy_of_ones_own_gets_its_row_and_its_curve_by_one_line(run_evaluate, monkeypatch):
+def test_rows_count_the_worlds_that_are_asked_for(run_evaluate):
+    few, _ = run_evaluate("--quick --memory infinity --worlds 3")
+    run_evaluate("--quick --memory infinity --worlds 3 --seed 50")
+    again, made = run_evaluate("--quick --memory infinity --worlds 3")
+    assert made == 0 and again == few
+
+
+def test_a_policy_of_ones_own_gets_its_row_its_curve_and_its_reach_by_one_line(run_evaluate, monkeypatch):
     """Its videos are real ones: landmarks come back after 30 s, and are right."""
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 24, 6, "uniform", interval=3))
-    text, _ = run_evaluate("--quick --memory mine --worlds 20")
+    text, _ = run_evaluate("--quick --memory mine --worlds 12")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| stage2 | mine | bounded |")]
-    summary, curve = rows
-    assert int(summary[5]) > 50 and summary[4] == "100.0 [100.0, 100.0]"
+    summary, curve = rows[:2]
+    assert int(summary[5]) > 50 and summary[4] == "100.0 [100.0, 100.0]" and summary[8] == "beyond"
     assert curve[-1] == "100.0 [100.0, 100.0] |"
-    assert report.EvalSet("stage2", "mine") in evaluate.eval_sets("stage2")
+    # ... and, not named, in both evaluations
+    for quick in (False, True):
+        assert report.EvalSet("stage2", "mine", worlds="returns") in evaluate.eval_sets(report.EvalSet("stage2"), (), quick)
 
 
-def test_other_weights_make_other_videos(tmp_path):
-    files = {name: tmp_path / name for name in ("one", "two", "text", "vae")}
-    for name, path in files.items():
-        path.write_text(name)
-    made_by = [evaluate.made_by(report.EvalSet(name, "window"), files) for name in ("one", "two")]
-    assert made_by[0] != made_by[1]
-    assert all(line.endswith(" " + repr(PRESETS["window"])) for line in made_by)
+def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", Policy(3, 6, 12, "uniform", interval=3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
+    monkeypatch.setattr(figures, "draw_all", lambda *given: None)
+    monkeypatch.setattr(evaluate, "make_strip", lambda *given: None)
+
+    def run_batch(batch):
+        maps = {"landmarks": [[1] * 8] * 4} if batch.eval_set.worlds == "hour" else {}
+        rows = [video_row([(6., True, True)], **maps) for _ in batch.specs]
+        return [replace(row, eval_set=batch.eval_set, world=spec, made_by=batch.made_by)
+                for row, spec in zip(rows, batch.specs)]
+
+    monkeypatch.setattr(evaluate, "run_batch", run_batch)
+    monkeypatch.setattr(sys, "argv", f"evaluate.py --device cpu --out {tmp_path} --worlds 9 --steps 2".split())
+    evaluate.main()
+    text = (tmp_path / "evaluate.md").read_text("utf-8")
+    titles = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
+    assert titles == ["Targets", report.ALL, report.CURVES, report.FRONTIER, report.ASSUMPTIONS, report.HOUR,
+                      "What it cost", "The paper's orderings"]
+    rows = [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| stage2 | mine, 2 steps |")]
+    assert rows == ["returns"] * 5 + ["hour"]  # of all, its curve, and by three kinds of motion
+    assert text.count("uniform6, 2 steps") == 5 and text.count("| teacher | uniform2 |") == 4
+
+
+def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
+    run_evaluate("--quick --memory uniform1 --worlds 3")
+    text, made = run_evaluate("--quick --memory uniform1 --worlds 3 --tau .5 --steps 2")
+    assert made == 3 and "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
@@ -3663,11 +4751,14 @@ def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
 
 def test_a_file_of_prompts_has_one_a_line_in_utf_8(tmp_path):
     file = tmp_path / "prompts.txt"
-    for content, told in ((None, "cannot read"), (b"\xff\xfea\x00", "cannot read"), (b" \n\n", "no prompts")):
+    for content, told in ((None, "cannot read"), (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts")):
         if content is not None:
             file.write_bytes(content)
         with pytest.raises(BadInput, match=told):
             read_prompts(file)
+    for encoding in ("utf-8", "utf-16"):
+        file.write_text(" a calm\u2028sea \n\nein Bär\n", encoding)
+        assert read_prompts(file) == ["a calm\u2028sea", "ein Bär"]
     file.write_bytes(b"\xef\xbb\xbf a calm sea \r\n\r\nein B\xc3\xa4r\xe2\x80\xa8lacht\n")
     assert read_prompts(file) == ["a calm sea", "ein Bär\u2028lacht"]
 
@@ -3697,6 +4788,12 @@ def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(weights, "TextEncoder", None)
         wan_text(raw, tmp_path, prompts, torch.device("cpu"))
+    # a file that was cut short is made again
+    (cut, *_) = tmp_path.glob("*.safetensors")
+    content = cut.read_bytes()
+    cut.write_bytes(content[:-9])
+    wan_text(raw, tmp_path, prompts, torch.device("cpu"))
+    assert cut.read_bytes() == content
     os.utime(raw / T5, ns=(1, 1))
     features(["storm"])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
@@ -3742,14 +4839,16 @@ def load_raw(raw, ckpt="", size="32x32", vae="wan", dtype=torch.float32, prompts
 def test_saved_weights_come_back_with_what_made_them(tmp_path):
     net, facts = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32), {"sampler": {"steps": 4}}
     file = tmp_path / "net.safetensors"
-    save_weights(file, net.state_dict(), net.config, facts, torch.float32)
+    save_weights(file, net.state_dict(), net.config, facts)  # float32, for the next stage
     got, told = load(file, DiT, DiTConfig)
     assert told == facts and replace(got.config, patch=tuple(got.config.patch)) == net.config
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), net.parameters(), strict=True))
     with pytest.raises(BadInput, match="give --wan"):
         load_tiny(file, "cpu")
-    save_weights(file, net.state_dict(), net.config, facts)  # shipped in bf16
-    assert read_file(file)[0]["head.head.bias"].dtype == torch.bfloat16
+    weights.ship(file, tmp_path / "shipped")
+    state, about = read_file(tmp_path / "shipped" / "net.safetensors")
+    assert about == read_file(file)[1]
+    assert all(torch.equal(state[name], p.bfloat16()) for name, p in net.state_dict().items())
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
@@ -3758,23 +4857,52 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path,
         Path(path).write_bytes(b"half")
         raise error
     write_safetensors(tmp_path / "a", {"x": torch.ones(3)})
-    monkeypatch.setattr(weights, "save_file", cut)
+    monkeypatch.setattr(tensors, "save_file", cut)
     with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a: .*disk full"):
         write_safetensors(tmp_path / "a", {"x": torch.zeros(3)})
     assert torch.equal(read_file(tmp_path / "a")[0]["x"], torch.ones(3))
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_students_of_every_public_form_load_the_same_weights(raw, tmp_path):
+WRAPPINGS = {  # how training code wraps a state dict
+    "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
+    "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
+    "comfy": lambda s: prefixed("model.diffusion_model.", s), "shadow": lambda s: {"ema": {"shadow": s}},
+    "empty ema": lambda s: {"generator_ema": {}, "generator": {k: torch.nn.Parameter(v) for k, v in s.items()}}}
+
+
+def prefixed(prefix, state):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def save_shards(state, folder):
+    names = sorted(state)
+    files = {name: f"m-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    folder.mkdir()
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, folder / file)
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+CONTAINERS = {  # under names that tell something else
+    "a.ckpt": lambda s, path: torch.save(s, path), "b.safetensors": lambda s, path: torch.save(s, path),
+    "c.bin": lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False),
+    "d.pt": lambda s, path: save_file(s, path), "folder": save_shards}
+
+
+@pytest.mark.parametrize("name", [*WRAPPINGS, *CONTAINERS])
+def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path):
     want, _ = read_public(raw / DIT)
-    compiled = {"_orig_mod.model." + k: v for k, v in want.items()}
-    forms = [want, {"model": want}, {"generator": compiled, "critic": {}}]
-    for form in forms:
-        torch.save(form, tmp_path / "form.pt")
-        got, _ = read_public(tmp_path / "form.pt")
-        assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-    student = load_raw(raw, raw.parent / "student.pt").dit.state_dict()  # averages before raw weights
-    assert all(torch.equal(student[k], want[k] + .01) for k in want)
+    path = tmp_path / (name if name in CONTAINERS else "form.pt")
+    CONTAINERS.get(name, CONTAINERS["a.ckpt"])(WRAPPINGS.get(name, WRAPPINGS["flat"])(want), path)
+    got, _ = read_public(path)
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    if name == "folder":
+        with pytest.raises(BadInput, match="one of several files"):
+            read_file(path / "m-00001-of-00002.safetensors")
+    if name == "flat":
+        student = load_raw(raw, raw.parent / "student.pt").dit.state_dict()  # averages before raw weights
+        assert all(torch.equal(student[k], want[k] + .01) for k in want)
 
 
 def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
@@ -3798,7 +4926,7 @@ def test_random_networks_have_the_proportions_of_the_full_size():
 
 
 FOREIGN = {
-    "is a LoRA": lambda s: {"generator": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}},
+    "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "critic_lora": {}, "step": 1},
     "is a 14B": lambda s: s | {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)},
     "image-to-video": lambda s: s | {"patch_embedding.weight": torch.zeros(64, 36, 1, 2, 2)},
     "it has no 'patch_embedding.weight'": lambda s: {"conv.weight": torch.zeros(3)},
@@ -3806,7 +4934,17 @@ FOREIGN = {
     "Missing key.*blocks.1": lambda s: {k: v for k, v in s.items() if "blocks.1" not in k},
     "Unexpected key.*extra.*size mismatch for head.head.bias":
         lambda s: s | {"extra": torch.zeros(1), "head.head.bias": torch.zeros(3)},
+    "is quantised .torch.int8": lambda s: {k: v.to(torch.int8) for k, v in s.items()},
+    "is quantised .torch.float8": lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
+    "is quantised: fetch": lambda s: s | {"scaled_fp8": torch.zeros(1)},
+    "layout of diffusers": lambda s: {k.replace("self_attn", "attn1"): v for k, v in s.items()},
+    "has width 128, .*config.json says 64: .*without --wan":
+        lambda s: s | {"patch_embedding.weight": torch.zeros(128, 16, 1, 2, 2)},
+    "holds a list": lambda s: [1, 2], "two tensors of one name": lambda s: s | prefixed("module.", s),
+    "blocks.1.ffn.0.weight is not finite": lambda s: s | {"blocks.1.ffn.0.weight": s["blocks.1.ffn.0.weight"] / 0},
 }
+NO_WEIGHTS = {"GGUF": b"GGUF" + bytes(99), "web page": b"<!doctype html><html>Entry not found", "empty.*fetch it again": b"",
+              "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "no file of tensors": b"hello"}
 
 
 @pytest.mark.parametrize("told", FOREIGN)
@@ -3818,6 +4956,138 @@ def test_foreign_weights_are_refused_by_name(told, raw):
     assert str(file) in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("told", NO_WEIGHTS)
+def test_what_is_no_file_of_weights_is_named_for_what_it_is(told, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(NO_WEIGHTS[told])
+    with pytest.raises(BadInput, match=told):
+        read_file(tmp_path / "a.safetensors")
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(BadInput, match="dcp_to_torch"):
+        read_file(tmp_path)
+
+
+def flip_bit(path, share=.7):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_wrong_bit_in_any_file_is_told_and_no_verify_takes_it(raw, tmp_path, refused):
+    own, state = tmp_path / "own.safetensors", tmp_path / "a.pt"
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
+    save_weights(own, net.state_dict(), net.config, {"stage": "x"})
+    torch.save(net.state_dict(), state)
+    for path, share in ((own, .7), (own, .04), (state, .7)):  # in its tensors, and in what it says of itself
+        good = path.read_bytes()
+        flip_bit(path, share)
+        with pytest.raises(BadInput, match=f"{path.name}.*damaged" if share == .7 else path.name):
+            read_file(path)
+        if share == .7:
+            assert len(read_file(path, verify=False)[0]) == len(net.state_dict())
+        path.write_bytes(good)
+        read_file(path)
+    flip_bit(raw / VAES["wan"])
+    words = ["--wan", raw, "--seconds", ".1", *SMALL_WAN[:4], "--prompt", "a storm"]
+    assert f"{VAES['wan']} (" in refused(*words)
+    load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("config, facts, told", [
+    ({"layers": 10 ** 9}, {}, "layers"), ({"dim": 1e9}, {}, "dim"), ({"dim": True}, {}, "dim"), ({"heads": 5}, {}, "heads"),
+    ({"patch": [0, 1]}, {}, "patch"), ({"patch": 3}, {}, "patch"), ({"text_len": 10 ** 8}, {}, "text_len"),
+    ({"dim": math.nan}, {}, "dim"), ({"dim": 64}, {}, "size mismatch"), ({"width": 64}, {}, "another kind"), ({}, 3, "facts"),
+    ({}, {"sampler": {"steps": math.inf}}, "steps"), ({}, {"sampler": []}, "sampler"), ({}, {"sampler": {"pool": "x"}}, "pool")])
+def test_what_weights_say_of_themselves_is_believed_within_bounds_alone(config, facts, told, tmp_path):
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
+    about = {"config": asdict(net.config) | config, "facts": facts}
+    save_file(net.state_dict(), tmp_path / "a", {"about": json.dumps(about)})
+    with pytest.raises(BadInput, match=told) as refused:
+        load(tmp_path / "a", DiT, DiTConfig)
+    assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3}', "{}", "9" * 10 ** 5])
+def test_metadata_that_is_no_object_is_told(about, tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "a", {"about": about})
+    with pytest.raises(BadInput, match="cannot read|another kind"):
+        load(tmp_path / "a", DiT, DiTConfig)
+
+
+@pytest.mark.parametrize("sizes, told", [({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
+                                         ({"text_len": None}, "text_len"), ([], "JSON object")])
+def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
+    stated = json.loads((raw / "config.json").read_text())
+    (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
+    with pytest.raises(BadInput, match=f"config.json.*{told}"):
+        load_raw(raw)
+
+
+# a pair for one weight, (out, rank) and (rank, in), under the names that programs give it
+LORAS = {
+    "peft": lambda up, down: {"base_model.model.blocks.0.self_attn.q.lora_A.weight": down,
+                              "base_model.model.blocks.0.self_attn.q.lora_B.weight": up},
+    "longlive": lambda up, down: {"generator_lora": {"base_model.model.model.blocks.0.self_attn.q.lora_A.default.weight": down,
+                                                     "base_model.model.model.blocks.0.self_attn.q.lora_B.default.weight": up}},
+    "comfy": lambda up, down: {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": down,
+                               "diffusion_model.blocks.0.self_attn.q.lora_up.weight": up,
+                               "diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.)},
+    "kohya": lambda up, down: {"lora_unet_blocks_0_self_attn_q.lora_down.weight": down,
+                               "lora_unet_blocks_0_self_attn_q.lora_up.weight": up,
+                               "lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(2.)},
+}
+
+
+@pytest.mark.parametrize("form", LORAS)
+@pytest.mark.parametrize("config", [False, True])
+def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
+    """alpha: 2 in the file, 3 in peft's adapter_config.json, else the rank, 4"""
+    up, down, path = noise(64, 4), noise(4, 64, seed=1), tmp_path / "lora.pt"
+    whole = read_public(raw / DIT)[0]
+    content = LORAS[form](up, down)
+    if form == "longlive":
+        content |= {"generator": prefixed("model.", whole), "critic_lora": {}, "step": 1}
+    torch.save(content, path)
+    if config:
+        (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 3}')
+    alpha = 2 if form in ("comfy", "kohya") else 3 if config else 4
+    name = "blocks.0.self_attn.q.weight"
+    want = whole[name] + alpha / 4 * up @ down
+    m = load_wan(raw, path if form == "longlive" else "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), path)
+    got = m.dit.state_dict()
+    close(got[name], want, 1e-5)
+    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name) and "lora.pt" in m.name
+    if form == "longlive":
+        plain = load_wan(raw, path, "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path)
+        assert torch.equal(plain.dit.state_dict()[name], whole[name]) and "holds a LoRA too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 64)}, "blocks.9.* no place"),
+    ({"blocks.0.self_attn.q.lora_B.weight": None}, "needs lora_A and lora_B"),
+    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 63)}, "needs lora_A and lora_B"),
+    ({"blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(64)}, "no place"),
+    ({"blocks.0.self_attn.q.alpha": torch.tensor(math.nan)}, "not finite")])
+def test_a_lora_that_does_not_fit_wholly_is_refused(change, told, raw, tmp_path):
+    pair = {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 64), "blocks.0.self_attn.q.lora_B.weight": torch.zeros(64, 4)}
+    torch.save({key: tensor for key, tensor in (pair | change).items() if tensor is not None}, tmp_path / "lora.pt")
+    with pytest.raises(BadInput, match=told):
+        load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), tmp_path / "lora.pt")
+
+
+def test_weights_that_were_not_made_for_this_use_are_warned_about(raw, sampled, tmp_path, capsys):
+    """And those that cannot be used at all are refused in one line."""
+    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "teacher.safetensors")
+    assert "comes from stage teacher, where a" in capsys.readouterr().err
+    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "init_ar.safetensors", "--seed", "1")
+    assert "stage" not in capsys.readouterr().err
+    sampled(tmp_path / "o", "--seconds", ".1", "--wan", raw, *SMALL_WAN[:4], "--prompt", "a")
+    assert "give a student of it by --ckpt" in capsys.readouterr().err
+    for words, told in ((["--ckpt", raw / DIT], "need --wan"), (["--lora", "a"], "needs --wan"),
+                        (["--wan", raw, "--ckpt", WEIGHTS / "stage2.safetensors"], "without --wan")):
+        assert sampled(tmp_path / "o", "--seconds", ".1", *words)[1] == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", [DIT, "config.json", T5, TOKENIZER, VAES["wan"], VAES["tae"]])
 def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
     vae = "tae" if name == VAES["tae"] else "wan"
@@ -3827,7 +5097,8 @@ def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
         with pytest.raises(BadInput, match=f"cannot read .*{name}.* fetch it again"):
             load_raw(raw, vae=vae, prompts=["a calm sea"])
     (raw / name).unlink()
-    with pytest.raises(BadInput, match=f"lacks {name}: " + ("curl -L" if name == VAES["tae"] else "hf download")):
+    fetch = "curl -L" if name == VAES["tae"] else "hf download"
+    with pytest.raises(BadInput, match=f"lacks {name}: {fetch}"):
         load_raw(raw, vae=vae)
 
 
@@ -3836,7 +5107,7 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run"),)
     torch.save({"model": Code()}, tmp_path / "code.pt")
-    with pytest.raises(BadInput, match="cannot read"):
+    with pytest.raises(BadInput, match="holds more than tensors"):
         read_public(tmp_path / "code.pt")
     assert not (tmp_path / "run").exists()
 
@@ -3903,6 +5174,19 @@ def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_ste
     assert all(found == full[0] for found in full) and full[0][1] == (1, 21 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
         roll.similarities[-1].item()  # what this test would have caught
+
+
+def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
+    """On the meta device, where tensors have no values, from Algorithm 1 to the gradients of every weight."""
+    with torch.device("meta"):
+        student, teacher, critic = (DiT(DiTConfig(256, 512, 2, 2, recompute=True)) for _ in range(3))
+        features, t, eps = torch.empty(1, 7, 4096), torch.empty(1), torch.empty(1, 21, 16, 8, 8)
+        with torch.no_grad():
+            roll = Rollout(student, student.text(features), PRESETS["slowfast"], (4, 4))
+    with torch.no_grad():
+        trace = dmd.rollout(roll, LEVELS, 1, lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta"), 14, 7)
+    dmd.student_step(student, teacher, critic, features, trace, t, eps, (4, 4), 3., features)
+    assert trace.context.shape[1] == 21 and all(p.grad is not None for p in student.parameters())
 
 
 def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
@@ -4000,6 +5284,85 @@ def test_broken_weights_are_told_in_one_line(refused, tmp_path):
         assert message in refused("--ckpt", tmp_path / name)
 
 
+# ---- on a GPU: whatever a first run there would meet --------------------------------------------------------
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.cuda.reset_peak_memory_stats()
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("words", [
+    "--seconds 8", "--seconds 8 --compile", "--seconds 8 --teacher", "--wan random --seconds 4",
+    "--wan random --seconds 8 --vae tae --compile", "--wan random --vae tae --bench"])
+def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, sampled, tmp_path, capsys):
+    words = words.split()
+    frames, code = sampled(tmp_path, *words, "--device", "cuda")
+    assert code == 0
+    if "--bench" in words:
+        assert "frames/s" in capsys.readouterr().out
+    else:
+        assert len(frames) == 16 * int(words[words.index("--seconds") + 1]) and frames.std() > 1
+    with capsys.disabled():
+        print("\n", torch.cuda.get_device_name(), *words, bench.peak_memory(gpu))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_first_frames_are_those_of_the_cpu(gpu, sampled, tmp_path):
+    there, here = (sampled(tmp_path / device, "--seconds", "2", "--dtype", "fp32", "--device", device)[0].astype(float)
+                   for device in ("cuda", "cpu"))
+    assert abs(there - here).mean() < 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stage", STAGES)
+def test_on_a_gpu_every_stage_trains_and_goes_on_with_what_belongs_to_the_host_there(stage, gpu, small_training, monkeypatch):
+    go, out = small_training
+    load_checkpoint, hosted = train.load_checkpoint, []
+
+    def watched(folder, nets, optimizers, others):
+        step = load_checkpoint(folder, nets, optimizers, others)
+        if step:
+            hosted.extend(state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state)
+            hosted.extend([others["bank"].errors] if "bank" in others else [])
+            assert {p.device.type for p in nets.parameters()} == {"cuda"}
+        return step
+    monkeypatch.setattr(train, "load_checkpoint", watched)
+    for _ in range(2):
+        go("--stage", stage, "--updates", "4", "--device", "cuda")
+        forget(out, stage, 4)
+    assert hosted and all(tensor.device.type == "cpu" for tensor in hosted)
+    for part in train.PARTS[stage]:
+        lines = logged(out / part)
+        assert [line["step"] for line in lines if line["step"]] == [1, 2, 3, 4, 3, 4]
+        assert all(line["skipped"] == 0 for line in lines if line["step"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_on_a_gpu_training_at_832x480_takes_the_memory_of_its_estimate(stage, gpu, tmp_path, capsys):
+    """Four layers of Wan's thirty, under torchrun on as many GPUs as there are, two at most."""
+    prompts, processes = tmp_path / "prompts.txt", min(2, torch.cuda.device_count())
+    prompts.write_text("a calm sea\na storm rises\n")
+    script = tmp_path / "one.py"
+    script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\nsys.argv[0] = 'train.py'\n"
+                      f"runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n"
+                      "print('peak', torch.cuda.max_memory_allocated())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = ["--wan", "random:1536x4", "--stage", stage, "--updates", "2", "--accumulate", "2", "--data", prompts]
+    told = subprocess.run([*torchrun, script, *words, "--device", "cuda", "--out", tmp_path / "out"],
+                          check=True, timeout=600, capture_output=True, text=True).stdout
+    peak = max(int(number) for number in re.findall(r"peak (\d+)", told))
+    net = DiT(DiTConfig(layers=4))
+    need = bench.training_memory(f"stage{stage}", net, 1560, processes)
+    with capsys.disabled():
+        print(f"\nstage {stage}, 4 layers, {processes} GPUs: {peak / 1e9:.1f} GB, estimated {need / 1e9:.1f}")
+    assert need == pytest.approx(peak, rel=.15)
+
+
 # ---- scores of real videos: the formulas of the paper and of VBench, on files ------------------------------
 
 def by_hand(features, other, fps):
@@ -4015,7 +5378,7 @@ def by_hand(features, other, fps):
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
-    got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], fps).values()]
+    got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], torch.arange(n) / fps).values()]
     np.testing.assert_allclose(got, by_hand(x, x[0], fps), atol=1e-5)
     assert np.isnan(got[0]) == (n == 1)
     assert np.isnan(got[1]) == (n in (152, 1))  # 153 frames reach the window of 10 s by one
@@ -4088,14 +5451,50 @@ def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
         assert float(rows["a-cat-1.mp4"][whole]) == pytest.approx(1, abs=1e-3)  # it stands still
         assert rows["a-dog-0.mp4"][whole] == "nan"
     assert rows["a-dog-0.mp4"]["prompt"] == "A dog."
+    # the means of videos so long, under the paper's
+    ours = [line for line in Path("out/videos.md").read_text().splitlines() if line.startswith("| these videos |")]
+    both = [100 * float(rows[f"a-cat-{i}.mp4"]["dino_10"]) for i in (0, 1)]
+    assert f" {sum(both) / 2:.2f} |" in ours[0] and len(ours) == 3
 
 
-def test_networks_without_all_their_weights_and_broken_videos_are_refused(score_videos, capsys):
+def test_any_video_is_scored_at_its_times_and_one_that_cannot_be_read_is_listed(score_videos, capsys, monkeypatch):
+    """Fake networks, as only files and times matter: a frame's feature is its mean grey."""
+    def load_network(option, folder, kinds):
+        def to(device):
+            return net
+        net = SimpleNamespace(to=to, device="cpu", config=SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=9)))
+        return net, lambda prompt, **more: SimpleNamespace(to=lambda device: {"prompt": prompt})
+    monkeypatch.setattr(metrics, "load_network", load_network)
+    grey = lambda frames: F.normalize(torch.stack([frames.float().mean((1, 2, 3)), torch.full((len(frames),), 100.)], 1))
+    monkeypatch.setattr(metrics, "dino_features", lambda net, frames: grey(frames))
+    monkeypatch.setattr(metrics, "clip_features", lambda net, frames, ids: (grey(frames), torch.tensor([[0., 1.]])))
+    # 12 s, of which the last 9 have a frame a second
+    film("in/TIMES.MKV", "color=black:s=32x32:r=25:d=12,geq=lum=16+18*T:cb=128:cr=128,select='lt(t,3)+not(mod(n,25))'",
+         "-fps_mode", "vfr", "-c:v", "ffv1")
+    whole = Path("in/a-cat-0.mp4").read_bytes()
+    Path("in/half-0.mp4").write_bytes(whole[:9999])
+    Path("in/noise-0.mp4").write_bytes(whole[:40000] + bytes(range(250)) * 40 + whole[50000:])
+    strange = os.fsdecode(b"m\xe4rz-0.mp4") if sys.platform == "linux" else "m\xe4rz-0.mp4"  # no text, where that can be
+    Path("in", strange).write_bytes(whole)
+    (Path("in") / "folder.mp4").mkdir()
+    made = {"file": "a-dog-0.mp4", "prompt": "一只狗 | 3: a cat", "seed": 0, "options": {}, "model": "", "sha256": ""}
+    Path("in/manifest.jsonl").write_text(json.dumps(made) + "\n{cut")
+    rows = score_videos("--videos in")
+    told = capsys.readouterr()
+    assert "skipped: cannot read the clip in/half-0.mp4 (moov" in told.out and "in/noise-0.mp4 is damaged" in told.out
+    assert set(rows) == {"TIMES.MKV", "a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", strange.encode("utf-8", "backslashreplace").decode()} and "line 2" in told.err
+    assert rows["a-dog-0.mp4"]["prompt"] == made["prompt"] and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
+    level = 18 * 10 / 219 * 255  # of the one frame near 10 s
+    assert float(rows["TIMES.MKV"]["clip_t_10"]) == pytest.approx(100 / math.hypot(level, 100), abs=.01)
+    assert rows["TIMES.MKV"]["clip_t_20"] == "nan"
+    # the list that made a set scores it
+    Path("list").write_text("一只狗 | 3: a cat\nA cat!\n", "utf-8-sig")
+    rows = score_videos("--videos in --prompts list")
+    assert {row["prompt"] for row in rows.values()} == {made["prompt"], "A cat!"} and len(rows) == 3
+
+
+def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     dino, *_ = random_networks("vit")
-    Path("in/half-0.mp4").write_bytes(Path("in/a-cat-0.mp4").read_bytes()[:9999])
-    with pytest.raises(SystemExit):
-        score_videos("--videos in --dino dino --clip clip")
-    assert "error: cannot read in/half-0.mp4" in capsys.readouterr().err
     biases = {name: x for name, x in dino.state_dict().items() if "bias" in name}
     save_file(biases, "dino/model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
@@ -4104,13 +5503,15 @@ def test_networks_without_all_their_weights_and_broken_videos_are_refused(score_
 
 
 @pytest.mark.parametrize("script, words, message", [
-    (metrics, "--videos nowhere", "no mp4"), (metrics, "--videos in --dino gone", "requirements-eval.txt"),
+    (metrics, "--videos nowhere", "no video"), (metrics, "--videos in --dino gone", "requirements-eval.txt"),
     (metrics, "--videos in --prompts no", "cannot read"),
-    (metrics, "--videos in --prompts dogs", "no line for a-cat"),
+    (metrics, "--videos in --prompts birds", "no video to score"),
     (metrics, "--videos in --out dogs/o", "cannot write to"), (evaluate, "--out dogs/o", "cannot write to"),
-    (evaluate, "--memory slofast", "did you mean slowfast?"), (evaluate, "--worlds -1", "above 0, not -1")])
+    (evaluate, "--memory slofast", "did you mean slowfast?"), (evaluate, "--worlds -1", "from 0 to"),
+    (evaluate, "--tau 2", "from -1 to 1"), (evaluate, "--steps 0", "from 1 to")])
 def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, message, score_videos, capsys, monkeypatch):
     Path("dogs").write_text("A dog.")
+    Path("birds").write_text("A bird.")
     monkeypatch.setattr(sys, "argv", ["script", *words.split()])
     with pytest.raises(SystemExit) as stop:
         config.run(script.main)

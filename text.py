@@ -11,6 +11,7 @@ References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and sha
 cleaning of prompts). Tested on golden vectors of the official code.
 Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
+import codecs
 import html
 import math
 import re
@@ -35,6 +36,10 @@ class TextConfig:  # the defaults are UMT5-XXL
     heads: int = 64
     layers: int = 24
     buckets: int = 32
+
+    def __post_init__(self):
+        if self.dim_attn % self.heads:
+            raise ValueError(f"dim_attn {self.dim_attn} must be a multiple of the heads, {self.heads}")
 
 
 END = 1  # the id of the mark that ends a text; 0 pads
@@ -150,6 +155,16 @@ def bytes_to_ids(captions, length=96):
     return ids, (ids > 0).long()
 
 
+def read_text(path):
+    """What a file of UTF-8 or, with its mark, UTF-16 holds, without the mark"""
+    try:
+        content = Path(path).read_bytes()
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the text {path}: {error}: write UTF-8") from None
+
+
 def check_prompt(prompt):
     """Raises BadInput for what is no text to an encoder; tabs and ends of lines are white space."""
     if not prompt.strip():
@@ -165,10 +180,8 @@ def check_prompt(prompt):
 
 def read_prompts(path, check=check_prompt):
     """A UTF-8 file, one prompt a line -> list of str; check(prompt) raises BadInput for a bad one."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the prompts {path}: {error}: write UTF-8, one a line") from None
+    # not splitlines(), which ends lines at marks within them too
+    lines = re.split(r"\r\n|\r|\n", read_text(path))
     prompts = []
     for number, line in enumerate(lines, 1):
         if line.strip():

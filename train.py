@@ -14,7 +14,9 @@ starts from and minimises stands in stages.py.
 
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
-that accumulates two batches. On two nodes --out must be a disk that both see. Each part of a stage writes
+that accumulates two batches; prompts are shuffled, and all are seen before any returns. In stages 1 and 2
+each pass of an update has a rollout, an exit step and a length of its own, equal in up to 8 batches, which 8
+devices run side by side. On two nodes --out must be a disk that both see. Each part of a stage writes
 out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
 <part>.safetensors, the averages.
 
@@ -39,7 +41,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import BadInput, StopSignals, check_writable, one_of, parse, pick_device, run  # first
+from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run,  # first
+                    whole_or_absent, within)
 
 import imageio.v3 as iio
 import numpy as np
@@ -53,12 +56,13 @@ import causal
 import erft
 import world
 from bench import training_memory
-from checkpoint import any_process, barrier, get_processes, get_rank, load_checkpoint, save_checkpoint
+from checkpoint import (any_process, barrier, get_processes, get_rank, keep_settings, load_checkpoint,
+                        save_checkpoint)
 from dmd import keyframe_histogram
-from evaluate import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
-from stages import TARGET_CHUNKS, encode_text, load_inputs, make_stage
+from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
+from stages import TARGET_CHUNKS, encode_text, hash_starts, load_inputs, make_stage
 from video import to_uint8
 from weights import save_weights
 from world import WorldSpec
@@ -82,6 +86,7 @@ class Config:
     seed: int = 0         # of the training run
     device: str = ""      # cuda | mps | cpu (default: the best there is)
     dtype: str = ""       # bf16 | fp32: autocast of the forward pass (default: bf16 where the device has it)
+    no_verify: bool = False  # take files as they are, without verifying their checksums
 
 
 # ---- settings of each part ---------------------------------------------------------------------------------
@@ -251,10 +256,11 @@ def save_strip(part, preset, step, inputs, ema, sampler, out):
     with inputs.autocast:
         videos = strip_videos(part, m, specs, captions, sampler)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
-    iio.imwrite(out / f"strip_{step:06d}.png", strip.cpu().numpy())
+    with whole_or_absent(out / f"strip_{step:06d}.png") as part:
+        iio.imwrite(part, strip.cpu().numpy())
 
 
-def save_networks(cfg, part, preset, inputs, ema, sampler):
+def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
     """The averaged weights, and what made them."""
     nets = whole_networks(ema)
     kept = {}
@@ -265,12 +271,12 @@ def save_networks(cfg, part, preset, inputs, ema, sampler):
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     batch = preset.batch * cfg.accumulate * get_processes()
     facts = {"stage": part, "seed": cfg.seed, "updates": preset.updates, "batch": batch, "lr": preset.lr,
-             "sampler": asdict(sampler), "kept": kept}
+             "passes": saved["passes"], "sampler": asdict(sampler), "kept": kept}
+    facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
         for name, net in nets.items():
             path = Path(cfg.out, part, f"{name}.safetensors")
-            # what ships is bfloat16; a next stage that starts there would not see how little it changes
-            save_weights(path, net.state_dict(), net.config, facts, torch.float32)
+            save_weights(path, net.state_dict(), net.config, facts)
             print(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
 
@@ -282,6 +288,17 @@ def settings(cfg, part):
     preset = WAN[part] if cfg.wan else TINY[part]
     return replace(preset, updates=cfg.updates or preset.updates, batch=cfg.batch or preset.batch,
                    lr=cfg.lr or preset.lr)
+
+
+# options that make a run what it is
+OF_A_RUN = ("seed", "accumulate", "teacher_context", "errors", "data", "wan", "size", "dtype")
+
+
+def describe(cfg, part, preset):
+    """What makes this run: other settings do not go on with it"""
+    told = {name: vars(cfg)[name] for name in OF_A_RUN}
+    told |= {"updates": preset.updates, "batch": preset.batch, "lr": preset.lr}
+    return told | hash_starts(cfg, part, preset)
 
 
 def write_log(out, numbers):
@@ -317,6 +334,7 @@ def train(cfg, part, device, stop):
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
     is_first = get_rank() == 0
+    saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
     bank = stage.states.get("bank")
     if part == "stage2" and is_first:
@@ -331,7 +349,7 @@ def train(cfg, part, device, stop):
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
     others = {"ema": ema, **stage.states}
-    step = load_checkpoint(out, nets, every_optimizer, others)
+    step = load_checkpoint(out, nets, every_optimizer, others, not cfg.no_verify)
     if part == "stage2" and step == 0 and is_first and not cfg.wan:
         check_teacher(out, inputs, stage.teacher)
 
@@ -363,8 +381,9 @@ def train(cfg, part, device, stop):
         bar.set_postfix({name: f"{value:.3g}" for name, value in latest.items()})
         bar.update()
         if bad_in_a_row == BAD_IN_A_ROW:
+            newest = max(map(str, out.glob("step_*")), default="none")
             raise SystemExit(f"stopped: {bad_in_a_row} updates in a row had a loss or gradient that is not "
-                             f"finite; the last good checkpoint is in {out}")
+                             f"finite; last good checkpoint: {newest}")
         # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)
@@ -376,15 +395,17 @@ def train(cfg, part, device, stop):
         print(f"stopped at update {step}; run the same command to go on")
         sys.exit(stop.code)
     stop.patient = False
-    save_networks(cfg, part, preset, inputs, ema, stage.sampler)
+    save_networks(cfg, part, preset, inputs, ema, stage.sampler, saved)
 
 
 def check(cfg):
     one_of("--stage", cfg.stage, PARTS)
     one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
-    if min(cfg.updates, cfg.batch, cfg.lr, cfg.accumulate - 1) < 0 or not 0 <= cfg.errors <= 1:
-        raise BadInput("--updates, --batch and --lr must be above 0, --accumulate at least 1, "
+    within("--lr", cfg.lr, 0, 1000)
+    within("--seed", cfg.seed, 0, 2 ** 63 - 1)
+    if min(cfg.updates, cfg.batch, cfg.accumulate - 1) < 0 or not 0 <= cfg.errors <= 1:
+        raise BadInput("--updates and --batch must be above 0, --accumulate at least 1, "
                        "--errors from 0 to 1")
     if cfg.wan and cfg.stage == "vae":
         raise BadInput("--stage vae is not for --wan: Wan2.1 is the base model, "

@@ -1,25 +1,26 @@
 """
 Video files in and out, the manifest beside them, frames and chunks of seconds, and the memory picture.
 
-Frames are uint8 (f, h, w, 3) here and 16 a second in every file. A chunk is 3 latents, 12 frames, 0.75 s; the
-first latent of a video holds one frame instead of four, so the first chunk has 9 frames.
+Frames are uint8 (f, h, w, 3) here, and 16 a second in every file that is written. A chunk is 3 latents, 12
+frames, 0.75 s; the first latent of a video holds one frame instead of four, so the first chunk has 9 frames.
+All videos are read by one reader, which lets ffmpeg decode whatever it can.
 
     python sample.py --seconds 60    # writes a video and its memory picture
 
 References: imageio's ffmpeg plugin; Wan's autoencoder (1 + 4 (n - 1) frames <-> n latents).
-Leaves out: sound, other rates than 16 frames a second.
+Leaves out: sound, writing other rates than 16 frames a second.
 """
 import json
-import logging
 import math
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont  # comes with imageio
@@ -41,6 +42,12 @@ FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.t
 MANIFEST = "manifest.jsonl"
 RECORD = {"file": str, "prompt": str, "seed": int, "options": dict, "model": str, "sha256": str}
 
+# what is read: ffmpeg turns it upright by itself; pixels are made square, missing lines of fields filled in
+SHOWN = "scale='max(iw*sar,4)':'max(ih,4)',setsar=1,yadif=deint=interlaced"
+HDR = re.compile("smpte2084|arib-std-b67")
+TONE_MAPPING = ("zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+                "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
+
 
 def frames_in(seconds):
     return max(1, round(seconds * FPS))
@@ -56,12 +63,40 @@ def chunk_at(second):
     return math.ceil((second * FPS + 3) / FRAMES)
 
 
+def decode_beside(vae, chunks, past=None):
+    """
+    Generator: decodes one chunk after another. On cuda in a stream of its own, while the next chunk is made:
+    frames come one chunk late, and nothing waits but for their own way to the host.
+    chunks  iterable of latents (1, 3, c, h, w)
+    past    from vae.decode(), of the chunks before
+    yields  frames (f, h, w, 3) uint8 on the host, is all of the chunk finite, and `past` of the last decoded
+    """
+    side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
+    under_way = []
+    for x0 in chain(chunks, [None]):
+        if x0 is not None:
+            if side is not None:
+                side.wait_stream(torch.cuda.current_stream())
+                x0.record_stream(side)
+            with torch.cuda.stream(side):  # None: changes nothing
+                decoded, past = vae.decode(x0, past)
+                made = to_uint8(decoded)[0], x0.isfinite().all() & decoded.isfinite().all()
+                made = [part.to("cpu", non_blocking=side is not None) for part in made]
+                under_way.append((*made, side and side.record_event()))
+        # all but the newest on cuda; the last one, too, at the end
+        while len(under_way) > (side is not None and x0 is not None):
+            frames, is_finite, arrived = under_way.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            yield frames, is_finite, past
+
+
 def to_uint8(video):
     """(..., 3, h, w) in [-1, 1] -> (..., h, w, 3) uint8"""
     return (video * 127.5 + 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
-# ---- files ------------------------------------------------------------------------------------------------
+# ---- files: out --------------------------------------------------------------------------------------------
 
 def find_ffmpeg():
     """The ffmpeg that imageio finds, or that IMAGEIO_FFMPEG_EXE names; BadInput where it does not run."""
@@ -129,18 +164,19 @@ def video_writer(path, comment="", scale=1):
     """
     with whole_or_absent(path) as part, TemporaryFile() as log:
         encoder = Encoder(part, comment, scale, log)
+        why = "it wrote nothing"
         try:
             yield encoder
             is_whole = encoder.finish()
-        # the pipe is broken: ffmpeg has ended, and says why
-        except OSError:
-            is_whole = False
+        # the pipe is broken: ffmpeg has ended, and may say why
+        except OSError as error:
+            is_whole, why = False, error
         finally:
             encoder.kill()
         if not is_whole:
             log.seek(0)
-            told = log.read().decode(errors="replace").strip().splitlines() or ["no frames came"]
-            raise BadInput(f"ffmpeg could not write {path}: {told[-1]}")
+            told = log.read().decode(errors="replace").strip().splitlines()
+            raise BadInput(f"ffmpeg could not write {path}: {told[-1] if told else why}")
 
 
 def read_manifest(folder):
@@ -161,6 +197,7 @@ def read_manifest(folder):
                 print(f"passed over: {path}, line {number}: {error}", file=sys.stderr)
     return records
 
+
 def add_to_manifest(folder, record):
     """One line more; a last line that a full disk cut short is ended first."""
     path = Path(folder, MANIFEST)
@@ -174,21 +211,89 @@ def add_to_manifest(folder, record):
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
+# ---- files: in ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Clip:
+    """A video file as a player shows it: upright, with square pixels, without interlacing, in BT.709."""
+    path: str
+    width: int         # in pixels
+    height: int
+    filters: str       # of ffmpeg, that make it so
+    damage: str = ""   # what ffmpeg found broken first
+    seconds: list = None  # when each frame is shown
+
+    def read(self, width, height, *options, rate=None):
+        """
+        Generator of all frames (height, width, 3) uint8, scaled and cut at the sides; then damage is known.
+        options  more of ffmpeg's
+        rate     frames a second (default: each frame of the file once, and then `seconds` is known)
+        """
+        cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
+        # any constant rate, so that ffmpeg neither drops nor repeats a frame
+        times = f"fps={rate}" if rate else "showinfo,settb=1/16,setpts=N,fps=16"
+        filters = f"{self.filters},{times},{cover},crop={width}:{height}"
+        words = decoding(self.path, filters, "-f", "rawvideo", "-pix_fmt", "rgb24", *options)
+        size = width * height * 3
+        count = 0
+        with TemporaryFile() as file:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file)
+            try:
+                while len(frame := process.stdout.read(size)) == size:
+                    count += 1
+                    yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+                process.wait()
+            finally:
+                process.kill()
+                process.communicate()
+            file.seek(0)
+            log = file.read().decode("utf-8", "replace")
+        self.damage = first_error(log)
+        self.seconds = [float(second) for second in re.findall(r"pts_time:([-\d.]+)", log)]
+        if not rate and count != len(self.seconds):
+            self.damage = self.damage or "its frames change their size"
+
+
+def decoding(path, filters, *options):
+    """ffmpeg's command that writes the frames of a file to its output, and tells of each message its level"""
+    # an absolute path behind file: is never taken for an option, an address or a pattern
+    source = ["-nostdin", "-nostats", "-loglevel", "level+info", "-i", f"file:{Path(path).absolute()}"]
+    return [find_ffmpeg(), "-hide_banner", *source, "-map", "0:V:0", "-vf", filters, *options, "-"]
+
+
+def first_error(log):
+    """The first that ffmpeg calls an error, '' if nothing"""
+    # at the start of a line, behind who says it: titles of videos may say anything
+    found = re.search(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (.*)", log, re.M)
+    return found[1].strip() if found else ""
+
+
+def open_clip(path):
+    """-> Clip; raises BadInput that says why the file cannot be read"""
+    cannot = f"cannot read the clip {path}"
+    if not Path(path).is_file():
+        cause = "it is a folder or a pipe" if Path(path).exists() else "there is no such file"
+        raise BadInput(f"{cannot}: {cause}")
+    # its first frame: a PPM, whose head says how large it is shown
+    one_frame = ["-frames:v", "1", "-f", "image2pipe", "-c:v", "ppm"]
+    probe = subprocess.run(decoding(path, SHOWN, *one_frame), stdin=subprocess.DEVNULL, capture_output=True)
+    log = probe.stderr.decode("utf-8", "replace")
+    size = re.match(rb"P6\s(\d+)\s(\d+)\s", probe.stdout)
+    if not size:
+        cause = "no video stream" if "matches no streams" in log else first_error(log) or "no frames"
+        raise BadInput(f"{cannot} ({cause}): give a video file")
+    filters = f"{SHOWN},{TONE_MAPPING}" if HDR.search(log) else SHOWN
+    return Clip(path, int(size[1]), int(size[2]), filters)
+
+
 def read_frames(path, width, height, most):
     """
     The first `most` frames of a video file at 16 a second, scaled and cut at the sides to width x height.
-    returns  (f, height, width, 3) uint8, and the file's own (width, height)
+    returns  (f, height, width, 3) uint8, and the Clip
     """
-    logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of every clip that is scaled
-    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
-    filters = f"fps={FPS},{cover},crop={width}:{height}"
-    try:
-        with imageio.get_reader(path, format="FFMPEG", output_params=["-vf", filters]) as reader:
-            size = reader.get_meta_data()["source_size"]
-            frames = list(islice(reader, most))
-    except (OSError, RuntimeError, ValueError, IndexError):
-        raise BadInput(f"cannot read the clip {path}: give a video file") from None
-    return np.array(frames, np.uint8).reshape(-1, height, width, 3), size
+    clip = open_clip(path)
+    frames = list(clip.read(width, height, "-frames:v", str(most), rate=FPS))
+    return np.array(frames, np.uint8).reshape(-1, height, width, 3), clip
 
 
 def read_clip(path, width, height, most):
@@ -196,7 +301,9 @@ def read_clip(path, width, height, most):
     What --continue goes on from: whole chunks from the end of a video file of fewer than `most` frames.
     returns  (12 m - 3, height, width, 3) uint8
     """
-    frames, _ = read_frames(path, width, height, most)
+    frames, clip = read_frames(path, width, height, most)
+    if clip.damage:
+        print(f"warning: {path} is damaged ({clip.damage}): going on from what can be read", file=sys.stderr)
     if not 9 <= len(frames) < most:
         raise BadInput(f"the clip {path} must have from 9 to {most - 1} frames at 16 a second: see --seconds")
     return frames[(len(frames) + 3) % FRAMES:]
@@ -206,6 +313,7 @@ def read_clip(path, width, height, most):
 
 def font_for(text):
     """-> the font, of those that are here, that has most letters of the text; the text as it can show it"""
+    # PIL's own font has ASCII alone
     fonts = [ImageFont.load_default(12)]
     for name in FONTS:
         try:

@@ -166,6 +166,26 @@ class Upsample(nn.Module):
         return x
 
 
+class Decoder(CausalSequential):
+    """
+    Its layers behind the last doubling of time take one frame after another, because their maps are as large
+    as the video: for four frames at once they would need three times the memory.
+    """
+    def forward(self, x, state):
+        layers = [self.conv1, self.middle, *self.upsamples, self.head]
+        doubles_time = [isinstance(layer, Upsample) and layer.time_conv is not None for layer in layers]
+        last = max(i for i, doubles in enumerate(doubles_time) if doubles)
+        x = CausalSequential(*layers[:last + 1])(x, state)
+        late = CausalSequential(*layers[last + 1:])
+        frames = []
+        for frame in x.split(1, dim=2):
+            # its slots, which the frame before has put at the back, to the front
+            if frames:
+                state.rotate(len(start(late)))
+            frames.append(late(frame, state))
+        return torch.cat(frames, dim=2)
+
+
 def residual_blocks(c_in, c_out, blocks):
     return [ResidualBlock(c_in, c_out), *(ResidualBlock(c_out, c_out) for _ in range(blocks - 1))]
 
@@ -201,7 +221,7 @@ def decoder(config):
     for c_in, c_out, time in zip(widths, widths[1:], reversed(HALVES_TIME)):
         layers.append(Upsample(c_in, time))
         layers += residual_blocks(c_in // 2, c_out, config.blocks + 1)
-    return CausalSequential(OrderedDict(
+    return Decoder(OrderedDict(
         conv1=CausalConv(config.channels, widths[0]),
         middle=middle(widths[0]),
         upsamples=CausalSequential(*layers),

@@ -1,35 +1,34 @@
 """
-All reading and writing of networks: this project's own weights files, the raw folder of Wan2.1-T2V-1.3B,
-public students trained from it, and random weights of its form.
+All networks from files: this project's own weights, the raw folder of Wan2.1-T2V-1.3B, public students of it,
+and random weights of its form.
 
     python weights.py          # what each shipped file holds, and what made it
+    python weights.py out/stage2/stage2.safetensors    # ships a file: a copy in weights/, in bfloat16
 
 A raw folder holds the DiT, its config.json, the text encoder with its tokenizer, and an autoencoder, under
-Wan's own file names. Public students are state dicts, flat or under "generator_ema", "generator" or "model",
-with whatever their training code wrapped around the names. Sizes are read off the tensors, names and shapes
-are checked strictly, no pickle runs code.
+Wan's own file names. Sizes are read off the tensors, names and shapes are checked strictly.
 
 References: Wan 2.1, arXiv 2503.20314; Self-Forcing, arXiv 2506.08009 (its checkpoints).
-Leaves out: LoRA, image-to-video and 14B models (refused by name).
+Leaves out: image-to-video and 14B models (refused by name).
 """
 import hashlib
-import json
 import re
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, one_of, whole_or_absent, within
+from config import BadInput, fast_layout, one_of, run, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
+from tensors import (in_one_line, make_checked, read_file, read_head, read_json, read_lora, read_public,
+                     write_safetensors)
 from text import TextConfig, TextEncoder, bytes_to_ids, clean, read_tokenizer, tokenise
 from vae import TAE, TAEConfig
 from wan_vae import WanVAE, WanVAEConfig
@@ -43,58 +42,43 @@ T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 
-TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
+# of config.json, and what is called otherwise there
+WAN_SIZES = ("dim", "ffn_dim", "heads", "layers", "freq_dim", "text_len")
+WAN_NAMES = {"heads": "num_heads", "layers": "num_layers"}
 
-# what training code leaves in names
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
 
 # stay float32: they are small, and what they do shows in bf16
 FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
 
+# what a file may say of how its network is sampled
+SAMPLER = {
+    "steps": (1, 1000),
+    "shift": (.01, 100),
+    "guidance": (0, 100),
+    "tau": (-1, 1),
+    "pool": ("mean", "token"),
+}
+
 
 # ---- files -------------------------------------------------------------------------------------------------
 
-def write_safetensors(path, tensors, about=None):
-    """A safetensors file, whole or not at all; about: its metadata, {name: text}"""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with whole_or_absent(path) as part:
-            save_file(tensors, part, about)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-
-
-def save_weights(path, state, config, facts, dtype=torch.bfloat16):
+def save_weights(path, state, config, facts):
     """config: the dataclass that rebuilds the network; facts: what made it (stage, updates, sampler, ...)"""
-    about = {"config": asdict(config), "facts": facts}
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    # one entry, because several would stand in the file in any order
-    write_safetensors(path, state, {"about": json.dumps(about)})
+    write_safetensors(path, state, {"config": asdict(config), "facts": facts})
 
 
-def read_file(path, device="cpu"):
-    """
-    A safetensors file or a pickle of tensors (.pt, .pth, states), mapped from disk rather than read.
-    returns  its content, and what a weights file of this project says about itself (else {})
-    """
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\3\4"  # as torch.save writes, whatever the file is called
-        if zipped:
-            return torch.load(path, map_location=device, weights_only=True, mmap=True), {}
-        with safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get("about", "{}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
-    # torch.load raises whatever the damage makes it meet
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise BadInput(f"cannot read {path} ({why}): check the path, or fetch it again") from None
+def ship(file, folder=WEIGHTS):
+    """A copy in bfloat16, to sample from: a stage that starts there would not see how little it changes."""
+    state, about = read_file(file)
+    state = {name: tensor.bfloat16() for name, tensor in state.items()}
+    write_safetensors(Path(folder, Path(file).name), state, about)
 
 
 def load_state_dict_strict(net, state, name="weights"):
     """
-    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ. A net on
-    the meta device takes the tensors themselves, types and all.
+    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ, or names a
+    tensor that is not finite. A net on the meta device takes the tensors themselves, types and all.
     """
     try:
         net.load_state_dict(state, assign=next(net.parameters()).is_meta)
@@ -108,33 +92,37 @@ def load_state_dict_strict(net, state, name="weights"):
     return net.eval().requires_grad_(False)
 
 
+def sizes_of(state):
+    """Most that sizes of a network can be whose tensors these are, and of its layers"""
+    most = max(max(tensor.shape, default=1) for tensor in state.values())
+    return max(4096, most), {"layers": (1, len(state))}
+
+
+def make_sampler(path, facts):
+    """The Sampler that a file's facts tell of"""
+    told = facts.get("sampler", {}) if isinstance(facts, dict) else None
+    if not isinstance(told, dict):
+        raise BadInput(f"{path}: its facts, and the sampler in them, must be JSON objects")
+    return make_checked(Sampler, told, f"{path}, facts, sampler", 1, SAMPLER)
+
+
 def load(path, build, make_config):
     """A network with its weights (float32), and its facts: build(make_config(**config)), filled by a file."""
     state, about = read_file(path)
-    try:
-        net = build(make_config(**about["config"]))
-    except (KeyError, TypeError):
-        raise BadInput(f"{path} is no {build.__name__} of this project: another kind of network?") from None
+    told = about.get("config")
+    if not isinstance(told, dict) or not set(told) <= {field.name for field in fields(make_config)}:
+        raise BadInput(f"{path} is no {build.__name__} of this project: another kind of network? Those of "
+                       "Wan's size need --wan")
+    # on the meta device, so that wrong sizes cost nothing
+    config = make_checked(make_config, told, f"{path}, config", *sizes_of(state))
+    make_sampler(path, about.get("facts"))
+    with in_one_line(path, "another kind of network?"), torch.device("meta"):
+        net = build(config)
     state = {name: tensor.float() for name, tensor in state.items()}
     return load_state_dict_strict(net, state, str(path)), about["facts"]
 
 
 # ---- public files: the raw Wan folder and students trained from it -----------------------------------------
-
-def read_public(path):
-    """-> state dict with bare names, and the facts of a file of this project (else {})"""
-    state, about = read_file(path)
-    # the weights stand at the top level, or under the first of these that is there
-    for key in ("generator_ema", "generator", "model"):
-        if key in state:
-            state = state[key]
-    if not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise BadInput(f"{path} holds no weights at top level nor under generator_ema, generator or model")
-    if any("lora" in key.lower() for key in state):
-        raise BadInput(f"{path} is a LoRA, not a whole model: merge it into its base model first")
-    state = {WRAPPERS.sub("", key).removeprefix("model."): tensor for key, tensor in state.items()}
-    return state, about.get("facts", {})
-
 
 def build_dit(state, path, config_file):
     """The DiT, whose sizes Wan's config.json states; refuses other models by their shapes."""
@@ -142,19 +130,13 @@ def build_dit(state, path, config_file):
     if dim == 5120 or channels != 16:
         raise BadInput(f"{path} is a 14B or image-to-video model (width {dim}, {channels} input channels): "
                        "only Wan2.1-T2V-1.3B and students of it run here")
-    try:
-        stated = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise BadInput(f"cannot read {config_file} ({error}): fetch it again") from None
-    config = DiTConfig(
-        dim=stated["dim"],
-        ffn_dim=stated["ffn_dim"],
-        heads=stated["num_heads"],
-        layers=stated["num_layers"],
-        freq_dim=stated["freq_dim"],
-        text_dim=state["text_embedding.0.weight"].shape[1],
-        text_len=stated["text_len"],
-    )
+    told = read_json(config_file)
+    sizes = {name: told.get(WAN_NAMES.get(name, name)) for name in WAN_SIZES}
+    sizes["text_dim"] = state["text_embedding.0.weight"].shape[1]
+    config = make_checked(DiTConfig, sizes, str(config_file), *sizes_of(state))
+    if dim != config.dim:
+        raise BadInput(f"{path} has width {dim}, {config_file} says {config.dim}: "
+                       "networks of the small world run without --wan")
     return DiT(config)
 
 
@@ -182,9 +164,9 @@ def build_tae(state):
     return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
 
 
-def empty_net(path, build):
+def empty_net(path, build, verify=True):
     """build(state dict of a public file), without values"""
-    state, _ = read_public(path)
+    state, _ = read_public(path, verify)
     try:
         with torch.device("meta"):
             return build(state)
@@ -198,15 +180,20 @@ def cast(name, tensor, device, dtype):
     return tensor.to(device, kept, copy=tensor.dtype != dtype)
 
 
-def load_on_device(net, path, device, dtype):
-    """Fills a net on the meta device from a public file, each tensor in the type that it stays in."""
-    names = list(read_public(path)[0])
+def load_on_device(net, path, device, dtype, lora=None):
+    """
+    Fills a net on the meta device from a public file, each tensor in the type that it stays in.
+    lora  what read_lora() gives, merged into the weights
+    """
+    names = list(read_public(path, verify=False)[0])
+    lora = lora or {}
     ready = {}
     for first in range(0, len(names), 32):
         # mapped anew: pages that were read count as this process's memory until the file is closed
-        state, _ = read_public(path)
+        state, _ = read_public(path, verify=False)
         for name in names[first:first + 32]:
-            ready[name] = cast(name, state[name], device, dtype)
+            tensor = lora[name].merge(state[name]) if name in lora else state[name]
+            ready[name] = cast(name, tensor, device, dtype)
     return load_state_dict_strict(net, ready, str(path))
 
 
@@ -220,8 +207,18 @@ def feature_file(prompt, folder, cache):
     return cache / f"{key}.safetensors"
 
 
+def holds_features(file):
+    """Is the file there, of the right form? One that was cut short is made again."""
+    try:
+        shapes, _ = read_head(file, "")
+    except BadInput:
+        return False
+    rows, *width = shapes.get("features", [0])
+    return 0 < rows <= TEXT_LENGTH and len(width) == 1
+
+
 @torch.no_grad()
-def encode_prompts(files, folder, device):
+def encode_prompts(files, folder, device, verify):
     """
     Makes the files of text features, (m, dim) bfloat16 of a prompt's m <= 512 tokens. The encoder (11.4 GB)
     is loaded on the CPU where the device has no room for it, and gone on return.
@@ -230,13 +227,14 @@ def encode_prompts(files, folder, device):
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
         device = torch.device("cpu")
     tokenizer = read_tokenizer(folder / TOKENIZER)
-    encoder = load_on_device(empty_net(folder / T5, build_text), folder / T5, device, torch.bfloat16)
+    encoder = empty_net(folder / T5, build_text, verify)
+    encoder = load_on_device(encoder, folder / T5, device, torch.bfloat16)
     for file, prompt in tqdm(files.items(), desc="text features", delay=5):
         ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
         write_safetensors(file, {"features": encoder(ids, torch.ones_like(ids))[0]})
 
 
-def wan_text(wan, cache, prompts, device):
+def wan_text(wan, cache, prompts, device, verify=True):
     """
     Wan's text features, kept in the folder `cache`: those of `prompts` are made now where it lacks them, the
     others when they are asked for.
@@ -249,14 +247,15 @@ def wan_text(wan, cache, prompts, device):
 
     def make(texts):
         files = {feature_file(text, folder, cache): text for text in texts}
-        new = {file: text for file, text in files.items() if not file.exists()}
+        new = {file: text for file, text in files.items() if not holds_features(file)}
         if new:
-            encode_prompts(new, folder, device)
+            encode_prompts(new, folder, device, verify)
             torch.cuda.empty_cache()
 
     def features(texts):
         make(texts)
-        rows = [load_file(feature_file(text, folder, cache))["features"] for text in texts]
+        files = [feature_file(text, folder, cache) for text in texts]
+        rows = [read_file(file, remedy="delete it, and it is made again")[0]["features"] for file in files]
         return pad_sequence(rows, batch_first=True).to(device)
     make(prompts)
     return features
@@ -277,6 +276,7 @@ class Networks:
     policy: Policy = PRESETS["slowfast"]
     positions: str = "bounded"
     compiled: object = None  # dit, compiled
+    stage: str = ""    # of training that the weights come from, where their file tells
 
     @property
     def latent(self):
@@ -309,12 +309,13 @@ def load_tiny(ckpt, device):
         raise BadInput(f"{ckpt} is no network of the small world: give --wan with it")
     dit.to(device)
     encoder.to(device)
-    tae.to(device, memory_format=torch.channels_last)
+    tae.to(device, memory_format=fast_layout(device))
 
     def features(texts):
         ids, mask = bytes_to_ids(texts, dit.config.text_len)
         return encoder(ids.to(device), mask.to(device))
-    return Networks(dit, tae, features, Sampler(**facts["sampler"]), Path(ckpt).name)
+    return Networks(dit, tae, features, make_sampler(ckpt, facts), Path(ckpt).name,
+                    stage=facts.get("stage", ""))
 
 
 def two_numbers(option, words, multiple):
@@ -326,7 +327,7 @@ def two_numbers(option, words, multiple):
     return int(match[1]), int(match[2])
 
 
-def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
+def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), lora="", verify=True):
     """
     The networks of a raw Wan2.1-T2V-1.3B folder, or random ones.
     wan         the folder | random | random:DIMxLAYERS
@@ -334,6 +335,8 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
     size        "WIDTHxHEIGHT" of the video in pixels, "" = 832x480
     vae_name    of the autoencoder, of VAES
     text_cache  folder of text features; those of `prompts` are made first, where it lacks them
+    lora        "" or a file of a LoRA, which may be that of ckpt
+    verify      the checksums of files
     """
     if str(wan).startswith("random"):
         return random_wan(wan, size, vae_name, device, dtype)
@@ -349,15 +352,22 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=()):
         if lacks == [VAES["tae"]]:
             fetch = f"curl -L -o {vae_path} https://github.com/madebyollin/taehv/raw/main/{VAES['tae']}"
         raise BadInput(f"{folder} lacks {', '.join(lacks)}: {fetch}")
-    dit = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG))
+    dit = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG), verify)
+    facts = read_public(path, verify=False)[1]
+    sampler = make_sampler(path, facts)
+    shapes = {name: tensor.shape for name, tensor in dit.state_dict().items()}
+    adapters = read_lora(lora, shapes, verify) if lora else {}
+    if not lora and any("lora" in key for key in read_file(path, verify=False)[0]):
+        print(f"warning: {path} holds a LoRA too, which --lora {path} merges", file=sys.stderr)
+    vae = empty_net(vae_path, build_wan_vae if vae_name == "wan" else build_tae, verify)
     # the text encoder is larger than all the rest: it has come and gone before that is read
-    features = wan_text(folder, text_cache, prompts, device)
+    features = wan_text(folder, text_cache, prompts, device, verify)
     # the DiT and the autoencoder
-    dit = load_on_device(dit, path, device, dtype)
-    vae = empty_net(vae_path, build_wan_vae if vae_name == "wan" else build_tae)
+    dit = load_on_device(dit, path, device, dtype, adapters)
     vae = load_on_device(vae, vae_path, device, dtype)
-    sampler = Sampler(**read_public(path)[1].get("sampler", {}))
-    return Networks(dit, vae, features, sampler, path.name, width, height, scale=1)
+    name = f"{path.name} + {Path(lora).name}" if lora else path.name
+    stage = facts.get("stage", "")
+    return Networks(dit, vae, features, sampler, name, width, height, scale=1, stage=stage)
 
 
 def random_wan(wan, size, vae_name, device, dtype):
@@ -387,16 +397,18 @@ def random_wan(wan, size, vae_name, device, dtype):
 def load_networks(cfg, shipped, texts, device, dtype):
     """
     Networks, and how a script's options ask for them to be sampled and to remember.
-    cfg      options: wan, ckpt, size, vae, out, steps, tau, compile, memory, positions
+    cfg      options: wan, ckpt, lora, size, vae, out, no_verify, steps, tau, compile, memory, positions
     shipped  weights of the small world, where there is neither wan nor ckpt
     texts    of the prompts that are known already
     """
     # 1. those of the small world, or of Wan's form
     if cfg.wan:
         cache = Path(cfg.out) / "text"
-        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache, [*texts, ""])
+        networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache,
+                            [*texts, ""], cfg.lora, not cfg.no_verify)
     else:
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
+    warn_of_stage(cfg, networks, shipped)
     # 2. options in place of the weights' own
     sampler = networks.sampler
     if cfg.steps is not None:
@@ -422,6 +434,17 @@ def try_compiling(net, device):
     return torch.compile(net, dynamic=False)
 
 
+def warn_of_stage(cfg, networks, wanted):
+    """Weights that run, but were not made for what they are used for"""
+    if cfg.wan and not cfg.ckpt and not cfg.wan.startswith("random"):
+        print("warning: Wan's base model was not trained to work causally, nor in few steps: give a student "
+              "of it by --ckpt", file=sys.stderr)
+    bidirectional = ("base", "teacher")
+    if networks.stage and (networks.stage in bidirectional) != (wanted in bidirectional):
+        print(f"warning: {networks.name} comes from stage {networks.stage}, where a {wanted} is wanted",
+              file=sys.stderr)
+
+
 def check_options(cfg):
     """Refuses, before anything is loaded, what load_networks() cannot do; cfg: its options, dtype and seed"""
     one_of("--memory", cfg.memory, PRESETS)
@@ -433,8 +456,16 @@ def check_options(cfg):
     within("--seed", cfg.seed, 0, 2 ** 63 - 1)
     if not cfg.wan and (cfg.size or cfg.vae == "wan"):
         raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
+    if cfg.lora and not cfg.wan:
+        raise BadInput("--lora needs --wan: the tiny networks have none")
+
+
+def main():
+    for file in sys.argv[1:]:
+        ship(file)
+    for file in sorted(WEIGHTS.glob("*.safetensors")):
+        print(f"{file.name:26} {read_file(file)[1]['facts']}"[:110])
 
 
 if __name__ == "__main__":
-    for file in sorted(WEIGHTS.glob("*.safetensors")):
-        print(f"{file.name:26} {read_file(file)[1]['facts']}"[:110])
+    run(main)

@@ -1,0 +1,229 @@
+"""
+Videos of the small world, made and measured: what a network remembers, and how its pictures hold.
+
+A student goes on from nothing or from real video, a teacher 21 latents at a time; the judge reads what they
+made. train.py asks it of a few worlds every so many updates, evaluate.py of many.
+
+References: Context Forcing, arXiv 2602.06028, figures 1 and 7.
+Leaves out: DINO and CLIP on the small world.
+"""
+import numpy as np
+import torch
+from einops import rearrange
+
+import judge
+import world
+from config import fast_autocast
+from data import encode_world, frames_of
+from erft import extend
+from flow import Rollout, generate
+from memory import CHUNK, PRESETS, frames_in_memory
+from world import FPS, HELD_OUT, WorldSpec, make_world
+
+GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
+PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
+PROBED = PRESETS["uniform2"]     # the policy of probes
+SPAN = 5 * FPS      # frames of an entry of report.Video.psnr
+MINUTE = 60 * FPS   # frames
+CHUNKS = 80         # of a minute
+MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
+JUMP = 15 / 360 * world.COLUMNS  # between two frames; the fastest caption moves 2 columns
+
+
+# ---- videos of the small world: real first chunks, then the model's own ------------------------------------
+
+def conditions(networks, specs, given):
+    """
+    networks  weights.Networks of the small world
+    specs     WorldSpecs, one a video
+    given     chunks of real video
+    returns   net.text of the captions, real latents (b, 3 given, c, h, w)
+    """
+    text = networks.dit.text(networks.features([make_world(spec).caption for spec in specs]))
+    device = text[0][0].device
+    if given == 0:
+        return text, torch.zeros(len(specs), 0, *networks.latent, device=device)
+    return text, torch.cat([encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs])
+
+
+def decode_frames(vae, latents):
+    """
+    Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, a chunk at a time; in bf16 where that is fast,
+    which moves the validity by 0.02 dB. The models themselves run in float32, as in sample.py.
+    """
+    frames, past = [], None
+    for chunk in latents.split(CHUNK, dim=1):
+        with fast_autocast(latents.device):
+            video, past = vae.decode(chunk, past)
+        frames.append((video * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy())
+    return np.concatenate(frames, axis=1)
+
+
+def decode_minutes(vae, latents):
+    """Of an hour: the frames (b, 4 x 960, 3, 32, 64) of each of MINUTES, decoded from two chunks before on"""
+    frames = []
+    # the decoder needs a moment to know what came before
+    for minute in MINUTES:
+        start = max(0, CHUNKS * (minute - 1) - 2)
+        part = latents[:, CHUNK * start:CHUNK * (CHUNKS * minute + 1)]
+        frames.append(decode_frames(vae, part)[:, -MINUTE:])
+    return np.concatenate(frames, axis=1)
+
+
+@torch.no_grad()
+def continue_student(networks, specs, given, chunks, policy, positions="bounded", swap=False,
+                     decode=decode_frames):
+    """
+    given    chunks of each world's real video; then `chunks` of the student's own
+    swap     each two neighbours of the batch exchange their slow memories before going on
+    decode   decode_frames, or which of the frames
+    returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
+    """
+    sampler = networks.sampler
+    seeds = [spec.seed for spec in specs]
+    text, history = conditions(networks, specs, given)
+    rollout = Rollout(networks.dit, text, policy, networks.grid, positions, sampler.pool)
+    # the real part enters the memory, and nothing is made yet
+    if given:
+        list(generate(rollout, seeds, 0, sampler, networks.latent, history=history))
+    if swap:
+        rollout.memory.evict(CHUNK)
+        rollout.memory.slow = rollout.memory.slow.apply(swap_neighbours)
+    # the student's own part
+    own = generate(rollout, seeds, chunks, sampler, networks.latent)
+    latents = torch.cat([history, *own], dim=1)
+    return decode(networks.vae, latents), torch.stack(rollout.kept, dim=1).cpu()
+
+
+def swap_neighbours(x):
+    pairs = rearrange(x, "(pair two) ... -> pair two ...", two=2)
+    return rearrange(pairs.flip(1), "pair two ... -> (pair two) ...")
+
+
+@torch.no_grad()
+def continue_teacher(networks, specs, given, blocks, shuffle=False, student=None):
+    """
+    given    chunks of each world's real video; then `blocks` times 21 latents of the teacher
+    student  None, or Networks whose own video stands in the place of the real one
+    shuffle  each goes on from the next world's past, and shows it if the teacher looks there
+    returns  as continue_student()
+    """
+    text, latents = conditions(networks, specs, given)
+    seeds = [spec.seed for spec in specs]
+    # the past, real or a student's
+    if student:
+        own, _ = continue_student(student, specs, 0, given, PROBED, decode=lambda vae, latents: latents)
+        latents = own
+    for _ in range(blocks):
+        past = latents.roll(-1, 0) if shuffle else latents
+        more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
+        latents = torch.cat([latents, more], dim=1)
+    chunk = torch.arange(latents.shape[1] // CHUNK)
+    keep = chunk % PROBED.interval == 0
+    return decode_frames(networks.vae, latents), keep.expand(len(specs), -1)
+
+
+def first_own_frame(given):
+    return frames_of(given * CHUNK) if given else 0
+
+
+def own_reappearances(reading, motion, keep, policy, given):
+    """
+    What was due back in the model's own part; what the sink shows does not count.
+    keep     (chunks,) bool of the rollout
+    returns  list of (judge.Reappearance, did the memory hold a latent that shows it?)
+    """
+    contexts = frames_in_memory(policy, keep[None])
+    found = []
+    for event in judge.reappearances(reading, motion):
+        if event.returned >= first_own_frame(given) and not event.in_sink:
+            chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
+            held = contexts[chunk][0].tolist()
+            found.append((event, judge.is_in_memory(event, reading, held)))
+    return found
+
+
+def measure(frames, motion, keep, policy, given):
+    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
+    reading = judge.read_video(frames)
+    # pictures: what is left over behind the last 5 s does not count
+    start = first_own_frame(given)
+    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
+    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
+    # motion
+    jumps = np.abs(np.diff(reading.path)) > JUMP
+    # memory
+    events = []
+    for event, held in own_reappearances(reading, motion, keep, policy, given):
+        events.append(vars(event) | {"right": event.right, "held": held})
+    return {
+        "psnr": psnr,
+        "landmarks": judge.landmark_map(reading.landmark),
+        "reappearances": events,
+        "turning": judge.turning_rate(reading.path, motion),
+        "jumps": int(jumps.sum()),
+        "minutes": len(frames) / FPS / 60,
+    }
+
+
+def measure_minutes(frames, motion):
+    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> as measure()"""
+    # each by itself: what lies between them was not decoded
+    readings = [judge.read_video(minute) for minute in np.split(frames, len(MINUTES))]
+    return {
+        "psnr": [round(float(reading.psnr.mean()), 3) for reading in readings],
+        "landmarks": [judge.landmark_map(reading.landmark) for reading in readings],
+        "reappearances": [],
+        "turning": judge.turning_rate(readings[0].path, motion),
+        "jumps": sum(int((np.abs(np.diff(reading.path)) > JUMP).sum()) for reading in readings),
+        "minutes": float(len(MINUTES)),
+    }
+
+
+# ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
+
+def held_out(n, seed=0):
+    """n worlds that turn once in 8 or 9 s: after 10 s, what was away for 5.4 or 6.1 s is due back."""
+    return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2) for i in range(n)]
+
+
+def probe_student(networks, specs):
+    """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
+    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
+    return read_probe(specs, frames, keep)
+
+
+def probe_teacher(networks, specs, shuffle=False):
+    """The same of a teacher; shuffle: from another world's 10 s."""
+    frames, keep = continue_teacher(networks, specs, GIVEN, 1, shuffle)
+    return read_probe(specs, frames, keep)
+
+
+def read_probe(specs, frames, keeps):
+    """
+    dict: recall (share of what was due back that is right), ceiling (share that memory still held), chance,
+    returns (how many were due), validity (dB to the nearest frame that the world can draw)
+    """
+    videos = []
+    for spec, video, keep in zip(specs, frames, keeps):
+        videos.append(measure(video, make_world(spec).motion, keep, PROBED, GIVEN))
+    events = [event for video in videos for event in video["reappearances"]]
+    returns = len(events)
+    return {
+        "recall": sum(event["right"] for event in events) / max(1, returns),
+        "ceiling": sum(event["held"] for event in events) / max(1, returns),
+        "chance": judge.chance([video["landmarks"] for video in videos]),
+        "returns": returns,
+        "validity": float(np.mean([video["psnr"] for video in videos])),
+    }
+
+
+def check_teacher_uses_context(networks, specs):
+    """Recall from each world's own past and from another's: numbers for the log."""
+    own = probe_teacher(networks, specs)
+    shuffled = probe_teacher(networks, specs, shuffle=True)
+    return {
+        "teacher_recall": own["recall"],
+        "teacher_shuffled_recall": shuffled["recall"],
+        "teacher_chance": own["chance"],
+    }
