@@ -42,8 +42,9 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 HISTORIES = {
     "prefix": .15,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .35,    # all that a memory policy holds
-    "lookup": .50,  # the same, but since the view was last another one there were no houses: they must be looked
-                    # up, drawing on is no answer
+    # the same, but since the view was last another one there were no houses: they must be looked up, drawing
+    # on is no answer
+    "lookup": .50,
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
 

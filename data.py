@@ -157,7 +157,7 @@ class Histories:
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
         self.captions = [w.caption for w in worlds]
 
-        # the last latent before each chunk that shared nothing with its view, -1 if there is none: (b, chunks)
+        # the last latent before each chunk that shared nothing with its view, -1 for none: (b, chunks)
         now = self.heading[:, ::CHUNK, None]
         frame = torch.arange(CHUNK * chunks)
         is_past = frame < CHUNK * torch.arange(chunks)[:, None]
