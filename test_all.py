@@ -1979,7 +1979,7 @@ def test_sharded_weights_have_the_gradients_of_whole_ones_in_bf16(monkeypatch, t
     train_full_size(tmp_path / "sharded", "bf16")  # ends the group
     whole, sharded = (logged(tmp_path / name / "bf16" / "stage1")[0] for name in ("whole", "sharded"))
     for name in ("grad", "critic_grad", "critic_loss"):
-        assert sharded[name] == pytest.approx(whole[name], rel=1e-4)
+        assert sharded[name] == pytest.approx(whole[name], rel=1e-4, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -1992,9 +1992,10 @@ def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes
     want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
     assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
     # the weights hardly move, and Adam hides how long a gradient is
-    for line, same in zip(logged(one)[-2:], logged(other)[-2:]):
-        assert same["grad"] == pytest.approx(line["grad"], rel=10 * most)
-        assert same["critic_grad"] == pytest.approx(line["critic_grad"], rel=10 * most)
+    for update in (0, -1):
+        line, same = logged(one)[update], logged(other)[update]
+        for name in ("grad", "critic_grad"):
+            assert same[name] == pytest.approx(line[name], rel=10 * most, abs=2e-6)
 
 
 @pytest.mark.slow
