@@ -1849,7 +1849,7 @@ def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(d
         calls.append(asked)
         init(asked.replace("nccl", "fake"), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
-    def part(cfg, name, at):
+    def part(cfg, name, at, stop):
         assert checkpoint.any_process(True) and not checkpoint.any_process(False)
         checkpoint.barrier()
         bank = erft.ErrorBank((1, 2, 2), levels=2)
