@@ -1550,6 +1550,17 @@ def test_two_checkpoints_are_kept_and_one_with_any_damage_is_named_and_passed_ov
         go(*words)
 
 
+def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_them(tmp_path):
+    def passes(accumulate, processes):
+        settings = {"accumulate": accumulate, "seed": 0}
+        return checkpoint.keep_settings(tmp_path, settings, accumulate * processes)["passes"]
+    assert passes(1, 2) == [2]
+    (tmp_path / "step_000002").mkdir()
+    assert passes(2, 1) == [2] and passes(1, 3) == [2, 3] and passes(2, 1) == [2, 3]
+    with pytest.raises(BadInput, match="accumulate 1, not 2"):
+        passes(2, 2)
+
+
 def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     go, out = small_training
     words = ["--stage", "base", "--updates", "2", "--batch", "2"]
