@@ -4889,7 +4889,8 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path,
 WRAPPINGS = {  # how training code wraps a state dict
     "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
     "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
-    "comfy": lambda s: prefixed("model.diffusion_model.", s), "shadow": lambda s: {"ema": {"shadow": s}},
+    "deepspeed": lambda s: {"module": s}, "comfy": lambda s: prefixed("model.diffusion_model.", s),
+    "peft": lambda s: {f"base_model.model.{k.replace('attn.q.', 'attn.q.base_layer.')}": v for k, v in s.items()}, "shadow": lambda s: {"ema": {"shadow": s}},
     "empty ema": lambda s: {"generator_ema": {}, "generator": {k: torch.nn.Parameter(v) for k, v in s.items()}}}
 
 
