@@ -4600,7 +4600,7 @@ def test_a_teacher_goes_on_from_a_students_video():
     assert frames.shape == (1, 105, 3, 32, 64) and np.abs(frames[:, :21].astype(int) - own).max() <= 1
 
 
-def test_what_makes_a_video_is_in_its_key(tmp_path):
+def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
     """Other weights, another preset, other code; comments and layout of code do not count."""
     files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1")}
     for name, path in files.items():
@@ -4611,6 +4611,9 @@ def test_what_makes_a_video_is_in_its_key(tmp_path):
     after = report.EvalSet("one", "uniform2", worlds="after stage1")
     before = evaluate.made_by(after, files)
     files["stage1"].write_text("other")
+    assert evaluate.made_by(after, files) != before
+    before = evaluate.made_by(after, files)
+    monkeypatch.setattr(evaluate, "code_fingerprint", lambda: "other")
     assert evaluate.made_by(after, files) != before
     # code
     texts = ["a = 1", "a  =  1  # one", "a = 2"]
