@@ -154,7 +154,7 @@ def keep_settings(folder, settings, passes):
         saved, given = read_json(file), saved
         if not isinstance(saved.get("passes"), list):
             raise BadInput(f"{file} is damaged: passes must be a list")
-        if saved["passes"] == [passes]:
+        if passes in saved["passes"]:
             given["accumulate"] = saved.get("accumulate")
         differ = [f"{name} {saved.get(name)}, not {value}" for name, value in given.items()
                   if name != "passes" and saved.get(name) != value]

@@ -334,13 +334,13 @@ def check(cfg):
 
 
 def rows_of(videos, makers, worlds):
-    """What the CSV knows of each EvalSet, as it would be made now -> EvalSet -> videos"""
-    rows = {s: [] for s in makers}
+    """What the CSV knows of each EvalSet, as it would be made now, each world once -> EvalSet -> videos"""
+    rows = {s: {} for s in makers}
     for video in videos:
         s = video.eval_set
         if s in makers and video.made_by == makers[s] and video.world in worlds[s.worlds]:
-            rows[s].append(video)
-    return rows
+            rows[s][video.world] = video
+    return {s: list(found.values()) for s, found in rows.items()}
 
 
 def main():
@@ -380,11 +380,11 @@ def main():
     rows = rows_of(report.read_csv(path), makers, worlds)
     tables = report.all_tables(rows, first)
     tables["The paper's orderings"] = paper.orderings(rows, first)
+    report.write(tables, student, path.parent / "evaluate.md")
+    figures.draw_all(rows, first, path.parent)
     place = forgotten(rows, first)
     if place:
         make_strip(*place, files, first, device, path.parent / "strip.png")
-    figures.draw_all(rows, first, path.parent)
-    report.write(tables, student, path.parent / "evaluate.md")
 
 
 if __name__ == "__main__":

@@ -169,20 +169,13 @@ def read_safetensors(path, verify):
     return tensors, about
 
 
-def read_zip(path, device, verify):
-    """A pickle of tensors, mapped from disk rather than read where it bears its own name"""
-    if verify:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type for entry in archive.infolist()):
-                raise ValueError("compressed, which torch.save does not do")
-            broken = archive.testzip()
-        if broken:
-            raise ValueError(f"damaged: {broken} is not what its CRC-32 says; --no-verify takes it as it is")
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
-    # torch would believe the name
-    with open(path, "rb") as file:
-        return torch.load(file, map_location=device, weights_only=True)
+def verify_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError("compressed, which torch.save does not do")
+        broken = archive.testzip()
+    if broken:
+        raise ValueError(f"damaged: {broken} is not what its CRC-32 says; --no-verify takes it as it is")
 
 
 def read_one(path, device, verify):
@@ -195,13 +188,16 @@ def read_one(path, device, verify):
         raise ValueError("it is empty")
     if head[8:9] == b"{":  # behind the length of a header of JSON
         return read_safetensors(path, verify)
-    if head.startswith(b"PK\3\4"):
-        content = read_zip(path, device, verify)
-    elif head.startswith(b"\x80"):  # as before torch 1.6
-        with open(path, "rb") as file:
-            content = torch.load(file, map_location=device, weights_only=True)
-    else:
+    is_zip = head.startswith(b"PK\3\4")
+    if not is_zip and not head.startswith(b"\x80"):  # as torch.save writes, and wrote before 1.6
         raise BadInput(f"{path} is no file of tensors, neither safetensors nor torch.save's: check the path")
+    if is_zip and verify:
+        verify_zip(path)
+    # mapped from disk rather than read, unless torch would believe a name that is wrong
+    is_mapped = is_zip and path.suffix != ".safetensors"
+    with open(path, "rb") as file:
+        source = path if is_mapped else file
+        content = torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds a {type(content).__name__}, not tensors by name: check the path")
     return content, {}

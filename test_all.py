@@ -1485,6 +1485,17 @@ def test_two_checkpoints_are_kept_and_one_with_any_damage_is_named_and_passed_ov
         go(*words)
 
 
+def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_them(tmp_path):
+    def passes(accumulate, processes):
+        settings = {"accumulate": accumulate, "seed": 0}
+        return checkpoint.keep_settings(tmp_path, settings, accumulate * processes)["passes"]
+    assert passes(1, 2) == [2]
+    (tmp_path / "step_000002").mkdir()
+    assert passes(2, 1) == [2] and passes(1, 3) == [2, 3] and passes(2, 1) == [2, 3]
+    with pytest.raises(BadInput, match="accumulate 1, not 2"):
+        passes(2, 2)
+
+
 def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     go, out = small_training
     words = ["--stage", "teacher", "--updates", "2", "--batch", "2"]
@@ -1812,7 +1823,7 @@ def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(d
         calls.append(asked)
         init(asked.replace("nccl", "fake"), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
-    def part(cfg, name, at):
+    def part(cfg, name, at, stop):
         assert checkpoint.any_process(True) and not checkpoint.any_process(False)
         checkpoint.barrier()
         bank = erft.ErrorBank((1, 2, 2), levels=2)
@@ -1942,7 +1953,7 @@ def test_sharded_weights_have_the_gradients_of_whole_ones_in_bf16(monkeypatch, t
     train_full_size(tmp_path / "sharded", "bf16")  # ends the group
     whole, sharded = (logged(tmp_path / name / "bf16" / "stage1")[0] for name in ("whole", "sharded"))
     for name in ("grad", "critic_grad", "critic_loss"):
-        assert sharded[name] == pytest.approx(whole[name], rel=1e-4)
+        assert sharded[name] == pytest.approx(whole[name], rel=1e-4, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -1955,9 +1966,10 @@ def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes
     want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
     assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
     # the weights hardly move, and Adam hides how long a gradient is
-    for line, same in zip(logged(one)[-2:], logged(other)[-2:]):
-        assert same["grad"] == pytest.approx(line["grad"], rel=10 * most)
-        assert same["critic_grad"] == pytest.approx(line["critic_grad"], rel=10 * most)
+    for update in (0, -1):
+        line, same = logged(one)[update], logged(other)[update]
+        for name in ("grad", "critic_grad"):
+            assert same[name] == pytest.approx(line[name], rel=10 * most, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -4582,7 +4594,7 @@ def test_a_teacher_goes_on_from_a_students_video():
     assert frames.shape == (1, 105, 3, 32, 64) and np.abs(frames[:, :21].astype(int) - own).max() <= 1
 
 
-def test_what_makes_a_video_is_in_its_key(tmp_path):
+def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
     """Other weights, another preset, other code; comments and layout of code do not count."""
     files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1")}
     for name, path in files.items():
@@ -4593,6 +4605,9 @@ def test_what_makes_a_video_is_in_its_key(tmp_path):
     after = report.EvalSet("one", "uniform2", worlds="after stage1")
     before = evaluate.made_by(after, files)
     files["stage1"].write_text("other")
+    assert evaluate.made_by(after, files) != before
+    before = evaluate.made_by(after, files)
+    monkeypatch.setattr(evaluate, "code_fingerprint", lambda: "other")
     assert evaluate.made_by(after, files) != before
     # code
     texts = ["a = 1", "a  =  1  # one", "a = 2"]
@@ -4643,10 +4658,13 @@ def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monke
     assert made == 3 and edited_row[6] == row[6]  # so many returns: the old lines do not count
 
 
-def test_rows_count_the_worlds_that_are_asked_for(run_evaluate):
-    few, _ = run_evaluate("--quick --memory infinity --worlds 3")
-    run_evaluate("--quick --memory infinity --worlds 3 --seed 50")
-    again, made = run_evaluate("--quick --memory infinity --worlds 3")
+def test_rows_count_the_worlds_that_are_asked_for_each_once(run_evaluate, tmp_path):
+    few, _ = run_evaluate("--quick --memory infinity --worlds 2")
+    run_evaluate("--quick --memory infinity --worlds 2 --seed 50")
+    csv_file = tmp_path / "evaluate.csv"
+    lines = csv_file.read_bytes().splitlines(True)
+    csv_file.write_bytes(b"".join([*lines, lines[1]]))  # two runs beside each other made the first
+    again, made = run_evaluate("--quick --memory infinity --worlds 2")
     assert made == 0 and again == few
 
 
@@ -4688,9 +4706,9 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(tmp_pa
 
 
 def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
-    run_evaluate("--quick --memory uniform1 --worlds 3")
-    text, made = run_evaluate("--quick --memory uniform1 --worlds 3 --tau .5 --steps 2")
-    assert made == 3 and "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
+    run_evaluate("--quick --memory uniform1 --worlds 2")
+    text, made = run_evaluate("--quick --memory uniform1 --worlds 2 --tau .5 --steps 2")
+    assert made == 2 and "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
@@ -4870,7 +4888,8 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path,
 WRAPPINGS = {  # how training code wraps a state dict
     "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
     "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
-    "comfy": lambda s: prefixed("model.diffusion_model.", s), "shadow": lambda s: {"ema": {"shadow": s}},
+    "deepspeed": lambda s: {"module": s}, "comfy": lambda s: prefixed("model.diffusion_model.", s),
+    "peft": lambda s: {f"base_model.model.{k.replace('attn.q.', 'attn.q.base_layer.')}": v for k, v in s.items()}, "shadow": lambda s: {"ema": {"shadow": s}},
     "empty ema": lambda s: {"generator_ema": {}, "generator": {k: torch.nn.Parameter(v) for k, v in s.items()}}}
 
 

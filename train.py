@@ -393,7 +393,7 @@ def train(cfg, part, device, stop):
     # ---- stopped, or done
     if step < preset.updates:
         print(f"stopped at update {step}; run the same command to go on")
-        sys.exit(stop.code)
+        sys.exit(stop.code or 143)  # by the signal that came here, or to another process
     stop.patient = False
     save_networks(cfg, part, preset, inputs, ema, stage.sampler, saved)
 
