@@ -3545,36 +3545,42 @@ def watched(tab, seconds):
     return tab.evaluate("window.seen")
 
 
-def test_in_a_browser_frames_arrive_at_16_a_second_and_all_tabs_show_the_same(tabs):
-    """Where other work uses the machine some seconds are slower: one of many need not be."""
-    for _ in range(20):
-        first, second = watched(tabs[0], 2), tabs[1].evaluate("window.seen")
-        different = len({frame["hash"] for frame in first})
-        assert different <= 17 * 2
-        if different >= 12 * 2:
-            break
-    assert different >= 12 * 2
-    second = {frame["frame"]: frame for frame in second}
-    common = [(frame, second[frame["frame"]]) for frame in first if frame["frame"] in second]
-    assert len(common) > 10 and all(one["hash"] == other["hash"] for one, other in common)
-    assert np.median([abs(one["at"] - other["at"]) for one, other in common]) < 200  # ms
+def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_second(tabs):
+    first, second = [], []
+    while len(first) < 24:
+        new = watched(tabs[0], 2)
+        assert len(new) <= 17 * 2 + 1
+        first, second = first + new, second + tabs[1].evaluate("window.seen")
+    assert len({frame["hash"] for frame in first}) >= .9 * len(first)
+    second = {frame["frame"]: frame["hash"] for frame in second}
+    common = [frame for frame in first if frame["frame"] in second]
+    assert common and all(frame["hash"] == second[frame["frame"]] for frame in common)
 
 
-def test_in_a_browser_the_ground_changes_within_two_seconds_of_a_click(tabs):
-    for ground in ("Snow", "Sand") * 8 + ("Snow",):
-        tabs[0].evaluate("window.seen.length = 0")
-        clicked = tabs[0].evaluate("Date.now()")
-        tabs[0].get_by_role("button", name=ground).click()
-        tabs[0].wait_for_timeout(3000)
-        shown = [frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == ground]
-        if shown and shown[0] < clicked + 2000 and ground == "Snow":
-            break
-    assert shown and shown[0] < clicked + 2000
+def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
+    tabs[0].get_by_role("button", name="Snow").click()
+    until(tabs[1], lambda: ground_of(tabs[1].evaluate("window.seen.at(-1)")) == "Snow")
     assert tabs[1].get_by_label("Prompt").input_value().startswith("Snow.")
-    assert tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true"
+    until(tabs[1], lambda: tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true")
+
+
+@pytest.mark.speed
+def test_in_a_browser_12_different_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
+    frames = watched(tabs[0], 3)
+    assert len({frame["hash"] for frame in frames}) >= 12 * 3
+    seen = {frame["frame"]: frame["at"] for frame in tabs[1].evaluate("window.seen")}
+    apart = [abs(frame["at"] - seen[frame["frame"]]) for frame in frames if frame["frame"] in seen]
+    assert np.median(apart) < 100  # ms
+    tabs[0].evaluate("window.seen.length = 0")
+    clicked = tabs[0].evaluate("Date.now()")
+    tabs[0].get_by_role("button", name="Sand").click()
+    until(tabs[0], lambda: ground_of(tabs[0].evaluate("window.seen.at(-1)")) == "Sand")
+    assert min(frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == "Sand") < clicked + 2000
 
 
 def ground_of(frame):
+    if not frame:
+        return None
     row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
     return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
 
@@ -3590,7 +3596,7 @@ def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs
 def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser):
     hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
     tabs[0].get_by_label("Prompt").fill(hostile)
-    tabs[0].get_by_role("button", name="Use").click()
+    tabs[0].get_by_role("button", name="Use", exact=True).click()
     until(tabs[1], lambda: tabs[1].get_by_label("Prompt").input_value() == hostile)
     tabs[1].wait_for_timeout(1000)
     assert all(tab.title() == "Watch it remember" for tab in tabs)
