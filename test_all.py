@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -3547,7 +3548,7 @@ def watched(tab, seconds):
 
 def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_second(tabs):
     first, second = [], []
-    while len(first) < 24:
+    while len(first) < 40:
         new = watched(tabs[0], 2)
         assert len(new) <= 17 * 2 + 1
         first, second = first + new, second + tabs[1].evaluate("window.seen")
@@ -3593,7 +3594,7 @@ def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs
     until(tabs[1], lambda: held_in(tabs[1]) == [3, 12, 6])
 
 
-def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser):
+def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser, tmp_path):
     hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
     tabs[0].get_by_label("Prompt").fill(hostile)
     tabs[0].get_by_role("button", name="Use", exact=True).click()
@@ -3601,16 +3602,17 @@ def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_i
     tabs[1].wait_for_timeout(1000)
     assert all(tab.title() == "Watch it remember" for tab in tabs)
     # another page of this machine
-    stranger = browser.new_page()
-    url = tabs[0].url
-    stranger.route("http://stranger.localhost/", lambda route: route.fulfill(body="<p>", content_type="text/html"))
-    stranger.goto("http://stranger.localhost/")
-    answers = []
-    stranger.on("response", lambda answer: answers.append(answer.status))
-    order = "url => fetch(url + 'steer', {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
-    stranger.evaluate(order, url)
-    stranger.close()
-    assert answers == [403]
+    folder = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stranger = browser.new_page()
+        stranger.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        order = "url => {fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'})}"
+        with stranger.expect_response(tabs[0].url + "steer") as answer:
+            stranger.evaluate(order, tabs[0].url + "steer")
+        assert answer.value.status == 403
+        stranger.close()
+        server.shutdown()
     assert tabs[0].get_by_label("seed").input_value() == "0"
 
 
