@@ -3607,10 +3607,9 @@ def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_i
         threading.Thread(target=server.serve_forever, daemon=True).start()
         stranger = browser.new_page()
         stranger.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-        order = "url => {fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'})}"
-        with stranger.expect_response(tabs[0].url + "steer") as answer:
-            stranger.evaluate(order, tabs[0].url + "steer")
-        assert answer.value.status == 403
+        order = "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
+        assert "Failed to fetch" in stranger.evaluate(order, tabs[0].url + "steer")
+        tabs[0].wait_for_timeout(2000)
         stranger.close()
         server.shutdown()
     assert tabs[0].get_by_label("seed").input_value() == "0"
