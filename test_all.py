@@ -2937,7 +2937,10 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     assert second.name == f"{first.stem}-2.mp4" and named(tmp_path, "a", overwrite=True)[0] == first
     record |= {"file": first.name, "sha256": hashlib.sha256(b"video").hexdigest()}
     video.add_to_manifest(tmp_path, record)
-    assert named(tmp_path, "a")[0] == first
+    again, plain = named(tmp_path, "a")
+    stoppable = sample.Config(out=tmp_path, save_state="state")
+    assert again == first
+    assert sample.name_video(stoppable, plain, video.read_manifest(tmp_path), set()) == second
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
     second.with_suffix(".png").mkdir()
