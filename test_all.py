@@ -3016,12 +3016,13 @@ def clips(tmp_path):
 
 def kill_at(call, name):
     """In place of to_uint8(): a signal comes while that many chunks are decoded."""
+    decoded_frames = video.to_uint8
     calls = itertools.count(1)
 
     def decode(decoded):
         if next(calls) == call:
             os.kill(os.getpid(), getattr(signal, name))
-        return video.to_uint8(decoded)
+        return decoded_frames(decoded)
     return decode
 
 
@@ -3031,7 +3032,7 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
     words = ["--seconds", "4", "--save-state", tmp_path / "state"]
     words += ["--continue", clips[0]] if name == "SIGTERM" else []
     whole, _ = sampled(tmp_path / "whole", *words)
-    monkeypatch.setattr(sample, "to_uint8", kill_at(at, name))
+    monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *words)
     assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", "--seconds", "4", "--resume", tmp_path / "state")
@@ -3040,14 +3041,14 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_where_no_state_is_saved_a_signal_leaves_nothing(name, code, sampled, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "to_uint8", kill_at(1, name))
+    monkeypatch.setattr(video, "to_uint8", kill_at(1, name))
     assert sampled(tmp_path, "--seconds", "1")[1] == code and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first, code", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
 def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(first, code, monkeypatch):
     number = getattr(signal, first, None) or pytest.skip("there is no such signal here")
-    before = signal.getsignal(number)
+    outside = signal.signal(number, signal.SIG_DFL)  # under nohup it would be ignored
     clock = iter([10., 10.5, 11.5])  # torchrun sends two at once
     monkeypatch.setattr(config.time, "monotonic", lambda: next(clock))
     with config.StopSignals() as stop:
@@ -3057,7 +3058,7 @@ def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(firs
         assert stop.code == code
         with pytest.raises(SystemExit, match="130"):
             signal.raise_signal(signal.SIGINT)
-    assert stop.code == code and signal.getsignal(number) == before
+    assert stop.code == code and signal.signal(number, outside) == signal.SIG_DFL
 
 
 def test_a_signal_where_nothing_is_patient_ends_with_its_code_and_nohup_is_respected():
@@ -3885,7 +3886,7 @@ DEMOS = {  # something true that each demo says
     "text": "-> features (1, 96, 64), zero from there on",
     "weights": "vae.safetensors            {'stage':",
     "vae": "497,664 numbers -> 10,752 -> 497,664 at 25.9 dB",
-    "wan_vae": "latent 4 -> frames 13..16, 0e+00 from those decoded at once",
+    "wan_vae": "latent 4 -> frames 13..16, 0.00000 from those decoded at once",
     "world": "drawn in out/world.png",
     "judge": "yellow triangle  5.4 s away, now cyan square      WRONG",
     "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
