@@ -53,7 +53,7 @@ function play() {
   const [width, height] = shown.size;
   if (pen.canvas.width !== width) [pen.canvas.width, pen.canvas.height] = shown.size;
   pen.drawImage(shown.picture, 0, frame * height, width, height, 0, 0, width, height);
-  $("made").textContent = ((shown.first + frame + 1) / shown.rate).toFixed(1);
+  $("made").textContent = ((shown.first + frame + 1) / shown.rate).toFixed(2);
 }
 play();
 

@@ -250,6 +250,8 @@ def name_video(cfg, record, manifest, taken):
         path = Path(cfg.out, f"{stem}-{number}.mp4" if number > 1 else f"{stem}.mp4")
         made = manifest.get(path.name, {})
         ours = path.is_file() and made.items() >= record.items() and made["sha256"] == hash_file(path)
+        # one that may be stopped half-way does not take the place of a whole one
+        ours = ours and not cfg.save_state
         free = cfg.overwrite or ours or not (path.exists() or path.with_suffix(".png").is_dir())
         if free and path not in taken:
             taken.add(path)

@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -1966,8 +1967,8 @@ def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes
     want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
     assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
     # the weights hardly move, and Adam hides how long a gradient is
-    for update in (0, -1):
-        line, same = logged(one)[update], logged(other)[update]
+    lines, others = ([line for line in logged(path) if line["step"]] for path in (one, other))
+    for line, same in ((lines[0], others[0]), (lines[-1], others[-1])):
         for name in ("grad", "critic_grad"):
             assert same[name] == pytest.approx(line[name], rel=10 * most, abs=2e-6)
 
@@ -2888,7 +2889,10 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     assert second.name == f"{first.stem}-2.mp4" and named(tmp_path, "a", overwrite=True)[0] == first
     record |= {"file": first.name, "sha256": hashlib.sha256(b"video").hexdigest()}
     video.add_to_manifest(tmp_path, record)
-    assert named(tmp_path, "a")[0] == first
+    again, plain = named(tmp_path, "a")
+    stoppable = sample.Config(out=tmp_path, save_state="state")
+    assert again == first
+    assert sample.name_video(stoppable, plain, video.read_manifest(tmp_path), set()) == second
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
     second.with_suffix(".png").mkdir()
@@ -2964,12 +2968,13 @@ def clips(tmp_path):
 
 def kill_at(call, name):
     """In place of to_uint8(): a signal comes while that many chunks are decoded."""
+    decoded_frames = video.to_uint8
     calls = itertools.count(1)
 
     def decode(decoded):
         if next(calls) == call:
             os.kill(os.getpid(), getattr(signal, name))
-        return video.to_uint8(decoded)
+        return decoded_frames(decoded)
     return decode
 
 
@@ -2979,7 +2984,7 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
     words = ["--seconds", "4", "--save-state", tmp_path / "state"]
     words += ["--continue", clips[0]] if name == "SIGTERM" else []
     whole, _ = sampled(tmp_path / "whole", *words)
-    monkeypatch.setattr(sample, "to_uint8", kill_at(at, name))
+    monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *words)
     assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", "--seconds", "4", "--resume", tmp_path / "state")
@@ -2988,14 +2993,14 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_where_no_state_is_saved_a_signal_leaves_nothing(name, code, sampled, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "to_uint8", kill_at(1, name))
+    monkeypatch.setattr(video, "to_uint8", kill_at(1, name))
     assert sampled(tmp_path, "--seconds", "1")[1] == code and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first, code", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
 def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(first, code, monkeypatch):
     number = getattr(signal, first, None) or pytest.skip("there is no such signal here")
-    before = signal.getsignal(number)
+    outside = signal.signal(number, signal.SIG_DFL)  # under nohup it would be ignored
     clock = iter([10., 10.5, 11.5])  # torchrun sends two at once
     monkeypatch.setattr(config.time, "monotonic", lambda: next(clock))
     with config.StopSignals() as stop:
@@ -3005,7 +3010,7 @@ def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(firs
         assert stop.code == code
         with pytest.raises(SystemExit, match="130"):
             signal.raise_signal(signal.SIGINT)
-    assert stop.code == code and signal.getsignal(number) == before
+    assert stop.code == code and signal.signal(number, outside) == signal.SIG_DFL
 
 
 def test_a_signal_where_nothing_is_patient_ends_with_its_code_and_nohup_is_respected():
@@ -3497,36 +3502,42 @@ def watched(tab, seconds):
     return tab.evaluate("window.seen")
 
 
-def test_in_a_browser_frames_arrive_at_16_a_second_and_all_tabs_show_the_same(tabs):
-    """Where other work uses the machine some seconds are slower: one of many need not be."""
-    for _ in range(20):
-        first, second = watched(tabs[0], 2), tabs[1].evaluate("window.seen")
-        different = len({frame["hash"] for frame in first})
-        assert different <= 17 * 2
-        if different >= 12 * 2:
-            break
-    assert different >= 12 * 2
-    second = {frame["frame"]: frame for frame in second}
-    common = [(frame, second[frame["frame"]]) for frame in first if frame["frame"] in second]
-    assert len(common) > 10 and all(one["hash"] == other["hash"] for one, other in common)
-    assert np.median([abs(one["at"] - other["at"]) for one, other in common]) < 200  # ms
+def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_second(tabs):
+    first, second = [], []
+    while len(first) < 40:
+        new = watched(tabs[0], 2)
+        assert len(new) <= 17 * 2 + 1
+        first, second = first + new, second + tabs[1].evaluate("window.seen")
+    assert len({frame["hash"] for frame in first}) >= .9 * len(first)
+    second = {frame["frame"]: frame["hash"] for frame in second}
+    common = [frame for frame in first if frame["frame"] in second]
+    assert common and all(frame["hash"] == second[frame["frame"]] for frame in common)
 
 
-def test_in_a_browser_the_ground_changes_within_two_seconds_of_a_click(tabs):
-    for ground in ("Snow", "Sand") * 8 + ("Snow",):
-        tabs[0].evaluate("window.seen.length = 0")
-        clicked = tabs[0].evaluate("Date.now()")
-        tabs[0].get_by_role("button", name=ground).click()
-        tabs[0].wait_for_timeout(3000)
-        shown = [frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == ground]
-        if shown and shown[0] < clicked + 2000 and ground == "Snow":
-            break
-    assert shown and shown[0] < clicked + 2000
+def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
+    tabs[0].get_by_role("button", name="Snow").click()
+    until(tabs[1], lambda: ground_of(tabs[1].evaluate("window.seen.at(-1)")) == "Snow")
     assert tabs[1].get_by_label("Prompt").input_value().startswith("Snow.")
-    assert tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true"
+    until(tabs[1], lambda: tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true")
+
+
+@pytest.mark.speed
+def test_in_a_browser_12_different_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
+    frames = watched(tabs[0], 3)
+    assert len({frame["hash"] for frame in frames}) >= 12 * 3
+    seen = {frame["frame"]: frame["at"] for frame in tabs[1].evaluate("window.seen")}
+    apart = [abs(frame["at"] - seen[frame["frame"]]) for frame in frames if frame["frame"] in seen]
+    assert np.median(apart) < 100  # ms
+    tabs[0].evaluate("window.seen.length = 0")
+    clicked = tabs[0].evaluate("Date.now()")
+    tabs[0].get_by_role("button", name="Sand").click()
+    until(tabs[0], lambda: ground_of(tabs[0].evaluate("window.seen.at(-1)")) == "Sand")
+    assert min(frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == "Sand") < clicked + 2000
 
 
 def ground_of(frame):
+    if not frame:
+        return None
     row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
     return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
 
@@ -3539,24 +3550,24 @@ def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs
     until(tabs[1], lambda: held_in(tabs[1]) == [3, 12, 6])
 
 
-def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser):
+def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser, tmp_path):
     hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
     tabs[0].get_by_label("Prompt").fill(hostile)
-    tabs[0].get_by_role("button", name="Use").click()
+    tabs[0].get_by_role("button", name="Use", exact=True).click()
     until(tabs[1], lambda: tabs[1].get_by_label("Prompt").input_value() == hostile)
     tabs[1].wait_for_timeout(1000)
     assert all(tab.title() == "Watch it remember" for tab in tabs)
     # another page of this machine
-    stranger = browser.new_page()
-    url = tabs[0].url
-    stranger.route("http://stranger.localhost/", lambda route: route.fulfill(body="<p>", content_type="text/html"))
-    stranger.goto("http://stranger.localhost/")
-    answers = []
-    stranger.on("response", lambda answer: answers.append(answer.status))
-    order = "url => fetch(url + 'steer', {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
-    stranger.evaluate(order, url)
-    stranger.close()
-    assert answers == [403]
+    folder = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stranger = browser.new_page()
+        stranger.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        order = "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
+        assert "Failed to fetch" in stranger.evaluate(order, tabs[0].url + "steer")
+        tabs[0].wait_for_timeout(2000)
+        stranger.close()
+        server.shutdown()
     assert tabs[0].get_by_label("seed").input_value() == "0"
 
 
@@ -3607,30 +3618,32 @@ def bf16_net(build, config):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("vae, config, most", [(WanVAE, WanVAEConfig(), 2.8e9), (TAE, TAEConfig(), 1.4e9)])
-def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(vae, config, most, monkeypatch):
-    """
-    Within 5 %, at 4 of 30 layers in bf16, memory full, as if decoding and the next chunk had their peaks at once.
-    A switch costs less than 10 MB a layer, of which 3 are the new text's.
-    """
+def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(monkeypatch):
+    """Within 5 %, in bf16, memory full, a chunk decoded beside the next; a prompt switch costs the new text alone."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        dit, vae = bf16_net(DiT, replace(DiTConfig(), layers=4)), bf16_net(vae, config)
-        need = bench.memory_estimate(Networks(dit, vae, None, Sampler(), "", 832, 480))
-        text, other = (dit.text(torch.empty(1, 512, 4096)) for _ in range(2))
-        both = 4 * 2 * 512 * 1536 * 2
-        roll, past = Rollout(dit, text, PRESETS["slowfast"], (30, 52)), None
-        for i, x0 in enumerate(generate(roll, [0], 9, Sampler(steps=1), (16, 60, 104))):
-            made, before, live.peak = live.peak - both, live.now, live.now
-            if i in (0, 8):
-                video, past = vae.decode(x0, past)
-                del video
-                assert live.peak - before < most
-            decoding, live.peak = live.peak - before, live.now
-        assert need == pytest.approx(made + decoding, rel=.05)
-        roll.recache(other)
-        assert live.peak - both < made + 4 * 10e6
+        dit = bf16_net(DiT, DiTConfig())
+        roll = Rollout(dit, dit.text(torch.empty(1, 512, 4096)), PRESETS["slowfast"], (30, 52))
+        for _ in generate(roll, [0], 8, Sampler(steps=1), (16, 60, 104)):
+            made, live.peak = live.peak, live.now
+        before = live.now
+        text = dit.text(torch.empty(1, 512, 4096))
+        live.peak, size = live.now, live.now - before
+        roll.recache(text)
+        assert size < 1e8 and live.peak < made + 1.1 * size
+        for build, config, most in ((WanVAE, WanVAEConfig(), 2.8e9), (TAE, TAEConfig(), 1.4e9)):
+            before = live.now
+            vae, past = bf16_net(build, config), None
+            live.peak = loaded = live.now
+            for _ in range(2):
+                pixels, past = vae.decode(torch.empty(1, 3, 16, 60, 104), past)
+                del pixels
+            assert live.peak - loaded < most
+            need = bench.memory_estimate(Networks(dit, vae, None, Sampler(), "", 832, 480))
+            assert need == pytest.approx(made + live.peak - before, rel=.05)
+            del vae, past
 
 
 class Flash(torch.autograd.Function):
@@ -3825,7 +3838,7 @@ DEMOS = {  # something true that each demo says
     "text": "-> features (1, 96, 64), zero from there on",
     "weights": "vae.safetensors            {'stage':",
     "vae": "497,664 numbers -> 10,752 -> 497,664 at ",
-    "wan_vae": "latent 4 -> frames 13..16, 0e+00 from those decoded at once",
+    "wan_vae": "latent 4 -> frames 13..16, 0.00000 from those decoded at once",
     "world": "Grass. The camera looks from west 90 degrees to the right and back, every 12 seconds.",
     "judge": "magenta over blue   5.1 s away, now blue over red       WRONG",
     "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",

@@ -289,4 +289,4 @@ if __name__ == "__main__":
         frames, state = vae.decode(latent, state)
         first = max(0, 4 * i - 3)
         error = (frames - whole[:, first:4 * i + 1]).abs().max()
-        print(f"latent {i} -> frames {first}..{4 * i}, {error:.0e} from those decoded at once")
+        print(f"latent {i} -> frames {first}..{4 * i}, {error:.5f} from those decoded at once")
