@@ -2775,14 +2775,7 @@ def sampled(monkeypatch):
     """sampled(out, *words): sample.py runs -> the frames (f, h, w, 3) that the codec gets, exit code."""
     def run(out, *words):
         frames, code = [], 0
-
-        @contextmanager
-        def spy(*about):
-            with video.video_writer(*about) as file:
-                append = file.append_data
-                file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
-                yield file
-        monkeypatch.setattr(sample, "video_writer", spy)
+        monkeypatch.setattr(sample, "video_writer", spy_on(frames))
         monkeypatch.setattr("sys.argv", ["sample.py", "--out", *map(str, (out, *words))])
         try:
             config.run(sample.main)
