@@ -5,9 +5,9 @@ What a run costs: the FLOPs of a pass, the memory of a full-size run, and its sp
     python sample.py --bench                     # two tables, of the tiny networks
     python sample.py --wan random --bench        # of random weights of Wan's form; --size, --device, --dtype
 
-The first table tells where a chunk's time goes, part by part, waiting for the device after each. The second
-measures frames a second, of the transformer alone and with an autoencoder, without waiting, and holds them
-against what the device does in one large matrix product.
+The first table tells where a chunk's time goes, part by part ("memory": what is held is read, and the chunk
+appended by a clean pass). The second makes of it frames a second, of the transformer alone and with an
+autoencoder, and holds them against what the device does in one large matrix product.
 
 Leaves out: the text encoder, which runs once a prompt; times of training.
 """
@@ -38,8 +38,8 @@ TRAINING = {
     "stage2": (10, 42, 42 + 21 + 21 + 6),
 }
 BLOCK = 118  # bytes of one block's graph for each number of the residual stream, measured at full size
-CHUNKS = 16  # made for each measurement ...
-FULL = 7     # ... of which the first fill the memory
+FULL = 7     # chunks that fill the memory
+REPEATS = 9  # of each measurement
 MAPS = {WanVAE: 35, TAE: 27}  # maps of full resolution and width that decoding holds, measured at full size
 
 
@@ -103,84 +103,63 @@ def peak_memory(device):
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GiB"
 
 
-def wait_for_device():
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def part_seconds(networks, text):
+def chunk_seconds(networks, text):
     """
-    How long the parts of a chunk take once memory is full, each by itself, the device waited for; of noise,
-    because what the latents show changes no time.
-    returns  name -> seconds, several of each
+    How long a chunk takes once memory is full, part by part, the device waited for after each.
+    returns  name -> seconds, the median of several; seconds until there is a first chunk
     """
+    started = time.perf_counter()
+    first = None
     rollout, vae = networks.rollout(networks.text(text)), networks.vae
-    device = rollout.text[0][0].device
-    x = torch.randn(1, CHUNK, *networks.latent, device=device)
-    t = torch.full((1, CHUNK), .5, device=device)
-    modulation = rollout.net.time(t)
-    past, video = None, None
-    seconds = {}
-
-    def timed(name, part):
-        wait_for_device()
-        started = time.perf_counter()
-        made = part()
-        wait_for_device()
-        if rollout.chunk >= FULL:
-            seconds.setdefault(name, []).append(time.perf_counter() - started)
-        return made
-    for _ in range(CHUNKS):
-        timed("read memory", rollout.read_context)
-        for _ in range(networks.sampler.steps):
-            timed("pass", lambda: rollout.predict(x, t, modulation=modulation))
-        video, past = timed("decode", lambda: vae.decode(x, past))
-        timed("to the host", lambda: to_uint8(video).cpu())
-        timed("clean pass", lambda: rollout.append(x, modulation=modulation))
-    return seconds
-
-
-def chunk_seconds(networks, text, seed, vae):
-    """How long each chunk takes (CHUNKS,), generated and decoded; vae None: not decoded"""
-    rollout = networks.rollout(networks.text(text))
-    past = None
-    clock = [time.perf_counter()]
-    for x0 in generate(rollout, [seed], CHUNKS, networks.sampler, networks.latent):
-        video = x0
-        if vae is not None:
-            video, past = vae.decode(x0, past)
+    for x0 in generate(rollout, [0], FULL, networks.sampler, networks.latent):
+        video, past = vae.decode(x0)
         video.cpu()  # waits for the device
-        clock.append(time.perf_counter())
-    return np.diff(clock)
+        first = first or time.perf_counter() - started
+    t = torch.full((1, CHUNK), .5, device=x0.device)
+    modulation = rollout.net.time(t)
+    # what a chunk shows changes no time
+    parts = {
+        "memory": lambda: (rollout.read_context(), rollout.append(x0, modulation=modulation)),
+        "decoding": lambda: vae.decode(x0, past),
+        "to the host": lambda: to_uint8(video).cpu(),
+        "a pass": lambda: rollout.predict(x0, t, modulation=modulation),
+    }
+
+    def seconds_of(part):
+        rollout.read_context()
+
+        def run():
+            part()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+        return np.median(timeit.repeat(run, number=1, repeat=REPEATS))
+    return {name: seconds_of(part) for name, part in parts.items()}, first
 
 
-def bench(networks, text, seed):
-    """Two tables: parts of a chunk; frames a second, and their share of what the FLOPs allow."""
-    # 1. where the time goes
-    print("part of a chunk  times         ms, median")
-    total = 0
-    for name, seconds in part_seconds(networks, text).items():
-        times = networks.sampler.steps if name == "pass" else 1
-        total += times * np.median(seconds)
-        print(f"{name:16} {times:5} {1000 * np.median(seconds):18.3f}")
-    print(f"{'a chunk':16} {1:5} {1000 * total:18.3f}")
-    # 2. what the FLOPs allow on this device
-    policy, weight = networks.policy, networks.dit.blocks[0].ffn[0].weight
+def bench(networks, text):
+    """Where a chunk's time goes; frames a second, and their share of what the FLOPs allow."""
+    steps, policy = networks.sampler.steps, networks.policy
+    weight = networks.dit.blocks[0].ffn[0].weight
+    # 1. what the FLOPs allow on this device
     held = policy.sink + policy.slow + policy.fast - CHUNK
-    work = (networks.sampler.steps + 1) * flops(networks.dit.config, math.prod(networks.grid), held)
+    work = (steps + 1) * flops(networks.dit.config, math.prod(networks.grid), held)
     x = torch.randn(2048, 2048, device=weight.device, dtype=weight.dtype)
-    seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1))
-    rate = 2 * 2048 ** 3 / seconds
+    fastest = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1))
+    rate = 2 * 2048 ** 3 / fastest
     bound = FRAMES * rate / work
-    print(f"a chunk: {work / 1e12:.4f} TFLOP, so at most {bound:.1f} frames/s at {rate / 1e12:.3f} TFLOP/s, "
+    print(f"a chunk: {work / 1e12:.4f} TFLOP, so at most {bound:.1f} frames/s at {rate / 1e12:.4f} TFLOP/s, "
           "a product of 2048 x 2048 matrices here")
-    # 3. what it does, once memory is full
-    print("           frames/s   share  first frame")
-    for name, vae in {"DiT only": None, type(networks.vae).__name__: networks.vae}.items():
-        seconds = chunk_seconds(networks, text, seed, vae)
-        fps = FRAMES / np.median(seconds[FULL:])
-        print(f"{name:8} {fps:10.2f} {fps / bound:7.1%} {seconds[0]:10.2f} s")
-    print(peak_memory(weight.device))
+    # 2. what it does
+    seconds, first = chunk_seconds(networks, text)
+    print("part of a chunk  times         ms, median")
+    for name, each in seconds.items():
+        print(f"{name:16} {steps if name == 'a pass' else 1:5} {1000 * each:18.3f}")
+    dit = seconds["memory"] + steps * seconds["a pass"]
+    whole = dit + seconds["decoding"] + seconds["to the host"]
+    print("           frames/s   share")
+    for name, each in {"DiT only": dit, type(networks.vae).__name__: whole}.items():
+        print(f"{name:8} {FRAMES / each:10.2f} {FRAMES / each / bound:7.1%}")
+    print(f"first chunk after {first:.2f} s, {peak_memory(weight.device)}")
 
 
 if __name__ == "__main__":

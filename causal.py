@@ -4,9 +4,8 @@ The causal start model: stage init. Not in the paper, which takes a causal model
 Distillation needs a student that is causal and remembers before it starts. It is made in two parts:
 
     ar     teacher forcing: a chunk is noised and predicted from the real latents that memory would hold then.
-           Most passes are packs: one clean past, several noised copies of the target behind it, and an
-           attention mask in which the copies see the past but not each other. The last updates go through the
-           real memory instead.
+           A pass is a pack: one clean past, several noised copies of the target behind it, and an attention
+           mask in which the copies see the past but not each other.
     ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels
            it predicts the x0 that 16 Euler steps reach from there.
 
@@ -16,7 +15,6 @@ References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 25
 mask).
 Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +25,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import world
-from data import (CHUNKS, FULL, LINGERS, OTHER, OTHER_POLICIES, Histories, encode_world, fingerprint,
-                  held_frames, make_files, take_frames)
+from data import (CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, make_files,
+                  take_frames)
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
 from memory import CHUNK, PRESETS
@@ -36,45 +34,19 @@ from rope import rope_cos_sin
 from world import WorldSpec
 
 COPIES = 4               # noised copies of a target share one clean past: most of the compute is supervised
-SLOW = PRESETS["slowfast"].slow
-PROBE_CLIPS = 32         # clips that the heading probe is fitted to
 ODE_CLIPS = 256          # videos of the causal model's own ...
 ODE_CHUNKS = 20          # ... their length ...
 ODE_STEPS = 16           # ... and the Euler steps of a chunk
 
-# Which history a pass has. With the last second at hand a network draws on from that, and does not learn in
-# an hour to choose among keyframes. Where it is missing, or shows other landmarks, all must be looked up.
-KINDS = (
-    "prefix",          # the first 7 chunks, each predicted from those before it
-    "full_history",    # all that a memory policy holds
-    "skip_chunk",      # one or two chunks are missing between past and target, and as many keyframes
-    "keyframes_only",  # no sink, no fast memory
-    "swapped_recent",  # fast memory comes from a counterfactual
-)
-HISTORY_CURRICULUM = [  # until this share of the updates: chances of each kind, a rollout, a steady turn
-    dict(until=.2, prefix=.15, full_history=.255, skip_chunk=.2975, keyframes_only=.2975,
-         steady_turns=.7),
-    dict(until=.65, prefix=.10, full_history=.30, keyframes_only=.10, swapped_recent=.50,
-         steady_turns=.7),
-    dict(until=.975, prefix=.10, full_history=.60, keyframes_only=.05, swapped_recent=.25,
-         steady_turns=.2),
-    dict(until=1., prefix=.10, full_history=.60, keyframes_only=.05, swapped_recent=.25,
-         steady_turns=.2, rollout=.8),
-]
-FOLDER_CURRICULUM = [dict(until=1., prefix=.15, full_history=.85)]  # the same for folders of videos
-
-
-@dataclass
-class Objective:
-    """How a pass is noised and judged."""
-    grid: tuple                 # latent rows and columns after patching
-    shift: float                # of the noise levels
-    context_noise: float = 0.   # most noise on a latent of the clean past
-    probe: torch.Tensor = None  # directions of a latent that count more, as in flow.flow_matching_loss
-    probe_weight: float = 0.
-
-    def error(self, v, v_star, t):
-        return flow_matching_loss(v, v_star, t, self.probe, self.probe_weight).mean()
+# Which history a pass has, and how often.
+HISTORIES = {
+    "prefix": .50,  # the first 7 chunks, each predicted from those before it: text to video
+    "full": .30,    # all that a memory policy holds
+    # the same, but since the view was last another one there were no houses: they must be looked up, drawing
+    # on is no answer
+    "lookup": .20,
+}
+FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
 
 
 # ---- packs: teacher forcing in one pass --------------------------------------------------------------------
@@ -86,7 +58,6 @@ class Pack:
     past_frame: torch.Tensor    # (b, p) frame numbers, -1 = nothing there
     target: torch.Tensor        # (b, f, c, h, w) clean
     target_frame: torch.Tensor  # (b, f) frame numbers, three of a chunk after another
-    skip: int = 0               # so many chunks are missing between past and target
 
 
 def stratified_noise(x0, shift):
@@ -125,7 +96,7 @@ def packed_positions(pack):
     """Bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past."""
     b, p = pack.past_frame.shape
     seen = packed_attention_mask(pack)[:, p:, :p].sum(2)
-    target = seen + CHUNK * pack.skip + pack.target_frame % CHUNK
+    target = seen + pack.target_frame % CHUNK
     return torch.cat([torch.arange(p).expand(b, -1), target], dim=1)
 
 
@@ -144,12 +115,6 @@ def packed_forward(net, text, pack, xt, t, grid):
     return v[:, p:]
 
 
-def drop_frames(frame, gone):
-    """Frame numbers (b, p) without those where gone (b, p) says so; what is left closes up, -1 behind it."""
-    frame = frame.masked_fill(gone, -1)
-    return frame.gather(1, (frame < 0).long().argsort(stable=True, dim=1))
-
-
 def chunk_frames(chunk):
     """Chunk numbers (b,) -> the frame numbers of their latents (b, 3)"""
     return CHUNK * chunk[:, None] + torch.arange(CHUNK)
@@ -157,62 +122,33 @@ def chunk_frames(chunk):
 
 # ---- ar: teacher forcing -----------------------------------------------------------------------------------
 
-@dataclass
-class Pass:
-    """What one pass is like, the same in all processes."""
-    kind: str           # of KINDS, or "rollout"
-    steady_turns: bool  # on clips of steady turns, or of all motions
-    skip: int           # skip_chunk: chunks that are missing
-    length: int         # rollout: chunks of past ...
-    policy: str         # ... memory preset ...
-    supervised: list    # ... and the chunks that have a loss
+def draw_kind(histories, rng, done):
+    """-> which of HISTORIES, the same in all processes; done, the share of the updates, changes nothing"""
+    return str(rng.choice(list(histories), p=list(histories.values())))
 
 
-def draw_pass(rng, done, curriculum=HISTORY_CURRICULUM):
-    """done: share of the updates that is done -> Pass"""
-    row = next(row for row in curriculum if done < row["until"])
-    chance = defaultdict(float, row)
-    if chance["rollout"] and rng.random() < chance["rollout"]:
-        kind = "rollout"
-    else:
-        kind = str(rng.choice(KINDS, p=[chance[kind] for kind in KINDS]))
-    length = int(rng.integers(12, CHUNKS))
-    is_other = rng.random() < OTHER
-    steady_turns = kind != "rollout" and rng.random() < chance["steady_turns"]
-    skip = int(rng.integers(1, 3)) if kind == "skip_chunk" else 0
-    policy = str(rng.choice(OTHER_POLICIES)) if is_other else "slowfast"
-    supervised = rng.choice(np.arange(FULL, length + 1), 3, replace=False).tolist()
-    return Pass(kind, steady_turns, skip, length, policy, supervised)
-
-
-def teacher_forcing_loss(net, clips, drawn, rng, batch, objective):
+def draw_pack(clips, kind, rng, batch):
     """
     clips    data.WorldClips or ClipFolder
-    drawn    Pass
-    returns  scalar loss
+    kind     of HISTORIES
+    returns  (b,) numbers of the clips, and a Pack of them
     """
-    if drawn.kind == "swapped_recent":
-        history = clips.draw_history(rng, batch, clips=len(clips.counterfactuals))
-    else:
-        history = clips.draw_history(rng, batch, 1 + drawn.skip)
-    text = net.text(clips.text(history.clip))
-    if drawn.kind == "rollout":
-        return rollout_loss(net, text, clips, history.clip, drawn, rng, objective)
-    if drawn.kind == "prefix":
-        pack = prefix_pack(clips, history)
-    else:
-        pack = history_pack(clips, history, drawn, rng)
-    return packed_loss(net, text, pack, objective)
+    history = clips.draw_history(rng, batch, lookup=kind == "lookup")
+    pack = prefix_pack(clips, history) if kind == "prefix" else history_pack(clips, history, kind)
+    return history.clip, pack
 
 
-def packed_loss(net, text, pack, objective):
-    """Flow matching on the target of a Pack."""
-    xt, t, v_star = stratified_noise(pack.target, objective.shift)
-    pack = replace(pack, past=augment_context_noise(pack.past, objective.context_noise))
-    v = packed_forward(net, text, pack, xt, t, objective.grid)
-    # where a video begins to look is undetermined: no probe on its first chunk
-    probe_t = t * (pack.target_frame >= CHUNK).to(t.device)
-    return objective.error(v, v_star, probe_t)
+def teacher_forcing_loss(net, text, pack, grid, shift, context_noise):
+    """
+    Flow matching on the target of a Pack.
+    shift          of the noise levels
+    context_noise  most noise on a latent of the clean past
+    returns        scalar loss
+    """
+    xt, t, v_star = stratified_noise(pack.target, shift)
+    pack = replace(pack, past=augment_context_noise(pack.past, context_noise))
+    v = packed_forward(net, text, pack, xt, t, grid)
+    return flow_matching_loss(v, v_star).mean()
 
 
 def prefix_pack(clips, history):
@@ -222,64 +158,15 @@ def prefix_pack(clips, history):
     return Pack(latents, frame, latents, frame)
 
 
-def history_pack(clips, history, drawn, rng):
-    """A long past at once: what a policy holds, or what the kind of history leaves of it."""
-    # what is left of the past
-    frame = history.frame
-    if drawn.kind == "keyframes_only":
-        frame = frame[:, CHUNK:CHUNK + SLOW]
-    if drawn.kind == "skip_chunk":
-        frame = drop_frames(frame, random_keyframes(rng, frame, CHUNK * drawn.skip))
-    if drawn.kind == "swapped_recent" and drawn.steady_turns:
-        frame = drop_frames(frame, recent_keyframes(rng, clips.heading, history))
-    past = clips.frames(history.clip, frame)
-    if drawn.kind == "swapped_recent":
-        is_recent = frame >= CHUNK * (history.chunk - 1)[:, None]
-        other = take_frames(clips.counterfactuals, history.clip, frame, past.device)
-        past = torch.where(over_frames(is_recent).to(past.device), other, past)
-    # noised copies of the next chunk, or of a later one
-    target_frame = chunk_frames(history.chunk + drawn.skip).repeat(1, COPIES)
-    target = clips.frames(history.clip, target_frame)
-    return Pack(past, frame, target, target_frame, drawn.skip)
-
-
-def random_keyframes(rng, frame, count):
-    """Where slow memory is full, `count` keyframes of each sample: (b, p) bool"""
-    chosen = torch.zeros(frame.shape, dtype=torch.bool)
-    for row in (frame[:, -1] >= 0).nonzero()[:, 0]:
-        chosen[row, CHUNK + rng.choice(SLOW, count, replace=False)] = True
-    return chosen
-
-
-def recent_keyframes(rng, heading, history):
-    """Of a steady turn, keyframes of the last half turn: they show the view, a known way off. (b, p) bool"""
-    now = heading[history.clip, CHUNK * history.chunk - 1]
-    turned = heading[history.clip[:, None], history.frame] - now[:, None]
-    recent = turned.abs() < world.COLUMNS / 2 + rng.uniform(0, world.WIDTH)
-    recent[:, :CHUNK] = False   # sink
-    recent[:, -CHUNK:] = False  # fast
-    return recent
-
-
-def rollout_loss(net, text, clips, clip, drawn, rng, objective):
-    """Real clips (b,) through the real memory, chunk after chunk; some chunks are predicted on the way."""
-    keep = clips.draw_keep(rng, clip)
-    rollout = Rollout(net, text, PRESETS[drawn.policy], objective.grid)
-    # the copies of a predicted chunk stand at the same positions and do not see each other
-    copy = torch.arange(COPIES * CHUNK) // CHUNK
-    own_copy = (copy[:, None] == copy)[None].to(text[0][0].device)
-    loss = 0
-    for i in range(drawn.length + 1):
-        x0 = clips.frames(clip, chunk_frames(torch.full_like(clip, i)))
-        memory, rope = rollout.read_context()
-        if i in drawn.supervised:
-            xt, t, v_star = stratified_noise(x0.repeat(1, COPIES, 1, 1, 1), objective.shift)
-            rope = rope.repeat(1, COPIES, 1, 1)
-            v, _ = net(xt, t, text, rope, memory, mask=own_copy)
-            loss = loss + objective.error(v, v_star, t) / len(drawn.supervised)
-        x0 = augment_context_noise(x0, objective.context_noise)
-        rollout.append(x0, keep[:, i].to(x0.device))
-    return loss
+def history_pack(clips, history, kind):
+    """A long past at once, as a policy holds it, and noised copies of the next chunk."""
+    past = clips.frames(history.clip, history.frame)
+    if kind == "lookup":
+        hidden = history.frame > clips.apart[history.clip, history.chunk][:, None]
+        empty = take_frames(clips.empty, history.clip, history.frame, past.device)
+        past = torch.where(over_frames(hidden).to(past.device), empty, past)
+    target_frame = chunk_frames(history.chunk).repeat(1, COPIES)
+    return Pack(past, history.frame, clips.frames(history.clip, target_frame), target_frame)
 
 
 # ---- ode: regression to ODE trajectories -------------------------------------------------------------------
@@ -342,7 +229,7 @@ def record_trajectories(rollout, seeds, chunks, sampler, latent):
     return Trajectories(torch.cat(videos, dim=1), held_frames(rollout.memory.policy, kept))
 
 
-def trajectory_loss(net, text, trajectories, clip, chunk, levels, objective):
+def trajectory_loss(net, text, trajectories, clip, chunk, levels, grid):
     """
     Regression to x0 from all of the student's noise levels at once, with the past that each chunk really had.
     clip, chunk  (b,) numbers of trajectories and of their chunks
@@ -359,29 +246,14 @@ def trajectory_loss(net, text, trajectories, clip, chunk, levels, objective):
     x0 = x[:, :, -1].repeat(1, copies, 1, 1, 1)
     t = levels.repeat_interleave(CHUNK).expand(len(clip), -1).to(device)
     pack = Pack(past, past_frame, x0, chunk_frames(chunk).repeat(1, copies))
-    v = packed_forward(net, text, pack, xt, t, objective.grid)
+    v = packed_forward(net, text, pack, xt, t, grid)
     # the error of x0 is t times that of v; small, so in float32
     v_star = v_from_x0(xt, x0, t)
     with torch.autocast(device.type, enabled=False):
-        return objective.error(over_frames(t) * v, over_frames(t) * v_star, torch.ones_like(t))
+        return (over_frames(t) * (v - v_star)).square().mean()
 
 
 # ---- what is read off real clips ---------------------------------------------------------------------------
-
-def fit_heading_probe(cache):
-    """
-    Where latents of the small world show the heading: ridge regression of its cosine and sine on latents, of
-    about unit variance. On held-out worlds it is right to 1.3 columns.
-    cache    (worlds, latents) -> latents, as from data.latent_cache
-    returns  (2, c h w)
-    """
-    worlds = [WorldSpec(i, "turn") for i in range(PROBE_CLIPS)]
-    x = cache(worlds, CHUNKS * CHUNK).flatten(0, 1).flatten(1).float()
-    angle = Histories(worlds, CHUNKS).heading.flatten().float() * (2 * torch.pi / world.COLUMNS)
-    y = torch.stack([angle.cos(), angle.sin()], dim=1)
-    gram = x.T @ x / len(x) + .1 * torch.eye(x.shape[1])
-    return torch.linalg.solve(gram, x.T @ y / len(x)).T.contiguous()
-
 
 @torch.no_grad()
 def calibrate(networks):

@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,8 +18,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import BadInput, whole_or_absent
+from config import BadInput, check_schema, whole_or_absent
 from tensors import hash_file, read_json
+
+# one process may use torch.distributed.checkpoint, too
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 def get_rank():
@@ -44,14 +46,6 @@ def any_process(flag):
     return flags.item() > 0
 
 
-@contextmanager
-def quiet_alone():
-    """One process may use torch.distributed.checkpoint: no warning is called for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
 def training_state(nets, optimizers, others):
     """
     nets        ModuleDict of all that is trained
@@ -63,6 +57,16 @@ def training_state(nets, optimizers, others):
     return {"nets": weights, "optimizers": moments, **others}
 
 
+def list_hashes(folder):
+    """What sha256sum prints of a checkpoint's files. A collective: each process reads a share of them."""
+    files = sorted(file for file in folder.iterdir() if file.name != "sha256")
+    mine = [f"{hash_file(file)}  {file.name}\n" for file in files[get_rank()::get_processes()]]
+    shares = [mine] * get_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(shares, mine)
+    return "".join(sorted(sum(shares, [])))
+
+
 def save_checkpoint(folder, step, nets, optimizers, others):
     part = folder / f"part_{step:06d}"
     whole = folder / f"step_{step:06d}"
@@ -72,38 +76,14 @@ def save_checkpoint(folder, step, nets, optimizers, others):
         shutil.rmtree(whole, ignore_errors=True)
     barrier()
     # all processes write, each what it holds
-    state = training_state(nets, optimizers, others)
-    with quiet_alone():
-        dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
-    # and the checksums of that
-    rank = get_rank()
-    mine = [*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])]
-    lines = [f"{hash_file(file)}  {file.name}\n" for file in mine]
-    (part / f"sha256_{rank}").write_text("".join(lines))
-    barrier()
+    dcp.save(training_state(nets, optimizers, others), checkpoint_id=part)
+    hashes = list_hashes(part)
     # whole now
-    if rank == 0:
-        lists = list(part.glob("sha256_*"))
-        (part / "sha256").write_text("".join(file.read_text() for file in lists))
-        for file in lists:
-            file.unlink()
+    if get_rank() == 0:
+        (part / "sha256").write_text(hashes)
         os.replace(part, whole)
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
-
-
-def find_damage(folder):
-    """What is wrong with the files of a checkpoint, "" if nothing"""
-    # several processes read a share each
-    try:
-        lines = (folder / "sha256").read_text("utf-8", "replace").splitlines()
-        for line in lines[get_rank()::get_processes()]:
-            digest, _, name = line.partition("  ")
-            if hash_file(folder / name) != digest:
-                return f"{name} is not what its sha256 says"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return "" if lines else "it has no checksums"
 
 
 def load_checkpoint(folder, nets, optimizers, others, verify=True):
@@ -116,22 +96,20 @@ def load_checkpoint(folder, nets, optimizers, others, verify=True):
     # the newest first
     checkpoints = sorted(folder.glob("step_*"), reverse=True)
     for whole in checkpoints:
-        told = find_damage(whole) if verify else ""
-        if not any_process(bool(told)):
-            state = training_state(nets, optimizers, others)
-            try:
-                with quiet_alone():
-                    dcp.load(state, checkpoint_id=whole, no_dist=not dist.is_initialized())
-            except CheckpointException as error:  # in all processes, if in one
-                reason, _ = next(iter(error.failures.values()))
-                told = (str(reason).splitlines() or [type(reason).__name__])[0]
-            else:
-                # others have loaded themselves
-                set_state_dict(nets, optimizers, model_state_dict=state["nets"],
-                               optim_state_dict=state["optimizers"])
-                return int(whole.name.removeprefix("step_"))
-        if told:
+        state = training_state(nets, optimizers, others)
+        try:
+            if verify and list_hashes(whole).encode() != (whole / "sha256").read_bytes():
+                raise OSError("its files are not what their sha256 say")
+            dcp.load(state, checkpoint_id=whole)
+        except (OSError, CheckpointException) as error:  # in all processes, if in one
+            reasons = [reason for reason, _ in getattr(error, "failures", {}).values()]
+            told = repr([*reasons, error][0]).splitlines()[0]
             print(f"cannot read {whole} ({told}): using the one before it", file=sys.stderr)
+        else:
+            # others have loaded themselves
+            set_state_dict(nets, optimizers, model_state_dict=state["nets"],
+                           optim_state_dict=state["optimizers"])
+            return int(whole.name.removeprefix("step_"))
     if checkpoints:
         raise BadInput(f"no checkpoint in {folder} can be read: delete that folder to train from the start")
     return 0
@@ -147,17 +125,17 @@ def keep_settings(folder, settings, passes):
     """
     # through JSON, as they come back
     file = folder / "settings.json"
-    saved = json.loads(json.dumps({**settings, "passes": []}))
+    given = json.loads(json.dumps(settings))
+    saved = {**given, "passes": []}
     # what has not begun may still change
     has_trained = any(folder.glob("step_*")) or any(folder.glob("*.safetensors"))
     if file.exists() and has_trained:
-        saved, given = read_json(file), saved
-        if not isinstance(saved.get("passes"), list):
-            raise BadInput(f"{file} is damaged: passes must be a list")
+        saved = read_json(file)
+        check_schema(file, saved, {"passes": [int]})
         if passes in saved["passes"]:
-            given["accumulate"] = saved.get("accumulate")
+            del given["accumulate"]
         differ = [f"{name} {saved.get(name)}, not {value}" for name, value in given.items()
-                  if name != "passes" and saved.get(name) != value]
+                  if saved.get(name) != value]
         if differ:
             raise BadInput(f"{folder} was trained with {', '.join(differ)}: give another --out")
     if passes not in saved["passes"]:

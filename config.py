@@ -99,16 +99,25 @@ def within(name, value, low, high):
 
 def check_schema(path, value, schema, field="content"):
     """
-    Raises BadInput that names file and field unless a value that was read is what the schema says: a type;
-    {name: schema}, a dict with at least these; [schema], a list of such; (schema, None), such or None.
+    Raises BadInput that names file and field unless a value that was read is what the schema says: a type,
+    of which a float must be finite; a range of whole numbers, or a set of words; {name: schema}, a dict with
+    at least these; [schema], a list of such; (schema, None), such or None.
     """
+    if isinstance(schema, tuple):
+        schema = None if value is None else schema[0]
     kind = schema if isinstance(schema, type) else type(schema)
-    if kind is tuple:
-        if value is not None:
-            check_schema(path, value, schema[0], field)
-        return
-    if not isinstance(value, kind):
-        raise BadInput(f"{path} is damaged: its {field} must be {kind.__name__}, not {type(value).__name__}")
+    if kind in (range, set):
+        kind = schema
+        fits = type(value) in (int, str) and value in schema
+    elif kind is float:
+        fits = type(value) in (int, float) and abs(value) < 1e9
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        said = getattr(kind, "__name__", kind)
+        raise BadInput(f"{path} is damaged: its {field} must be {said}, not {type(value).__name__} "
+                       f"{str(value)[:40]}")
+    # what is inside
     if isinstance(schema, dict):
         for name, inner in schema.items():
             check_schema(path, value.get(name), inner, f"{field}, {name}")
@@ -278,13 +287,11 @@ def run(main):
     try:
         with StopSignals():
             main()
-    except BadInput as error:
+    except (BadInput, NotImplementedError) as error:
         told = " ".join(str(error).split())
+        if isinstance(error, NotImplementedError):
+            told = f"use --device cpu, as this device lacks an operation: {told:.200}"
         print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
-    except NotImplementedError as error:
-        told = " ".join(str(error).split())
-        print(f"error: use --device cpu, as this device lacks an operation: {told:.200}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

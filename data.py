@@ -38,13 +38,11 @@ from weights import WEIGHTS, load_tiny, load_wan
 from world import WorldSpec
 
 FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
-CLIPS = 1024              # training clips of the small world, all motions
+CLIPS = 768               # training clips of the small world
 CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a target
-STEADY_TURN_CLIPS = 1600  # and of steady turns of 8 to 16 s, whose keyframes hold all that comes back
-STEADY_TURN_CHUNKS = 27
+EMPTY_CLIPS = 384         # clips that are also encoded without houses
 LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-COUNTERFACTUALS = 640     # clips of each set that have a counterfactual: the same motion past other landmarks
-BACK = 12                 # chunks in which something comes back are targets so many times as often
+BACK = .5                 # share of the targets whose view is one that comes back
 LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
 AHEAD = 7                 # ... and of what follows it
 RUN = 6                   # chunks that surprise, or do not, one after another, in the mean
@@ -93,13 +91,10 @@ def held_frames(policy, keep, evict_first=True):
 
 # ---- the small world: latents ------------------------------------------------------------------------------
 
-def training_worlds(clips, seed, steady_turns=False):
-    """WorldSpecs of a training run's clips, of all motions or of turns of 8 to 16 s; never held-out ones."""
-    rng = np.random.default_rng([seed, 0x1E55 if steady_turns else 0xDA7A])
-    seeds = rng.integers(world.HELD_OUT, size=clips).tolist()
-    if steady_turns:
-        return [WorldSpec(s, "turn", 8 + s % 9) for s in seeds]
-    return [WorldSpec(s) for s in seeds]
+def training_worlds(clips, seed):
+    """WorldSpecs of a training run's clips; never held-out ones."""
+    rng = np.random.default_rng([seed, 0xDA7A])
+    return [WorldSpec(s) for s in rng.integers(world.HELD_OUT, size=clips).tolist()]
 
 
 @torch.no_grad()
@@ -158,13 +153,16 @@ class Histories:
         frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
         worlds = [world.make_world(spec) for spec in specs]
         heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
-        self.captions = [w.caption for w in worlds]
         self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
-
-        # chunks in which something comes back are drawn more often
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
-        back = landmark_returns(heading) | camera_returns(heading)
-        self.weight = np.where(back, float(BACK), 1.)
+        self.captions = [w.caption for w in worlds]
+
+        # the last latent before each chunk that shared nothing with its view, -1 for none: (b, chunks)
+        now = self.heading[:, ::CHUNK, None]
+        frame = torch.arange(CHUNK * chunks)
+        is_past = frame < CHUNK * torch.arange(chunks)[:, None]
+        away = (world.wrap(self.heading[:, None] - now).abs() >= world.WIDTH) & is_past
+        self.apart = torch.where(away, frame, -1).amax(2)
 
         # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
         self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
@@ -174,49 +172,40 @@ class Histories:
 
         # and so what memory holds at each chunk: (b, chunks, 18 or 21) frame numbers, -1 = empty
         self.held = {}
-        for rule, keep in self.keep.items():
-            self.held[rule] = held_frames(PRESETS["slowfast"], keep, evict_first)
-        for policy in OTHER_POLICIES:
-            self.held[policy] = held_frames(PRESETS[policy], every, evict_first)
+        for name in KEEP_RULES + OTHER_POLICIES:
+            policy = PRESETS["slowfast" if name in KEEP_RULES else name]
+            self.held[name] = held_frames(policy, self.keep.get(name, every), evict_first)
 
-    def draw_history(self, rng, batch, ahead=1, clips=None):
+        # where the view is one that was seen before, then out of sight, and is still held: (b, chunks) bool
+        self.back = {name: self.comes_back(held) for name, held in self.held.items()}
+
+    def comes_back(self, held):
+        """held (b, chunks, m) -> (b, chunks) bool"""
+        clip = torch.arange(len(held))[:, None, None]
+        turned = world.wrap(self.heading[clip, held] - self.heading[:, ::CHUNK, None])
+        is_alike = turned.abs() < world.WIDTH / 2
+        return (is_alike & (held >= 0) & (held <= self.apart[..., None])).any(2)
+
+    def draw_history(self, rng, batch, ahead=1, lookup=False):
         """
         ahead    so many chunks follow the past
-        clips    None, or: only the first so many clips, and only policies that fill all places
+        lookup   only what comes back, and in clips that are also encoded without houses
         returns  History
         """
         drawn = []
         for _ in range(batch):
-            # a policy or keep rule, a clip, and one of its chunks by weight
-            other = rng.random() < OTHER and ahead == 1 and not clips
+            # a policy or keep rule
+            other = rng.random() < OTHER and ahead == 1 and not lookup
             name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
-            clip = rng.integers(clips or len(self.weight))
-            weight = self.weight[clip, FULL:self.weight.shape[1] - ahead + 1]
-            chunk = FULL + rng.choice(len(weight), p=weight / weight.sum())
-            drawn.append((clip, chunk, self.held[name][clip, chunk]))
+            # a chunk of a clip: mostly one whose view comes back
+            back = self.back[name][:EMPTY_CLIPS if lookup else None, FULL:self.moved.shape[1] - ahead + 1]
+            if not lookup and rng.random() > BACK or not back.any():
+                back = torch.ones_like(back)
+            options = back.nonzero()
+            clip, chunk = options[rng.integers(len(options))].tolist()
+            drawn.append((clip, FULL + chunk, self.held[name][clip, FULL + chunk]))
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))
-
-    def draw_keep(self, rng, clip):
-        """clip (b,) -> (b, chunks) bool: keep decisions of a rule drawn for each"""
-        return torch.stack([self.keep[str(rng.choice(KEEP_RULES))][c] for c in clip])
-
-
-def landmark_returns(heading):
-    """heading (b, chunks, 12) -> (b, chunks) bool: a landmark comes back that was out of view for a chunk"""
-    # which landmarks each chunk shows, and which it misses that were seen: (b, chunks, 8)
-    seen = (np.abs(world.offsets(heading)) <= world.GONE).any(2)
-    gone = np.logical_or.accumulate(seen, axis=1) & ~seen
-    back = seen[:, 1:] & gone[:, :-1]
-    return np.pad(back.any(2), ((0, 0), (1, 0)))
-
-
-def camera_returns(heading):
-    """heading (b, chunks, 12) -> (b, chunks) bool: the camera turns back (or stops, as at the last frame)"""
-    columns = heading.reshape(len(heading), -1)
-    direction = np.sign(np.diff(columns, append=columns[:, -1:]))
-    turns = np.diff(direction, prepend=0) != 0
-    return turns.reshape(heading.shape).any(2)
 
 
 class Shuffled:
@@ -229,12 +218,12 @@ class Shuffled:
         """-> list of the next `count`; all processes must ask alike"""
         first = self.taken + get_rank() * count
         self.taken += get_processes() * count
-        return [self.item(number) for number in range(first, first + count)]
-
-    def item(self, number):
-        turn, place = divmod(number, len(self.items))
-        order = np.random.default_rng([self.seed, turn, 0x5FFE]).permutation(len(self.items))
-        return self.items[order[place]]
+        taken = []
+        for number in range(first, first + count):
+            turn, place = divmod(number, len(self.items))
+            order = np.random.default_rng([self.seed, turn, 0x5FFE]).permutation(len(self.items))
+            taken.append(self.items[order[place]])
+        return taken
 
     def state_dict(self):
         return {"taken": torch.tensor(self.taken)}
@@ -250,19 +239,20 @@ def take_frames(latents, clip, frame, device):
 
 class WorldClips(Histories):
     """Clips of the small world, with histories of theirs."""
-    def __init__(self, specs, chunks, cache, features, device, for_student=True):
+    def __init__(self, seed, cache, features, device, for_student=True):
         """
         cache        (WorldSpecs, latents) -> latents of so many frames each, as from latent_cache()
         features     captions -> (b, m, text_dim)
-        for_student  with counterfactuals, and histories as a student sees them; False: a teacher's contexts
+        for_student  also encoded without houses, and histories as a student sees them; False: a teacher's
+                     contexts
         """
-        super().__init__(specs, chunks, evict_first=for_student)
+        specs = training_worlds(CLIPS, seed)
+        super().__init__(specs, CHUNKS, evict_first=for_student)
         self.features = features
         self.device = device
-        self.latents = cache(specs, chunks * CHUNK)
+        self.latents = cache(specs, CHUNKS * CHUNK)
         if for_student:
-            others = [replace(spec, counterfactual=True) for spec in specs[:COUNTERFACTUALS]]
-            self.counterfactuals = cache(others, chunks * CHUNK)
+            self.empty = cache([replace(spec, empty=True) for spec in specs[:EMPTY_CLIPS]], CHUNKS * CHUNK)
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""
@@ -272,42 +262,25 @@ class WorldClips(Histories):
         return self.features([self.captions[c] for c in clip])
 
 
-def training_clips(seed, cache, features, device, for_student):
-    """The small world's training clips, as WorldClips: of all motions, and of steady turns."""
-    all_motions = training_worlds(CLIPS, seed)
-    steady_turns = training_worlds(STEADY_TURN_CLIPS, seed, steady_turns=True)
-    return (WorldClips(all_motions, CHUNKS, cache, features, device, for_student),
-            WorldClips(steady_turns, STEADY_TURN_CHUNKS, cache, features, device, for_student))
-
-
 # ---- folders of videos -------------------------------------------------------------------------------------
 
 def read_captions(folder):
-    """-> {video file: its caption}; lists what has none"""
-    files = sorted(file for file in Path(folder).rglob("[!.]*") if not file.is_dir())
-    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    # a video's is the text of its name
+    """-> {video file: the caption in the .txt beside it}; lists what has none"""
     captions = {}
-    for file in files:
-        if file.suffix.lower() == ".txt":
+    for file in sorted(Path(folder).rglob("[!.]*")):
+        if file.is_dir() or file.suffix.lower() == ".txt":
             continue
+        text = file.with_suffix(".txt")
         try:
-            captions[file] = read_caption(texts.get(file.with_suffix("")))
+            captions[file] = read_text(text).strip()
+            if not captions[file]:
+                raise BadInput(f"{text} is empty")
         except BadInput as reason:
             print(f"skipped: {file}: {reason}")
+            captions.pop(file, None)
     if not captions:
         raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
     return captions
-
-
-def read_caption(file):
-    """file: of text, or None"""
-    if file is None or not file.is_file():
-        raise BadInput("no caption in a .txt beside it")
-    caption = read_text(file).strip()
-    if not caption:
-        raise BadInput(f"{file} is empty")
-    return caption
 
 
 def read_whole_chunks(file, width, height):
@@ -342,10 +315,8 @@ def encode_videos(cfg, device):
             new[file] = shard
     # the autoencoder, and text features of the captions
     if cfg.wan:
-        prompts = [captions[file] for file in new]
-        cache = Path(cfg.out, "text")
-        networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, cache, prompts,
-                            verify=not cfg.no_verify)
+        networks = load_wan(cfg.wan, "", cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"),
+                            [captions[file] for file in new], verify=not cfg.no_verify)
     else:
         networks = load_tiny(WEIGHTS / f"{STUDENT}.safetensors", device)
     for file, shard in tqdm(new.items(), "encoding clips"):
@@ -420,7 +391,7 @@ class ClipFolder:
         features = [self.read(c, "text") for c in clip]
         return pad_sequence(features, batch_first=True).to(self.device)
 
-    def draw_history(self, rng, batch, ahead=1):
+    def draw_history(self, rng, batch, ahead=1, lookup=False):
         """Pasts of 7 to 27 chunks, with `ahead` chunks behind them -> History"""
         clip = rng.integers(len(self.files), size=batch)
         last = [min(LONGEST, self.chunks[c] - ahead) for c in clip]
@@ -441,7 +412,7 @@ def main():
     histories = Histories([WorldSpec(0, "aside")])
     print(histories.captions[0])
     print("memory at chunk 30:", histories.held["moving"][0, 30].tolist())
-    print("something comes back:", "".join("#" if weight > 1 else "." for weight in histories.weight[0]))
+    print("something comes back:", "".join("#" if back else "." for back in histories.back["moving"][0]))
 
 
 if __name__ == "__main__":

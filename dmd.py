@@ -201,32 +201,29 @@ def squared_error(x0, x):
     return (x0 - x).square().mean((1, 2, 3, 4))  # (b,)
 
 
-def critic_step(critic, features, trace, t, noise, grid, probe=None, probe_weight=0.):
+def critic_step(critic, features, trace, t, noise, grid):
     """
     The critic follows the student: flow matching on the student's video, behind the context that the student
     had.
     features             text features (b, m, text_dim) of the prompts
     t, noise             (b,) noise levels from score_level(), and noise of trace.x's shape
     grid                 latent rows and columns after patching
-    probe, probe_weight  as in flow.flow_matching_loss
     returns              loss, and (b,) squared error of the x0 that it predicts
     """
     t = t[:, None].expand(trace.x.shape[:2])
     xt = add_noise(trace.x, noise, t)
     v = predict_velocity(critic, trace.context, xt, t, critic.text(features), grid)
-    loss = flow_matching_loss(v, noise - trace.x, t, probe, probe_weight).mean()
+    loss = flow_matching_loss(v, noise - trace.x).mean()
     loss.backward()
     fake = x0_from_v(xt, v.detach(), t)
     return loss.item(), squared_error(fake, trace.x)
 
 
-def student_step(student, teacher, critic, features, trace, t, noise, grid, guidance=1., negative=None,
-                 probe=None, probe_weight=0.):
+def student_step(student, teacher, critic, features, trace, t, noise, grid, guidance=1., negative=None):
     """
     The student's update, eq. 6: fake - real, normalised, pushed through the exit step of each target chunk.
     guidance, negative   of the real score: its weight, and the text features that it leads away from; 1 =
                          none
-    probe, probe_weight  the gradient along these directions counts more, as in flow.flow_matching_loss
     the rest             as in critic_step
     returns              (b,) normaliser of the gradient, and (b,) squared error of the teacher's x0 to the
                          student's
@@ -242,10 +239,6 @@ def student_step(student, teacher, critic, features, trace, t, noise, grid, guid
             real = guide(real, away, guidance)
     # eq. 6
     gradient, norm = dmd_gradient(trace.x, fake, real)
-    # what is small in pixels counts more; dmd's loss is a mean over a latent's numbers, the probe's is not
-    if probe is not None:
-        along = gradient.flatten(2) @ probe.T @ probe * probe.shape[1]
-        gradient = gradient + probe_weight * along.view_as(gradient)
     backward(trace, features, gradient / gradient.numel())
     return norm, squared_error(real, trace.x)
 

@@ -204,35 +204,30 @@ class ErrorBank:
 
 # ---- the update: adds to .grad, and leaves the step to the optimizer ---------------------------------------
 
-def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJECTED,
-                 probe=None, probe_weight=0., share=1.):
+def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJECTED, share=1.):
     """
     Flow matching on the target given the context, with errors in what the network sees. Its own errors wait
-    in bank.pending. bank None: no errors, and none are kept.
+    in bank.pending.
     context              (b, n, c, h, w)
     x0, noise            (b, f, c, h, w), t (b,) noise levels
     features             text features (b, m, text_dim)
     p                    share of the samples that get errors; p = 0 or an empty bank: plain fine-tuning
-    probe, probe_weight  as in flow.flow_matching_loss
     share                of a batch that comes in several calls: the loss counts so much
     returns              loss, times share
     """
     # errors go into all that the network sees
-    x0_seen = x0
-    if bank:
-        rng = np.random.default_rng([seed, 0])
-        context, x0_seen, noise, injected = bank.inject(rng, context, x0, noise, t, p)
+    rng = np.random.default_rng([seed, 0])
+    context, x0_seen, noise, injected = bank.inject(rng, context, x0, noise, t, p)
     level = t[:, None].expand(x0.shape[:2])
     xt = add_noise(x0_seen, noise, level)
     v = predict_velocity(net, context, xt, level, net.text(features), grid)
     # ... but not into the x0 that it shall predict
     v_star = noise - x0
-    loss = share * flow_matching_loss(v, v_star, level, probe, probe_weight).mean()
+    loss = share * flow_matching_loss(v, v_star).mean()
     loss.backward()
     # its own errors, for later samples
-    if bank:
-        of_latents, of_noise = residuals(v.detach(), v_star, t)
-        bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
+    of_latents, of_noise = residuals(v.detach(), v_star, t)
+    bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
     return loss.item()
 
 

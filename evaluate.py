@@ -7,13 +7,13 @@ The paper in miniature: what trained models remember and how their pictures hold
     python evaluate.py --quick --tau X --steps N  # other than the weights' own, beside what is there
 
 An EvalSet says which videos are made: whose weights, which memory, which worlds. Each video leaves one line
-in out/evaluate.csv with all that report.py needs: it is made once, and tables and figures cost nothing after
-that. A line counts as long as the networks, the policy and the code that made it are what they were. Real
-videos: metrics.py.
+in out/evaluate.jsonl with all that report.py needs: it is made once, and tables and figures cost nothing
+after that. A line counts as long as the networks, the policy and the code that made it are what they were.
+Real videos: metrics.py.
 
     text       captions drawn at random; 62.8 s from nothing, as all that follows unless it says otherwise
     real       the same, 50 s after 10.3 s of real video
-    returns    as many captions of each kind of motion, that bring landmarks back soon, late and last of all
+    returns    as many captions of each kind of motion, turns from the fastest to the slowest
     swapped    a world and its counterfactual exchange slow memories, 4 s after real video
     teacher    31 s of a teacher alone
     after ..   5 s of the teacher, after 10.3 s that are real, or by Stage 1
@@ -28,7 +28,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -39,10 +38,8 @@ import torch
 from tqdm import tqdm
 
 import figures
-import judge
 import paper
 import report
-from data import frames_of
 from erft import TARGET
 from memory import CHUNK, PRESETS, Policy
 from probe import (CHUNKS, GIVEN, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher, decode_frames,
@@ -52,8 +49,8 @@ from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
 BATCH = 16     # videos made together
-TRIES = 64     # held-out worlds of each kind of motion, among which "returns" chooses
 INTERVALS = range(1, 7)  # of the uniform rules of the frontier
+SECONDS = {"turn": (8, 44), "linger": (18, 44)}  # of the fastest and of the slowest turn in captions
 
 
 @dataclass
@@ -64,7 +61,7 @@ class Config:
     steps: int = None    # denoising steps of the students (default: the weights' own)
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
     ckpt: str = ""       # the student (default: config.STUDENT)
-    out: str = "out"     # folder for CSV, tables, figures
+    out: str = "out"     # folder for lines, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
 
@@ -132,43 +129,20 @@ def policy_of(eval_set, tau=Policy.tau):
     return policy if eval_set.tau is None else replace(policy, tau=eval_set.tau)
 
 
-def longest_absence(spec, frames):
-    """Seconds out of view, outside the sink, after which its motion brings two landmarks or more back; NaN"""
-    w = make_world(spec)
-    path = w.motion.heading(w.start, np.arange(frames))
-    # as of a video without a fault
-    seen = np.zeros((frames, len(w.landmarks)), int)
-    events = judge.reappearances(judge.Reading(path, None, seen, None), w.motion)
-    absences = sorted(event.absence for event in events if not event.in_sink)
-    return absences[-2] if len(absences) > 1 else np.nan
-
-
-@lru_cache
-def candidates(kind, seed):
-    """Held-out worlds of one kind of motion -> list of (longest absence, WorldSpec), shortest first"""
-    frames = frames_of(LENGTHS["returns"].chunks * CHUNK)
-    specs = [WorldSpec(HELD_OUT + seed + i, kind) for i in range(TRIES)]
-    found = [(longest_absence(spec, frames), spec) for spec in specs]
-    return sorted([pair for pair in found if pair[0] > 0], key=lambda pair: pair[0])
-
-
 def worlds_with_returns(number, seed):
     """
-    As many of each kind of motion, from those in which landmarks are soon back to those in which they stay
-    away the longest, more of these, as they show fewer returns -> WorldSpecs
+    As many of each kind of motion. Turns go from the fastest to the slowest: what they bring back was away
+    for 5 to 28 s. More are slow, as these show fewer returns. Looks aside, 2 to 12 s, are as they are drawn.
     """
     specs = []
     for i, kind in enumerate(KINDS):
-        left = list(candidates(kind, seed))
-        count = len(range(i, number, len(KINDS)))
-        if len(left) < count:
-            raise BadInput(f"landmarks come back in {len(left)} of {TRIES} worlds of the motion {kind!r}, "
-                           f"and {count} are needed: change KINDS in report.py, or --worlds")
-        low, high = left[0][0], left[-1][0]
-        for share in np.linspace(0, 1, count) ** .7:
-            nearest = min(left, key=lambda pair: abs(pair[0] - low - share * (high - low)))
-            left.remove(nearest)
-            specs.append(nearest[1])
+        seeds = range(HELD_OUT + seed + i, HELD_OUT + seed + number, len(KINDS))
+        for place, world_seed in zip(np.linspace(0, 1, len(seeds)), seeds):
+            seconds = None
+            if kind in SECONDS:
+                fastest, slowest = SECONDS[kind]
+                seconds = round(fastest + place ** .7 * (slowest - fastest))
+            specs.append(WorldSpec(world_seed, kind, seconds))
     return specs
 
 
@@ -177,8 +151,8 @@ def worlds_of(name, number, seed):
     if name == "returns":
         return worlds_with_returns(number, seed)
     if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks
-        pairs = product(held_out(number // 2, seed), (False, True))
-        return [replace(spec, counterfactual=other) for spec, other in pairs]
+        specs = held_out(number // 2, seed)
+        return [replace(spec, counterfactual=other) for spec in specs for other in (False, True)]
     if name.startswith("after"):
         return held_out(number, seed)
     if name == "hour":  # few, as they are long; the motion of sample.py's default video
@@ -209,35 +183,35 @@ def make_videos(batch):
     if eval_set.teacher:
         student = load_once(batch.files[length.student], batch.device) if length.student else None
         blocks = length.chunks * CHUNK // TARGET
-        return continue_teacher(networks, batch.specs, length.given, blocks, student=student)
-    policy = policy_of(eval_set, networks.sampler.tau)
-    if eval_set.steps is not None:
-        networks = replace(networks, sampler=replace(networks.sampler, steps=eval_set.steps))
-    swap = eval_set.worlds == "swapped"
+        latents, keep = continue_teacher(networks, batch.specs, length.given, blocks, student=student)
+    else:
+        if eval_set.steps is not None:
+            networks = replace(networks, sampler=replace(networks.sampler, steps=eval_set.steps))
+        policy = policy_of(eval_set, networks.sampler.tau)
+        swap = eval_set.worlds == "swapped"
+        latents, keep = continue_student(networks, batch.specs, length.given, length.chunks, policy,
+                                         eval_set.positions, swap)
     decode = decode_minutes if eval_set.worlds == "hour" else decode_frames
-    return continue_student(networks, batch.specs, length.given, length.chunks, policy,
-                            eval_set.positions, swap, decode)
+    return decode(networks.vae, latents), keep
 
 
 def run_batch(batch):
     """Makes and measures -> list of report.Video"""
     started = time.perf_counter()
+    eval_set = batch.eval_set
+    policy = policy_of(eval_set)
     frames, keeps = make_videos(batch)
-    given = LENGTHS[batch.eval_set.worlds].given
-    found = []
-    for spec, video, keep in zip(batch.specs, frames, keeps):
-        motion = make_world(spec).motion
-        if batch.eval_set.worlds == "hour":
-            found.append(measure_minutes(video, motion))
-        else:
-            found.append(measure(video, motion, keep, policy_of(batch.eval_set), given))
-    # each with its share of the time
-    cost = (time.perf_counter() - started) / len(found)
     videos = []
-    for spec, measured in zip(batch.specs, found):
-        caption = make_world(spec).caption
-        videos.append(Video(batch.eval_set, spec, caption, batch.made_by, cost, **measured))
-    return videos
+    for spec, video, keep in zip(batch.specs, frames, keeps):
+        world = make_world(spec)
+        if eval_set.worlds == "hour":
+            measured = measure_minutes(video, world.motion, keep, policy)
+        else:
+            measured = measure(video, world.motion, keep, policy, LENGTHS[eval_set.worlds].given)
+        videos.append(Video(eval_set, spec, world.caption, batch.made_by, 0, **measured))
+    # each with its share of the time
+    cost = (time.perf_counter() - started) / len(videos)
+    return [replace(video, cost=cost) for video in videos]
 
 
 # the files by which a video is made and measured
@@ -245,18 +219,13 @@ CODE = ("config rope memory world video judge flow model vae wan_vae tensors tex
         "data probe evaluate").split()
 
 
-def fingerprint(paths):
-    """Eight letters that change with what the files hold; in code, comments and layout do not count"""
-    total = hashlib.sha256()
-    for path in paths:
-        content = path.read_bytes()
-        total.update(ast.dump(ast.parse(content)).encode() if path.suffix == ".py" else content)
-    return total.hexdigest()[:8]
-
-
 @lru_cache
-def code_fingerprint():
-    return fingerprint([Path(__file__).with_name(f"{name}.py") for name in CODE])
+def fingerprint(path):
+    """Of what a file holds; in code, comments and layout do not count"""
+    content = path.read_bytes()
+    if path.suffix == ".py":
+        content = ast.dump(ast.parse(content)).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def networks_of(eval_set):
@@ -266,86 +235,73 @@ def networks_of(eval_set):
 
 
 def made_by(eval_set, files):
-    """What a line of the CSV rests on: fingerprints of networks and code, and the policy in words."""
-    networks = fingerprint([files[name] for name in networks_of(eval_set)])
-    return f"{networks} {code_fingerprint()} {policy_of(eval_set)}"
+    """What a line rests on: eight letters for networks and code, and the policy in words"""
+    paths = [files[name] for name in networks_of(eval_set)]
+    paths += [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    total = hashlib.sha256("".join(map(fingerprint, paths)).encode())
+    return f"{total.hexdigest()[:8]} {policy_of(eval_set)}"
 
 
 def make_all(batches, path, device):
-    """Makes all videos and adds their lines to the CSV; on a CPU, by a process of one thread a core."""
+    """Makes all videos and adds their lines; on a CPU, by a process of one thread a core."""
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         made = pool.map(run_batch, batches) if workers > 1 else map(run_batch, batches)
         for videos in tqdm(made, "videos, 16 at a time", len(batches)):
-            report.append_csv(path, videos)
+            report.append_videos(path, videos)
+
+
+def read_made(path):
+    """What makes a video -> the video, each once"""
+    return {(video.eval_set, video.world, video.made_by): video for video in report.read_videos(path)}
 
 
 # ---- one landmark, under two policies ----------------------------------------------------------------------
 
 def forgotten(rows, first):
     """
-    The first landmark, world by world, that leaves in the real part and comes back after 6 s or more, right
-    under slowfast and wrong under longlive -> WorldSpec, sector, first frame without it; None if none does
+    The first landmark that a steady turn leaves in the real part, and that comes back after 6 s or more,
+    right under slowfast and wrong under longlive.
+    returns  its WorldSpec, and memory -> what report.Video tells of it; None if there is none
     """
     found = {}
     for memory in ("slowfast", "longlive"):
         for video in rows.get(replace(first, worlds="real", memory=memory), []):
+            is_turn = make_world(video.world).motion.kind == "turn"
             for event in video.reappearances:
-                place = video.world, event["sector"], event["left"]
                 is_real = event["left"] < first_own_frame(GIVEN)
-                if is_real and event["absence"] >= 6 and event["shown"] >= 0:
-                    found.setdefault(place, {})[memory] = event["right"]
-    places = [place for place, right in found.items() if right == {"slowfast": True, "longlive": False}]
-    return places[0] if places else None
+                if is_turn and is_real and event["absence"] >= 6 and event["shown"] >= 0:
+                    place = video.world, event["sector"], event["left"]
+                    found.setdefault(place, {})[memory] = event
+    for place, events in found.items():
+        if [event["right"] for event in events.values()] == [True, False]:
+            return place[0], events
+    return None
 
 
-def middles(whole, left):
-    """
-    The middles of the last visit before frame `left`, and of the first one after it.
-    whole  (f,) bool: is the landmark wholly in view?
-    """
-    frames = np.flatnonzero(whole)
-    visits = np.split(frames, np.flatnonzero(np.diff(frames) > FPS) + 1)
-    before = [visit for visit in visits if visit[0] < left][-1]
-    after = [visit for visit in visits if visit[0] >= left][0]
-    return int(np.median(before)), int(np.median(after))
-
-
-def make_strip(spec, sector, left, files, first, device, path):
+def make_strip(spec, events, files, first, device, path):
     """Makes the two videos once more, and draws seven frames of each."""
-    videos, moments = [], []
-    for memory in ("slowfast", "longlive"):
+    rows = []
+    for memory, event in events.items():
         batch = Batch(replace(first, worlds="real", memory=memory), [spec], files, "", device)
         frames, _ = make_videos(batch)
-        seen = judge.read_video(frames[0]).landmark[:, sector] >= 0
-        videos.append(frames[0])
-        moments.append(np.linspace(*middles(seen, left), 7).round().astype(int))
-    figures.draw_strip(videos, moments, (True, False), path)
+        # from the middle of the view a turn goes by 46 columns until it is out, by 164 until it is back
+        away = event["absence"] * FPS
+        ends = event["left"] - 46 / 164 * away, event["left"] + (1 + 46 / 164) * away
+        moments = np.linspace(*ends, 7).round().astype(int).clip(0, len(frames[0]) - 1)
+        rows.append((frames[0][moments], event["right"]))
+    figures.draw_strip(rows, path)
 
 
-def check(cfg):
-    """Refuses what can be refused before anything is made."""
+def main():
+    # what can be refused is refused before anything is made
+    cfg = parse(Config)
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
     within("--worlds", cfg.worlds, 0, 10 ** 6)
     within("--tau", cfg.tau, -1, 1)
     within("--steps", cfg.steps, 1, 1000)
     check_writable(cfg.out)
-
-
-def rows_of(videos, makers, worlds):
-    """What the CSV knows of each EvalSet, as it would be made now, each world once -> EvalSet -> videos"""
-    rows = {s: {} for s in makers}
-    for video in videos:
-        s = video.eval_set
-        if s in makers and video.made_by == makers[s] and video.world in worlds[s.worlds]:
-            rows[s][video.world] = video
-    return {s: list(found.values()) for s, found in rows.items()}
-
-
-def main():
-    cfg = parse(Config)
-    check(cfg)
     device = pick_device(cfg.device)
     # which networks are there
     files = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
@@ -356,35 +312,38 @@ def main():
     # the frontier's taus: similarities twice, and half as far below 1 as for the weights' own
     apart = 1 - load_tiny(files[student], device).sampler.tau
     taus = round(1 - 2 * apart, 4), round(1 - apart / 2, 4)
-    # the rows that are asked for, and beside them the student as it is, where the CSV has it
+    # the rows that are asked for, and beside them the student as it is, where its lines are there
     first = EvalSet(student, tau=cfg.tau, steps=cfg.steps)
     asked = eval_sets(first, taus, cfg.quick, cfg.memory)
-    makers = {}
+    number = cfg.worlds or (24 if cfg.quick else 64)
+    wanted = {}
     for s in dict.fromkeys(eval_sets(EvalSet(student), taus) + asked):
         if set(networks_of(s)) <= set(files):
-            makers[s] = made_by(s, files)
-    number = cfg.worlds or (24 if cfg.quick else 64)
-    worlds = {name: worlds_of(name, number, cfg.seed) for name in LENGTHS}
-    # videos that the CSV lacks
-    path = Path(cfg.out, "evaluate.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there = {(video.eval_set, video.world, video.made_by) for video in report.read_csv(path)}
+            maker = made_by(s, files)
+            wanted[s] = [(s, spec, maker) for spec in worlds_of(s.worlds, number, cfg.seed)]
+    # videos that were not made yet
+    path = Path(cfg.out, "evaluate.jsonl")
+    made = read_made(path)
     batches = []
     for s in asked:
-        if s in makers:
-            specs = [w for w in worlds[s.worlds] if (s, w, makers[s]) not in there]
-            for i in range(0, len(specs), BATCH):
-                batches.append(Batch(s, specs[i:i + BATCH], files, makers[s], device))
+        missing = [key for key in wanted.get(s, []) if key not in made]
+        for i in range(0, len(missing), BATCH):
+            _, specs, makers = zip(*missing[i:i + BATCH])
+            batches.append(Batch(s, specs, files, makers[0], device))
     make_all(batches, path, device)
-    # all tables and figures of what is in the CSV now
-    rows = rows_of(report.read_csv(path), makers, worlds)
+    # all tables and figures of what is there now
+    made = read_made(path)
+    rows = {s: [made[key] for key in keys if key in made] for s, keys in wanted.items()}
+    if not any(video.reappearances for videos in rows.values() for video in videos):
+        raise BadInput("no landmark is due back in any of these videos: ask for more --worlds, or longer "
+                       "videos (LENGTHS in evaluate.py)")
     tables = report.all_tables(rows, first)
     tables["The paper's orderings"] = paper.orderings(rows, first)
-    report.write(tables, student, path.parent / "evaluate.md")
+    report.write(tables, student, path.with_suffix(".md"))
     figures.draw_all(rows, first, path.parent)
-    place = forgotten(rows, first)
-    if place:
-        make_strip(*place, files, first, device, path.parent / "strip.png")
+    found = forgotten(rows, first)
+    if found:
+        make_strip(*found, files, first, device, path.with_name("strip.png"))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,18 @@ Leaves out: all but the strip where matplotlib is not installed.
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from memory import PRESETS
 from probe import MINUTES
-from report import (ABSENCES, KINDS, agreement_in, ceiling, detail, entropy_in, estimate, half_way,
-                    label, luck, mean, number, of_kinds, recall, validity_in)
+from report import (ABSENCES, IN_A_MINUTE, KINDS, ceiling, detail, estimate, half_way, label, luck, mean,
+                    number, of_kinds, recall)
 
 MOTIONS = {"turn": "steady turns", "linger": "lingering turns", "aside": "looks aside"}
-LONGEST = 33  # seconds on the axes
-MEASURES = {
-    "validity, dB": validity_in,
-    "entropy of landmarks, bits": entropy_in,
-    "landmarks as in minute 1, share": agreement_in,
-}
+LONGEST = 30  # seconds on the axes
 
 # the strip
-SCALE = 4    # pixels for each of a frame
+SCALE = 4    # of its frames
 BORDER = 8   # around a frame
 RIGHT = 40, 170, 80
 WRONG = 225, 50, 50
@@ -62,8 +57,7 @@ def finish(axes, title, videos):
 def draw_forgetting(figure, rows, first):
     """Figure 1: first's own policy in every plot, four others beside it"""
     ours = replace(first, worlds="returns")
-    presets = [replace(ours, memory=name) for name in PRESETS]
-    others = [s for s in presets if s in rows and s != ours]
+    others = [s for s in rows if s.memory in PRESETS and s == replace(ours, memory=s.memory) != ours]
     # a plot a group
     groups = [others[i:i + 4] for i in range(0, len(others), 4)] or [[]]
     plots = figure.subplots(1, len(groups), squeeze=False)[0]
@@ -81,24 +75,23 @@ def draw_frontier(figure, rows, first):
     from matplotlib import colormaps
     # the rules, and a colour each
     ours = replace(first, worlds="returns")
-    uniform = [replace(ours, memory=f"uniform{interval}") for interval in range(1, 7)]
+    rules = {}
+    uniform = [s for s in rows if "uniform" in s.memory and s == replace(ours, memory=s.memory)]
     surprisal = [s for s in rows if s == replace(ours, tau=s.tau)]
-    colours = [*colormaps["winter_r"](np.linspace(0, 1, len(uniform)))]
-    colours += [*colormaps["autumn_r"](np.linspace(.2, 1, len(surprisal)))]
+    for some, colours in (uniform, "winter_r"), (surprisal, "autumn_r"):
+        rules |= zip(some, colormaps[colours](np.linspace(.2, 1, len(some))))
     for kind, (above, below) in zip(KINDS, figure.subplots(2, 3).T):
         shown = []
-        for s, colour in zip(uniform + surprisal, colours):
+        for s, colour in rules.items():
             # above, what is remembered
-            videos = of_kinds(rows.get(s, []), kind)
+            videos = of_kinds(rows[s], kind)
             draw_curve(above, videos, label(s), alone=False, color=colour)
             shown += videos
             # below, a point a rule: what never falls half-way stands at the top
             place = 100 * mean(detail(videos)), min(half_way(videos), LONGEST - 1)
             if not np.isnan(place).any():
                 below.plot(*place, "o", color=colour)
-                name = label(s).removeprefix("slowfast, ").removeprefix("uniform")
-                right = place[0] > 70
-                below.text(*place, f"  {name}  ", fontsize=7, va="center", ha="right" if right else "left")
+                below.annotate(label(s), place, fontsize=6, rotation=30)
         finish(above, MOTIONS[kind], shown)
         below.set(xlabel="detail: right returns after the shortest absence, %", ylabel="reach: half-way, s")
         below.set(xlim=(0, 102), ylim=(0, LONGEST))
@@ -107,8 +100,8 @@ def draw_frontier(figure, rows, first):
 
 def draw_drifting(figure, rows, first):
     """Policies of the student, and dashed other students"""
-    panels = figure.subplots(1, len(MEASURES))
-    for axes, (title, measure) in zip(panels, MEASURES.items()):
+    panels = figure.subplots(1, len(IN_A_MINUTE))
+    for axes, (title, measure) in zip(panels, IN_A_MINUTE.items()):
         for s, videos in rows.items():
             if s.worlds == "hour":
                 values = [mean(measure(videos, i)) for i in range(len(MINUTES))]
@@ -123,26 +116,18 @@ def draw_drifting(figure, rows, first):
 
 # ---- one landmark, under two policies ----------------------------------------------------------------------
 
-def framed(frame, colour):
-    """(3, h, w) uint8 -> (SCALE h + 2 BORDER, SCALE w + 2 BORDER, 3)"""
-    large = frame.transpose(1, 2, 0).repeat(SCALE, 0).repeat(SCALE, 1)
-    h, w, _ = large.shape
-    picture = np.full((h + 2 * BORDER, w + 2 * BORDER, 3), colour, np.uint8)
-    picture[BORDER:-BORDER, BORDER:-BORDER] = large
-    return picture
-
-
-def draw_strip(videos, moments, verdicts, path):
+def draw_strip(rows, path):
     """
-    videos    a row each: frames (f, 3, h, w) uint8
-    moments   numbers of the frames that are shown, of each row
-    verdicts  is what came back, in the last of them, what it was in the first?
+    rows     list of: frames (n, 3, h, w) uint8; is what came back, in the last, what it was in the first?
     """
-    # the frames of what was seen, of what was out of view, and of what came back
     strip = []
-    for frames, shown, right in zip(videos, moments, verdicts):
-        colours = [RIGHT, *[PLAIN] * (len(shown) - 2), RIGHT if right else WRONG]
-        pictures = [framed(frames[i], colour) for i, colour in zip(shown, colours)]
+    for frames, right in rows:
+        colours = [RIGHT] + [PLAIN] * (len(frames) - 2) + [RIGHT if right else WRONG]
+        pictures = []
+        for frame, colour in zip(frames, colours):
+            picture = Image.fromarray(frame.transpose(1, 2, 0))
+            large = ImageOps.scale(picture, SCALE, Image.Resampling.NEAREST)
+            pictures.append(ImageOps.expand(large, BORDER, colour))
         strip.append(np.concatenate(pictures, axis=1))
     Image.fromarray(np.concatenate(strip)).save(path)
 

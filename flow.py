@@ -54,21 +54,9 @@ def v_from_x0(xt, x0, t):
     return (xt.float() - x0.float()) / over_frames(t)
 
 
-def flow_matching_loss(v, v_star, t, probe=None, probe_weight=0.):
-    """
-    Flow-matching loss of each sample, |v - v*|^2, in which some directions of a latent may count more: the
-    best v stays the same, but what is small in pixels and means much (here the sky's hue, which is the
-    compass) is learned sooner.
-    v, v_star  (b, f, c, h, w); t (b, f)
-    probe      None, or (k, c h w): the error of x0 = t (v - v_star) along these directions counts too
-    returns    (b,)
-    """
-    error = v.float() - v_star
-    loss = error.square().mean((1, 2, 3, 4))
-    if probe is not None:
-        along = t[..., None] * error.flatten(2) @ probe.T  # (b, f, k)
-        loss = loss + probe_weight * along.square().sum(-1).mean(1)
-    return loss
+def flow_matching_loss(v, v_star):
+    """v and v* = noise - x0 (b, f, c, h, w) -> loss of each sample (b,), |v - v*|^2"""
+    return (v.float() - v_star).square().mean((1, 2, 3, 4))
 
 
 def guide(cond, uncond, w):
@@ -137,30 +125,28 @@ class Rollout:
         self.descriptor = None  # of the last chunk's keys
         self.similarities = []  # one (b,) a chunk, on the device: to the chunk before ...
         self.kept = []          # ... and whether it will become a keyframe
-        self.bounded_tables = {}
+        self.tables = {}        # cos and sin of bounded positions, by how many latents are held and new
 
-    def rope(self, frame, new=None):
-        """
-        cos and sin for the held latents, and for those after them.
-        frame  (b, m) frame numbers of the held latents
-        new    (b, f) frame numbers of those after them, None = the next chunk
-        """
-        d = self.net.config.dim // self.net.config.heads
-        device = self.text[0][0].device
-        # frame numbers as positions
+    @property
+    def device(self):
+        return self.text[0][0].device
+
+    def next_frames(self):
+        """Numbers of the next chunk's latents: (1, 3)"""
+        first = CHUNK * self.chunk
+        return torch.arange(first, first + CHUNK, device=self.device)[None]
+
+    def rope(self, held, new):
+        """Frame numbers held (b, m) and, after them, new (b, f) -> cos and sin of both at their positions"""
+        size = *self.grid, self.net.config.dim // self.net.config.heads
         if self.positions == "unbounded":
-            old = frame.to(device)
-            if new is None:
-                old, new = absolute_positions(old, CHUNK * self.chunk, CHUNK)
-            return rope_cos_sin(old, *self.grid, d), rope_cos_sin(new, *self.grid, d)
-        # bounded positions depend only on how many latents are held: made once
-        count = frame.shape[1], CHUNK if new is None else new.shape[1]
-        if count not in self.bounded_tables:
-            old, new = bounded_positions(*count)
-            old = rope_cos_sin(old.to(device), *self.grid, d)
-            new = rope_cos_sin(new.to(device), *self.grid, d)
-            self.bounded_tables[count] = old, new
-        return self.bounded_tables[count]
+            return [rope_cos_sin(time, *size) for time in absolute_positions(held, new)]
+        # bounded positions depend only on how many latents there are: made once
+        counts = held.shape[1], new.shape[1]
+        if counts not in self.tables:
+            positions = bounded_positions(*counts)
+            self.tables[counts] = [rope_cos_sin(time.to(self.device), *size) for time in positions]
+        return self.tables[counts]
 
     def read_context(self):
         """
@@ -176,23 +162,24 @@ class Rollout:
         Entries of the KV cache in the order of time -> what read_context() returns.
         new  frame numbers (b, f) of the latents that read, None = those of the next chunk
         """
+        new = self.next_frames() if new is None else new
+        frames = [segment.frame for segment in segments] or [new[:, :0]]
+        held, current = self.rope(torch.cat(frames, dim=1), new)
         if not segments:
-            return None, self.rope(torch.zeros(1, 0, dtype=torch.long), new)[1]
-        frame = torch.cat([s.frame for s in segments], dim=1)
-        held, current = self.rope(frame, new)
+            return None, current
         # room for the chunk's own; what stands there is overwritten
         room = segments[-1].keys[0][:, :1].expand(-1, CHUNK, -1, -1, -1)
-        sizes = [len(s) for s in segments]
+        sizes = [len(segment) for segment in segments]
         memory = []
         for layer in range(len(segments[0].keys)):
-            keys = torch.cat([s.keys[layer] for s in segments], dim=1)
+            keys = torch.cat([segment.keys[layer] for segment in segments], dim=1)
             keys = apply_rope(keys.flatten(1, 2), held)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
-            values = torch.cat([*(s.values[layer] for s in segments), room], dim=1)
+            values = torch.cat([*(segment.values[layer] for segment in segments), room], dim=1)
             memory.append(LayerCache(keys, values.flatten(1, 2), held.shape[1]))
             # values need no rotation: from here on the segments share these, 2.6 GB at full size
-            for segment, part in zip(segments, values.split([*sizes, CHUNK], dim=1)):
-                segment.values[layer] = part
+            for segment, own in zip(segments, values.split([*sizes, CHUNK], dim=1)):
+                segment.values[layer] = own
         return memory, current
 
     def predict(self, x, t, text=None, modulation=None):
@@ -206,8 +193,8 @@ class Rollout:
         memory, rope = self.context
         # the compiled net only when memory is full
         policy = self.memory.policy
-        seen = math.prod(self.grid) * (policy.sink + policy.slow + policy.fast)
-        is_full = memory is not None and memory[0].keys.shape[1] == seen
+        places = policy.sink + policy.slow + policy.fast - CHUNK
+        is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
         net = self.compiled if self.compiled is not None and is_full else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
@@ -227,21 +214,19 @@ class Rollout:
         modulation  net.time(0) if it is made already
         returns     the chunk's Entries
         """
-        b, device = len(x0), x0.device
         # the clean pass: t = 0
-        _, kv = self.predict(x0, torch.zeros(b, CHUNK, device=device), modulation=modulation)
+        t = torch.zeros(x0.shape[:2], device=x0.device)
+        _, kv = self.predict(x0, t, modulation=modulation)
         # surprisal (eq. 7): how like the chunk before it is it?
         descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
-        if self.descriptor is None:
-            similar = torch.ones(b, device=device)
-        else:
+        similar = torch.ones(len(x0), device=x0.device)
+        if self.descriptor is not None:
             similar = similarity(descriptor, self.descriptor)
         if keep is None:
             keep = self.memory.policy.should_keep(self.chunk, similar)
         # into fast memory; what the chunk has seen makes room for what the next one will see
         self.context = None
-        frame = torch.arange(CHUNK * self.chunk, CHUNK * (self.chunk + 1), device=device).expand(b, -1)
-        entries = self.entries(frame, x0, kv)
+        entries = self.entries(self.next_frames().expand(len(x0), -1), x0, kv)
         self.memory.push(entries, keep)
         self.descriptor = descriptor
         self.chunk += 1
@@ -333,13 +318,13 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
     yields   x0 (b, 3, c, h, w)
     """
     levels = schedule(sampler.steps, sampler.shift)
-    device = rollout.text[0][0].device
     # AdaLN's shifts, scales and gates depend on the noise level alone: once a video
-    times = {level: torch.full((len(seeds), CHUNK), level, device=device) for level in (*levels, 0.)}
+    clean = torch.zeros(len(seeds), CHUNK, device=rollout.device)
+    times = {level: clean + level for level in (*levels, 0.)}
     modulations = {level: rollout.net.time(t) for level, t in times.items()}
 
     def fresh_noise(step):
-        return draw_noise(seeds, rollout.chunk, step, (CHUNK, *latent), device)
+        return draw_noise(seeds, rollout.chunk, step, (CHUNK, *latent), rollout.device)
 
     def predict(x, level):
         v, _ = rollout.predict(x, times[level], modulation=modulations[level])

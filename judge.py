@@ -1,12 +1,13 @@
 """
 Reads a video of the small world back: where the camera looks, what it sees, and what came back right.
 
-It is given nothing but frames. A landmark covers rows 6..25 and at most 18 of its sector's 32 columns, so
-what it can never cover tells where the camera looks, and what stands in its box is then one of 24 drawings:
+It is given nothing but frames. A house covers rows 8..25, so what it can never cover tells where the camera
+looks, and what stands in each sector is then the nearest of 30 drawings:
 
-    rows  0..5   sky                 the hue is the compass: heading
-    rows  6..25  sky [landmark] sky  between boxes: heading; in a box: which of 24 it is
-    rows 27..31  ground              the colour: which of 4 it is; the pattern: heading, more sharply
+    rows  0..3   sky                    one rainbow:    heading
+    rows  4..7   hills                  three of them:  heading, more sharply
+    rows  8..25  hills [ house ] hills  which of 30 it is
+    rows 26..31  ground                 the colour: which of 4 it is; the stripes: heading
 
 A frame is as valid as it is close to the nearest one that world.render() draws, in steps of 1 / SUB column.
 Recall is read from reappearances: a landmark was read, then no pixel of it was in view, then it is back. Its
@@ -21,7 +22,7 @@ blamed on memory. One that the caption's motion brings back, and that does not c
     python judge.py            # prints what it reads from a world whose landmarks are exchanged
 
 References: none, the world is this project's own.
-Leaves out: scenes of anything but sky, ground and one landmark a sector.
+Leaves out: scenes of anything but sky, hills, ground and one house a sector.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,14 +31,13 @@ import numpy as np
 from einops import rearrange
 from numpy.lib.stride_tricks import sliding_window_view
 
-from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HALF, HORIZON, LANDMARKS, SECTOR,
-                   SECTORS, SHAPES, SUB, TOP, WHOLE, WIDTH,
+from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HEIGHT, LANDMARKS, PAIRS, SECTOR,
+                   SECTORS, SKY, SUB, TOP, WHOLE, WIDTH,
                    WorldSpec, clip, make_world, offsets, panorama, wrap)
 
-PANEL = HALF + 2  # a landmark, drawn, reaches less than this many columns from its middle
-
-READABLE = .5     # the best drawing is at most half as far as any other. Clips, blurred and at 26 dB:
-                  # < .35 as far; morphs, halves, mixed colours, nothing: > .60
+# The best drawing is at most half as far as any other. Clips, blurred and at 26 dB: < .48 as far; halves,
+# morphs, mixed colours, nothing: > .62.
+READABLE = .5
 
 
 # ---- what each frame shows ---------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ READABLE = .5     # the best drawing is at most half as far as any other. Clips,
 class Reading:
     path: np.ndarray      # (f,) heading in columns, unwrapped; misread frames are mended
     ground: np.ndarray    # (f,) index into GROUNDS
-    landmark: np.ndarray  # (f, 8) by sector: 6 * shape + colour, -1 where not wholly in view or not readable
+    landmark: np.ndarray  # (f, 8) by sector: which of PAIRS; -1 where not wholly in view or not readable
     psnr: np.ndarray      # (f,) dB, peak 1, against the nearest frame that can be rendered
 
 
@@ -55,7 +55,7 @@ def read_video(frames):
     x = rearrange(np.asarray(frames), "f c h w -> f w h c")  # pixel columns first, as panoramas are
     x = x / np.float32(255) if x.dtype == np.uint8 else x.astype(np.float32)
     # The ground, by its mean colour.
-    colour = x[:, :, FOOT + 1:].mean((1, 2))
+    colour = x[:, :, FOOT:].mean((1, 2))
     ground = ((colour[:, None] - GROUND_RGB) ** 2).sum(-1).argmin(1)
     # The rest, of all frames over one ground together.
     heading = np.zeros(len(x))
@@ -69,20 +69,20 @@ def read_video(frames):
 
 def read_frames(x, ground):
     """x (f, 64, 32, 3), all over one ground -> heading (f,) in [0, 256), Reading's landmark and psnr"""
-    # 1. The heading i, in sub-columns: the most alike of all views without landmarks.
+    # 1. The heading i, in sub-columns: the most alike of all views without houses.
     templates, norms = heading_templates(ground)
     i = (rearrange(uncovered(x), "f w d -> f (w d)") @ templates.T - norms).argmax(1)
-    # 2. The landmark of each sector: the nearest of 24 drawings.
+    # 2. The landmark of each sector: the nearest of 30 drawings.
     drawings = landmark_drawings(ground)
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
     nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    # 3. The heading once more: known landmarks have the sharpest edges. Down a parabola, twice.
+    # 3. The heading once more: known houses have the sharpest edges. Down a parabola, twice.
     for step in (SUB, SUB // 2):
         before, here, after = [frame_error(x, i + s, landmark, drawings) for s in (-step, 0, step)]
         shift = step / 2 * (before - after) / np.maximum(before - 2 * here + after, 1e-9)
         i = i + np.rint(shift.clip(-step, step)).astype(int)
-    # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
+    # 4. What counts: houses wholly in view. How far is the frame from the nearest that can be rendered?
     whole = np.abs(offsets(i / SUB)) <= WHOLE
     readable = whole & (nearest <= READABLE * second)
     error = frame_error(x, i, landmark, drawings)
@@ -95,71 +95,54 @@ def view(i):
     return (i[:, None] + (np.arange(WIDTH) - WIDTH // 2) * SUB) % (COLUMNS * SUB)
 
 
-def in_box(column, half):
-    """Is a pixel, by its left edge in sub-columns, within `half` columns of the middle of a landmark?"""
-    return np.abs(column / SUB % SECTOR + .5 - SECTOR // 2) < half
-
-
 def uncovered(x):
     """
-    What no landmark covers.
+    What no house covers.
     x        (f, 64, 32, 3)
-    returns  (f, 64, 22): for each column the mean of the sky's top (3), the ground's 5 rows (15), the mean of
-             the sky between landmarks (3), and its square (1). A mean weighs as much as its rows.
+    returns  (f, 64, 9): for each column the mean of the sky, of the hills and of the ground. A mean weighs as
+             much as its rows.
     """
-    top = x[:, :, :TOP].mean(2)
-    between = x[:, :, TOP:HORIZON].mean(2)
-    # Generated frames get tinted: how the sky's hue runs tells more than the hue itself.
-    tint = .6 * top.mean(1, keepdims=True)
-    top = (top - tint) * TOP ** .5
-    between = (between - tint) * (HORIZON - TOP) ** .5
-    floor = rearrange(x[:, :, FOOT + 1:], "f w h c -> f w (h c)")
-    square = (between ** 2).sum(-1, keepdims=True)
-    return np.concatenate([top, floor, between, square], -1)
+    sky = x[:, :, :SKY].mean(2) * SKY ** .5
+    hills = x[:, :, SKY:TOP].mean(2) * (TOP - SKY) ** .5
+    floor = x[:, :, FOOT:].mean(2) * (HEIGHT - FOOT) ** .5
+    return np.concatenate([sky, hills, floor], -1)
 
 
 @lru_cache(maxsize=None)
 def heading_templates(ground):
     """
-    Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, for all views b without
-    landmarks. In a landmark's box the sky between landmarks is left out, x^2 and b alike. A view is two
-    sectors wide, so that for every heading as many columns count.
-    returns  templates (256 * SUB, 64 * 22), norms (256 * SUB,): the nearest has the largest x @ template -
-             norm
+    Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, for all views b without houses.
+    returns  templates (256 * SUB, 64 * 9) and norms (256 * SUB,): the nearest has the largest
+             x @ template - norm
     """
-    column = view(np.arange(COLUMNS * SUB))
-    b = uncovered(panorama(ground, ())[column])
-    counts = ~in_box(column, HALF + 1)
-    b[..., -4:-1] *= counts[..., None]
-    b[..., -1] = counts / -2  # times uncovered()'s square: - x^2 / 2 of the sky that counts
-    norms = (b[..., :-1] ** 2).sum((1, 2)) / 2
-    return rearrange(b, "i w d -> i (w d)"), norms
+    b = uncovered(panorama(ground, ())[view(np.arange(COLUMNS * SUB))])
+    b = rearrange(b, "i w d -> i (w d)")
+    return b, (b ** 2).sum(1) / 2
 
 
 @lru_cache(maxsize=None)
 def landmark_drawings(ground):
-    """(24, 256 * SUB, 32, 3): the panoramas in which every sector has the same landmark."""
+    """(30, 256 * SUB, 32, 3): the panoramas in which every sector has the same house."""
     return np.stack([panorama(ground, [landmark] * SECTORS) for landmark in range(LANDMARKS)])
 
 
 def landmark_distances(x, i, drawings):
     """
-    Squared distance between what stands in each sector's box and the 24 drawings, over the columns in view.
+    Squared distance between what stands in each sector and the 30 drawings, over the columns in view.
     x         (f, 64, 32, 3) frames
     i         (f,) their headings in sub-columns
     drawings  from landmark_drawings()
-    returns   (f, 8, 24)
+    returns   (f, 8, 30)
     """
     column = view(i)
     seen = x[:, :, TOP:FOOT]
-    # Column by column, then the sum over those in the box of each sector.
+    # Column by column, then the sum over those of each sector.
     error = np.zeros((len(x), WIDTH, LANDMARKS), np.float32)
     for landmark, drawn in enumerate(drawings):
         difference = drawn[column, TOP:FOOT] - seen
         error[..., landmark] = (difference ** 2).sum((2, 3))
-    sector = np.where(in_box(column, PANEL), column // (SECTOR * SUB), -1)
-    boxes = sector[..., None] == np.arange(SECTORS)
-    return np.einsum("fwl,fws->fsl", error, boxes).clip(1e-3)
+    sectors = (column // (SECTOR * SUB))[..., None] == np.arange(SECTORS)
+    return np.einsum("fwl,fws->fsl", error, sectors).clip(1e-3)
 
 
 def frame_error(x, i, landmark, drawings):
@@ -298,7 +281,7 @@ def chunk_of(frame):
 # ---- chance: what recall is by luck ------------------------------------------------------------------------
 
 def count_landmarks(maps):
-    """(n, 8) landmarks by sector, -1 for none -> (8, 24): how many of the n show which"""
+    """(n, 8) landmarks by sector, -1 for none -> (8, 30): how many of the n show which"""
     return (np.array(maps)[..., None] == np.arange(LANDMARKS)).sum(0)
 
 
@@ -317,11 +300,11 @@ def chance(maps):
 
 
 if __name__ == "__main__":
-    names = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
+    names = [f"{COLOURS[roof]} over {COLOURS[wall]}" for roof, wall in PAIRS]
     spec = WorldSpec(0, "turn", 8)
     video = clip(spec, 0, 14 * FPS)
-    # Out of view, every landmark becomes another.
+    # After 6 s every house is another: what was out of view then comes back wrong.
     video[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
     for event in reappearances(read_video(video), make_world(spec).motion):
         verdict = "right" if event.right else "WRONG"
-        print(f"{names[event.before]:16} {event.absence:.1f} s away, now {names[event.shown]:16} {verdict}")
+        print(f"{names[event.before]:19} {event.absence:.1f} s away, now {names[event.shown]:19} {verdict}")

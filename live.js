@@ -6,7 +6,7 @@ const pen = $("video").getContext("2d");
 const waiting = [];   // chunks that are not on screen yet, two at most
 let shown = null;     // the chunk on screen ...
 let drawn = -1;       // ... and its frame
-let last = null;      // id of the last chunk that came
+let last = null;      // when the last chunk that came was published
 let lag = Infinity;   // ms from the server's clock to ours, by the fastest message so far
 
 function make(tag, parent, text = "") {
@@ -23,8 +23,8 @@ events.onopen = () => { $("notice").textContent = ""; };
 events.onmessage = async event => {
   const chunk = JSON.parse(event.data);
   showSettings(chunk);
-  if (!chunk.strip || chunk.id === last) return;
-  last = chunk.id;
+  if (!chunk.strip || chunk.at === last) return;
+  last = chunk.at;
   lag = Math.min(lag, Date.now() - 1000 * chunk.at);
   chunk.picture = new Image();
   chunk.picture.src = chunk.strip;
@@ -124,13 +124,26 @@ function showBars({bars, threshold}) {
 function showScore(chunk) {
   $("judged").hidden = false;
   $("score").textContent = Object.entries(chunk.score).map(([name, count]) => `${count} ${name}`).join(", ");
-  for (const [id, map] of [["first", chunk["first map"]], ["now", chunk["map now"]]]) {
-    $(id).src = map;
-    $(id).nextSibling.style.left = `${100 * chunk.heading}%`;
-  }
+  showHouses($("first"), chunk["at first"], chunk.heading);
+  showHouses($("now"), chunk.now, chunk.heading);
   $("another").replaceChildren();
-  for (const isAnother of chunk.another) make("span", $("another"), isAnother ? "≠" : "");
-  $("now").alt = `The panorama now: ${chunk.another.filter(Boolean).length} landmarks are not those of the start`;
+  chunk.now.forEach((house, sector) => {
+    const isAnother = house && String(house) !== String(chunk["at first"][sector]);
+    make("span", $("another"), isAnother ? "≠" : "");
+  });
+}
+
+// a house a sector, null where none was read; roof and wall are names of colours
+function showHouses(map, houses, heading) {
+  map.replaceChildren();
+  for (const house of houses) {
+    const sector = make("span", map);
+    if (!house) continue;
+    make("u", sector).style.background = house[0];
+    make("s", sector).style.background = house[1];
+  }
+  map.ariaLabel = houses.map(house => house ? house.join(" over ") : "not seen yet").join(", ");
+  make("i", map).style.left = `${100 * heading}%`;
 }
 
 // ---- steering
@@ -149,6 +162,7 @@ function showSettings(chunk) {
   const fields = {prompt, seed, positions, "memory-preset": chunk.memory, tau: chunk.tau?.toFixed(3)};
   for (const [id, value] of Object.entries(fields)) if ($(id) !== document.activeElement) $(id).value = value;
   $("paused").ariaPressed = Boolean(chunk.paused);
+  $("save").download = `live-${seed}.mp4`;
   pen.canvas.ariaLabel = `The video: ${prompt}`;
 }
 

@@ -4,10 +4,10 @@ A page on which a video is made while you steer it, and on which the memory is s
     python live.py             # opens http://127.0.0.1:8000
     python live.py --wan Wan2.1-T2V-1.3B --ckpt self_forcing_dmd.pt
 
-The main thread makes chunk after chunk, each just in time, and publishes it as one message: its frames, what
-memory holds, what the judge has read. Only the newest message is there, and each viewer's thread takes it
-when it can: nobody waits for a viewer and nothing piles up. Orders (a prompt, another memory) are merged in
-one dictionary, which the next chunk obeys.
+The main thread makes chunk after chunk, each just in time. What it has to show is one message: frames, what
+memory holds, what the judge has read. Only the newest is there, and each viewer's thread takes it when it
+can: nobody waits for a viewer, nothing piles up, and for nobody no pictures are made. Orders (a prompt,
+another memory) are merged in one dictionary, which the next chunk obeys.
 
 The server is the standard library's: two files, one stream of server-sent events, one address for orders. A
 framework would bring a dozen packages, and would have to be told what is refused here as well.
@@ -34,14 +34,13 @@ from config import STUDENT, BadInput, one_of, parse, pick_device, run, use_one_t
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 
 import world
 from flow import generate
 from memory import CHUNK, PRESETS
 from rope import MAX_POSITION
-from score import Score, draw_map, motion_of
+from score import Score, world_of
 from text import check_prompt
 from video import FPS, to_uint8, video_writer
 from weights import check_options, load_networks
@@ -54,21 +53,22 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
-LARGEST = 4096        # bytes of an order
 STALL = 10            # seconds after which a viewer that takes nothing is given up
 BARS = 80             # chunks in the chart of surprisal
-SETTINGS = 20         # the newest changes of settings that a saved file names
+CHANGES = 20          # the newest changes of settings that a saved file names
 THUMBNAIL = 128, 128  # pixels at most
 MOTIONS = {           # a click each
     "turn": world.Motion("turn", 1, 12),
     "lingering turn": world.Motion("linger", 1, 18),
     "look aside": world.Motion("aside", 1, 8, 90),
 }
+SETTINGS = "prompt", "seed", "memory", "positions", "tau"
+KINDS = {"seed": (int,), "tau": (int, float), "paused": (bool,)}  # of orders; all others are texts
 
 
 @dataclass
 class Config:
-    prompt: str = "Grass. The camera turns right, one turn in 12 seconds."  # what to begin with
+    prompt: str = "Grass. The camera turns right from north, one turn in 12 seconds."  # what to begin with
     seed: int = 0              # of the noise
     memory: str = "slowfast"   # slowfast | uniform1 | uniform2 | window | longlive | longlive21 | infinity
     positions: str = "bounded"  # bounded | unbounded, up to 255 s
@@ -89,13 +89,6 @@ class Config:
     no_browser: bool = False   # print the address, open nothing
 
 
-def data_url(picture, kind="PNG"):
-    """(h, w, 3) uint8 -> text that a page shows as a picture"""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind, compress_level=1, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 # ---- the video under way -----------------------------------------------------------------------------------
 
 class Session:
@@ -107,8 +100,6 @@ class Session:
         self.prompt, self.text = cfg.prompt, networks.text(cfg.prompt)
         self.memory, self.tau, self.positions = cfg.memory, networks.policy.tau, cfg.positions
         self.seed = cfg.seed
-        # what may be asked for
-        self.ranges = {"tau": (float, -1, 1), "seed": (int, 0, 2 ** 63 - 1)}
         self.choices = {"memory": [*PRESETS], "positions": ["bounded", "unbounded"]}
         if self.tiny:
             self.choices |= {"ground": world.GROUNDS, "motion": [*MOTIONS]}
@@ -117,29 +108,25 @@ class Session:
         self.encoding, self.saving = threading.Lock(), threading.Lock()
         self.orders = {}
         self.paused, self.over = False, False
-        self.message = {"id": 0, "rate": FPS, "choices": self.choices}
+        self.message = {"rate": FPS, "choices": self.choices}
         self.number, self.data = 0, ""
+        self.is_awaited = False  # does a viewer wait for the next message?
         self.begin()
-
-    @property
-    def policy(self):
-        return replace(PRESETS[self.memory], tau=self.tau)
 
     def begin(self):
         """A new video, of which nothing is remembered."""
-        networks = replace(self.networks, policy=self.policy, positions=self.positions)
-        sampler = networks.sampler
-        uncond = networks.text("") if sampler.guidance != 1 else None
-        self.rollout = networks.rollout(self.text)
-        self.chunks = generate(self.rollout, [self.seed], sys.maxsize, sampler, networks.latent, uncond)
+        sampler, latent = self.networks.sampler, self.networks.latent
+        uncond = self.networks.text("") if sampler.guidance != 1 else None
+        self.rollout = self.networks.rollout(self.text)
+        self.chunks = generate(self.rollout, [self.seed], sys.maxsize, sampler, latent, uncond)
         self.past = None    # of the autoencoder
         self.frames = 0
         self.pictures = {}  # latent -> its picture
         self.bars = deque(maxlen=BARS)
-        self.score = Score() if self.tiny else None
-        # all latents go to disk: memory stays flat, and a saved video has the frames that were shown
+        self.score = Score()
+        # latents go to disk, and a file is made of them: memory stays flat
         self.latents = tempfile.TemporaryFile()
-        self.settings = deque(maxlen=SETTINGS)
+        self.changes = deque(maxlen=CHANGES)
 
     # ---- orders
 
@@ -152,15 +139,14 @@ class Session:
         if not isinstance(order, dict):
             raise BadInput("an order is a JSON object")
         for name, value in order.items():
-            kind, low, high = self.ranges.get(name, (None, 0, 0))
-            if name == "prompt" and isinstance(value, str):
-                check_prompt(value)
-            elif name in self.choices and isinstance(value, str):
-                one_of(name, value, self.choices[name])
-            elif kind and type(value) in (int, kind):
-                within(name, value, low, high)
-            elif name != "paused" or not isinstance(value, bool):
+            is_known = name in {"paused", *SETTINGS, *self.choices}
+            if not is_known or type(value) not in KINDS.get(name, (str,)):
                 raise BadInput(f"{name[:40]!r} cannot be {str(value)[:40]!r}")
+            if name in self.choices:
+                one_of(name, value, self.choices[name])
+        check_prompt(order.get("prompt", self.prompt))
+        within("tau", order.get("tau"), -1, 1)
+        within("seed", order.get("seed"), 0, 2 ** 63 - 1)
         return order
 
     @torch.no_grad()
@@ -178,125 +164,140 @@ class Session:
 
     def caption(self, ground, motion):
         """The caption that was asked for last, with another ground or motion"""
-        now = motion_of(self.orders.get("prompt", self.prompt)) or MOTIONS["turn"]
+        # from the compass point that is nearest to where the camera looks
+        here = round(self.score.path[-1:].sum() / 64) * 64 % world.COLUMNS
+        now = world_of(self.orders.get("prompt", self.prompt))
+        now = now or world.World(self.score.ground, (), here, MOTIONS["turn"])
+        if ground:
+            now = replace(now, ground=world.GROUNDS.index(ground))
         if motion:
-            now = replace(MOTIONS[motion], direction=now.direction)
-        ground = world.GROUNDS.index(ground) if ground else self.score.ground
-        # a look aside begins at the nearest compass point
-        heading = round(self.score.path[-1:].sum() / 64) * 64 % world.COLUMNS
-        return world.World(ground, (), heading, now).caption
+            now = replace(now, start=here, motion=replace(MOTIONS[motion], direction=now.motion.direction))
+        return now.caption
 
     def obey(self):
         """What was asked for takes hold."""
         with self.changed:
             orders, self.orders = self.orders, {}
         vars(self).update(orders)
-        if "seed" in orders:
+        if "seed" in orders or not self.frames:
             self.begin()
-        if self.positions == "unbounded" and CHUNK * (self.rollout.chunk + 1) > MAX_POSITION:
+        if self.rollout.text is not self.text:
+            self.rollout.recache(self.text)
+        policy = replace(PRESETS[self.memory], tau=self.tau)
+        if policy != self.rollout.memory.policy:
+            self.rollout.memory.change_policy(policy)
+        # absolute positions end with Wan's table
+        if CHUNK * (self.rollout.chunk + 1) > MAX_POSITION:
             self.positions = "bounded"
         self.rollout.positions = self.positions
-        if "memory" in orders or "tau" in orders:
-            self.rollout.memory.change_policy(self.policy)
-        if "text" in orders and self.rollout.chunk:
-            self.rollout.recache(self.text)
-        self.rollout.text = self.text
         # for a saved file
-        policy = f"{self.memory}, tau {self.tau:.4g}, {self.positions}"
-        if orders or not self.settings:
-            self.settings.append(f"{self.frames / FPS:g}: {self.prompt[:500]} [{policy}]")
+        if orders or not self.changes:
+            told = f"{self.memory}, tau {self.tau:.4g}, {self.positions}"
+            self.changes.append(f"{self.frames / FPS:g}: {self.prompt[:500]} [{told}]")
 
     # ---- chunks
 
     @torch.no_grad()
     def make_chunk(self):
-        """-> what the next chunk has to say in the message"""
+        """The next chunk, kept and judged -> its frames (f, h, w, 3) uint8"""
         self.obey()
         # 1. frames
         started = time.perf_counter()
         x0 = next(self.chunks)
         video, self.past = self.networks.vae.decode(x0, self.past)
         frames = to_uint8(video)[0].cpu().numpy()
-        speed = len(frames) / (time.perf_counter() - started)
+        self.speed = len(frames) / (time.perf_counter() - started)
+        self.frames += len(frames)
         with self.changed:
             self.latents.seek(0, io.SEEK_END)
-            self.latents.write(x0.cpu().numpy().tobytes())
-        # 2. memory and surprisal
-        held = self.tell_memory(x0)
-        policy = self.policy
+            np.save(self.latents, x0.cpu().numpy())
+        # 2. surprisal
         similar, kept = self.rollout.similarities.pop(), self.rollout.kept.pop()
+        policy = self.rollout.memory.policy
         tested = (self.rollout.chunk - 1) % policy.interval == 0
         self.bars.append((1 - similar.item(), tested, policy.slow > 0 and kept.item()))
-        # 3. what came back
-        told = {}
+        # 3. what came back, beside the latents that the chunk did not bring itself
         if self.tiny:
-            beside = [number for number, *_ in held[:-CHUNK]]
-            self.score.read(frames, beside, motion_of(self.prompt))
-            told = self.tell_score()
-        first, self.frames = self.frames, self.frames + len(frames)
+            held = self.rollout.memory.frames()[0, :-CHUNK]
+            asked = world_of(self.prompt)
+            self.score.read(frames, held.tolist(), asked and asked.motion)
+        return frames
+
+    @torch.no_grad()
+    def tell(self, frames):
+        """frames: of the newest chunk -> dict of what a page shows of it"""
         return {
-            "id": self.message["id"] + 1,
-            "first": first,
+            "first": self.frames - len(frames),
             "frames": len(frames),
             "size": [self.networks.width, self.networks.height],
             "strip": self.picture(np.concatenate(frames)),
-            "speed": speed,
-            "threshold": 1 - self.tau if policy.keep == "surprisal" else None,
-            "held": held,
+            "speed": self.speed,
+            "threshold": 1 - self.tau if PRESETS[self.memory].keep == "surprisal" else None,
+            "held": self.tell_memory(),
             "bars": [*self.bars],
-            **{name: getattr(self, name) for name in ("prompt", "seed", "memory", "positions", "tau")},
-            **told,
+            **{name: getattr(self, name) for name in SETTINGS},
+            **self.tell_score(),
         }
 
     def picture(self, frame):
-        return data_url(frame, "PNG" if self.tiny else "JPEG")
+        """(h, w, 3) uint8 -> text that a page shows as a picture"""
+        kind = "png" if self.tiny else "jpeg"
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, kind, compress_level=1, quality=85)
+        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-    def tell_memory(self, x0):
-        """-> number, segment, second and picture of each latent that is held; x0: the newest three"""
-        # the new ones, each decoded alone
-        alone, _ = self.networks.vae.decode(rearrange(x0, "1 f c h w -> f 1 c h w"))
-        for i, frame in enumerate(to_uint8(alone)[:, -1].cpu().numpy()):
-            small = Image.fromarray(frame)
-            small.thumbnail(THUMBNAIL)
-            self.pictures[CHUNK * (self.rollout.chunk - 1) + i] = self.picture(np.asarray(small))
-        # where each is now
+    def tell_memory(self):
+        """-> number, segment, second and picture of each latent that is held"""
         held = []
         for name in ("sink", "slow", "fast"):
             segment = getattr(self.rollout.memory, name)
-            for number in [] if segment is None else segment.frame[0].tolist():
-                held.append((number, name, max(0, 4 * number - 3) / FPS, self.pictures[number]))
+            entries = [] if segment is None else zip(segment.frame[0].tolist(), segment.latent[0])
+            for number, latent in entries:
+                picture = self.pictures.get(number) or self.thumbnail(latent)
+                held.append((number, name, max(0, 4 * number - 3) / FPS, picture))
         self.pictures = {number: picture for number, *_, picture in held}
         return held
 
+    def thumbnail(self, latent):
+        """A latent (c, h, w), decoded alone"""
+        decoded, _ = self.networks.vae.decode(latent[None, None])
+        small = Image.fromarray(to_uint8(decoded)[0, -1].cpu().numpy())
+        small.thumbnail(THUMBNAIL)
+        return self.picture(np.asarray(small))
+
     def tell_score(self):
+        """-> what came back, where the camera looks (1: once round), roof and wall of the house by sector"""
+        if not self.tiny:
+            return {}
         score = self.score
+        kind = score.motion and score.motion.kind
+        houses = [[world.COLOURS[c] for c in pair] for pair in world.PAIRS] + [None]
         return {
-            "ground": world.GROUNDS[score.ground],
-            "motion": [name for name in MOTIONS if score.motion and score.motion.kind == MOTIONS[name].kind],
             "score": score.count(),
+            "ground": world.GROUNDS[score.ground],
+            "motion": [name for name, motion in MOTIONS.items() if motion.kind == kind],
             "heading": score.path[-1] / world.COLUMNS % 1,
-            "first map": data_url(draw_map(score.ground, score.first)),
-            "map now": data_url(draw_map(score.ground, score.now)),
-            "another": ((score.first != score.now) & (score.now >= 0)).tolist(),
+            "at first": [houses[landmark] for landmark in score.first],
+            "now": [houses[landmark] for landmark in score.now],
         }
 
     def run(self):
         """Chunk after chunk without end, at the rate of the video."""
         due = time.monotonic()
-        ahead = 0
         while True:
-            # late enough for what is asked meanwhile, early enough to be there in time
-            time.sleep(max(0, due - ahead - time.monotonic()))
-            while self.paused:
-                time.sleep(.05)
             started = time.monotonic()
-            chunk = self.make_chunk()
+            frames = self.make_chunk()
+            news = self.tell(frames) if self.is_awaited else {}
             made = time.monotonic()
-            ahead = 2 * (made - started)
             due = max(due, made)
             time.sleep(due - made)
-            self.publish(**chunk, at=time.time())
-            due += chunk["frames"] / FPS
+            if news:
+                self.publish(**news, at=time.time())
+            due += len(frames) / FPS
+            # the next one: late enough for what is asked meanwhile, early enough to be there in time
+            time.sleep(max(0, due - 2 * (made - started) - time.monotonic()))
+            while self.paused:
+                time.sleep(.05)
 
     # ---- viewers
 
@@ -306,33 +307,34 @@ class Session:
             self.message |= news
             self.number += 1
             self.data = json.dumps(self.message)
+            self.is_awaited = False
             self.changed.notify_all()
 
     def newer(self, number):
         """Waits for a message after this number, though not for ever -> the newest number, its text"""
         with self.changed:
-            self.changed.wait_for(lambda: self.number > number, STALL / 2)
+            if self.number == number:
+                self.is_awaited = True
+                self.changed.wait(STALL / 2)
             return self.number, self.data
 
     @torch.no_grad()
     def save(self, path):
         """All that was made so far, decoded once more into an mp4."""
-        latents, shape = self.latents, (1, CHUNK, *self.networks.latent)
-        size = 4 * int(np.prod(shape))
-        about = {"AI-generated": True, "prompt": " | ".join(self.settings), "seed": self.seed}
-        with self.changed:
-            chunks = latents.seek(0, io.SEEK_END) // size
-        past = None
+        latents, past, at = self.latents, None, 0
+        about = {"AI-generated": True, "prompt": " | ".join(self.changes), "seed": self.seed}
         about = json.dumps({**about, "model": self.networks.name})
+        with self.changed:
+            end = latents.seek(0, io.SEEK_END)
         with self.saving, video_writer(path, about, self.networks.scale) as file:
-            for chunk in range(chunks):
+            while at < end:
                 if self.over:
                     raise BadInput("the server has stopped")
                 with self.changed:
-                    latents.seek(chunk * size)
-                    x0 = np.frombuffer(latents.read(size), np.float32).reshape(shape)
-                x0 = torch.tensor(x0, device=self.rollout.text[0][0].device)
-                decoded, past = self.networks.vae.decode(x0, past)
+                    latents.seek(at)
+                    x0 = torch.from_numpy(np.load(latents))
+                    at = latents.tell()
+                decoded, past = self.networks.vae.decode(x0.to(self.rollout.text[0][0].device), past)
                 for frame in to_uint8(decoded)[0].cpu().numpy():
                     file.append_data(frame)
 
@@ -340,7 +342,7 @@ class Session:
 # ---- the server --------------------------------------------------------------------------------------------
 
 class Server(ThreadingTCPServer):
-    """session: the Session; names: those that viewers may call it by"""
+    """session: the Session; name: what it was told to listen on"""
     daemon_threads = True
     allow_reuse_address = sys.platform != "win32"  # there it means to share a port that is taken
 
@@ -349,52 +351,54 @@ class Server(ThreadingTCPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
-    def is_named(self, address):
-        """Is 'name:port' this server? A page of another site has another name, whatever that resolves to."""
-        match = re.fullmatch(r"([a-z0-9.-]+)(?::(\d{1,5}))?", address.lower())
-        if not match or int(match[2] or 80) != self.server_address[1]:
-            return False
-        is_number = re.fullmatch(r"[0-9.]+", match[1])
-        return match[1] in self.names or "0.0.0.0" in self.names and bool(is_number)
-
 
 class Handler(BaseHTTPRequestHandler):
     timeout = STALL
 
+    error_message_format = "%(explain)s"  # one line of text
+    error_content_type = "text/plain; charset=utf-8"
+
     def log_message(self, *about):
         pass
 
-    def reply(self, code, body=b"", kind="text/plain", more=()):
-        self.send_response(code)
-        headers = {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", **dict(more)}
-        for name, value in headers.items():
+    def end_headers(self):
+        for name, value in HEADERS.items():
             self.send_header(name, value)
+        super().end_headers()
+
+    def reply(self, body, kind):
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.end_headers()
         self.wfile.write(body)
 
-    def is_foreign(self):
-        host = self.headers.get("Host", "")
-        origin = self.headers.get("Origin", f"http://{host}").removeprefix("http://")
-        if self.server.is_named(host) and self.server.is_named(origin):
+    def parse_request(self):
+        """-> is it to be answered? A page of another site has another name, whatever that resolves to."""
+        if not super().parse_request():
             return False
-        self.reply(403, b"this page answers to its own address only")
-        return True
+        address, port = self.connection.getsockname()
+        known = {f"http://{name}:{port}" for name in (address, self.server.name, "localhost")}
+        # browsers leave out http's own port
+        known |= {name.removesuffix(":80") for name in known}
+        host = f"http://{self.headers.get('Host')}"
+        if {host, self.headers.get("Origin", host)} <= known:
+            return True
+        self.send_error(403, explain="this page answers to its own address only")
+        return False
 
     def do_GET(self):
-        if self.is_foreign():
-            return
         if self.path in PAGE:
             name, kind = PAGE[self.path]
-            self.reply(200, Path(__file__).with_name(name).read_bytes(), kind)
+            self.reply(Path(__file__).with_name(name).read_bytes(), kind)
         elif self.path == "/events":
             self.stream()
         elif self.path == "/video.mp4":
             self.send_video()
         else:
-            self.reply(404, b"no such page")
+            self.send_error(404, explain="no such page")
 
     def stream(self):
-        self.reply(200, kind="text/event-stream")
+        self.reply(b"", "text/event-stream")
         number = 0
         while True:
             newest, data = self.server.session.newer(number)
@@ -404,33 +408,28 @@ class Handler(BaseHTTPRequestHandler):
             number = newest
 
     def send_video(self):
-        session = self.server.session
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "video.mp4")
             try:
-                session.save(path)
+                self.server.session.save(path)
+                self.reply(path.read_bytes(), "video/mp4")
             except BadInput as error:
-                return self.reply(500, str(error).encode())
-            name = f'attachment; filename="live-{session.seed}.mp4"'
-            self.reply(200, path.read_bytes(), "video/mp4", {"Content-Disposition": name})
+                self.send_error(500, explain=str(error))
 
     def do_POST(self):
-        if self.is_foreign():
-            return
         length = self.headers.get("Content-Length", "")
         if self.path != "/steer":
-            self.reply(404, b"no such page")
-        elif not length.isdecimal():
-            self.reply(411, b"an order has a Content-Length")
-        elif len(length) > 4 or int(length) > LARGEST:
-            self.reply(413, b"an order has at most 4 KB")
+            self.send_error(404, explain="no such page")
+        elif not re.fullmatch(r"\d{1,4}", length) or int(length) > 4096:
+            self.send_error(413, explain="an order has at most 4 KB, and says how many")
         else:
             session = self.server.session
             try:
                 session.ask(session.read_order(self.rfile.read(int(length))))
-                self.reply(204)
+                self.send_response(204)
+                self.end_headers()
             except BadInput as error:
-                self.reply(400, str(error).encode())
+                self.send_error(400, explain=str(error))
 
 
 def main():
@@ -453,8 +452,7 @@ def main():
         networks = load_networks(cfg, STUDENT, [cfg.prompt], device, dtype)
         session = Session(cfg, networks)
         # 3. viewers
-        server.session = session
-        server.names = {"localhost", "127.0.0.1", cfg.host}
+        server.session, server.name = session, cfg.host
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host, port = server.server_address
         print(f"http://{host}:{port}", flush=True)

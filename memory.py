@@ -31,6 +31,7 @@ the text; the text is followed).
 Leaves out: a decision per layer (one per video here: the teacher's context must be a set of frames).
 """
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -84,46 +85,42 @@ class Entries:
     def __len__(self):
         return self.frame.shape[1]
 
-    def apply(self, function):
-        """The same function on each tensor -> Entries"""
-        latent = None if self.latent is None else function(self.latent)
-        keys = [function(k) for k in self.keys]
-        values = [function(v) for v in self.values]
-        return Entries(function(self.frame), latent, keys, values)
+    def apply(self, function, *others):
+        """
+        Each tensor becomes function(it, the same one of each of `others`): in place and layer by layer, as a
+        second copy of Wan's slow memory would be 3.5 GB.
+        returns  self
+        """
+        entries = [self, *others]
+        # frame numbers and latents
+        self.frame = function(*[e.frame for e in entries])
+        if self.latent is not None:
+            self.latent = function(*[e.latent for e in entries])
+        # keys and values
+        for layer in range(len(self.keys)):
+            self.keys[layer] = function(*[e.keys[layer] for e in entries])
+            self.values[layer] = function(*[e.values[layer] for e in entries])
+        return self
 
     def __getitem__(self, frames):
         """A slice of the frames, uncopied."""
-        return self.apply(lambda x: x[:, frames])
-
-    def drop_oldest(self, newest, keep):
-        """
-        In the videos of the batch where keep (b,) says so: the oldest frame goes, and `newest`, Entries of
-        one frame, comes in behind. Without asking the device, and layer by layer: a second slow memory of Wan
-        would be 3.5 GB.
-        """
-        def moved(old, new):
-            where = keep.view(-1, *[1] * (old.ndim - 1))
-            return torch.where(where, torch.cat([old[:, 1:], new], dim=1), old)
-
-        self.frame = moved(self.frame, newest.frame)
-        if self.latent is not None:
-            self.latent = moved(self.latent, newest.latent)
-        for layer in range(len(self.keys)):
-            self.keys[layer] = moved(self.keys[layer], newest.keys[layer])
-            self.values[layer] = moved(self.values[layer], newest.values[layer])
+        copy = replace(self, keys=list(self.keys), values=list(self.values))
+        return copy.apply(lambda x: x[:, frames])
 
 
 def concatenate(segments):
-    """Entries after one another in time -> Entries"""
-    if len(segments) == 1:
-        return segments[0]
-    # one tensor for frames and latents, one a layer for keys and values
-    latent = None
-    if segments[0].latent is not None:
-        latent = torch.cat([s.latent for s in segments], dim=1)
-    keys = [torch.cat(layer, dim=1) for layer in zip(*(s.keys for s in segments))]
-    values = [torch.cat(layer, dim=1) for layer in zip(*(s.values for s in segments))]
-    return Entries(torch.cat([s.frame for s in segments], dim=1), latent, keys, values)
+    """Entries after one another in time, None = nothing -> Entries, a copy"""
+    first, *others = [segment for segment in segments if segment is not None]
+    return first[:].apply(lambda *parts: torch.cat(parts, dim=1), *others)
+
+
+def replace_oldest(keep, held, newest):
+    """
+    One tensor of slow memory: held (b, m, ...) without its oldest frame, newest (b, 1, ...) behind, in the
+    videos where keep (b,) says so; without asking the device for its values.
+    """
+    keep = keep.view(-1, *[1] * (held.ndim - 1))
+    return torch.where(keep, torch.cat([held[:, 1:], newest], dim=1), held)
 
 
 @dataclass
@@ -152,25 +149,22 @@ class Memory:
     def __init__(self, policy):
         self.policy = policy
         self.sink, self.slow, self.fast = None, None, None
-        # for each latent in fast: is it its chunk's first latent, and the chunk's keep decision (b,)
+        # for each latent in fast: its chunk's decision (b,) if it is the chunk's first, None if not
         self.pending = []
-        # slow memory has not been full yet
-        self.warm = policy.slow > 0
 
     def evict(self, new=CHUNK):
         """Moves the oldest of fast on until `new` latents fit: to the sink, then to slow memory."""
         p = self.policy
         while len(self.pending) > p.fast - new:
             oldest, self.fast = self.fast[:1], self.fast[1:]
-            is_first, keep = self.pending.pop(0)
+            keep = self.pending.pop(0)
             if size(self.sink) < p.sink:
-                self.sink = join(self.sink, oldest)
-            elif self.warm:
+                self.sink = concatenate([self.sink, oldest])
+            elif size(self.slow) < p.slow:
                 # until all places are taken nothing is forgotten: decisions do not count yet
-                self.slow = join(self.slow, oldest)
-                self.warm = len(self.slow) < p.slow
-            elif p.slow and is_first:
-                self.slow.drop_oldest(oldest, keep)
+                self.slow = concatenate([self.slow, oldest])
+            elif p.slow and keep is not None:
+                self.slow.apply(partial(replace_oldest, keep), oldest)
 
     def change_policy(self, policy):
         """
@@ -179,20 +173,19 @@ class Memory:
         """
         held = self.read()
         self.policy = policy
-        self.warm = policy.slow > 0
         if held is None:
             return
         # what has left fast memory was kept
         kept = torch.ones(len(held.frame), dtype=torch.bool, device=held.frame.device)
         older = len(held) - len(self.pending)
-        self.pending = [(True, kept)] * older + self.pending
+        self.pending = [kept] * older + self.pending
         self.sink, self.slow, self.fast = None, None, held
         self.evict(0)
 
     def push(self, chunk, keep):
         """chunk: Entries of a finished chunk, from the clean pass, detached; keep (b,) from should_keep()."""
-        self.fast = join(self.fast, chunk)
-        self.pending += [(i == 0, keep) for i in range(len(chunk))]
+        self.fast = concatenate([self.fast, chunk])
+        self.pending += [keep] + [None] * (len(chunk) - 1)
 
     def segments(self):
         """What is held, as sink | slow | fast; segments that hold nothing are left out."""
@@ -200,8 +193,8 @@ class Memory:
 
     def frames(self):
         """Frame numbers of all that is held (b, m), or None before the first push."""
-        segments = self.segments()
-        return torch.cat([s.frame for s in segments], dim=1) if segments else None
+        frames = [segment.frame for segment in self.segments()]
+        return torch.cat(frames, dim=1) if frames else None
 
     def read(self):
         """All that is held, sink | slow | fast, as one Entries (a copy), or None before the first push."""
@@ -210,12 +203,11 @@ class Memory:
 
     def state_dict(self):
         """Plain dicts, lists and tensors, for a file."""
-        segments = {name: getattr(self, name) for name in ("sink", "slow", "fast")}
-        segments = {name: None if held is None else vars(held) for name, held in segments.items()}
-        return {"warm": self.warm, "pending": list(self.pending), **segments}
+        segments = {"sink": self.sink, "slow": self.slow, "fast": self.fast}
+        segments = {name: held and vars(held) for name, held in segments.items()}
+        return {"pending": list(self.pending), **segments}
 
     def load_state_dict(self, state):
-        self.warm = state["warm"]
         self.pending = list(state["pending"])
         for name in ("sink", "slow", "fast"):
             setattr(self, name, None if state[name] is None else Entries(**state[name]))
@@ -236,10 +228,6 @@ class Memory:
 
 def size(segment):
     return 0 if segment is None else len(segment)
-
-
-def join(old, new):
-    return new if old is None else concatenate([old, new])
 
 
 def chunk_descriptor(keys, pool="mean"):

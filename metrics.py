@@ -19,7 +19,6 @@ python evaluate.py --mode custom_input --videos_path DIR --dimension motion_smoo
 """
 import csv
 import math
-import os
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -126,20 +125,16 @@ def score_video(path, prompt, dino, clip, words):
     longest = clip.config.text_config.max_position_embeddings
     ids = words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(clip.device)
     # features, 16 frames at a time: some kB a frame stay
-    by_dino, by_clip = [], []
+    features = []
     frames = source.read(source.width, source.height)
-    batch = list(islice(frames, BATCH))
-    while batch:
+    while batch := list(islice(frames, BATCH)):
         x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
         images, text = clip_features(clip, x, ids)
-        by_dino.append(dino_features(dino, x))
-        by_clip.append(images)
-        batch = list(islice(frames, BATCH))
+        features.append((dino_features(dino, x), images))
     if source.damage:
         raise BadInput(f"{path} is damaged ({source.damage})")
+    f, g = (torch.cat(each) for each in zip(*features))
     seconds = torch.tensor(source.seconds) - source.seconds[0]
-    f = torch.cat(by_dino)
-    g = torch.cat(by_clip)
     # the table's columns: what it is, VBench's, the paper's
     row = {"video": path.name, "prompt": prompt, "subject": consistency(f), "background": consistency(g)}
     row |= windows("dino", f @ f[0], seconds)
@@ -154,12 +149,12 @@ def write_table(rows, path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    # the scores stand behind video and prompt
-    print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
+    # means; the scores stand behind video and prompt
     scores = {}
+    print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
     for name in list(rows[0])[2:]:
-        there = [row[name] for row in rows if not math.isnan(row[name])]
-        scores[name], low, high = 100 * estimate([(x, 1) for x in there])
+        there = [(row[name], 1) for row in rows if not math.isnan(row[name])]
+        scores[name], low, high = 100 * estimate(there)
         print(f"  {name:14} {scores[name]:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
     # the paper's tables, and these videos in their last row
     lines = []
@@ -188,11 +183,10 @@ def match_prompts(folder, lines):
     for path in sorted(Path(folder).glob("[!.]*")):
         if path.is_dir() or path.suffix.lower() in NO_VIDEOS:
             continue
-        # bytes that are no text, as names may hold, have no place in a prompt
-        stem = os.fsencode(path.stem).decode("utf-8", "replace")
-        name = words_of(re.sub(r"-\d+$", "", stem))
-        made = manifest.get(path.name)
-        prompt = made["prompt"] if made else named.get(name, name)
+        name = words_of(re.sub(r"-\d+$", "", path.stem))
+        prompt = named.get(name, name)
+        if path.name in manifest:
+            prompt = manifest[path.name]["prompt"]
         if lines and prompt not in lines:
             print(f"skipped: {path}: no line of --prompts made it")
         else:

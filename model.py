@@ -184,6 +184,13 @@ class SelfAttention(Attention):
         return self.o(y), (k, v)
 
 
+def learned_modulation(parts, dim):
+    """AdaLN's own shifts, scales and gates of a layer, random; with no values on the meta device"""
+    values = torch.empty(1, parts, dim)
+    # random numbers there would make torch import its compiler, which takes most of a second
+    return nn.Parameter(values if values.is_meta else values.normal_() / dim ** 0.5)
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -191,7 +198,7 @@ class Block(nn.Module):
         self.cross_attn = Attention(c.dim, c.heads)
         self.norm3 = nn.LayerNorm(c.dim, eps=1e-6)
         self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.modulation = learned_modulation(6, c.dim)
 
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
         """
@@ -215,7 +222,7 @@ class Head(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head = nn.Linear(c.dim, c.channels * c.patch[0] * c.patch[1])
-        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+        self.modulation = learned_modulation(2, c.dim)
 
     def forward(self, x, modulation):
         """x (b, f, n, c), modulation two of (b, f, 1, c) float32: shift, scale"""
@@ -243,6 +250,11 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.head.weight)
+        # a perfect match of normalised queries and keys scores sqrt(d): with narrow heads, too little to win
+        # against a whole memory of others
+        for block in self.blocks:
+            nn.init.constant_(block.self_attn.norm_q.weight, 2.)
+            nn.init.constant_(block.self_attn.norm_k.weight, 2.)
         return self
 
     def text(self, features):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from report import better, estimate, last_validity, markdown, recall
+from report import compare, estimate, last_validity, markdown, recall
 
 FILE = Path(__file__).parent / "assets" / "paper_tables.json"
 SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads the scores of table 1
@@ -34,9 +34,9 @@ SYSTEMS = {
 MEASURES = {
     "dino_60": (recall, "recall, %", 100),
     "subject": (recall, "recall, %", 100),
-    "60s subject": (recall, "recall, %", 100),
+    "60s_subject": (recall, "recall, %", 100),
     "quality": (last_validity, "last 5 s, dB", 1),
-    "60s quality": (last_validity, "last 5 s, dB", 1),
+    "60s_quality": (last_validity, "last 5 s, dB", 1),
 }
 
 
@@ -45,22 +45,18 @@ def flat(row):
     cells = {}
     # table 1 has a list by seconds, table 2 a group of cells for each length
     for name, x in row.items():
-        if isinstance(x, dict):
-            cells |= {f"{name} {inner}": y for inner, y in x.items()}
-        elif isinstance(x, list):
-            cells |= {f"{name}_{second}": y for second, y in zip(SECONDS, x)}
-        else:
-            cells[name] = x
-    return {name: x for name, x in cells.items() if x is not None}
+        if isinstance(x, list):
+            x = dict(zip(SECONDS, x))
+        inner = {f"{name}_{key}": y for key, y in x.items()} if isinstance(x, dict) else {name: x}
+        cells |= {key: y for key, y in inner.items() if y is not None}
+    return cells
 
 
 def tables():
     """-> name of a table -> system -> flat row"""
     paper = json.loads(FILE.read_text("utf-8"))
-    found = {}
-    for name in ("table1", "table2", "table3"):
-        found[name] = {system: flat(row) for system, row in paper[name].items()}
-    return found
+    names = "table1", "table2", "table3"
+    return {name: {system: flat(row) for system, row in paper[name].items()} for name in names}
 
 
 def orderings(rows, first):
@@ -83,10 +79,10 @@ def orderings(rows, first):
                 continue
             measure, name_here, scale = MEASURES[score]
             # the same as in the paper?
-            verdict = better(ours, theirs, measure)
-            if verdict in ("yes", "no"):
+            verdict = compare(ours, theirs, measure)
+            if verdict in ("higher", "lower"):
                 is_better = best[score] > systems[system][score]
-                verdict = "agrees" if is_better == (verdict == "yes") else "does not"
+                verdict = "agrees" if is_better == (verdict == "higher") else "does not"
             found.append({
                 "paper": name,
                 "against": system,
@@ -111,7 +107,7 @@ def beside(scores):
     length = "5s" if math.isnan(scores["dino_10"]) else "none"
     if not math.isnan(scores["dino_60"]):
         length = "60s"
-    ours = scores | {f"{length} {name}": scores[name] for name in ("background", "subject")}
+    ours = scores | {f"{length}_{name}": scores[name] for name in ("background", "subject")}
     found = {}
     for name, systems in tables().items():
         columns = dict.fromkeys(column for row in systems.values() for column in row)

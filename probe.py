@@ -27,7 +27,7 @@ SPAN = 5 * FPS      # frames of an entry of report.Video.psnr
 MINUTE = 60 * FPS   # frames
 CHUNKS = 80         # of a minute
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
-JUMP = 15 / 360 * world.COLUMNS  # between two frames; the fastest caption moves 2 columns
+JUMP = 15 / 360 * world.COLUMNS  # between two frames; captions move the camera by 3 columns at most
 
 
 # ---- videos of the small world: real first chunks, then the model's own ------------------------------------
@@ -71,13 +71,11 @@ def decode_minutes(vae, latents):
 
 
 @torch.no_grad()
-def continue_student(networks, specs, given, chunks, policy, positions="bounded", swap=False,
-                     decode=decode_frames):
+def continue_student(networks, specs, given, chunks, policy, positions="bounded", swap=False):
     """
     given    chunks of each world's real video; then `chunks` of the student's own
     swap     each two neighbours of the batch exchange their slow memories before going on
-    decode   decode_frames, or which of the frames
-    returns  frames (b, f, 3, 32, 64) uint8, the real part decoded too; keep (b, given + chunks) bool
+    returns  latents (b, n, 16, 4, 8), the real ones included; keep (b, given + chunks) bool
     """
     sampler = networks.sampler
     seeds = [spec.seed for spec in specs]
@@ -91,8 +89,7 @@ def continue_student(networks, specs, given, chunks, policy, positions="bounded"
         rollout.memory.slow = rollout.memory.slow.apply(swap_neighbours)
     # the student's own part
     own = generate(rollout, seeds, chunks, sampler, networks.latent)
-    latents = torch.cat([history, *own], dim=1)
-    return decode(networks.vae, latents), torch.stack(rollout.kept, dim=1).cpu()
+    return torch.cat([history, *own], dim=1), torch.stack(rollout.kept, dim=1).cpu()
 
 
 def swap_neighbours(x):
@@ -112,15 +109,13 @@ def continue_teacher(networks, specs, given, blocks, shuffle=False, student=None
     seeds = [spec.seed for spec in specs]
     # the past, real or a student's
     if student:
-        own, _ = continue_student(student, specs, 0, given, PROBED, decode=lambda vae, latents: latents)
-        latents = own
+        latents, _ = continue_student(student, specs, 0, given, PROBED)
     for _ in range(blocks):
         past = latents.roll(-1, 0) if shuffle else latents
         more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
         latents = torch.cat([latents, more], dim=1)
-    chunk = torch.arange(latents.shape[1] // CHUNK)
-    keep = chunk % PROBED.interval == 0
-    return decode_frames(networks.vae, latents), keep.expand(len(specs), -1)
+    keep = torch.arange(latents.shape[1] // CHUNK) % PROBED.interval == 0
+    return latents, keep.expand(len(specs), -1)
 
 
 def first_own_frame(given):
@@ -131,72 +126,65 @@ def own_reappearances(reading, motion, keep, policy, given):
     """
     What was due back in the model's own part; what the sink shows does not count.
     keep     (chunks,) bool of the rollout
-    returns  list of (judge.Reappearance, did the memory hold a latent that shows it?)
+    returns  list of dicts: the fields of judge.Reappearance, and right, held (by the memory, in a latent)
     """
+    # what memory held at each chunk
     contexts = frames_in_memory(policy, keep[None])
     found = []
     for event in judge.reappearances(reading, motion):
         if event.returned >= first_own_frame(given) and not event.in_sink:
             chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
-            held = contexts[chunk][0].tolist()
-            found.append((event, judge.is_in_memory(event, reading, held)))
+            held = judge.is_in_memory(event, reading, contexts[chunk][0].tolist())
+            found.append(vars(event) | {"right": event.right, "held": held})
     return found
 
 
 def measure(frames, motion, keep, policy, given):
     """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
     reading = judge.read_video(frames)
-    # pictures: what is left over behind the last 5 s does not count
+    # what is left over behind the last 5 s does not count
     start = first_own_frame(given)
     starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
-    psnr = [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts]
-    # motion
     jumps = np.abs(np.diff(reading.path)) > JUMP
-    # memory
-    events = []
-    for event, held in own_reappearances(reading, motion, keep, policy, given):
-        events.append(vars(event) | {"right": event.right, "held": held})
     return {
-        "psnr": psnr,
+        "psnr": [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts],
         "landmarks": judge.landmark_map(reading.landmark),
-        "reappearances": events,
+        "reappearances": own_reappearances(reading, motion, keep, policy, given),
         "turning": judge.turning_rate(reading.path, motion),
         "jumps": int(jumps.sum()),
         "minutes": len(frames) / FPS / 60,
     }
 
 
-def measure_minutes(frames, motion):
-    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> as measure()"""
-    # each by itself: what lies between them was not decoded
-    readings = [judge.read_video(minute) for minute in np.split(frames, len(MINUTES))]
-    return {
-        "psnr": [round(float(reading.psnr.mean()), 3) for reading in readings],
-        "landmarks": [judge.landmark_map(reading.landmark) for reading in readings],
+def measure_minutes(frames, motion, keep, policy):
+    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> as measure(), a minute after another"""
+    parts = np.split(frames, len(MINUTES))
+    minutes = [measure(part, motion, keep[:CHUNKS], policy, 0) for part in parts]
+    # what lies between them was not decoded, so that nothing is seen to come back
+    return minutes[0] | {
+        "psnr": [float(np.mean(minute["psnr"])) for minute in minutes],
+        "landmarks": [minute["landmarks"] for minute in minutes],
         "reappearances": [],
-        "turning": judge.turning_rate(readings[0].path, motion),
-        "jumps": sum(int((np.abs(np.diff(reading.path)) > JUMP).sum()) for reading in readings),
-        "minutes": float(len(MINUTES)),
     }
 
 
 # ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
 
 def held_out(n, seed=0):
-    """n worlds that turn once in 8 or 9 s: after 10 s, what was away for 5.4 or 6.1 s is due back."""
+    """n worlds that turn once in 8 or 9 s: what was away for 5.1 or 5.8 s is due back after 10 s."""
     return [WorldSpec(HELD_OUT + seed + i, "turn", 8 + i % 2) for i in range(n)]
 
 
 def probe_student(networks, specs):
     """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
-    frames, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
-    return read_probe(specs, frames, keep)
+    latents, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
+    return read_probe(specs, decode_frames(networks.vae, latents), keep)
 
 
 def probe_teacher(networks, specs, shuffle=False):
     """The same of a teacher; shuffle: from another world's 10 s."""
-    frames, keep = continue_teacher(networks, specs, GIVEN, 1, shuffle)
-    return read_probe(specs, frames, keep)
+    latents, keep = continue_teacher(networks, specs, GIVEN, 1, shuffle)
+    return read_probe(specs, decode_frames(networks.vae, latents), keep)
 
 
 def read_probe(specs, frames, keeps):
@@ -204,6 +192,7 @@ def read_probe(specs, frames, keeps):
     dict: recall (share of what was due back that is right), ceiling (share that memory still held), chance,
     returns (how many were due), validity (dB to the nearest frame that the world can draw)
     """
+    # each video by itself, then all that was due back in any
     videos = []
     for spec, video, keep in zip(specs, frames, keeps):
         videos.append(measure(video, make_world(spec).motion, keep, PROBED, GIVEN))

@@ -32,15 +32,16 @@ def bounded_positions(held, new):
     return torch.arange(held), torch.arange(held, held + new)
 
 
-def absolute_positions(frame, start, new):
+def absolute_positions(held, new):
     """
-    Frame numbers as positions: frame (b, m) of the latents in the KV cache, and `new` latents from `start`
-    on. Raises ValueError beyond the 1,024 positions of Wan's table.
+    Frame numbers as positions: held (b, m) of the latents in the KV cache, new (b, f) of those after them.
+    Raises ValueError beyond the 1,024 positions of Wan's table.
     """
-    if start + new > MAX_POSITION:
+    latents = int(new.max()) + 1
+    if latents > MAX_POSITION:
         raise ValueError(f"unbounded positions end at {MAX_POSITION} latents (256 s), "
-                         f"latent {start + new} asked for: use bounded positions")
-    return frame, torch.arange(start, start + new, device=frame.device)
+                         f"latent {latents} asked for: use bounded positions")
+    return held, new
 
 
 def rope_angles(time, h, w, d):

@@ -2,16 +2,14 @@
 Makes videos: prompt -> mp4, and a picture of what the model remembered.
 
     python sample.py --seconds 60
-    python sample.py --prompt "Sand. The camera turns left, one turn in 20 seconds. | 20: Snow. ..."
+    python sample.py --prompt "Sand. The camera turns left from north, one turn in 9 seconds. | 20: Snow. ..."
     python sample.py --wan Wan2.1-T2V-1.3B --ckpt self_forcing_dmd.pt --prompt "A calm sea at dawn." --vae tae
     python sample.py --teacher --continue clip.mp4     # the context teacher goes on, 21 latents at a time
 
 Chunks of 12 frames are generated, decoded and written one after another, so a long video needs no more memory
 than a short one. A file is named by its prompt, its seed and a hash of all else that makes the picture;
-manifest.jsonl beside it says what that is. A memory picture lies there, too: frames over time, how surprising
-each chunk was and which were kept, and what sink, slow and fast memory hold at the end.
+manifest.jsonl beside it says what that is. A memory picture lies there, too (video.py).
 
-References: Context Forcing, arXiv 2602.06028.
 Leaves out: more than one device; a memory picture of the teacher.
 """
 import hashlib
@@ -20,7 +18,8 @@ import re
 import sys
 import time
 import unicodedata
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count, islice, product
 from pathlib import Path
 
@@ -37,17 +36,17 @@ from flow import Rollout, generate
 from memory import CHUNK
 from tensors import hash_file
 from text import check_prompt, read_prompts
-from video import (FPS, THUMBNAILS, add_to_manifest, chunk_at, chunks_of, find_ffmpeg, frames_in,
-                   decode_beside, memory_picture, read_clip, read_manifest, video_writer)
+from video import (FPS, THUMBNAILS, add_to_manifest, chunks_of, find_ffmpeg, frames_in, decode_beside,
+                   memory_picture, read_clip, read_manifest, video_writer)
 from weights import check_options, load_networks, read_file
-from world import GRAMMAR, WorldSpec, make_world
+from world import GRAMMAR
 
 # options that make a video what it is: a saved state brings them along
 SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "lora", "wan", "size",
                  "vae", "dtype"]
 # what a file with a state holds
 HELD = {"frame": torch.Tensor, "latent": torch.Tensor, "keys": [torch.Tensor], "values": [torch.Tensor]}
-MEMORY = {"warm": bool, "pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
+MEMORY = {"pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
 ROLLOUT = {"chunk": int, "descriptor": torch.Tensor, "similarities": [torch.Tensor], "kept": [torch.Tensor],
            "memory": MEMORY}
 VIDEO = {"rollout": ROLLOUT, "past": [(torch.Tensor, None)], "frames": int, "surplus": torch.Tensor,
@@ -57,7 +56,7 @@ STATE = {"options": dict, "video": VIDEO, "model": str}
 
 @dataclass
 class Config:
-    prompt: str = "Grass. The camera turns right, one turn in 12 seconds."  # what to show
+    prompt: str = "Grass. The camera turns right from north, one turn in 12 seconds."  # what to show
     prompts: str = ""          # a UTF-8 file with one prompt a line, instead of --prompt
     seeds: int = 1             # videos a prompt, from seed, seed + 1, ...
     seconds: float = 60.0      # length, up to 86,400
@@ -86,21 +85,11 @@ class Config:
 
 # ---- what is asked for ------------------------------------------------------------------------------------
 
-@dataclass
-class Job:
-    """One video to make."""
-    prompt: str
-    switches: dict  # chunk -> the text that holds from there on; chunk 0 is the start
-    seed: int       # of the noise
-    path: Path      # of the mp4
-
-
 def check(cfg):
     """Refuses what can be refused before anything is loaded."""
     check_options(cfg)
     within("--seconds", cfg.seconds, 0.01, 86400)
     within("--seeds", cfg.seeds, 1, 10 ** 6)
-    # those that need or exclude one another
     if cfg.positions == "unbounded" and cfg.seconds > 255:
         raise BadInput("unbounded positions end at 255 s: use --positions bounded")
     if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench or cfg.teacher):
@@ -124,11 +113,9 @@ def read_switches(prompt, end):
     'a | 20: b' -> {0: 'a', 27: 'b'}: which text holds from which chunk on; a bar of the text is written \\|.
     end  of the video in seconds
     """
-    check_prompt(prompt)
-    first, *parts = re.split(r"(?<!\\)\|", prompt)
-    switches = {0: first}
-    before = 0
-    for part in parts:
+    switches = {}
+    before = -1
+    for part in re.split(r"(?<!\\)\|", f"0: {prompt}"):
         second, _, text = part.partition(":")
         try:
             second = float(second)
@@ -137,46 +124,39 @@ def read_switches(prompt, end):
                            f"or \\| for a bar, not {part!r}") from None
         if not before < second < end:
             raise BadInput(f"the prompt switches must come one after another, before the end at {end:g} s")
-        switches[chunk_at(second)] = text
-        before = second
-    switches = {chunk: text.replace("\\|", "|").strip() for chunk, text in switches.items()}
-    for text in switches.values():
+        text = text.replace("\\|", "|").strip()
         check_prompt(text)
+        switches[chunks_of(second * FPS) if second else 0] = text
+        before = second
     return switches
 
 
-def read_prompts_and_switches(cfg):
-    """The options -> {prompt: its switches} and the prompts, some of which may stand there twice"""
-    end = float("inf") if cfg.save_state else cfg.seconds  # a saved video may go on to a later switch
-    switches = {}
-
-    def check_line(prompt):
-        switches[prompt] = read_switches(prompt, end)
-    if cfg.prompts:
-        return switches, read_prompts(cfg.prompts, check_line)
-    check_line(cfg.prompt)
-    return switches, [cfg.prompt]
+def read_all_switches(cfg):
+    """The options -> prompts, of which some may stand there twice, and {prompt: its switches}"""
+    # a video whose state is saved may go on to a later switch
+    read = partial(read_switches, end=float("inf") if cfg.save_state else cfg.seconds)
+    prompts = read_prompts(cfg.prompts, read) if cfg.prompts else [cfg.prompt]
+    return prompts, {prompt: read(prompt) for prompt in prompts}
 
 
 def warn_of_grammar(texts):
     """The tiny text encoder has read nothing but the small world's captions."""
-    for text in texts:
-        if not re.fullmatch(GRAMMAR, text):
-            examples = " or ".join(repr(make_world(WorldSpec(seed)).caption) for seed in range(2))
-            print(f"warning: the tiny model knows captions such as {examples}, so anything may come of "
-                  f"{text[:60]!r}", file=sys.stderr)
-            return
+    if strange := [text for text in texts if not re.fullmatch(GRAMMAR, text)]:
+        print(f"warning: the tiny model knows captions such as {Config.prompt!r} (GRAMMAR in world.py), so "
+              f"anything may come of {strange[0][:60]!r}", file=sys.stderr)
 
+
+# ---- a video that goes on later ---------------------------------------------------------------------------
 
 def load_state(cfg, device):
-    """-> cfg with the options of the saved video, its Video.state_dict(), the hash of its networks"""
+    """What --resume names -> Video.state_dict(), hash of its networks; its options go into cfg."""
     state, _ = read_file(cfg.resume, device)
     if "options" not in state:
         raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
     check_schema(cfg.resume, state, STATE)
-    video = state["video"]
-    if frames_in(cfg.seconds) <= video["frames"]:
-        raise BadInput(f"{cfg.resume} is {video['frames'] / FPS:g} s long already: give --seconds above that")
+    done = state["video"]["frames"]
+    if frames_in(cfg.seconds) <= done:
+        raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
     # a file may hold anything: only these options count, and they are read as the command line is
     options = {name: state["options"].get(name) for name in SAVED_OPTIONS}
     try:
@@ -191,15 +171,16 @@ def load_state(cfg, device):
             setattr(cfg, name, value)
         elif given != value and name not in ("ckpt", "lora", "wan"):
             raise BadInput(f"{cfg.resume} was made with --{name} {value}: leave that option out")
-    return cfg, video, state["model"]
+    return state["video"], state["model"]
 
 
-def save_state(path, cfg, video, model):
-    """The state, with the options that made the video and the hash of the networks"""
-    options = {name: getattr(cfg, name) for name in SAVED_OPTIONS}
-    with whole_or_absent(path) as part:
+def save_state(cfg, video, model):
+    """The video under way, with the options that make it and the hash of its networks"""
+    state = {"options": {name: getattr(cfg, name) for name in SAVED_OPTIONS}, "model": model}
+    state["video"] = video.state_dict()
+    with whole_or_absent(cfg.save_state) as part:
         try:
-            torch.save({"options": options, "video": video.state_dict(), "model": model}, part)
+            torch.save(state, part)
         # torch does not say why it could not write
         except RuntimeError:
             raise OSError("is the disk full?") from None
@@ -208,29 +189,23 @@ def save_state(path, cfg, video, model):
 def hash_networks(networks):
     """sha256 of all weights that make frames of latents and text features"""
     digest = hashlib.sha256()
-    for net in (networks.dit, networks.vae):
-        for name, tensor in net.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    for tensor in chain(networks.dit.state_dict().values(), networks.vae.state_dict().values()):
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def describe(cfg, networks, model, dtype, done):
-    """What a picture depends on beside prompt and seed: part of a record of the manifest"""
-    options = {
-        "seconds": cfg.seconds,
-        "memory": cfg.memory,
-        "positions": cfg.positions,
+def describe(cfg, networks, dtype, done):
+    """What a picture depends on beside prompt, seed and weights"""
+    return {
+        **{name: getattr(cfg, name) for name in ("seconds", "memory", "positions", "teacher")},
         "tau": networks.policy.tau,
         "steps": networks.sampler.steps,
         "size": f"{networks.width}x{networks.height}",
         "vae": type(networks.vae).__name__,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype),
         "continue": hash_file(cfg.continue_) if cfg.continue_ else "",
-        "teacher": cfg.teacher,
         "from": done,
     }
-    return {"options": options, "model": model}
 
 
 def name_video(cfg, record, manifest, taken):
@@ -238,22 +213,22 @@ def name_video(cfg, record, manifest, taken):
     Where a video goes: its prompt's letters, of every script, its seed, eight digits of all that makes it. A
     number is added where a file stands that is not the same video: one of other content, or of this run.
     """
-    prompt = unicodedata.normalize("NFC", record["prompt"].lower())
     # letters, numbers and marks, as far as names of files can have them here
+    prompt = unicodedata.normalize("NFC", record["prompt"].lower())
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in prompt)
     code = sys.getfilesystemencoding()
     name = "-".join(spaced.split()).encode(code, "ignore")[:120].decode(code, "ignore") or "video"
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-    done = record["options"]["from"]
-    stem = f"{name}-{record['seed']}-from-{done}-{key}" if done else f"{name}-{record['seed']}-{key}"
+    done = f"-from-{record['options']['from']}" if record["options"]["from"] else ""
+    stem = f"{name}-{record['seed']}{done}-{key}"
     for number in count(1):
         path = Path(cfg.out, f"{stem}-{number}.mp4" if number > 1 else f"{stem}.mp4")
-        made = manifest.get(path.name, {})
-        ours = path.is_file() and made.items() >= record.items() and made["sha256"] == hash_file(path)
-        # one that may be stopped half-way does not take the place of a whole one
-        ours = ours and not cfg.save_state
-        free = cfg.overwrite or ours or not (path.exists() or path.with_suffix(".png").is_dir())
-        if free and path not in taken:
+        is_free = cfg.overwrite or not (path.exists() or path.with_suffix(".png").is_dir())
+        # the same video may be there, but one that may be stopped half-way does not take its place
+        if path.is_file() and not cfg.save_state:
+            made = manifest.get(path.name, {})
+            is_free |= made.items() >= record.items() and made["sha256"] == hash_file(path)
+        if is_free and path not in taken:
             taken.add(path)
             return path
 
@@ -275,7 +250,7 @@ class Video:
 
     def write(self, frames, total, file, bar):
         """Decoded frames (f, h, w, 3) uint8 into the file, up to `total` in all; the rest is kept."""
-        if self.frames / total * THUMBNAILS >= len(self.thumbnails):
+        if len(frames) and self.frames / total * THUMBNAILS >= len(self.thumbnails):
             self.thumbnails[self.frames / FPS] = frames[0].clone()
         room = total - self.frames
         self.surplus = frames[room:].clone()
@@ -299,39 +274,45 @@ def extend_with_teacher(networks, texts, history, grid, seed):
     yields   x0 (1, 3, c, h, w)
     """
     while True:
-        text = text_at(texts, history.shape[1] // CHUNK)
-        new = extend(networks.dit, history, text, grid, networks.sampler, [seed])
+        now = text_at(texts, history.shape[1] // CHUNK)
+        new = extend(networks.dit, history, now, grid, networks.sampler, [seed])
         history = torch.cat([history, new], dim=1)
         yield from new.split(CHUNK, dim=1)
 
 
-def render_video(cfg, networks, job, history, state, stop, bar):
+def encode_clip(cfg, networks, frames, device):
+    """The end of the clip that --continue names, which has fewer frames -> latents (1, 3m, c, h, w)"""
+    clip = torch.from_numpy(read_clip(cfg.continue_, networks.width, networks.height, frames))
+    return networks.vae.encode(clip.movedim(-1, -3)[None].to(device) / 127.5 - 1).float()
+
+
+def render_video(cfg, networks, switches, seed, history, saved, stop, file, bar):
     """
-    One video, from its first frame, a clip or a saved state to its mp4.
-    history  None, or the latents (1, 3m, c, h, w) of the clip to go on from
-    state    None, or Video.state_dict() of the one to go on with
-    returns  Video
+    One video, from its first frame, a clip or a saved state to its last.
+    switches  chunk -> the text that holds from there on
+    history   None, or the latents (1, 3m, c, h, w) of the clip to go on from
+    saved     None, or Video.state_dict() of the one to go on with
+    file      of video_writer()
+    returns   Video
     """
     total = frames_in(cfg.seconds)
     # 1. the rollout: from nothing, or where a saved one stopped
     begun = 0 if history is None else history.shape[1] // CHUNK
-    if state is not None:
-        begun = state["rollout"]["chunk"]
-    texts = {chunk: networks.text(text) for chunk, text in job.switches.items()}
+    if saved is not None:
+        begun = saved["rollout"]["chunk"]
+    texts = {chunk: networks.text(text) for chunk, text in switches.items()}
     rollout = networks.rollout(text_at(texts, max(0, begun - 1)))
-    video = Video(rollout)
-    if state is not None:
-        rollout.load_state_dict(state["rollout"])
-        video = Video(**{**state, "rollout": rollout})
+    if saved is not None:
+        rollout.load_state_dict(saved["rollout"])
+    video = Video(**{**(saved or {}), "rollout": rollout})
     # 2. latents, a chunk at a time; those of a clip come first
-    count = chunks_of(total) - begun
+    left = chunks_of(total) - begun
     if cfg.teacher:
-        chunks = islice(extend_with_teacher(networks, texts, history, rollout.grid, job.seed), count)
+        chunks = islice(extend_with_teacher(networks, texts, history, rollout.grid, seed), left)
     else:
-        sampler = networks.sampler
-        uncond = networks.text("") if sampler.guidance != 1 else None
-        later = {chunk: text for chunk, text in texts.items() if chunk > 0}
-        chunks = generate(rollout, [job.seed], count, sampler, networks.latent, uncond, history, later)
+        uncond = networks.text("") if networks.sampler.guidance != 1 else None
+        del texts[0]  # the rollout has it
+        chunks = generate(rollout, [seed], left, networks.sampler, networks.latent, uncond, history, texts)
     if history is not None:
         chunks = chain(history.split(CHUNK, dim=1), chunks)
 
@@ -341,15 +322,12 @@ def render_video(cfg, networks, job, history, state, stop, bar):
             if stop.code and rollout.chunk:
                 return
     # 3. decode and write them one after another
-    about = json.dumps({"AI-generated": True, "prompt": job.prompt, "seed": job.seed, "model": networks.name})
-    with video_writer(job.path, about, networks.scale) as file:
-        if len(video.surplus):
-            video.write(video.surplus, total, file, bar)
-        for frames, is_finite, video.past in decode_beside(networks.vae, until_signal(), video.past):
-            if not is_finite:
-                raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
-                               f"are these weights of {networks.name} damaged, or too large for --dtype?")
-            video.write(frames, total, file, bar)
+    video.write(video.surplus, total, file, bar)
+    for frames, is_finite, video.past in decode_beside(networks.vae, until_signal(), video.past):
+        if not is_finite:
+            raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
+                           f"are these weights of {networks.name} damaged, or too large for --dtype?")
+        video.write(frames, total, file, bar)
     return video
 
 
@@ -360,17 +338,16 @@ def main():
     cfg = parse(Config)
     device = pick_device(cfg.device)
     check(cfg)
-    state, model_of_state, done = None, "", 0
+    saved, done = None, 0
     if cfg.resume:
-        cfg, state, model_of_state = load_state(cfg, device)
+        saved, model_of_saved = load_state(cfg, device)
         check(cfg)
-        done = state["frames"]
-    switches, prompts = read_prompts_and_switches(cfg)
+        done = saved["frames"]
+    prompts, switches = read_all_switches(cfg)
     texts = sorted({text for by_chunk in switches.values() for text in by_chunk.values()})
     if not cfg.wan:
-        warn_of_grammar(texts)
         use_one_thread()
-    frames, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
+        warn_of_grammar(texts)
     # 2. precision: weights of the raw folder are converted, the tiny ones autocast
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -378,38 +355,37 @@ def main():
     with autocast, fast_attention(device), StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
+        frames, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
         print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
             print(f"estimate: {memory_estimate(networks) / 1e9:.1f} GB at most")
         if cfg.bench:
-            return bench(networks, switches[prompts[0]][0], cfg.seed)
+            return bench(networks, texts[0])
         model = hash_networks(networks)
-        if state and model != model_of_state:
+        if saved and model != model_of_saved:
             raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
                            "autoencoder or --dtype: give its own by --ckpt or --wan")
         # 4. the clip to go on from
-        history = None
-        if cfg.continue_:
-            clip = torch.from_numpy(read_clip(cfg.continue_, networks.width, networks.height, frames))
-            clip = clip.movedim(-1, -3)[None].to(device) / 127.5 - 1
-            history = networks.vae.encode(clip).float()
+        history = encode_clip(cfg, networks, frames, device) if cfg.continue_ else None
         # 5. the videos; the bar is delayed, so that no error is told behind it
         stop.patient = bool(cfg.save_state)
-        shared = describe(cfg, networks, model, dtype, done)
+        about = {"options": describe(cfg, networks, dtype, done), "model": model}
         manifest, taken = read_manifest(cfg.out), set()
         with tqdm(total=frames * videos, initial=done, unit=" frames", delay=.01) as bar:
             for prompt, seed in product(prompts, range(cfg.seed, cfg.seed + cfg.seeds)):
-                record = {"prompt": prompt, "seed": seed, **shared}
+                record = {"prompt": prompt, "seed": seed, **about}
                 path = name_video(cfg, record, manifest, taken)
-                job = Job(prompt, switches[prompt], seed, path)
-                video = render_video(cfg, networks, job, history, state, stop, bar)
-                made = {"file": path.name, **record, "frames": video.frames - done, "sha256": hash_file(path)}
-                add_to_manifest(cfg.out, made)
+                comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
+                with video_writer(path, json.dumps(comment), networks.scale) as file:
+                    video = render_video(cfg, networks, switches[prompt], seed, history, saved,
+                                         stop, file, bar)
+                made = {"frames": video.frames - done, "sha256": hash_file(path)}
+                add_to_manifest(cfg.out, {"file": path.name, **record, **made})
                 bar.write(f"wrote {path}")
                 # 6. the state, and what the memory holds now
                 if cfg.save_state:
-                    save_state(cfg.save_state, cfg, video, model)
+                    save_state(cfg, video, model)
                     bar.write(f"saved {cfg.save_state} at {video.frames / FPS:g} s")
                 if not cfg.teacher:
                     picture = path.with_suffix(".png")

@@ -18,39 +18,34 @@ from einops import rearrange
 
 import judge
 import world
-from world import COLUMNS, FPS, SECTORS, Motion
+from world import COLUMNS, FPS, SECTORS
 
 FRAMES = 12         # of a chunk
 WINDOW = 180 * FPS  # frames in which returns are counted
 
 
-def motion_of(caption):
-    """The Motion that a caption of the small world tells; None for any other text"""
+def world_of(caption):
+    """The World, houses unknown, that a caption of the small world tells of; None for any other text"""
     if not re.fullmatch(world.GRAMMAR, caption):
         return None
+    # Snow. The camera looks from east 90 degrees to the left and back, every 8 seconds.
+    ground, point = re.match(r"(\w+).* from (\w+)", caption).groups()
     kind = "linger" if "lingering" in caption else "aside" if "looks" in caption else "turn"
     *degrees, seconds = map(int, re.findall(r"\d+", caption))
-    return Motion(kind, 1 if " right" in caption else -1, seconds, *degrees)
-
-
-def draw_map(ground, landmarks):
-    """(8,) landmarks by sector, -1 for one that was not read yet -> their panorama (32, 256, 3) uint8"""
-    drawn = world.panorama(ground, np.maximum(landmarks, 0))
-    known = np.repeat(landmarks >= 0, len(drawn) // SECTORS)
-    strip = np.where(known[:, None, None], drawn, world.panorama(ground, ()))
-    return (rearrange(strip[::world.SUB], "x y c -> y x c") * 255).astype(np.uint8)
+    motion = world.Motion(kind, 1 if " right" in caption else -1, seconds, *degrees)
+    return world.World(world.GROUNDS.index(ground), (), 64 * world.POINTS.index(point), motion)
 
 
 class Score:
     """Of one video, from its first chunk on. Keeps 16 bytes a frame."""
     def __init__(self):
         self.frames = np.zeros((0, 3, world.HEIGHT, world.WIDTH), np.uint8)  # of the last chunk
-        self.path = np.zeros(0)
+        self.path = np.zeros(0)                          # as in judge.Reading, of all frames
         self.landmark = np.zeros((0, SECTORS), np.int8)
         self.ground = 0
         self.motion = None
         self.since = 0    # first frame under this motion
-        self.held = {}    # chunk -> the latents that it was made beside
+        self.held = []    # of each chunk: the latents that it was made beside
         self.events = {}  # (sector, frame in which it left) -> came back right?, did memory hold it?
         self.first = np.full(SECTORS, -1)  # what stood in each sector at first ...
         self.now = np.full(SECTORS, -1)    # ... and what stands there now
@@ -77,22 +72,20 @@ class Score:
             self.first = np.where(self.first < 0, seen, self.first)
             self.now = np.where(seen < 0, self.now, seen)
         # 3. what came back in the last minutes
-        start = max(0, len(path) - WINDOW) // FRAMES * FRAMES
-        self.held[judge.chunk_of(len(path) - 1)] = held
-        self.held = {chunk: held for chunk, held in self.held.items() if chunk >= start // FRAMES}
+        self.held.append(held)
+        start = max(0, len(path) - WINDOW)
         self.events = {event: found for event, found in self.events.items() if event[1] >= start}
         if motion:
-            self.find_returns(replace(reading, path=self.path, landmark=self.landmark), start)
+            self.find_returns(replace(reading, path=self.path[start:], landmark=self.landmark[start:]), start)
 
-    def find_returns(self, whole, start):
-        """whole: judge.Reading of all the video; start: first frame that counts"""
-        window = replace(whole, path=whole.path[start:], landmark=whole.landmark[start:])
+    def find_returns(self, window, start):
+        """window: judge.Reading from frame `start` on"""
         for event in judge.reappearances(window, self.motion):
             left = start + event.left
             # what left under another motion is not missed, but counts where it is seen again
             if left >= self.since or event.shown >= 0:
-                chunk = min(judge.chunk_of(start + event.returned), max(self.held))
-                held = judge.is_in_memory(event, whole, self.held[chunk])
+                chunk = min(judge.chunk_of(start + event.returned), len(self.held) - 1)
+                held = judge.is_in_memory(event, self, self.held[chunk])
                 self.events[event.sector, left] = event.right, held
 
     def count(self):

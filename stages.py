@@ -2,14 +2,15 @@
 What each stage trains: the networks and clips it starts from, what an update draws, and its loss. train.py
 runs them.
 
-    part       starts from           loss
-    vae        nothing               pixels, and latents of unit variance
-    init_ar    nothing (Wan: base)   teacher forcing on real pasts, causal.py
-    init_ode   init_ar               its own ODE trajectories at the student's four levels, causal.py
-    base       init_ar               flow matching on 21 latents at once
-    teacher    init_ar (Wan: base)   the same behind a context with errors in it, erft.py
-    stage1     init_ode              DMD against base, dmd.py
-    stage2     stage1                contextual DMD against teacher, dmd.py
+    part            starts from           loss
+    vae             nothing               pixels, and latents of unit variance
+    init_ar         nothing (Wan: base)   teacher forcing on real pasts, causal.py
+    init_ode        init_ar               its own ODE trajectories at the student's four levels, causal.py
+    teacher         init_ar (Wan: base)   flow matching on 21 latents after a past with errors in it, erft.py
+    teacher_plain   init_ar (Wan: base)   the same without errors
+    stage1          init_ode              DMD against teacher without context (Wan: base), dmd.py
+    stage2          stage1                contextual DMD against teacher, dmd.py
+    stage2_none     stage1                the same; teacher and critic see no context
 
 References: as in the files named. Leaves out: starting a part from another one's optimizer states.
 """
@@ -30,7 +31,7 @@ import erft
 import world
 from checkpoint import barrier, get_processes, get_rank
 from config import BadInput, fast_layout, has_bf16
-from data import ClipFolder, Shuffled, latent_cache, training_clips
+from data import ClipFolder, Shuffled, WorldClips, latent_cache
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
@@ -41,11 +42,8 @@ from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
 CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
-NO_TEXT = .1      # base and teacher: share of the samples without text,
-NO_CONTEXT = .1   # and (teacher) without context
-# vae: from this share of the updates on the sky counts four times and channels are decorrelated; else 3 % of
-# the latents' variance tells the heading, and no network looks it up
-SHARPEN = .7
+NO_TEXT = .1      # teacher: share of the samples without text,
+NO_CONTEXT = .25  # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -61,28 +59,25 @@ class Inputs(Networks):
     device: torch.device = None
     prompts: list = ()           # of --data; none: the small world's captions
     folder: ClipFolder = None    # of --data
-    probe: torch.Tensor = None   # where latents show the heading
     autocast: object = None      # of forward passes
 
 
-def find_weights(cfg, name, given="", part=""):
+def find_weights(cfg, name, given=""):
     """The file given, else what this --out has trained under that name, else (small world) what ships."""
-    own = Path(cfg.out, part or name, f"{name}.safetensors")
+    part = "init_ar" if name == "text" else name
+    own = Path(cfg.out, part, f"{name}.safetensors")
     if given or own.exists():
         return given or own
-    return "" if cfg.wan else WEIGHTS / own.name
+    return Path(cfg.wan, DIT) if cfg.wan else WEIGHTS / own.name
 
 
 def hash_starts(cfg, part, preset):
     """-> {"sha256 of NAME": of each file that a part begins with}"""
-    files = {name: find_weights(cfg, name, given)
-             for name, given in ((preset.start, cfg.init), (preset.teacher, cfg.teacher)) if name}
-    if cfg.wan:
-        files = {name: file or Path(cfg.wan, DIT) for name, file in files.items()}
-    elif part != "vae":
-        files["vae"] = find_weights(cfg, "vae")
-        files["text"] = find_weights(cfg, "text", part="init_ar") if preset.start else ""
-    return {f"sha256 of {name}": hash_file(file) for name, file in files.items() if Path(file).is_file()}
+    starts = {preset.start: cfg.init, preset.teacher: cfg.teacher}
+    if part != "vae" and not cfg.wan:
+        starts |= {"vae": ""} | ({"text": ""} if preset.start else {})
+    files = {name: Path(find_weights(cfg, name, given)) for name, given in starts.items() if name}
+    return {f"sha256 of {name}": hash_file(file) for name, file in files.items() if file.is_file()}
 
 
 def encode_text(encoder, device, captions):
@@ -100,43 +95,42 @@ def tiny_inputs(cfg, part, preset, device):
         net = DiT(tiny_dit).initialise().to(device)
         encoder = TextEncoder(tiny_text).to(device)
     elif preset.start:
-        net, facts = load_part(cfg, preset.start, cfg.init, device)
-        encoder, _ = load(find_weights(cfg, "text", part="init_ar"), TextEncoder, TextConfig)
+        net, sampler = load_part(cfg, preset.start, cfg.init, device)
+        encoder, _ = load(find_weights(cfg, "text"), TextEncoder, TextConfig)
         encoder.to(device)
-        sampler = Sampler(**facts.get("sampler", {}))
     # the autoencoder
-    vae = TAE(tiny_tae) if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
+    vae = TAE(tiny_tae).initialise() if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=fast_layout(device))
     return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
 
 
 def load_part(cfg, name, given, device):
-    """A network of the small world, and what its file says of it."""
+    """A DiT of the small world, and how it is sampled."""
     net, facts = load(find_weights(cfg, name, given), DiT, DiTConfig)
-    return net.to(device), facts
+    return net.to(device), Sampler(**facts.get("sampler", {}))
 
 
-def load_wan_part(cfg, part, name, given, device):
+def load_wan_part(cfg, name, given, device):
     """A network of Wan's form, in a weights.Networks."""
     file = find_weights(cfg, name, given)
-    if not file and name != "base" and not cfg.wan.startswith("random"):
-        raise BadInput(f"{part} with --wan needs {name}: "
-                       "give a file by --init or --teacher, or train it in this --out")
-    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"),
-                        verify=not cfg.no_verify)
+    is_base = file == Path(cfg.wan, DIT)
+    if is_base and name != "base" and not cfg.wan.startswith("random"):
+        raise BadInput(f"--wan needs {name}: give a file by --init or --teacher, or train it in this --out")
+    networks = load_wan(cfg.wan, "" if is_base else file, cfg.size, "wan", device, torch.float32,
+                        Path(cfg.out, "text"), verify=not cfg.no_verify)
     networks.dit.config.recompute = True
     return networks
 
 
 def load_inputs(cfg, part, preset, device):
     """Networks, and what --data names -> Inputs"""
-    takes_clips = part in ("init_ar", "base", "teacher")
+    takes_clips = part == "init_ar" or part.startswith("teacher")
     prompts = []
     if cfg.data and not takes_clips and not Path(cfg.data).is_dir():
         prompts = read_prompts(cfg.data)
     # networks
     if cfg.wan:
-        m = load_wan_part(cfg, part, preset.start, cfg.init, device)
+        m = load_wan_part(cfg, preset.start, cfg.init, device)
         inputs = Inputs(m.dit, m.vae, None, m.sampler, m.name, m.width, m.height)
     else:
         inputs = tiny_inputs(cfg, part, preset, device)
@@ -153,33 +147,28 @@ def load_inputs(cfg, part, preset, device):
         mine = sorted(texts)[get_rank()::get_processes()]
         inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify)
         barrier()
-    elif preset.heading_weight and not inputs.folder:
-        inputs.probe = causal.fit_heading_probe(partial(real_latents, cfg, inputs)).to(device)
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
     # without its cache: gradients of sharded weights that several passes share in one context get lost there
     inputs.autocast = torch.autocast(device.type, torch.bfloat16, use_bf16, cache_enabled=False)
     return inputs
 
 
-def real_latents(cfg, inputs, worlds, latents):
-    """Of the small world, from the cache of this --out."""
-    return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device)
-
-
 def load_clips(cfg, inputs, for_student):
-    """-> clips of all motions, and of steady turns; with --data, both are its folder."""
+    """-> clips of the small world, from the cache of this --out, or those of --data"""
     if inputs.folder:
-        return inputs.folder, inputs.folder
-    cache = partial(real_latents, cfg, inputs)
-    return training_clips(cfg.seed, cache, inputs.features, inputs.device, for_student)
+        return inputs.folder
+
+    def cache(worlds, latents):
+        return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device)
+
+    return WorldClips(cfg.seed, cache, inputs.features, inputs.device, for_student)
 
 
 # ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
 
-def vae_pass(inputs, batch, rng, done):
+def vae_pass(inputs, batch, rng, drawn):
     """Clips of 17 frames, 5 latents."""
     vae = inputs.vae
-    is_late = done >= SHARPEN
     # real clips, in [-1, 1]
     clips = []
     for _ in range(batch):
@@ -189,64 +178,64 @@ def vae_pass(inputs, batch, rng, done):
     with inputs.autocast:
         z = vae.encode(video)
         # noise on the latents: neighbouring latents must decode alike, which makes them easy to generate
-        noisy = z + (.2 if is_late else .1) * torch.randn_like(z)
-        decoded, _ = vae.run(vae.decoder, noisy, None)
-    # pixels
-    error = (decoded[:, 3:].float() - (video * .5 + .5)).square()
-    mse = error.mean()
-    sky = error[..., :world.TOP, :].mean()
-    # latents: mean 0 and variance 1 in each channel; in the end no channel tells of another
+        decoded, _ = vae.run(vae.decoder, z + .1 * torch.randn_like(z), None)
+    # pixels, and how they change from frame to frame: without it frames come in pairs
+    real = video * .5 + .5
+    decoded = decoded[:, 3:].float()
+    mse = (decoded - real).square().mean()
+    moved, real_moved = decoded.diff(dim=1), real.diff(dim=1)
+    motion = (moved - real_moved).square().mean()
+    speed = (rms(moved) - rms(real_moved)).square().mean()
+    # latents: mean 0 and variance 1 in each channel, and no channel tells of another
     z = rearrange(z.float(), "b f c h w -> (b f w h) c")
-    mean = z.mean(0)
-    z = z - mean
-    spread = (z.std(0) - 1).square().mean()
-    if is_late:
-        covariance = z.T @ z / len(z)
-        identity = torch.eye(z.shape[1], device=z.device)
-        spread = (covariance - identity).square().sum(1).mean()
-    unit = mean.square().mean() + spread
-    loss = mse + 3 * is_late * sky + .02 * unit
+    mean, std = z.mean(0), z.std(0)
+    covariance = (z - mean).T @ (z - mean) / len(z)
+    others = covariance - covariance.diag().diag()
+    unit = mean.square().mean() + (std - 1).square().mean()
+    unit = unit + others.square().sum(1).mean()
+    loss = mse + .5 * motion + .5 * speed + .02 * unit
     loss.backward()
-    decibels = {"psnr": -10 * math.log10(mse.item()), "sky": -10 * math.log10(sky.item())}
-    return decibels | {"unit": unit.item(), "loss": loss.item()}
+    psnr = -10 * math.log10(mse.item())
+    losses = {"motion": motion, "speed": speed, "unit": unit, "loss": loss}
+    return {"psnr": psnr} | {name: value.item() for name, value in losses.items()}
 
 
-def teacher_forcing_pass(inputs, batch, clips, objective, rng, drawn):
+def rms(change):
+    """(b, f, c, h, w) -> root mean square of each frame (b, f)"""
+    return (change.square().mean((2, 3, 4)) + 1e-6).sqrt()
+
+
+def teacher_forcing_pass(inputs, preset, clips, rng, kind):
+    clip, pack = causal.draw_pack(clips, kind, rng, preset.batch)
     with inputs.autocast:
-        clips = clips[drawn.steady_turns]
-        loss = causal.teacher_forcing_loss(inputs.dit, clips, drawn, rng, batch, objective)
+        text = inputs.dit.text(clips.text(clip))
+        loss = causal.teacher_forcing_loss(
+            inputs.dit, text, pack, inputs.grid, preset.shift, preset.context_noise)
     loss.backward()
-    return {"loss": loss.item(), f"loss_{drawn.kind}": loss.item()}
+    return {"loss": loss.item(), f"loss_{kind}": loss.item()}
 
 
-def trajectory_pass(inputs, batch, captions, trajectories, objective, rng, done):
+def trajectory_pass(inputs, batch, captions, trajectories, rng, drawn):
     n, chunks = trajectories.past_frame.shape[:2]
     clip = torch.from_numpy(rng.integers(n, size=batch))
     chunk = torch.from_numpy(rng.integers(chunks, size=batch))
-    features = inputs.features([captions[c] for c in clip])
     levels = torch.tensor(schedule(inputs.sampler.steps, inputs.sampler.shift))
+    features = inputs.features([captions[c] for c in clip])
     with inputs.autocast:
         text = inputs.dit.text(features)
-        loss = causal.trajectory_loss(inputs.dit, text, trajectories, clip, chunk, levels, objective)
+        loss = causal.trajectory_loss(inputs.dit, text, trajectories, clip, chunk, levels, inputs.grid)
     loss.backward()
     return {"loss": loss.item()}
 
 
-def draw_bidirectional(rng, done):
-    return {"steady_turns": rng.random() < .5, "keyframes_only": rng.random() < .3 and done < .5}
-
-
 def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
-    """21 latents at once: base from text, the teacher behind a context."""
+    """The teacher: 21 latents at once behind a context."""
     net, batch = inputs.dit, preset.batch
-    # a real past as memory would hold it, or what is left of it, and the 21 latents that follow
-    clips = clips[drawn["steady_turns"]]
+    # a real past as memory would hold it, and the 21 latents that follow
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     first, frame = CHUNK * history.chunk, history.frame
-    if drawn["keyframes_only"] and not cfg.wan:
-        frame = frame[:, CHUNK:CHUNK + causal.SLOW]
     # some samples have no text, some no context, and start where a video starts
-    has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT) & bool(bank)
+    has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT)
     has_text = torch.from_numpy(rng.random(batch) >= NO_TEXT).to(inputs.device)
     first = first * has_context
     features = clips.text(history.clip)
@@ -269,51 +258,49 @@ def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
         if not len(rows):
             continue
         places = frame.shape[1] if has_context[rows[0]] else 0
-        probe_weight = preset.heading_weight if places else 0.
         rows = rows.to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
                 net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
-                t[rows], features[rows], inputs.grid, cfg.errors, inputs.probe, probe_weight,
-                len(rows) / batch)
-    errors = {"errors": float(bank.count.sum())} if bank else {}
-    return {"loss": loss} | errors
+                t[rows], features[rows], inputs.grid, preset.errors, len(rows) / batch)
+    return {"loss": loss, "errors": float(bank.count.sum())}
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
+
+def draw_nothing(rng, done):
+    return None
+
 
 @dataclass
 class Stage:
     nets: dict        # name -> network that is trained, averaged and saved; a critic is only trained
     sampler: Sampler  # of them
-    draw: object      # (rng, share of the updates that is done) -> what a pass is like, in all processes
     # of an update, in order: "net" or "critic", whichever moves after it, and (rng, drawn) -> numbers to log
     passes: list
+    # (rng, share of the updates that is done) -> `drawn`, what a pass is like in all processes
+    draw: object = draw_nothing
     teacher: DiT = None  # frozen
     # what a checkpoint holds besides: an erft.ErrorBank, data.Shuffled prompts
     states: dict = field(default_factory=dict)
 
 
-def only_done(rng, done):
-    return done
-
-
 def make_stage(cfg, part, preset, inputs):
+    if preset.teacher:
+        return Distillation(cfg, part, preset, inputs).stage()
     if part == "vae":
         run_pass = partial(vae_pass, inputs, preset.batch)
-        return Stage({"vae": inputs.vae}, inputs.sampler, only_done, [("net", run_pass)])
+        return Stage({part: inputs.vae}, inputs.sampler, [("net", run_pass)])
     if part == "init_ar":
         return causal_stage(cfg, preset, inputs)
     if part == "init_ode":
         return few_steps_stage(cfg, preset, inputs)
-    if part in ("base", "teacher"):
-        bank = erft.ErrorBank(inputs.latent, shift=preset.shift) if part == "teacher" else None
-        clips = load_clips(cfg, inputs, for_student=False)
-        sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
-        run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
-        states = {"bank": bank} if bank else {}
-        return Stage({part: inputs.dit}, sampler, draw_bidirectional, [("net", run_pass)], states=states)
-    return Distillation(cfg, part, preset, inputs).stage()
+    # a teacher
+    bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
+    clips = load_clips(cfg, inputs, for_student=False)
+    sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
+    run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
+    return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
 
 
 def causal_stage(cfg, preset, inputs):
@@ -322,12 +309,10 @@ def causal_stage(cfg, preset, inputs):
     if inputs.encoder:
         nets["text"] = inputs.encoder
     clips = load_clips(cfg, inputs, for_student=True)
-    curriculum = causal.FOLDER_CURRICULUM if inputs.folder else causal.HISTORY_CURRICULUM
-    objective = causal.Objective(inputs.grid, preset.shift, preset.context_noise,
-                                 inputs.probe, preset.heading_weight)
+    histories = causal.FOLDER_HISTORIES if inputs.folder else causal.HISTORIES
     sampler = Sampler() if cfg.wan else inputs.sampler
-    run_pass = partial(teacher_forcing_pass, inputs, preset.batch, clips, objective)
-    return Stage(nets, sampler, partial(causal.draw_pass, curriculum=curriculum), [("net", run_pass)])
+    run_pass = partial(teacher_forcing_pass, inputs, preset, clips)
+    return Stage(nets, sampler, [("net", run_pass)], partial(causal.draw_kind, histories))
 
 
 def few_steps_stage(cfg, preset, inputs):
@@ -344,17 +329,8 @@ def few_steps_stage(cfg, preset, inputs):
         trajectories = causal.ode_trajectories(
             Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
             inputs.latent, together)
-    objective = causal.Objective(inputs.grid, preset.shift, 0., inputs.probe, preset.heading_weight)
-    run_pass = partial(trajectory_pass, inputs, preset.batch, captions, trajectories, objective)
-    return Stage({"init_ode": net}, inputs.sampler, only_done, [("net", run_pass)])
-
-
-@dataclass
-class Videos:
-    """A batch of the student's own."""
-    trace: dmd.RolloutTrace
-    features: torch.Tensor  # text features of the prompts
-    kinds: list             # of motion, a name a video
+    run_pass = partial(trajectory_pass, inputs, preset.batch, captions, trajectories)
+    return Stage({"init_ode": net}, inputs.sampler, [("net", run_pass)])
 
 
 class Distillation:
@@ -366,7 +342,7 @@ class Distillation:
         self.cfg, self.part, self.preset, self.inputs = cfg, part, preset, inputs
         # real score, and the critic, which starts from it
         if cfg.wan:
-            self.teacher = load_wan_part(cfg, part, preset.teacher, cfg.teacher, inputs.device).dit
+            self.teacher = load_wan_part(cfg, preset.teacher, cfg.teacher, inputs.device).dit
         else:
             self.teacher, _ = load_part(cfg, preset.teacher, cfg.teacher, inputs.device)
         self.critic = copy.deepcopy(self.teacher)
@@ -377,8 +353,7 @@ class Distillation:
     def stage(self):
         nets = {self.part: self.inputs.dit, "critic": self.critic}
         passes = [*[("critic", self.critic_pass)] * CRITIC_PASSES, ("net", self.student_pass)]
-        states = {"prompts": self.prompts}
-        return Stage(nets, self.inputs.sampler, self.draw, passes, self.teacher, states)
+        return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
 
     def draw(self, rng, done):
         """r: exit step; L: chunks of the rollout"""
@@ -387,7 +362,7 @@ class Distillation:
         return {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
 
     def rollout(self, rng, drawn, for_backward):
-        """-> Videos"""
+        """A batch of the student's own -> dmd.RolloutTrace, text features, kinds of motion, one a video"""
         inputs, batch = self.inputs, self.preset.batch
         # prompts, and a seed for each video
         if inputs.prompts:
@@ -409,9 +384,9 @@ class Distillation:
             roll = inputs.rollout(inputs.dit.text(features))
             trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS,
                                 for_backward)
-        if self.cfg.teacher_context == "none":
+        if not self.preset.sees_context:
             trace.context = trace.context[:, :0]
-        return Videos(trace, features, kinds)
+        return trace, features, kinds
 
     def score_noise(self, x):
         """Noise level (b,) and noise of the scores."""
@@ -419,43 +394,34 @@ class Distillation:
         return t, torch.randn(x.shape, device=x.device)
 
     def critic_pass(self, rng, drawn):
-        videos = self.rollout(rng, drawn, for_backward=False)
-        t, noise = self.score_noise(videos.trace.x)
+        trace, features, _ = self.rollout(rng, drawn, for_backward=False)
+        t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
-            loss, error = dmd.critic_step(
-                self.critic, videos.features, videos.trace, t, noise, self.inputs.grid,
-                self.inputs.probe, self.preset.critic_heading_weight)
+            loss, error = dmd.critic_step(self.critic, features, trace, t, noise, self.inputs.grid)
         return {"critic_loss": loss} | error_by_level("fake", error, t)
 
     def student_pass(self, rng, drawn):
-        videos, preset = self.rollout(rng, drawn, for_backward=True), self.preset
-        trace = videos.trace
+        trace, features, kinds = self.rollout(rng, drawn, for_backward=True)
         t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
-                self.inputs.dit, self.teacher, self.critic, videos.features, trace, t, noise,
-                self.inputs.grid, preset.guidance, self.negative, self.inputs.probe, preset.heading_weight)
+                self.inputs.dit, self.teacher, self.critic, features, trace, t, noise,
+                self.inputs.grid, self.preset.guidance, self.negative)
         numbers = {"norm": norm.mean().item(), "std": trace.x.std().item()}
-        found = error_by_level("real", error, t) | kept_and_oldest(trace.rollout, videos.kinds)
-        return drawn | numbers | found
+        return drawn | numbers | error_by_level("real", error, t) | kept_and_oldest(trace.rollout, kinds)
 
 
 def error_by_level(name, error, t):
     """error, t (b,) -> mean in each quarter of the noise levels: name_0 (little noise) .. name_3"""
-    found = {}
-    for quarter in (4 * t).long().unique().tolist():
-        found[f"{name}_{quarter}"] = error[(4 * t).long() == quarter].mean().item()
-    return found
+    quarter = (4 * t).long()
+    return {f"{name}_{i}": error[quarter == i].mean().item() for i in quarter.unique().tolist()}
 
 
 def kept_and_oldest(roll, kinds):
     """Of a finished rollout: share of tested chunks that were kept, by motion; oldest keyframe's age, s"""
     tested = torch.stack(roll.kept, dim=1)[:, ::roll.memory.policy.interval]
     kept = tested.float().mean(1)
-    found = {}
-    for kind in set(kinds):
-        of_kind = torch.tensor([k == kind for k in kinds])
-        found[f"kept_{kind}"] = kept[of_kind].mean().item()
+    found = {f"kept_{kind}": kept[np.array(kinds) == kind].mean().item() for kind in set(kinds)}
     if roll.memory.slow:
         age = CHUNK * roll.chunk - roll.memory.slow.frame[:, 0]
         found["oldest"] = age.float().mean().item() / 4

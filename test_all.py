@@ -29,7 +29,6 @@ import subprocess
 import sys
 import threading
 import time
-import timeit
 import tokenize
 import weakref
 from collections import Counter
@@ -88,10 +87,10 @@ from flow import Rollout, Sampler, draw_noise, generate
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
 from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
                     similarity)
-from model import DiT, DiTConfig, timestep_embedding, tiny_dit
-from probe import continue_student, own_reappearances
-from rope import absolute_positions, apply_rope, bounded_positions, rope_angles, rope_cos_sin
-from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts, tiny_text
+from model import DiT, DiTConfig, tiny_dit
+from probe import continue_student
+from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
+from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts
 from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device, load_state_dict_strict,
                      load_tiny, load_wan, read_file, read_public, save_weights, wan_text,
@@ -107,25 +106,25 @@ GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
 
 def golden(name):
     """-> config (values parsed from JSON where they are), weights, inputs, outputs"""
+    parts = {"weights": {}, "in": {}, "out": {}}
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
-        config = {}
-        for k, v in json.loads(f.metadata()["config"]).items():
-            try:
-                config[k] = json.loads(v)
-            except json.JSONDecodeError:
-                config[k] = v
-        parts = {"weights": {}, "in": {}, "out": {}}
-        for k in f.keys():
-            kind, _, rest = k.partition(".")
-            parts[kind][rest] = f.get_tensor(k)
-    return config, parts["weights"], parts["in"], parts["out"]
+        config = json.loads(f.metadata()["config"])
+        for key in f.keys():
+            kind, _, rest = key.partition(".")
+            parts[kind][rest] = f.get_tensor(key)
+    for key, value in config.items():
+        try:
+            config[key] = json.loads(value)
+        except json.JSONDecodeError:
+            pass
+    return config, *parts.values()
 
 
 def golden_dit(name):
     c, weights, given, want = golden(name)
-    config = DiTConfig(c["dim"], c["ffn_dim"], c["num_heads"], c["num_layers"], c["freq_dim"], c["text_dim"],
-                       c["text_len"], c["in_dim"], tuple(c["patch_size"][1:]))
-    return c, load_state_dict_strict(DiT(config), weights), given, want
+    names = "dim ffn_dim num_heads num_layers freq_dim text_dim text_len in_dim"
+    net = DiT(DiTConfig(*[c[key] for key in names.split()], tuple(c["patch_size"][1:])))
+    return c, load_state_dict_strict(net, weights).requires_grad_(False), given, want
 
 
 def close(got, want, atol):
@@ -139,30 +138,30 @@ def frames_first(x):
 
 def rope_of(net, time, x):
     p, q = net.config.patch
-    return rope_cos_sin(time, x.shape[-2] // p, x.shape[-1] // q, net.config.dim // net.config.heads)
+    d = net.config.dim // net.config.heads
+    return rope_cos_sin(time, x.shape[-2] // p, x.shape[-1] // q, d)
 
 
 @torch.no_grad()
 def whole_clip(net, given):
     x = frames_first(given["x"])
-    f = x.shape[1]
-    t = (given["t"] / 1000)[:, None].expand(-1, f)
-    return frames_first(net(x, t, net.text(given["context"]), rope_of(net, torch.arange(f), x))[0])
+    t = (given["t"] / 1000)[:, None].expand(-1, x.shape[1])
+    rope = rope_of(net, torch.arange(x.shape[1]), x)
+    return frames_first(net(x, t, net.text(given["context"]), rope)[0])
 
 
 def test_golden_bidirectional_dit_and_its_inner_taps():
     _, net, given, want = golden_dit("wan_dit")
-    block = net.blocks[0]
+    block, taps = net.blocks[0], {}
     hooked = {"time_emb": net.time_embedding, "time_proj": net.time_projection,
-              "text_emb": net.text_embedding, "block0_self_attn": block.self_attn,
-              "block0_cross_attn": block.cross_attn, "block0": block}
-    taps = {}
+              "text_emb": net.text_embedding, "block0": block,
+              "block0_self_attn": block.self_attn, "block0_cross_attn": block.cross_attn}
 
-    def tap(name):
-        return lambda module, args, out: taps.update({name: out[0] if isinstance(out, tuple) else out})
+    def tap(name, module, args, out):
+        taps[name] = out[0] if isinstance(out, tuple) else out
     for name, module in hooked.items():
-        module.register_forward_hook(tap(name))
-    net.time_embedding.register_forward_pre_hook(lambda module, args: taps.update(time_sinusoid=args[0]))
+        module.register_forward_hook(functools.partial(tap, name))
+    net.time_embedding.register_forward_pre_hook(lambda _, args: taps.update(time_sinusoid=args[0]))
     close(whole_clip(net, given), want["pred"], 2e-5)
     assert len(taps) == 7
     for name, got in taps.items():
@@ -174,8 +173,8 @@ def test_golden_causal_dit_with_cache(which):
     """The official caches are our Memory with sizes from the file; a chunk run again replaces itself."""
     c, net, given, want = golden_dit("wan_causal")
     window, sink = c["sets"][which]
-    policy = Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink)
-    memory, text, starts = Memory(policy), net.text(given["context"]), c["start_frames"]
+    memory = Memory(Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink))
+    text, starts = net.text(given["context"]), c["start_frames"]
     for i, start in enumerate(starts):
         x = frames_first(given[f"x{i}"])
         b, f = x.shape[:2]
@@ -191,26 +190,27 @@ def test_golden_causal_dit_with_cache(which):
         rope = rope_of(net, frame, x)
         v, kv = net(x, given[f"t{i}"] / 1000, text, rope, context)
         close(frames_first(v), want[f"{which}.call{i}"], 2e-5)
-        keys = [k.unflatten(1, (f, -1)) for k, _ in kv]
-        values = [v.unflatten(1, (f, -1)) for _, v in kv]
+        keys, values = ([z.unflatten(1, (f, -1)) for z in layers] for layers in zip(*kv))
         entries = Entries(frame.expand(b, -1), None, keys, values)
         if i == c["num_clean_chunks"] - 1:
-            k0, v0 = apply_rope(kv[0][0], rope), kv[0][1]
-            if context is not None:
-                k0, v0 = context[0].extend(k0, v0)
-            close(k0, want[f"{which}.cache_k0"][:, :k0.shape[1]], 2e-5)
-            close(v0, want[f"{which}.cache_v0"][:, :v0.shape[1]], 2e-5)
+            made = apply_rope(kv[0][0], rope), kv[0][1]
+            held = (context[0].keys, context[0].values) if context else (None, None)
+            for cache, old, new in zip("kv", held, made):
+                new = new if old is None else torch.cat([old, new], 1)
+                close(new, want[f"{which}.cache_{cache}0"][:, :new.shape[1]], 2e-5)
 
 
 def test_golden_blockwise_and_teacher_forcing_passes():
     c, net, given, want = golden_dit("wan_causal")
-    distinct = [i for i, start in enumerate(c["start_frames"]) if i == c["start_frames"].index(start)]
+    starts = c["start_frames"]
+    distinct = [i for i, start in enumerate(starts) if i == starts.index(start)]
     x = torch.cat([frames_first(given[f"x{i}"]) for i in distinct], 1)
     t = torch.cat([given[f"t{i}"] for i in distinct], 1) / 1000
     f, text = x.shape[1], net.text(given["context"])
     block = torch.arange(f) // c["num_frame_per_block"]
-    older, own = block[:, None] > block[None], block[:, None] == block[None]
-    v, _ = net(x, t, text, rope_of(net, torch.arange(f), x), mask=(older | own)[None])
+    older, own = block[:, None] > block, block[:, None] == block
+    rope = rope_of(net, torch.arange(f), x)
+    v, _ = net(x, t, text, rope, mask=(older | own)[None])
     close(frames_first(v), want["blockwise"], 2e-5)
     # teacher forcing: the clean frames and the noisy ones in one pass
     both = torch.cat([x, frames_first(given["teacher_forcing_noisy"])], 1)
@@ -223,9 +223,9 @@ def test_golden_blockwise_and_teacher_forcing_passes():
 
 def test_golden_text_encoder_and_position_buckets():
     c, weights, given, want = golden("umt5")
-    config = TextConfig(c["vocab"], c["dim"], c["dim_attn"], c["dim_ffn"], c["num_heads"], c["num_layers"],
-                        c["num_buckets"])
-    net, taps = load_state_dict_strict(TextEncoder(config), weights), {}
+    names = "vocab dim dim_attn dim_ffn num_heads num_layers num_buckets"
+    config, taps = TextConfig(*[c[key] for key in names.split()]), {}
+    net = load_state_dict_strict(TextEncoder(config), weights)
     net.blocks[0].register_forward_hook(lambda module, args, out: taps.update(block0=out))
     close(net(given["ids"].long(), given["mask"].long()), want["context"], 2e-5)
     real = given["mask"].bool()
@@ -235,8 +235,7 @@ def test_golden_text_encoder_and_position_buckets():
 
 def in_pieces(decode, latents, size):
     """A video decoded `size` latents at a time."""
-    past = None
-    parts = []
+    past, parts = None, []
     for piece in latents.split(size, dim=1):
         frames, past = decode(piece, past)
         parts.append(frames)
@@ -261,44 +260,38 @@ def test_golden_wan_autoencoder_encodes_decodes_and_streams():
     c, weights, given, want = golden("wan_vae")
     vae = WanVAE(WanVAEConfig(c["dim"], tuple(c["dim_mult"]), c["z_dim"], c["num_res_blocks"]))
     load_state_dict_strict(vae, weights)
-    for ours, name in ((MEAN, "mean"), (STD, "std")):
-        assert torch.equal(ours.flatten(), torch.tensor(c[name]))
+    assert MEAN.flatten().tolist() == torch.tensor(c["mean"]).tolist()
+    assert STD.flatten().tolist() == torch.tensor(c["std"]).tolist()
     close(frames_first(vae.encode(frames_first(given["video"]))), want["latent"], 1e-4)
-    for latent, video in ((want["latent"], want["decoded"]), (given["latent2"], want["decoded2"])):
-        for size in (1, 2, 3, 99):
-            frames = in_pieces(vae.decode, frames_first(latent), size)
-            close(frames_first(frames), video.clamp(-1, 1), 1e-4)
+    videos = (want["latent"], want["decoded"]), (given["latent2"], want["decoded2"])
+    for (latent, video), size in itertools.product(videos, (1, 2, 3, 99)):
+        frames = in_pieces(vae.decode, frames_first(latent), size)
+        close(frames_first(frames), video.clamp(-1, 1), 1e-4)
 
 
 def test_golden_schedule_noise_and_velocity():
     """The official scheduler snaps t to a table of 1,000 levels; ours does not, so the test snaps first."""
     c, _, given, want = golden("flow")
     shift, n = c["shift"], int(c["num_train_timesteps"])
-    sigmas = torch.tensor(flow.schedule(n, shift), dtype=torch.float64).float()
+    sigmas = torch.tensor(flow.schedule(n, shift))
     close(sigmas, want["sigmas"], 2e-5)
     close(sigmas * 1000, want["timesteps"], 2e-2)  # timesteps reach 1000: 2e-5 relative
     steps = given["denoising_step_list_unwarped"].double()
     close((flow.shifted(steps / n, shift) * 1000).float(), want["denoising_step_list"].float(), 2e-2)
-    t = sigmas[(sigmas[None] * 1000 - given["t"][:, None]).abs().argmin(1)][:, None]  # (b, 1): snapped
-
-    def one(x):
-        return x[:, None]  # the vectors have no frame axis
-    xt = flow.add_noise(one(given["x0"]), one(given["noise"]), t)
+    # the vectors have no frame axis
+    x0, noise, v = (given[name][:, None] for name in ("x0", "noise", "flow"))
+    row = (sigmas * 1000 - given["t"][:, None]).abs().argmin(1)
+    t = sigmas[row][:, None]  # (b, 1): snapped
+    next_t = F.pad(sigmas, (0, 1))[row + 1][:, None]
+    xt = flow.add_noise(x0, noise, t)
     close(xt[:, 0], want["xt"], 2e-5)
-    close(flow.x0_from_v(xt, one(given["flow"]), t)[:, 0], want["x0_from_flow"], 2e-5)
-    close((one(given["noise"]) - one(given["x0"]))[:, 0], want["flow_target"], 2e-5)
-    wrong = flow.v_from_x0(xt, one(given["x0"]), t)[:, 0] - want["flow_from_x0"]
-    relative = wrong.abs() / want["flow_from_x0"].abs().clamp(min=1)
-    assert relative.max() <= 2e-5 / t.min()  # dividing by t amplifies rounding
-    k = len(want["euler_step"])
-    ids = (sigmas[None] - t[:k]).abs().argmin(1)
-    next_t = torch.cat([sigmas, torch.zeros(1)])[ids + 1][:, None]
-    step = xt[:k] + flow.over_frames(next_t - t[:k]) * one(given["flow"])[:k]
-    close(step[:, 0], want["euler_step"], 2e-5)
-
-
-def keys(net):
-    return {k: list(v.shape) for k, v in net.state_dict().items()}
+    close(flow.x0_from_v(xt, v, t)[:, 0], want["x0_from_flow"], 2e-5)
+    close((noise - x0)[:, 0], want["flow_target"], 2e-5)
+    wrong = (flow.v_from_x0(xt, x0, t)[:, 0] - want["flow_from_x0"]).abs()
+    scale = want["flow_from_x0"].abs().clamp(min=1) / t.min()  # dividing by t amplifies
+    assert (wrong / scale).max() <= 2e-5
+    step = xt + flow.over_frames(next_t - t) * v
+    close(step[:len(want["euler_step"]), 0], want["euler_step"], 2e-5)
 
 
 def test_golden_names_and_shapes_of_the_full_size_networks():
@@ -306,25 +299,25 @@ def test_golden_names_and_shapes_of_the_full_size_networks():
         nets = {"keys_1_3B": DiT(DiTConfig()), "keys_umt5_xxl": TextEncoder(TextConfig()),
                 "keys_tae": TAE(TAEConfig()), "keys_vae": WanVAE(WanVAEConfig())}
     for name, net in nets.items():
-        assert keys(net) == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
+        shapes = {key: list(z.shape) for key, z in net.state_dict().items()}
+        assert shapes == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
 
 
 # ---- autoencoders: a video may come in pieces --------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("frames", [9, 10, 11, 12])
-def test_the_tiny_autoencoder_repeats_the_last_frame_until_4_divides_their_number(frames):
+def test_the_tiny_autoencoder_repeats_the_last_frame_until_4_divides_their_number():
     tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
-    video = torch.rand(2, frames, 3, 16, 24)
-    full = torch.cat([video, *[video[:, -1:]] * (12 - frames)], dim=1)
+    video = torch.rand(2, 9, 3, 16, 24)
     latents = tae.encode_frames(video)
-    assert latents.shape == (2, 3, 16, 2, 3) and torch.equal(latents, tae.encode_frames(full))
+    assert latents.shape == (2, 3, 16, 2, 3)
+    assert torch.equal(latents, tae.encode_frames(video[:, [*range(9), 8, 8, 8]]))
 
 
 @torch.no_grad()
 def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypatch):
-    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
     video = torch.rand(1, 45, 3, 16, 24) * 2 - 1
+    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
     whole = tae.encode(video)
     assert whole.shape[1] == 12
     # the first latent is of four copies of the first frame
@@ -336,32 +329,26 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
 
 
 @torch.no_grad()
-def test_streamed_decoding_equals_whole_decoding_in_pieces_of_any_size():
-    tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
-    latents = noise(1, 12, 16, 4, 8)
-    whole, _ = tae.decode(latents)
-    assert whole.shape == (1, 1 + 4 * 11, 3, 32, 64)
-    for size in (1, 2, 3, 5):
-        close(in_pieces(tae.decode, latents, size), whole, 1e-5)
+def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
+    torch.manual_seed(0)
+    tae = TAE(tiny_tae).initialise()
+    latents = tae.encode(torch.from_numpy(clip(WorldSpec(1), 0, 17))[None] * 2 - 1)
+    decoded = tae.decode(torch.randn_like(latents))[0]
+    assert .3 < latents.std() < 3 and .3 < decoded.std() < 3  # from torch's own start: .03 and .06
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_wans_autoencoder_goes_on_from_a_deque_or_a_list_of_what_it_remembers(blocks):
-    vae = WanVAE(WanVAEConfig(4, blocks=blocks))
-    levels = [len(vae.encoder.downsamples), len(vae.decoder.upsamples)]
-    assert levels == [4 * blocks + 3, 4 * (blocks + 1) + 3]
-    latents = torch.randn(1, 5, 16, 2, 2)
+def test_wans_autoencoder_goes_on_from_what_it_remembers_or_from_a_copy_of_it(blocks):
+    vae, latents = WanVAE(WanVAEConfig(4, blocks=blocks)), torch.randn(1, 5, 16, 2, 2)
+    assert len(vae.encoder.downsamples) == 4 * blocks + 3
+    assert len(vae.decoder.upsamples) == 4 * (blocks + 1) + 3
     whole, _ = vae.decode(latents)
     for size in (1, 2):
         close(in_pieces(vae.decode, latents, size), whole, 1e-5)
     _, past = vae.decode(latents[:, :2])
-    saved = list(past)
-    for _ in range(2):  # a list is left as it is
-        close(vae.decode(latents[:, 2:], saved)[0], whole[:, 5:], 1e-5)
-    _, now = vae.decode(latents[:, 2:3], past)
-    assert now is past  # a deque goes on
-    close(vae.decode(latents[:, 3:], past)[0], whole[:, 9:], 1e-5)
+    for state in (list(past), past):
+        close(vae.decode(latents[:, 2:], state)[0], whole[:, 5:], 1e-5)
 
 
 def test_wans_autoencoder_refuses_frames_that_fill_no_latent():
@@ -387,12 +374,12 @@ def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def block_causal(net, text, x, t, time=None):
-    """One forward without a cache: every chunk sees the older ones and itself -> v of all latents."""
-    f = x.shape[1]
-    chunk = torch.arange(f) // CHUNK
-    rope = rope_cos_sin(torch.arange(f), 2, 4, net.config.dim // net.config.heads)
-    return net(x, t, text, rope, mask=(chunk[:, None] >= chunk)[None])[0]
+def block_causal(net, text, x, t, chunk=None, time=None):
+    """One forward without a cache: every chunk sees the older ones and itself -> v, keys and values."""
+    time = torch.arange(x.shape[1]) if time is None else time
+    chunk = time // CHUNK if chunk is None else chunk
+    rope = rope_cos_sin(time, 2, 4, net.config.dim // net.config.heads)
+    return net(x, t, text, rope, mask=(chunk[:, None] >= chunk)[None])
 
 
 def append_all(roll, x0, keep=None):
@@ -402,50 +389,51 @@ def append_all(roll, x0, keep=None):
     return roll
 
 
+def random_keep(b, chunks):
+    return torch.rand(b, chunks, generator=torch.Generator().manual_seed(0)) < .5
+
+
 def test_rope_turns_pairs_by_time_row_and_column_like_complex_numbers_in_float64():
-    d, time, x = 44, torch.tensor([[5, 20], [0, 3]]), noise(2, 12, 2, 44)
-    exponents = {n: 10000. ** (-torch.arange(0, n, 2).double() / n) for n in (14, 16)}
-    for b, f, h, w in np.ndindex(2, 2, 2, 3):
-        places = time[b, f] * exponents[16], h * exponents[14], w * exponents[14]
-        turn = torch.polar(torch.ones(22).double(), torch.cat(places))
-        n = (f * 2 + h) * 3 + w
+    time, x = torch.tensor([[5, 20], [0, 3]]), noise(2, 12, 2, 44)
+    got = apply_rope(x, rope_cos_sin(time, 2, 3, 44)).double()
+    by_time, by_place = (10000. ** (-torch.arange(0, n, 2).double() / n) for n in (16, 14))
+    places = list(np.ndindex(2, 2, 3))
+    for b, (n, (f, h, w)) in itertools.product(range(2), enumerate(places)):
+        angles = torch.cat([time[b, f] * by_time, h * by_place, w * by_place])
         pairs = torch.view_as_complex(x[b, n].double().unflatten(-1, (-1, 2)))
-        got = apply_rope(x, rope_cos_sin(time, 2, 3, d))[b, n]
-        close(got.double(), torch.view_as_real(pairs * turn).flatten(-2), 1e-5)
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)
+        close(got[b, n], torch.view_as_real(turned).flatten(-2), 1e-5)
 
 
-def test_positions_stay_within_20_for_100000_latents_and_unbounded_ones_end_at_1024():
-    memory = Memory(PRESETS["slowfast"])
-    highest = 0
-    for i in range(100_000 // CHUNK):
-        memory.evict()
-        held = sum(len(segment) for segment in memory.segments())
-        highest = max(highest, int(bounded_positions(held, CHUNK)[1].max()))
-        memory.push(Entries(torch.arange(CHUNK * i, CHUNK * (i + 1))[None]), torch.tensor([i % 4 == 0]))
-    assert highest == 20
-    assert absolute_positions(torch.zeros(1, 18), 1021, CHUNK)[1].tolist() == [1021, 1022, 1023]
-    with pytest.raises(ValueError, match="use bounded positions"):
-        absolute_positions(torch.zeros(1, 18), 1022, CHUNK)
+def test_unbounded_positions_end_at_1024():
+    held = torch.zeros(1, 18)
+    assert absolute_positions(held, torch.tensor([[1022, 1023]]))[1].tolist() == [[1022, 1023]]
+    with pytest.raises(ValueError, match="latent 1025 asked for: use bounded positions"):
+        absolute_positions(held, torch.tensor([[1023, 1024]]))
 
 
-def test_memory_holds_at_most_21_latents_unique_and_in_time_order_for_1000_chunks():
-    keep = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < .5
-    for name, policy in PRESETS.items():
-        for i, context in enumerate(frames_in_memory(policy, keep)):
-            assert context.shape[1] + CHUNK <= min(21, policy.sink + policy.slow + policy.fast), (name, i)
-            if context.shape[1]:
-                assert (context.diff(dim=1) > 0).all() and context.max() == CHUNK * i - 1, (name, i)
+@pytest.mark.parametrize("name", PRESETS)
+def test_memory_holds_at_most_21_latents_in_time_order_at_positions_0_to_20_for_1000_chunks(name):
+    policy = PRESETS[name]
+    for i, context in enumerate(frames_in_memory(policy, random_keep(2, 1000))):
+        b, held = context.shape
+        assert held + CHUNK <= min(21, policy.sink + policy.slow + policy.fast)
+        positions = torch.cat(bounded_positions(held, CHUNK))
+        assert positions.tolist() == [*range(held + CHUNK)]
+        assert i == 0 or (context.diff(dim=1) > 0).all() and context.max() == CHUNK * i - 1
 
 
 def test_contexts_after_7_8_and_9_chunks_are_those_of_the_specification():
     uniform2 = torch.tensor([[i % 2 == 0 for i in range(9)]])
-    contexts = frames_in_memory(PRESETS["uniform2"], uniform2, evict_first=False)
-    assert contexts[7][0].tolist() == list(range(21))
-    assert contexts[8][0].tolist() == [*range(15), *range(18, 24)]
-    assert contexts[9][0].tolist() == [0, 1, 2, *range(4, 15), 18, *range(21, 27)]
-    seen_by_student = frames_in_memory(PRESETS["uniform2"], uniform2)
-    assert seen_by_student[9][0].tolist() == [0, 1, 2, *range(4, 15), 18, 24, 25, 26]
-    assert frames_in_memory(PRESETS["infinity"], uniform2)[2][0].tolist() == [0, 4, 5]
+
+    def held(preset, chunks, evict_first):
+        return frames_in_memory(PRESETS[preset], uniform2, evict_first)[chunks][0].tolist()
+    assert held("uniform2", 7, False) == [*range(21)]
+    assert held("uniform2", 8, False) == [*range(15), *range(18, 24)]
+    assert held("uniform2", 9, False) == [0, 1, 2, *range(4, 15), 18, *range(21, 27)]
+    # what the student sees beside its new chunk
+    assert held("uniform2", 9, True) == [0, 1, 2, *range(4, 15), 18, 24, 25, 26]
+    assert held("infinity", 2, True) == [0, 4, 5]
 
 
 def remember(memory, policy, keep):
@@ -454,46 +442,46 @@ def remember(memory, policy, keep):
     first = memory.frames().max() // CHUNK + 1 if memory.segments() else 0
     for i, kept in enumerate(keep, first):
         memory.evict()
-        memory.push(Entries(torch.arange(CHUNK * i, CHUNK * (i + 1))[None]), torch.tensor([kept]))
+        frame = torch.arange(CHUNK * i, CHUNK * (i + 1))
+        memory.push(Entries(frame[None]), torch.tensor([kept]))
     return memory.frames()[0].tolist()
 
 
 @pytest.mark.parametrize("chunks", [1, 5, 40])
-@pytest.mark.parametrize("old, new", [*itertools.product(("slowfast", "window", "longlive", "infinity"), repeat=2)])
+@pytest.mark.parametrize("old", ["slowfast", "window", "longlive"])
+@pytest.mark.parametrize("new", ["slowfast", "window", "infinity"])
 def test_another_policy_keeps_what_it_has_room_for_and_goes_on_as_if_that_had_been_its_own(old, new, chunks):
-    keep = [i % 3 == 0 for i in range(chunks)]
     memory, policy = Memory(PRESETS["slowfast"]), PRESETS[new]
-    held = remember(memory, PRESETS[old], keep)
+    held = remember(memory, PRESETS[old], [i % 3 == 0 for i in range(chunks)])
     room = policy.sink + policy.slow + policy.fast
     fits = held if len(held) <= room else held[:policy.sink] + held[policy.sink - room:]
     assert remember(memory, policy, []) == fits
     # seven chunks later all of fast memory is new; the sink has been filled from what was there
-    now = remember(memory, policy, [False] * 7)
-    new = [*range(3 * chunks, 3 * chunks + 21)]
-    assert now[:policy.sink] == [*fits, *new][:policy.sink] and now[-policy.fast:] == new[-policy.fast:]
+    now, made = remember(memory, policy, [False] * 7), [*range(3 * chunks, 3 * chunks + 21)]
+    assert now[:policy.sink] == [*fits, *made][:policy.sink]
+    assert now[-policy.fast:] == made[-policy.fast:]
     assert len(now) == min(room, len(fits) + 21) and now == sorted(set(now))
 
 
-def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was_not_dropped():
-    keep = torch.rand(60, generator=torch.Generator().manual_seed(0)) < .5
-    for name, policy in PRESETS.items():
-        memory = Memory(policy)
-        contexts = [remember(memory, policy, [k]) for k in keep.tolist()]
-        plain = frames_in_memory(policy, keep[None], evict_first=False)
-        assert contexts == [context[0].tolist() for context in plain[1:]], name
-        # a sliding window has room for all, in one segment
-        held = memory.frames().tolist()
-        memory.change_policy(PRESETS["window"])
-        assert [s.frame.tolist() for s in memory.segments()] == [held]
-        memory.change_policy(policy)
-        assert memory.frames().tolist() == held
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was_not_dropped(name):
+    keep, policy = random_keep(1, 60), PRESETS[name]
+    memory = Memory(policy)
+    plain = frames_in_memory(policy, keep, evict_first=False)[1:]
+    for kept, context in zip(keep[0].tolist(), plain):
+        assert remember(memory, policy, [kept]) == context[0].tolist()
+    # a sliding window has room for all, in one segment
+    held = memory.frames().tolist()
+    memory.change_policy(PRESETS["window"])
+    assert [s.frame.tolist() for s in memory.segments()] == [held]
+    memory.change_policy(policy)
+    assert memory.frames().tolist() == held
 
 
 @pytest.mark.parametrize("keep, interval, tau, kept", [
-    ("surprisal", 2, .95, [4]),              # tested are 0, 2, 4, ...; a similarity equal to tau is no surprise
+    ("surprisal", 2, .95, [4]),  # tested are 0, 2, 4, ...; a similarity equal to tau is no surprise
     ("surprisal", 1, .95, [1, 4]),
     ("surprisal", 1, .96, [1, 2, 4]),
-    ("surprisal", 1, 1., [0, 1, 2, 3, 4]),
     ("surprisal", 1, -1., []),
     ("uniform", 2, .95, [0, 2, 4]),
     ("uniform", 1, .95, [0, 1, 2, 3, 4])])
@@ -509,7 +497,7 @@ def test_a_preset_takes_the_threshold_of_the_weights_unless_it_names_its_own():
 
 
 class Echo:
-    """A stand-in network whose keys are its input: how like the one before a chunk is can be written by hand."""
+    """A stand-in network whose keys are its input: how alike chunks are can be written by hand."""
     config = replace(tiny_dit, dim=16, heads=1)
 
     def __call__(self, x, t, text, rope, memory=None, modulation=None):
@@ -517,95 +505,96 @@ class Echo:
         return x, [(keys, keys)]
 
 
-def rollout_by_hand(axes, **changes):
-    """axes (b, chunks): the axis that all keys of a chunk lie along; equal axes are alike, others are not."""
-    policy = replace(PRESETS["slowfast"], **changes)
-    x0 = F.one_hot(axes, 16).float().repeat_interleave(CHUNK, dim=1)[..., None, None]
-    return append_all(Rollout(Echo(), [(torch.zeros(1, 1, 1, 16),) * 2], policy, (1, 1)), x0)
-
-
 def test_keyframes_are_the_surprising_chunks_of_each_video_by_itself():
-    still, restless = [0] * 20, [*range(8), 7, 7, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15]
-    roll = rollout_by_hand(torch.tensor([still, restless]))
+    # the axis that all keys of a chunk lie along: equal axes are alike, others are not
+    restless = [*range(8), 7, 7, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15]
+    axes = torch.tensor([[0] * 20, restless]).repeat_interleave(CHUNK, dim=1)
+    keys = F.one_hot(axes, 16).float()
+    text = [(torch.zeros(1, 1, 1, 16),) * 2]
+    roll = Rollout(Echo(), text, PRESETS["slowfast"], (1, 1))
+    append_all(roll, keys[..., None, None])
     kept = [i for i in range(2, 20, 2) if restless[i] != restless[i - 1]]
-    assert torch.stack(roll.kept)[:, 0].tolist() == [False] * 20
-    assert torch.stack(roll.kept)[:, 1].nonzero()[:, 0].tolist() == kept
+    assert [decision.tolist() for decision in roll.kept] == [[False, i in kept] for i in range(20)]
     roll.read_context()  # chunk 20 is to be made: chunks up to 18 have left fast memory
     # latents 3..14 fill slow memory, then the first latents of kept chunks push the oldest out
+    first = [*range(3, 15)]
     pushed = [CHUNK * i for i in kept if i > 4]
     assert roll.memory.sink.frame.tolist() == [[0, 1, 2]] * 2
-    assert roll.memory.slow.frame.tolist() == [list(range(3, 15)), [*range(3, 15), *pushed][-12:]]
+    assert roll.memory.slow.frame.tolist() == [first, [*first, *pushed][-12:]]
     assert roll.memory.fast.frame.tolist() == [[57, 58, 59]] * 2
 
 
-def test_similarity_is_the_mean_cosine_over_layers_and_places():
-    keys, other = [noise(2, 24, 3, 8, seed=s) for s in (1, 2)], [noise(2, 24, 3, 8, seed=s) for s in (3, 4)]
-    for pool, places in (("mean", 1), ("token", 8)):
-        cosines = []
-        for a, b in zip(keys, other):
-            # a chunk's 24 tokens are 3 latents of 8 places
-            means = [k.reshape(2, 3, 8, 24).mean(1) for k in (a, b)]
-            if pool == "mean":
-                means = [m.mean(1, keepdim=True) for m in means]
-            cosines.append(F.cosine_similarity(*means, dim=-1).mean(1))
-        now, before = chunk_descriptor(keys, pool), chunk_descriptor(other, pool)
-        assert now.shape == (2, 2, places, 24)
-        close(similarity(now, before), torch.stack(cosines).mean(0), 1e-6)
+@pytest.mark.parametrize("pool, places", [("mean", 1), ("token", 8)])
+def test_similarity_is_the_mean_cosine_over_layers_and_places(pool, places):
+    layers = noise(2, 2, 2, 24, 3, 8)  # the chunk and the one before it in each of two
+    cosines = []
+    for pair in layers:
+        # a chunk's 24 tokens are 3 latents of 8 places
+        means = [k.reshape(2, 3, 8, 24).mean(1) for k in pair]
+        if pool == "mean":
+            means = [m.mean(1, keepdim=True) for m in means]
+        cosines.append(F.cosine_similarity(*means, dim=-1).mean(1))
+    now, before = (chunk_descriptor([*keys], pool) for keys in layers.unbind(1))
+    assert now.shape == (2, 2, places, 24)
+    close(similarity(now, before), torch.stack(cosines).mean(0), 1e-6)
 
 
 @pytest.mark.parametrize("preset", ["slowfast", "uniform1", "window", "longlive21"])
 def test_7_chunks_through_the_cache_equal_one_causal_forward_and_later_ones_forget(preset):
     """To 1e-5 in float32. The chunk at hand is noised, those before it are clean."""
-    net, x0, xt, t = random_dit(), noise(2, 33, 16, 4, 8), noise(2, 33, 16, 4, 8, seed=2), torch.rand(2, 33)
-    text = random_text(net, 2)
+    net = random_dit()
+    x0, xt = noise(2, 2, 33, 16, 4, 8)
+    text, t = random_text(net, 2), torch.rand(2, 33)
     roll = Rollout(net, text, PRESETS[preset], (2, 4))
     for i in range(11):
-        at = slice(CHUNK * i, CHUNK * (i + 1))
+        past, at = slice(CHUNK * i), slice(CHUNK * i, CHUNK * (i + 1))
         roll.read_context()
         v, _ = roll.predict(xt[:, at], t[:, at])
-        level = torch.cat([torch.zeros(2, CHUNK * i), t[:, at]], dim=1)
-        whole = block_causal(net, text, torch.cat([x0[:, :CHUNK * i], xt[:, at]], dim=1), level)[:, -CHUNK:]
-        apart = (v - whole).abs().max()
+        level = torch.cat([0 * t[:, past], t[:, at]], dim=1)
+        video = torch.cat([x0[:, past], xt[:, at]], dim=1)
+        whole, _ = block_causal(net, text, video, level)
+        apart = (v - whole[:, -CHUNK:]).abs().max()
         assert apart < 1e-5 if i < 7 else apart > 1e-4, i
         roll.append(x0[:, at])
 
 
-def test_what_is_held_are_the_keys_of_the_clean_pass_and_reading_changes_nothing():
-    net, x0 = random_dit(), noise(2, 27, 16, 4, 8)
-    clean = []
-    forward = net.forward
-    net.forward = lambda *a, **k: clean.append(forward(*a, **k)) or clean[-1]
-    roll = append_all(Rollout(net, random_text(net, 2), replace(PRESETS["slowfast"], tau=1.), (2, 4)), x0)
-    roll.read_context()
-    held, again = roll.memory.read(), roll.memory.read()
-    assert torch.equal(held.frame, frames_in_memory(PRESETS["slowfast"], torch.stack(roll.kept, 1))[9])
+def test_what_is_held_are_the_keys_of_the_clean_pass_and_neither_reading_nor_a_pass_changes_it():
+    net, x0, clean = random_dit(), noise(2, 27, 16, 4, 8), []
+    net.register_forward_hook(lambda module, args, made: clean.append(made[1]))
+    policy = replace(PRESETS["slowfast"], tau=1.)
+    roll = append_all(Rollout(net, random_text(net, 2), policy, (2, 4)), x0)
+    memory, _ = roll.read_context()
+    roll.predict(x0[:, :3], torch.full((2, 3), .5))
+    held = roll.memory.read()
+    assert torch.equal(held.frame, frames_in_memory(policy, torch.stack(roll.kept, 1))[9])
     for place, frame in enumerate(held.frame[0].tolist()):
         assert torch.equal(held.latent[:, place], x0[:, frame])
-        for layer, made in enumerate(clean[frame // CHUNK][1]):
-            keys, values = (z[:, frame % CHUNK * 8:][:, :8] for z in made)
-            assert torch.equal(held.keys[layer][:, place], keys)
-            assert torch.equal(held.values[layer][:, place], values)
-            assert torch.equal(held.keys[layer], again.keys[layer])
+        tokens = slice(frame % CHUNK * 8, frame % CHUNK * 8 + 8)
+        for layer, (keys, values) in enumerate(clean[frame // CHUNK]):
+            assert torch.equal(held.keys[layer][:, place], keys[:, tokens])
+            assert torch.equal(held.values[layer][:, place], values[:, tokens])
+    # values lie in memory once
+    first = roll.memory.segments()[0]
+    assert [z.data_ptr() for z in first.values] == [layer.values.data_ptr() for layer in memory]
 
 
 def plain_video(net, text, uncond, seed, chunks, sampler):
     """Sampling written out, without a cache: the whole clean past is run again in every step."""
-    levels = [5 * u / (1 + 4 * u) for u in (1, .75, .5, .25)]
+    levels = [5 * u / (1 + 4 * u) for u in (1, .75, .5, .25, 0)]
     past = torch.zeros(1, 0, 16, 4, 8)
     for chunk in range(chunks):
-        fresh = [draw_noise([seed], chunk, step, (3, 16, 4, 8)) for step in range(4)]
-        x = fresh[0]
-        for step, level in enumerate(levels):
-            t = torch.cat([torch.zeros(1, past.shape[1]), torch.full((1, 3), level)], dim=1)
-            v, v_uncond = (block_causal(net, c, torch.cat([past, x], dim=1), t)[:, -3:] for c in (text, uncond))
+        x = draw_noise([seed], chunk, 0, (3, 16, 4, 8))
+        for step, (level, following) in enumerate(zip(levels, levels[1:]), 1):
+            video = torch.cat([past, x], dim=1)
+            t = level * (torch.arange(video.shape[1]) >= past.shape[1])[None]
+            v, v_uncond = (block_causal(net, c, video, t)[0][:, -3:] for c in (text, uncond))
             v = v_uncond + sampler.guidance * (v - v_uncond)
-            x0 = x - level * v
-            following = levels[step + 1] if step < 3 else 0
-            if sampler.renoise and step < 3:
-                x = (1 - following) * x0 + following * fresh[step + 1]
+            if sampler.renoise and step < 4:
+                fresh = draw_noise([seed], chunk, step, (3, 16, 4, 8))
+                x = (1 - following) * (x - level * v) + following * fresh
             else:
                 x = x - (level - following) * v
-        past = torch.cat([past, x0], dim=1)
+        past = torch.cat([past, x], dim=1)
     return past
 
 
@@ -617,99 +606,77 @@ def test_a_generated_video_is_the_sampling_loop_written_out(guidance, renoise, l
     text, uncond = random_text(net), random_text(net, seed=6)
     want = plain_video(net, text, uncond, 3, 4, sampler)
     roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
-    made = list(generate(roll, [3], 3, sampler, (16, 4, 8), uncond, history=want[:, :3]))
-    close(torch.cat(made, dim=1), want[:, 3:], 2e-4)
+    made = generate(roll, [3], 3, sampler, (16, 4, 8), uncond, history=want[:, :3])
+    close(torch.cat(list(made), dim=1), want[:, 3:], 2e-4)
 
 
 def test_noise_depends_on_seed_chunk_and_step_alone():
     a = draw_noise([1, 2], 3, 0, (4,))
     assert torch.equal(a[1:], draw_noise([2], 3, 0, (4,)))
-    others = [(2, 4, 0), (2, 2, 256), (2, 3, 1), (2, 3, 256), (2 + 2 ** 32, 3, 0), (1, 3, 0)]
-    assert not any(torch.equal(a[1:], draw_noise([seed], *place, (4,))) for seed, *place in others)
+    for chunk, step in ((4, 0), (2, 256), (3, 1), (3, 256)):
+        assert not torch.equal(a[1:], draw_noise([2], chunk, step, (4,)))
+    for seed in (1, 2 + 2 ** 32):
+        assert not torch.equal(a[1:], draw_noise([seed], 3, 0, (4,)))
 
 
 def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_state_bit_for_bit():
     """Batch against single runs: to 1e-4 over 4 chunks in float32, with the same decisions."""
-    net, sampler = random_dit(), Sampler()
+    net = random_dit()
     text = random_text(net, 2)
 
     def start(rows):
-        return Rollout(net, [(k[rows], v[rows]) for k, v in text], PRESETS["slowfast"], (2, 4))
-    both, alone = start(slice(2)), start(slice(1, 2))
-    batch = torch.cat(list(generate(both, [5, 6], 4, sampler, (16, 4, 8))), 1)
-    single = torch.cat(list(generate(alone, [6], 4, sampler, (16, 4, 8))), 1)
-    close(single[0], batch[1], 1e-4)
+        own = [(k[rows], v[rows]) for k, v in text]
+        return Rollout(net, own, PRESETS["slowfast"], (2, 4))
+
+    def made(roll, seeds, chunks):
+        return torch.cat(list(generate(roll, seeds, chunks, Sampler(), (16, 4, 8))), 1)
+    both, alone, resumed = start(slice(2)), start(slice(1, 2)), start(slice(1, 2))
+    close(made(alone, [6], 4)[0], made(both, [5, 6], 4)[1], 1e-4)
     assert torch.equal(torch.stack(both.kept)[:, 1:], torch.stack(alone.kept))
-    list(generate(alone, [6], 9, sampler, (16, 4, 8)))
-    resumed = start(slice(1, 2))
+    made(alone, [6], 9)
     resumed.load_state_dict(alone.state_dict())  # slow memory is in use
-    tails = [torch.cat(list(generate(roll, [6], 5, sampler, (16, 4, 8)))) for roll in (alone, resumed)]
-    assert torch.equal(*tails)
+    assert torch.equal(made(alone, [6], 5), made(resumed, [6], 5))
     assert torch.equal(torch.stack(alone.similarities), torch.stack(resumed.similarities))
 
 
-@pytest.mark.parametrize("positions, latents", [("bounded", 39), ("unbounded", 21)])
-def test_recaching_is_a_clean_pass_over_what_is_held_under_the_new_text(positions, latents):
-    """To 1e-5: the same frames and latents, chunk by chunk into a memory that never evicts."""
-    net, x0 = random_dit(), noise(2, latents, 16, 4, 8)
+@torch.no_grad()
+@pytest.mark.parametrize("policy, positions, chunks, first", [
+    (PRESETS["uniform2"], "bounded", 13, 3), (PRESETS["uniform2"], "unbounded", 13, 3),
+    (Policy(1, 0, 6), "bounded", 4, 1)])
+def test_recaching_is_a_clean_pass_over_what_is_held_under_the_new_text(policy, positions, chunks, first):
+    """To 1e-5: in one block-causal forward, of groups of three with what is left over in front."""
+    net = random_dit()
     old, new = random_text(net, 2), random_text(net, 2, seed=6)
-    roll = append_all(Rollout(net, old, PRESETS["uniform2"], (2, 4), positions), x0)
+    roll = Rollout(net, old, policy, (2, 4), positions)
+    append_all(roll, noise(2, 3 * chunks, 16, 4, 8))
     before = roll.memory.read()
     roll.recache(new)
     after = roll.memory.read()
     assert torch.equal(before.frame, after.frame) and torch.equal(before.latent, after.latent)
-    fresh = append_all(Rollout(net, new, Policy(0, 0, 99), (2, 4), positions), after.latent)
-    want = fresh.memory.read()
-    for got, other in zip(after.keys + after.values, want.keys + want.values):
-        close(got, other, 1e-5)
-    close(roll.descriptor, fresh.descriptor, 1e-5)
-    assert (before.keys[1] - after.keys[1]).abs().max() > .1  # layer 0 does not see the text
-
-
-def test_a_rollout_is_steered_from_outside_between_two_chunks():
-    net, sampler, text, other = random_dit(), Sampler(), random_text(random_dit()), random_text(random_dit(), seed=6)
-    whole = Rollout(net, text, PRESETS["slowfast"], (2, 4))
-    want = list(generate(whole, [3], 12, sampler, (16, 4, 8), texts={5: other}))
-    roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
-    made = []
-    for x0 in generate(roll, [3], 12, sampler, (16, 4, 8)):
-        made.append(x0)
-        if roll.chunk == 5:
-            roll.recache(other)
-        if roll.chunk == 9:
-            roll.memory.change_policy(PRESETS["longlive"])
-    assert torch.equal(torch.cat(made[:9]), torch.cat(want[:9])) and not torch.equal(made[9], want[9])
-    assert roll.memory.frames()[0].tolist() == [0, 1, 2, *range(27, 36)]
-
-
-@torch.no_grad()
-def test_recaching_seven_latents_encodes_the_first_alone_and_the_last_chunk_whole():
-    net, new = random_dit(), random_text(random_dit(), 2, seed=6)
-    roll = append_all(Rollout(net, random_text(net, 2), Policy(1, 0, 6), (2, 4)), noise(2, 12, 16, 4, 8))
-    roll.recache(new)
-    held, group = roll.memory.read(), torch.tensor([0, 1, 1, 1, 2, 2, 2])
-    rope, mask = rope_cos_sin(torch.arange(7), 2, 4, 32), (group[:, None] >= group)[None]
-    _, kv = net(held.latent, torch.zeros(2, 7), new, rope, mask=mask)
-    for keys, values, want in zip(held.keys, held.values, kv, strict=True):
+    place = torch.arange(len(after))
+    time = after.frame[0] if positions == "unbounded" else place
+    t = torch.zeros(2, len(after))
+    _, kv = block_causal(net, new, after.latent, t, (place + 3 - first) // CHUNK, time)
+    for keys, values, want in zip(after.keys, after.values, kv, strict=True):
         close(keys.flatten(1, 2), want[0], 1e-5)
         close(values.flatten(1, 2), want[1], 1e-5)
     close(roll.descriptor, chunk_descriptor([k[:, -24:] for k, _ in kv]), 1e-5)
 
 
-@torch.no_grad()
-def test_a_pass_overwrites_the_one_before_it_and_nothing_that_is_held():
-    net, x = random_dit(), noise(3, 2, 3, 16, 4, 8)
-    roll = append_all(Rollout(net, random_text(net, 2), PRESETS["slowfast"], (2, 4)), noise(2, 24, 16, 4, 8))
-    memory, _ = roll.read_context()
-    before = roll.memory.read()
-    t = torch.full((2, 3), .5)
-    first, second, again = (roll.predict(x[i], t) for i in (0, 1, 0))
-    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], second[0])
-    for i, (keys, values) in enumerate(first[1]):
-        assert torch.equal(memory[i].values[:, 18 * 8:], values) and torch.equal(keys, again[1][i][0])
-        assert memory[i].values.data_ptr() == roll.memory.segments()[0].values[i].data_ptr()  # held once
-    after = roll.memory.read()
-    assert all(map(torch.equal, before.keys + before.values, after.keys + after.values))
+def test_a_rollout_is_steered_from_outside_between_two_chunks():
+    net, made = random_dit(), []
+    text, other = random_text(net), random_text(net, seed=6)
+    whole, roll = (Rollout(net, text, PRESETS["slowfast"], (2, 4)) for _ in range(2))
+    want = list(generate(whole, [3], 10, Sampler(), (16, 4, 8), texts={5: other}))
+    for x0 in generate(roll, [3], 10, Sampler(), (16, 4, 8)):
+        made.append(x0)
+        if roll.chunk == 5:
+            roll.recache(other)
+        if roll.chunk == 9:
+            roll.memory.change_policy(PRESETS["longlive"])
+    assert torch.equal(torch.cat(made[:9]), torch.cat(want[:9]))
+    assert not torch.equal(made[9], want[9])
+    assert roll.memory.frames()[0].tolist() == [0, 1, 2, *range(21, 30)]
 
 
 # ---- distillation: DMD and its contextual form -------------------------------------------------------------
@@ -738,7 +705,7 @@ def test_golden_dmd_gradient_loss_and_critic():
     close(dmd.dmd_gradient(x, x, x)[0], want["grad_all_equal"], 0)
     # the critic's loss
     v = flow.v_from_x0(want["noisy"], given["x0_fake_cond"], t)
-    loss = flow.flow_matching_loss(v, given["noise"] - x, t).mean()
+    loss = flow.flow_matching_loss(v, given["noise"] - x).mean()
     assert loss.item() == pytest.approx(want["critic.loss"].item(), rel=1e-5)
 
 
@@ -810,19 +777,14 @@ def test_rollout_follows_algorithm_1():
     keep = torch.stack(trace.rollout.kept, 1)
     # the context is what a full memory holds before room is made for the target
     held = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[9]
-    frames, latents = (torch.cat([getattr(some, name) for some in trace.entries], 1) for name in ("frame", "latent"))
+    frames = torch.cat([some.frame for some in trace.entries], 1)
+    latents = torch.cat([some.latent for some in trace.entries], 1)
     assert torch.equal(frames[:, :21], held) and trace.context.shape[1] == 21
     assert torch.equal(trace.context, latents[:, :21]) and torch.equal(trace.x, latents[:, 21:])
     assert [exit.t.unique().item() for exit in trace.exits] == pytest.approx([LEVELS[1]] * 4)
-
-
-def test_what_a_rollout_keeps_for_the_backward_pass_does_not_grow_with_its_length():
-    net = random_dit()
-    text = random_text(net, 2)
-    for chunks in (20, 30):
-        trace = student_video(net, text, chunks)
-        assert sum(map(len, trace.entries)) == 21 + 12
-        assert not any(segment.keys or segment.values for segment in trace.rollout.memory.segments())
+    # what the backward pass needs does not grow with the length, and the memory drops its keys
+    assert sum(map(len, student_video(net, random_text(net, 2), 20).entries)) == 21 + 12
+    assert not any(segment.keys or segment.values for segment in trace.rollout.memory.segments())
 
 
 def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
@@ -861,11 +823,6 @@ def test_at_full_size_half_of_the_rollouts_begin_with_six_keyframes_or_more():
         assert dmd.keyframes(chunks, 7) == (held[0, 3:15] >= 15).sum()
 
 
-def test_noise_levels_of_the_scores_are_shifted_and_end_at_2_and_98_percent():
-    t = dmd.score_level(torch.tensor([0., .001, .5, .999]), 5.)
-    assert t.tolist() == pytest.approx([.02, .02, 5 * .5 / 3, .98])
-
-
 def score_inputs(net):
     """What critic_step and student_step take: a video of `net`, with a context, noise levels and noise."""
     features = noise(2, 20, 64)
@@ -873,35 +830,28 @@ def score_inputs(net):
     return features, trace, torch.tensor([.3, .8]), noise(*trace.x.shape, seed=5)
 
 
-PROBE = F.normalize(noise(2, 256, seed=8), dim=1)
-
-
-@pytest.mark.parametrize("probe", [None, PROBE])
-def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context(probe):
+def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context():
     student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
     features, trace, t, eps = score_inputs(student)
-    loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2), probe, 3.)
+    loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2))
     got, at = gradients(critic), t[:, None, None, None, None]
     assert not gradients(student)
     v = plain_velocity(critic, features, trace.context, (1 - at) * trace.x + at * eps, t)
     off = v - (eps - trace.x)
     want = off.square().mean()
-    if probe is not None:
-        want = want + 3 * ((at * off).flatten(2) @ probe.T).square().sum(-1).mean()
     want.backward()
     same_gradients(got, gradients(critic))
     assert loss == pytest.approx(want.item(), rel=1e-5)
     assert torch.allclose(error, (at * off).square().mean((1, 2, 3, 4)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("guidance, probe", [(1., None), (3., None), (1., PROBE)])
-def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance, probe):
+@pytest.mark.parametrize("guidance", [1., 3.])
+def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance):
     """Eq. 6 in one graph: d/dtheta of sum(x * stopped gradient) is what the two passes add up to."""
     student, teacher, critic = (random_dit(i).requires_grad_() for i in range(3))
     features, trace, t, eps = score_inputs(student)
     other = noise(2, 20, 64, seed=9)
-    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other,
-                                   probe, 3.)
+    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other)
     got, at = gradients(student), t[:, None, None, None, None]
     assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
@@ -911,8 +861,6 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
         real = away + guidance * (real - away)
         scale = (trace.x - real).abs().mean((1, 2, 3, 4))
         gradient = (fake - real) / scale[:, None, None, None, None]
-        if probe is not None:  # the gradient of a mean over 256 numbers, against a sum over 2 directions
-            gradient = gradient + 3 * 256 * (gradient.flatten(2) @ probe.T @ probe).view_as(gradient)
     x = student_video_in_one_graph(student, features, 9)
     (x * gradient).mean().backward()
     same_gradients(got, gradients(student))
@@ -920,55 +868,7 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
     assert torch.allclose(error, (trace.x - real).square().mean((1, 2, 3, 4)), rtol=1e-4)
 
 
-def test_a_critic_that_equals_the_teacher_gives_no_gradient():
-    student, teacher = random_dit().requires_grad_(), random_dit(1)
-    features, trace, t, eps = score_inputs(student)
-    dmd.student_step(student, teacher, teacher, features, trace, t, eps, (2, 2))
-    assert all(g.abs().max() == 0 for g in gradients(student).values())
-
-
-def test_dmd_gradient_lowers_the_kl_of_gaussians_to_its_closed_form():
-    """Student N(m, s^2), teacher N(1, .5^2) with their true scores: both arrive, and KL only falls."""
-    torch.manual_seed(0)
-    m, s, kl = torch.tensor(-1., requires_grad=True), torch.tensor(1.5, requires_grad=True), []
-    optimizer = torch.optim.SGD([m, s], lr=.05)
-
-    def posterior_mean(mean, std, xt, t):
-        gain = (1 - t) * std ** 2 / ((1 - t) ** 2 * std ** 2 + t ** 2)
-        return mean + gain * (xt - (1 - t) * mean)
-
-    for _ in range(300):
-        x = (m + s * torch.randn(4096)).view(-1, 1, 1, 1, 1)
-        t = dmd.score_level(torch.rand(len(x)), 1.).view(-1, 1, 1, 1, 1)
-        xt = (1 - t) * x.detach() + t * torch.randn_like(x)
-        fake, real = posterior_mean(m.detach(), s.detach(), xt, t), posterior_mean(1., .5, xt, t)
-        gradient, _ = dmd.dmd_gradient(x.detach(), fake, real)
-        optimizer.zero_grad()
-        x.backward(gradient / gradient.numel())
-        optimizer.step()
-        kl.append((torch.log(.5 / s) + (s ** 2 + (m - 1) ** 2) / (2 * .25) - .5).item())
-    assert abs(m.item() - 1) < .05 and abs(s.item() - .5) < .05 and kl[-1] < .01
-    assert all(after <= before + .02 for before, after in zip(kl, kl[10:]))
-
-
 # ---- the teacher and its errors ----------------------------------------------------------------------------
-
-def test_context_frames_see_only_context_and_the_target_sees_all():
-    net, features = random_dit(), noise(1, 20, 64)
-    context, xt, t = noise(1, 5, 16, 4, 4), noise(1, 6, 16, 4, 4, seed=2), torch.tensor([.6])
-    v = erft.predict_velocity(net, context, xt, t[:, None].expand(1, 6), net.text(features), (2, 2))
-    close(v, plain_velocity(net, features, context, xt, t), 1e-5)
-
-
-def test_residuals_are_the_errors_of_predicted_latents_and_predicted_noise():
-    v, v_star, x0 = (noise(2, 3, 16, 4, 4, seed=i) for i in range(3))
-    t = torch.tensor([.2, .7])
-    at, eps = t[:, None, None, None, None], x0 + v_star
-    xt = (1 - at) * x0 + at * eps
-    of_latents, of_noise = erft.residuals(v, v_star, t)
-    close(of_latents, (xt - at * v) - x0, 1e-5)
-    close(of_noise, (xt + (1 - at) * v) - eps, 1e-5)
-
 
 def batch_of_errors(samples=1, t=.5, injected=True, value=1., seed=0):
     """Residuals of one chunk a sample, all of one value: that of noise is the negative."""
@@ -1029,24 +929,33 @@ def test_latents_and_noise_get_errors_of_their_own_level_and_the_context_of_any(
     assert latents.max() > 0 >= latents.min() - 1.31 and eps.max() < 0
 
 
-def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatch):
+@pytest.fixture
+def teacher_inputs():
+    """-> net, bank, and what teacher_step takes: context, x0, noise, t, features"""
+    net, bank = random_dit().requires_grad_(), erft.ErrorBank((16, 4, 4), size=4)
+    context, x0, eps = (noise(2, 6, 16, 4, 4, seed=i) for i in (0, 2, 3))
+    return net, bank, (context, x0, eps, torch.tensor([.5, .9]), noise(2, 20, 64))
+
+
+def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatch, teacher_inputs):
     monkeypatch.setattr(erft, "NOISE_CHANCE", 1.)
-    net, features, bank = random_dit().requires_grad_(), noise(2, 20, 64), erft.ErrorBank((16, 4, 4), size=4)
-    t, context = torch.tensor([.5, .9]), noise(2, 6, 16, 4, 4)
-    x0, eps = noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
+    net, bank, given = teacher_inputs
+    context, x0, eps, t, features = given
     for level in (.5, .9):
         bank.push(batch_of_errors(t=level))
-    loss = erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), 1., PROBE, 3.)
+    loss = erft.teacher_step(net, bank, 7, *given, (2, 2), 1.)
     got, at = gradients(net), t[:, None, None, None, None]
     rng = np.random.default_rng([7, 0])
     seen, x0_seen, eps_seen, injected = bank.inject(rng, context, x0, eps, t, p=1)
-    assert all(torch.any(a != b) for a, b in ((seen, context), (x0_seen, x0), (eps_seen, eps)))
+    for with_errors, clean_one in ((seen, context), (x0_seen, x0), (eps_seen, eps)):
+        assert torch.any(with_errors != clean_one)
     v = plain_velocity(net, features, seen, (1 - at) * x0_seen + at * eps_seen, t)
     off = v - (eps_seen - x0)
-    want = off.square().mean() + 3 * ((at * off).flatten(2) @ PROBE.T).square().sum(-1).mean()
+    want = off.square().mean()
     want.backward()
     same_gradients(got, gradients(net))
     assert loss == pytest.approx(want.item(), rel=1e-5)
+    # what it gives to the bank: by how much its latents and its noise are off
     found, = bank.pending
     close(found.latent, (-at * off).detach(), 1e-4)
     close(found.noise, ((1 - at) * off).detach(), 1e-4)
@@ -1054,16 +963,16 @@ def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatc
 
 
 @pytest.mark.parametrize("filled, p", [(True, 0.), (False, 1.)])
-def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, p):
-    net, features, bank = random_dit().requires_grad_(), noise(2, 20, 64), erft.ErrorBank((16, 4, 4), size=4)
-    t, context = torch.tensor([.5, .9]), noise(2, 6, 16, 4, 4)
-    x0, eps = noise(2, 6, 16, 4, 4, seed=2), noise(2, 6, 16, 4, 4, seed=3)
+def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, p, teacher_inputs):
+    net, bank, given = teacher_inputs
+    context, x0, eps, t, features = given
     if filled:
         bank.push(batch_of_errors())
-    erft.teacher_step(net, bank, 7, context, x0, eps, t, features, (2, 2), p)
+    erft.teacher_step(net, bank, 7, *given, (2, 2), p)
     got, level = gradients(net), t[:, None].expand(2, 6)
-    v = erft.predict_velocity(net, context, flow.add_noise(x0, eps, level), level, net.text(features), (2, 2))
-    flow.flow_matching_loss(v, eps - x0, level).mean().backward()
+    xt = flow.add_noise(x0, eps, level)
+    v = erft.predict_velocity(net, context, xt, level, net.text(features), (2, 2))
+    flow.flow_matching_loss(v, eps - x0).mean().backward()
     want = gradients(net)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -1071,19 +980,21 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
 # ---- the causal start model: packs see what a rollout sees, kinds of history hold what they say ------------
 
 CPU = torch.device("cpu")
-TINY_TAE = WEIGHTS / "vae.safetensors"
 
 
 def numbered(worlds, latents):
-    """In place of a cache: latents (clips, n, 3, 1, 1) that tell clip, frame, and if of a counterfactual"""
+    """In place of a cache: latents (clips, n, 3, 1, 1) that tell clip, frame, and whether there are houses"""
     clip, frame = torch.meshgrid(torch.arange(len(worlds)), torch.arange(latents), indexing="ij")
-    other = torch.full_like(clip, worlds[0].counterfactual)
-    return torch.stack([clip, frame, other], dim=2)[..., None, None].bfloat16()
+    houses = torch.full_like(clip, not worlds[0].empty)
+    return torch.stack([clip, frame, houses], dim=2)[..., None, None].bfloat16()
 
 
-def clips_of(x0):
-    """x0 (b, 123, c, h, w) as the latents of b clips"""
-    return data.WorldClips(training_worlds(len(x0), 0), 41, lambda worlds, latents: x0, list, CPU)
+@pytest.fixture
+def four_clips(monkeypatch):
+    """cache -> clips of the small world, of which two are also encoded without houses"""
+    monkeypatch.setattr(data, "CLIPS", 4)
+    monkeypatch.setattr(data, "EMPTY_CLIPS", 2)
+    return lambda cache=numbered: data.WorldClips(0, cache, lambda captions: captions, CPU)
 
 
 def causal_predictions(net, text, x0, noised, policy="slowfast"):
@@ -1109,9 +1020,9 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
         assert (v[:, copy] - want).abs().max() < 1e-5
 
 
-def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it():
+def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it(four_clips):
     net, x0 = random_dit(), noise(1, 123, 16, 4, 8)
-    clips = clips_of(x0)
+    clips = four_clips(lambda worlds, latents: x0.expand(4, -1, -1, -1, -1))
     pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
     assert torch.equal(pack.target, x0[:, :21]) and torch.equal(pack.past, x0[:, :21])
     text, xt, t = random_text(net), noise(1, 21, 16, 4, 8, seed=3), torch.rand(1, 21)
@@ -1120,53 +1031,35 @@ def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_befo
     assert (v - torch.cat(want, dim=1)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, skip, steady_turns", [
-    ("full_history", 0, True), ("skip_chunk", 1, True), ("skip_chunk", 2, True), ("keyframes_only", 0, True),
-    ("swapped_recent", 0, True), ("swapped_recent", 0, False)])
-def test_each_kind_of_history_holds_what_it_says(kind, skip, steady_turns, monkeypatch):
-    monkeypatch.setattr(data, "COUNTERFACTUALS", 3)
-    worlds = [WorldSpec(seed, "turn", seconds) for seed, seconds in enumerate((8, 16, 16, 12))]
-    clips = data.WorldClips(worlds, 27, numbered, list, CPU)
-    rng, swapped = np.random.default_rng(1), kind == "swapped_recent"
-    history = clips.draw_history(rng, 96, 1 + skip, 3 if swapped else None)
-    pack = causal.history_pack(clips, history, causal.Pass(kind, steady_turns, skip, 0, "", []), rng)
-    for b in range(96):
-        was = [n for n in history.frame[b].tolist() if n >= 0]
-        now = [n for n in pack.past_frame[b].tolist() if n >= 0]
-        last = 3 * int(history.chunk[b]) - 1  # the last latent before the target
-        # the past
-        if kind == "keyframes_only":
-            assert now == was[3:15]
-        elif kind == "full_history" or kind == "skip_chunk" and len(was) < 18 or not steady_turns:
-            assert now == was
-        else:
-            assert now[:3] == was[:3] and now[-3:] == was[-3:] and set(now) <= set(was)
-            assert swapped or len(now) == 18 - 3 * skip
-        if swapped and steady_turns:  # keyframes of the last half turn would show the view, a known way off
-            turned = (clips.heading[history.clip[b]] - clips.heading[history.clip[b], last]).abs().tolist()
-            nearest = min([turned[n] for n in now[3:-3]] + [192])
-            gone = [turned[n] for n in set(was) - set(now)]
-            assert max(gone) < nearest and nearest >= 128  # of 256 columns
-        # the target: copies of the next chunk, or of a later one, at the positions behind all that is missing
-        target = [last + 1 + 3 * skip + i for i in range(3)] * 4
-        position = [len(now) + 3 * skip + i for i in range(3)] * 4
-        assert pack.target_frame[b].tolist() == pack.target[b, :, 1, 0, 0].tolist() == target
-        assert causal.packed_positions(pack)[b].tolist() == [*range(len(pack.past_frame[b])), *position]
-        # the latents are of these clips and frames; only recent ones may be a counterfactual's
-        clip, frame, other = pack.past[b, :len(now), :, 0, 0].unbind(1)
-        assert (clip == history.clip[b]).all() and frame.tolist() == now and not pack.target[b, :, 2].any()
-        assert other.tolist() == [swapped and n in was[-3:] for n in now]
+@pytest.mark.parametrize("kind", ["full", "lookup"])
+def test_a_history_is_all_that_memory_holds_and_of_lookup_what_followed_another_view_has_no_houses(kind, four_clips):
+    clips = four_clips()
+    history = clips.draw_history(np.random.default_rng(1), 96, lookup=True)
+    pack = causal.history_pack(clips, history, kind)
+    assert torch.equal(pack.past_frame, history.frame)
+    for b, (c, chunk) in enumerate(zip(history.clip.tolist(), history.chunk.tolist())):
+        held = history.frame[b][history.frame[b] >= 0].tolist()
+        clip, frame, houses = pack.past[b, history.frame[b] >= 0, :, 0, 0].unbind(1)
+        assert set(clip.tolist()) == {c} and frame.tolist() == held
+        # the last latent that shared nothing with the view
+        w = make_world(training_worlds(4, 0)[c])
+        turned = np.abs(wrap(w.motion.heading(w.start, 4 * np.arange(3 * chunk + 1)) - w.motion.heading(w.start, 12 * chunk)))
+        apart = np.flatnonzero(turned >= 64).max(initial=-1)
+        assert houses.tolist() == [kind == "full" or n <= apart for n in held]
+    # four copies of the next chunk, with its houses
+    clip, frame, houses = pack.target[..., 0, 0].unbind(2)
+    assert (clip == history.clip[:, None]).all() and houses.all()
+    assert torch.equal(frame, pack.target_frame.float())
+    assert torch.equal(pack.target_frame, (3 * history.chunk[:, None] + torch.arange(3)).repeat(1, 4))
 
 
-@pytest.mark.parametrize("kind, clips", [("swapped_recent", 2), ("full_history", 4)])
-def test_recent_latents_are_swapped_only_in_clips_that_have_a_counterfactual(kind, clips, monkeypatch):
-    monkeypatch.setattr(data, "COUNTERFACTUALS", 2)
-    monkeypatch.setattr(causal, "packed_loss", lambda net, text, pack, objective: text)
-    net, rng = SimpleNamespace(text=list), np.random.default_rng(0)
-    of_four = data.WorldClips(training_worlds(4, 0), 27, numbered, lambda captions: captions, CPU)
-    drawn = causal.Pass(kind, False, 0, 0, "", [])
-    captions = causal.teacher_forcing_loss(net, of_four, drawn, rng, 32, None)
-    assert set(captions) == set(of_four.captions[:clips])
+@pytest.mark.parametrize("kind, drawn", [("prefix", 4), ("full", 4), ("lookup", 2)])
+def test_lookup_is_drawn_from_the_clips_that_are_also_encoded_without_houses(kind, drawn, four_clips):
+    clips = four_clips()
+    clip, pack = causal.draw_pack(clips, kind, np.random.default_rng(0), 64)
+    assert clip.max() < drawn and (kind == "lookup" or len(clip.unique()) > 2)
+    assert (pack.past_frame.max() == 20) == (kind == "prefix")
+    assert clips.empty.shape[0] == 2 and not hasattr(data.WorldClips(0, numbered, list, CPU, False), "empty")
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
@@ -1190,21 +1083,20 @@ def one_too_high(monkeypatch):
     return seen
 
 
-def test_the_loss_is_that_of_the_velocity_and_the_first_chunk_has_no_probe(one_too_high):
+def test_the_loss_is_that_of_the_velocity_behind_a_past_that_is_not_quite_clean(one_too_high):
     frame = torch.arange(6).expand(8, -1)
     pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), frame, torch.full((8, 6, 1, 1, 1), 3.), frame)
-    objective = causal.Objective((1, 1), 3., context_noise=.5, probe=torch.ones(1, 1), probe_weight=10.)
-    loss = causal.packed_loss(None, None, pack, objective)
+    loss = causal.teacher_forcing_loss(None, None, pack, (1, 1), 3., .5)
     pack, _, t = one_too_high[0]
-    assert torch.allclose(loss, 1 + 10 * t[:, 3:].square().sum(1).mean() / 6, rtol=1e-3)
-    assert 0 < pack.past.abs().mean() < .5  # the clean past is not quite clean
+    assert torch.allclose(loss, torch.ones(()), rtol=1e-3)
+    assert 0 < pack.past.abs().mean() < .5
 
 
 def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_high):
     levels, x = torch.tensor(flow.schedule(4, 3.)), noise(2, 27, 5, 16, 4, 8).bfloat16()
     made = causal.Trajectories(x, torch.arange(18).expand(2, 9, 18))
     text, clip, chunk = [(torch.zeros(1), None)], torch.tensor([1, 0]), torch.tensor([8, 3])
-    loss = causal.trajectory_loss(None, text, made, clip, chunk, levels, causal.Objective((2, 4), 3.))
+    loss = causal.trajectory_loss(None, text, made, clip, chunk, levels, (2, 4))
     assert torch.allclose(loss, levels.square().mean(), rtol=1e-3)
     pack, xt, t = one_too_high[0]
     assert torch.equal(pack.past, x[[1, 0], :18, -1].float())
@@ -1214,33 +1106,12 @@ def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_h
     assert torch.equal(t, levels.repeat_interleave(3).expand(2, 12))
 
 
-def test_the_curriculum_tells_how_often_each_kind_is_drawn():
+@pytest.mark.parametrize("histories", [causal.HISTORIES, causal.FOLDER_HISTORIES], ids=["world", "folder"])
+def test_each_kind_of_history_is_drawn_as_often_as_the_table_says(histories):
     rng = np.random.default_rng(0)
-    for row, done in zip(causal.HISTORY_CURRICULUM, (0, .5, .8, .99)):
-        drawn = [causal.draw_pass(rng, done) for _ in range(2000)]
-        packs = [p for p in drawn if p.kind != "rollout"]
-        assert abs(1 - len(packs) / 2000 - row.get("rollout", 0)) < .04
-        for kind in causal.KINDS:
-            assert abs(sum(p.kind == kind for p in packs) / len(packs) - row.get(kind, 0)) < .06, (done, kind)
-        assert abs(sum(p.steady_turns for p in packs) / len(packs) - row["steady_turns"]) < .06
-        assert all(p.skip in ((1, 2) if p.kind == "skip_chunk" else (0,)) for p in drawn)
-        assert all(7 <= min(p.supervised) and max(p.supervised) <= p.length <= 40 for p in drawn)
-    kinds = {causal.draw_pass(rng, done, causal.FOLDER_CURRICULUM).kind for done in np.linspace(0, .999, 200)}
-    assert kinds == {"prefix", "full_history"}  # folders of videos have no counterfactuals, and no headings
-
-
-def test_a_rollout_pass_predicts_from_the_real_memory(monkeypatch):
-    net, x0 = random_dit(), noise(2, 123, 16, 4, 8)
-    text, t, offset = random_text(net, 2), torch.rand(2, 12), noise(2, 12, 16, 4, 8, seed=7)
-    monkeypatch.setattr(causal, "stratified_noise", lambda x0, shift: (x0 + offset, t, offset))
-    drawn = causal.Pass("rollout", False, 0, length=9, policy="longlive", supervised=[7, 9])
-    rng, objective = np.random.default_rng(0), causal.Objective((2, 4), 3.)
-    loss = causal.rollout_loss(net, text, clips_of(x0), torch.arange(2), drawn, rng, objective)
-    errors = []
-    for error, level in zip(offset.split(3, dim=1), t.split(3, dim=1)):
-        noised = {i: (x0[:, 3 * i:3 * i + 3] + error, level) for i in drawn.supervised}
-        errors += [v - error for v in causal_predictions(net, text, x0, noised, "longlive")]
-    assert torch.allclose(loss, torch.stack(errors).square().mean(), rtol=1e-4)
+    drawn = Counter(causal.draw_kind(histories, rng, 0.) for _ in range(4000))
+    assert all(abs(drawn[kind] / 4000 - share) < .03 for kind, share in histories.items())
+    assert sum(histories.values()) == 1 and "lookup" not in causal.FOLDER_HISTORIES
 
 
 def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path, monkeypatch):
@@ -1264,28 +1135,6 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
     assert torch.equal(trajectories().x, made.x)
 
 
-def test_an_error_along_the_probe_counts_more_and_any_other_error_as_ever():
-    v_star, t = noise(2, 3, 16, 4, 8), torch.tensor([[.5] * 3, [1.] * 3])
-    along, across = torch.linalg.qr(noise(512, 2))[0].T  # at right angles, of length 1
-    for error, more in ((along, torch.tensor([.25, 1.])), (across, torch.zeros(2))):  # of x0
-        loss = flow.flow_matching_loss(v_star + error.view(16, 4, 8), v_star, t, along[None], 10.)
-        assert torch.allclose(loss, 1 / 512 + 10 * more, rtol=1e-3)
-
-
-def test_a_heading_probe_from_few_clips_reads_held_out_worlds(monkeypatch):
-    tae = load(TINY_TAE, TAE, TAEConfig)[0].to(memory_format=torch.channels_last)
-    monkeypatch.setattr(causal, "PROBE_CLIPS", 12)
-    monkeypatch.setattr(causal, "CHUNKS", 27)
-
-    def encoded(worlds, latents=81):
-        return torch.cat([encode_world(tae, spec, latents, CPU) for spec in worlds])
-    worlds = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
-    x, y = causal.fit_heading_probe(encoded) @ encoded(worlds).flatten(0, 1).flatten(1).T
-    heading = Histories(worlds, 27).heading.flatten()
-    off = world.wrap((torch.atan2(y, x) * 128 / torch.pi - heading).numpy())
-    assert np.median(np.abs(off)) < 3 and np.abs(off).max() < 24  # columns of 256
-
-
 def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keeps_less_lingering():
     is_turn, moved = torch.arange(16) < 8, torch.where(noise(16, 41).abs() > .5, 5., 1.)
     blind = 1 - .1 * noise(16, 41, seed=2).abs()                  # keys that do not tell what moves ...
@@ -1300,9 +1149,8 @@ def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keep
 
 # ---- training clips: never held-out worlds, with the pasts that memory would hold --------------------------
 
-@pytest.mark.parametrize("steady_turns", [False, True])
-def test_training_never_uses_held_out_worlds(steady_turns):
-    seeds = [spec.seed for spec in training_worlds(3000, 0, steady_turns)]
+def test_training_never_uses_held_out_worlds():
+    seeds = [spec.seed for spec in training_worlds(3000, 0)]
     assert len(set(seeds)) == 3000 and .99 * world.HELD_OUT < max(seeds) < world.HELD_OUT
 
 
@@ -1322,35 +1170,34 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
 MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
 
 
-def test_chunks_in_which_something_comes_back_weigh_twelve_times_as_much():
+def test_a_view_comes_back_if_memory_holds_it_from_before_it_was_out_of_sight():
     histories = Histories(MOTIONS, 30)
     for b, spec in enumerate(MOTIONS):
-        w = world.make_world(spec)
-        seen, before = set(), set()
-        for i in range(29):  # at the end of the last chunk the clip ends
-            first, last = max(0, 12 * i - 3), 12 * i + 8
-            heading = w.motion.heading(w.start, np.arange(first, last + 1))
-            now = set(np.flatnonzero((np.abs(world.offsets(heading)) <= world.GONE).any(0)))
-            steps = np.diff(w.motion.heading(w.start, np.arange(max(0, first - 1), last + 2)))
-            comes_back = bool(now & seen - before) or len(set(np.sign(steps))) > 1
-            assert i < 7 or histories.weight[b, i] == (12 if comes_back else 1), (spec, i)
-            assert abs(histories.moved[b, i] - abs(heading[-1] - heading[0])) < 1e-9
-            seen, before = seen | now, now
+        w = make_world(spec)
+        path = w.motion.heading(w.start, np.arange(361))
+        for i in range(30):
+            turned = np.abs(wrap(path[:12 * i:4] - path[12 * i]))  # of each latent's last frame
+            apart = np.flatnonzero(turned >= 64).max(initial=-1)
+            assert histories.apart[b, i] == apart
+            for name, held in histories.held.items():
+                back = any(turned[n] < 32 for n in held[b, i].tolist() if 0 <= n <= apart)
+                assert histories.back[name][b, i] == back, (spec, name, i)
+            assert abs(histories.moved[b, i] - abs(path[12 * i + 8] - path[max(0, 12 * i - 3)])) < 1e-9
 
 
-def test_targets_are_drawn_as_often_as_they_weigh_and_have_room_behind_them():
+@pytest.mark.parametrize("given, least, most", [({"ahead": 7}, .65, .8), ({}, .65, .8), ({"lookup": True}, 1, 1)])
+def test_most_targets_are_views_that_come_back_and_they_have_room_behind_them(given, least, most):
     histories = Histories(MOTIONS, 30)
-    history = histories.draw_history(np.random.default_rng(0), 3000, ahead=7)
-    assert history.chunk.min() == 7 and history.chunk.max() == 23
-    for b in range(3):
-        share = torch.bincount(history.chunk[history.clip == b], minlength=24)[7:] / (history.clip == b).sum()
-        weight = histories.weight[b, 7:24]
-        assert np.abs(share.numpy() - weight / weight.sum()).max() < .03
+    history = histories.draw_history(np.random.default_rng(0), 1000, **given)
+    assert history.chunk.min() >= 7 and history.chunk.max() <= 30 - given.get("ahead", 1)
+    back = [any(histories.back[name][c, i] and torch.equal(held[c, i], frame) for name, held in histories.held.items())
+            for c, i, frame in zip(history.clip, history.chunk, history.frame)]
+    assert least <= np.mean(back) <= most
 
 
 def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison():
     histories, rng = Histories(MOTIONS, 30), np.random.default_rng(0)
-    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0), ({"clips": 2}, 0)):
+    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0), ({"lookup": True}, 0)):
         history = histories.draw_history(rng, 3000, **given)
         held = (history.frame >= 0).sum(1)
         assert abs((held < 18).float().mean() - share) < .02  # two of those four hold less than 18 latents
@@ -1358,7 +1205,7 @@ def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison(
 
 
 def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
-    tae, worlds, encoded = shipped_vae(), training_worlds(3, 0), []
+    tae, worlds, encoded = TAE(tiny_tae).initialise(), training_worlds(3, 0), []
 
     def counted(tae, spec, latents, device):
         encoded.append(spec)
@@ -1368,28 +1215,23 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
     assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded == worlds
     next(tmp_path.rglob("00002.safetensors")).unlink()  # as if stopped after two clips
     assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded[3:] == worlds[2:]
-    data.latent_cache(tmp_path, tae, worlds[:2], 6, CPU)
-    assert encoded[4:] == worlds[:2]
+    empty = [replace(spec, empty=True) for spec in worlds]
+    for others in (worlds[:2], empty):
+        encoded.clear()
+        data.latent_cache(tmp_path, tae, others, 6, CPU)
+        assert encoded == others
     assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
 
 
 # ---- training: updates, averages, checkpoints, processes ---------------------------------------------------
 
 SMALL = replace(tiny_dit, dim=32, ffn_dim=48, heads=2, layers=2)
-STAGES = ["vae", "init", "base", "teacher", "1", "2"]
-SHORT_CURRICULUM = [  # every kind of history in few updates
-    dict(until=.3, prefix=.2, full_history=.2, skip_chunk=.2, keyframes_only=.2, swapped_recent=.2,
-         steady_turns=.5),
-    dict(until=.5, prefix=.5, full_history=.5, steady_turns=1.),
-    dict(until=.6, prefix=.5, full_history=.5, steady_turns=1., rollout=.8),
-    dict(until=1., prefix=1., rollout=.8),
-]
+STAGES = ["vae", "init", "teacher", "1", "2"]
 
 
 def small_preset(preset):
     lengths = {"shortest": 8, "longest": 10, "ramp": .6} if preset.longest > 7 else {}
-    return replace(preset, heading_weight=min(.1, preset.heading_weight), save_every=2, probe_every=0,
-                   critic_heading_weight=min(.1, preset.critic_heading_weight), **lengths)
+    return replace(preset, save_every=2, probe_every=0, **lengths)
 
 
 def with_presets(**fields):
@@ -1401,16 +1243,15 @@ AS_SMALL = {  # module: what a small training run sets there
     train: {"PROBED": 2,
             "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
     stages: {"tiny_dit": SMALL, "CRITIC_PASSES": 2},
-    data: {"CLIPS": 2, "STEADY_TURN_CLIPS": 2, "COUNTERFACTUALS": 2},
-    causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9, "PROBE_CLIPS": 2,
-             "HISTORY_CURRICULUM": SHORT_CURRICULUM,
+    data: {"CLIPS": 2, "EMPTY_CLIPS": 2},
+    causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9,
              "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
 }
 
 
 def small_weights(out):
     """Random networks in the places where each stage looks for those of the stage before it."""
-    for i, name in enumerate(("init_ar", "init_ode", "base", "teacher", "stage1")):
+    for i, name in enumerate(("init_ar", "init_ode", "teacher", "stage1")):
         net = random_dit(i, **{k: getattr(SMALL, k) for k in ("dim", "ffn_dim", "heads", "layers")})
         facts = {"sampler": {"steps": 4, "tau": .9}}
         save_weights(out / name / f"{name}.safetensors", net.state_dict(), SMALL, facts)
@@ -1462,7 +1303,7 @@ def forget(out, stage, step):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training, recwarn):
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training):
     go, out = small_training
     go("--stage", stage, "--updates", "4")
     want = results(out, stage)
@@ -1474,7 +1315,6 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small
         errors = [line["errors"] for line in logged(out / part)]
         assert errors[0] == 0 and errors[3] > errors[1] and errors[4:] == errors[2:4]
     assert [line["step"] for line in logged(out / part) if line["step"]] == [1, 2, 3, 4, 3, 4]
-    assert not [w for w in recwarn if "distributed" in str(w.message)]
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
@@ -1497,58 +1337,78 @@ def test_a_signal_ends_training_after_the_update_and_the_run_goes_on(name, code,
     assert results(out, "teacher") == results(out / "whole", "teacher")
 
 
-def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(small_training, monkeypatch):
-    go, out = small_training
-    save, calls = checkpoint.dcp.save, []
-
-    def cut_off(state, checkpoint_id, no_dist):
-        save(state, checkpoint_id=checkpoint_id, no_dist=no_dist)
-        calls.append(checkpoint_id)
-        if len(calls) == 2:
-            (checkpoint_id / ".metadata").unlink()
-            raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint.dcp, "save", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        go("--stage", "base", "--updates", "4")
-    assert {f.name for f in (out / "base").glob("*_00*")} == {"step_000002", "part_000004"}
-    go("--stage", "base", "--updates", "4")
-    assert {f.name for f in (out / "base").glob("*_00*.*")} == {"strip_000004.png"}
-    assert sorted(f.name for f in (out / "base").glob("*_00????")) == ["step_000002", "step_000004"]
-    assert [line["step"] for line in logged(out / "base")] == [1, 2, 3, 4, 3, 4]
-
-
-DAMAGE = {  # to a checkpoint's folder
-    "a wrong bit": lambda folder: flip_bit(folder / "__0_0.distcp"), "cut": lambda folder: cut(folder / "__0_0.distcp"),
-    "gone": lambda folder: (folder / "__0_0.distcp").unlink(), "no index": lambda folder: cut(folder / ".metadata"),
-    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no sums": lambda folder: (folder / "sha256").unlink()}
-
-
 def cut(file):
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def test_two_checkpoints_are_kept_and_one_with_any_damage_is_named_and_passed_over(small_training, capsys):
-    go, out = small_training
-    words = ["--stage", "base", "--updates", "4"]
-    go(*words)
-    assert sorted(f.name for f in (out / "base").glob("step_*")) == ["step_000002", "step_000004"]
-    want = results(out, "base")
-    for name, damage in DAMAGE.items():
-        shutil.copytree(out / "base", out / name / "base")
-        damage(out / name / "base" / "step_000004")
-        go(*words, out=out / name)
-        (told,) = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
-        assert "step_000004" in told and results(out / name, "base") == want, name
-        assert [line["step"] for line in logged(out / name / "base")] == [1, 2, 3, 4, 3, 4]
-    # the checksums are not missed where they are not asked for
-    shutil.copytree(out / "base", out / "unseen" / "base")
-    DAMAGE["no sums"](out / "unseen" / "base" / "step_000004")
-    go(*words, "--no-verify", out=out / "unseen")
-    assert "cannot read" not in capsys.readouterr().err and len(logged(out / "unseen" / "base")) == 4
-    for folder in (out / "base").glob("step_*"):
-        DAMAGE["cut"](folder)
-    with pytest.raises(config.BadInput, match="delete that folder"):
-        go(*words)
+DAMAGE = {  # to a checkpoint's folder
+    "a wrong bit": lambda folder: flip_bit(folder / "__0_0.distcp"),
+    "cut": lambda folder: cut(folder / "__0_0.distcp"),
+    "gone": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "no index": lambda folder: cut(folder / ".metadata"),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "no sums": lambda folder: (folder / "sha256").unlink(),
+    "other sums": lambda folder: (folder / "sha256").write_bytes(b"\xff"),
+}
+
+
+def one_weight(value):
+    """Networks and optimizers of a run that trains one number"""
+    nets = torch.nn.ModuleDict({"net": torch.nn.Linear(1, 1)})
+    torch.nn.init.constant_(nets["net"].weight, value)
+    return nets, [torch.optim.AdamW(nets.parameters())]
+
+
+def save_at(folder, step):
+    checkpoint.save_checkpoint(folder, step, *one_weight(step), {})
+
+
+def load_newest(folder, **options):
+    """-> step, and the weight that came with it"""
+    nets, optimizers = one_weight(-1)
+    step = checkpoint.load_checkpoint(folder, nets, optimizers, {}, **options)
+    return step, int(nets["net"].weight.item())
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    assert load_newest(tmp_path) == (0, -1)
+    for step in (2, 4, 6):
+        save_at(tmp_path, step)
+    return tmp_path
+
+
+def test_two_checkpoints_are_kept_with_checksums_and_the_newest_is_read(checkpoints):
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000004", "step_000006"]
+    assert load_newest(checkpoints) == (6, 6)
+    newest = checkpoints / "step_000006"
+    sums = dict(reversed(line.split("  ")) for line in (newest / "sha256").read_text().splitlines())
+    assert sums == {name: hashlib.sha256((newest / name).read_bytes()).hexdigest()
+                    for name in (".metadata", "__0_0.distcp")}
+
+
+def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(tmp_path, monkeypatch):
+    save_at(tmp_path, 2)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(checkpoint, "list_hashes", None)
+        save_at(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000002", "part_000004"}
+    assert load_newest(tmp_path) == (2, 2)
+    save_at(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000002", "step_000004"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_with_any_damage_is_named_and_passed_over(damage, checkpoints, capsys):
+    DAMAGE[damage](checkpoints / "step_000006")
+    assert load_newest(checkpoints) == (4, 4)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "cannot read" in told and "step_000006" in told
+    if damage in ("no sums", "other sums"):  # which are not missed where they are not asked for
+        assert load_newest(checkpoints, verify=False) == (6, 6)
+    DAMAGE[damage](checkpoints / "step_000004")
+    with pytest.raises(BadInput, match="delete that folder"):
+        load_newest(checkpoints)
 
 
 def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_them(tmp_path):
@@ -1564,30 +1424,38 @@ def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_
 
 def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     go, out = small_training
-    words = ["--stage", "base", "--updates", "2", "--batch", "2"]
+    words = ["--stage", "teacher", "--updates", "2", "--batch", "2"]
     go(*words)
 
     def again(*more):
         sys.argv = ["train.py", "--out", str(out), *words, *more]
         train.main()
-    want, start = results(out, "base"), out / "init_ar" / "init_ar.safetensors"
-    facts = load(out / "base" / "base.safetensors", DiT, DiTConfig)[1]
-    for name, file in (("init_ar", start), ("vae", WEIGHTS / "vae.safetensors"), ("text", WEIGHTS / "text.safetensors")):
+    want = results(out, "teacher")
+    # the weights tell what they started from
+    facts = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[1]
+    for name in ("init_ar", "vae", "text"):
+        file = (out / name if name == "init_ar" else WEIGHTS) / f"{name}.safetensors"
         assert facts[f"sha256 of {name}"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    other = {"--seed 7": "seed 0, not 7", "--lr 1": "lr 0.0015, not 1.0", "--updates 1": "updates 2, not 1",
-             "--accumulate 2": "accumulate 1, not 2", f"--init {out / 'base' / 'base.safetensors'}": "sha256 of init_ar [0-9a-f]*, not"}
+    other = {
+        "--seed 7": "seed 0, not 7",
+        "--lr 1": "lr 0.0007, not 1.0",
+        "--updates 1": "updates 2, not 1",
+        "--accumulate 2": "accumulate 1, not 2",
+        f"--init {out / 'init_ode' / 'init_ode.safetensors'}": "sha256 of init_ar [0-9a-f]*, not",
+    }
     for more, told in other.items():
-        with pytest.raises(BadInput, match=f"{out / 'base'} was trained with {told}") as refused:
+        with pytest.raises(BadInput, match=f"{out / 'teacher'} was trained with {told}") as refused:
             again(*more.split())
-        assert "\n" not in str(refused.value) and results(out, "base") == want
-    (out / "base" / "settings.json").write_text('{"passes": 3}')
+        assert "\n" not in str(refused.value) and results(out, "teacher") == want
+    (out / "teacher" / "settings.json").write_text('{"passes": 3}')
     with pytest.raises(BadInput, match="settings.json is damaged"):
         again()
     # what has trained nothing yet may still change
-    for file in [*(out / "base").glob("step_*"), out / "base" / "base.safetensors"]:
-        file.unlink() if file.is_file() else shutil.rmtree(file)
+    for folder in (out / "teacher").glob("step_*"):
+        shutil.rmtree(folder)
+    (out / "teacher" / "teacher.safetensors").unlink()
     again("--seed", "7")
-    assert results(out, "base") != want
+    assert results(out, "teacher") != want
 
 
 def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
@@ -1643,24 +1511,24 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
 
     def recorded(ema, nets, decay):
         if not seen:
-            seen.append([p.detach().clone() for p in ema["base"].parameters()])
-        seen.append([p.detach().clone() for p in nets["base"].parameters()])
+            seen.append([p.detach().clone() for p in ema["teacher"].parameters()])
+        seen.append([p.detach().clone() for p in nets["teacher"].parameters()])
         update(ema, nets, decay)
     monkeypatch.setattr(train, "update_ema", recorded)
     monkeypatch.setattr(train, "TINY", with_presets(ema_decay=.15, warmup=1))
-    go("--stage", "base", "--updates", "3")
+    go("--stage", "teacher", "--updates", "3")
     average, *weights = seen
     for step, now in enumerate(weights):
         decay = min(.15, (step + 1) / (step + 10))  # .1 while it warms up, then .15
         average = [decay * a + (1 - decay) * p for a, p in zip(average, now)]
-    saved = load(out / "base" / "base.safetensors", DiT, DiTConfig)[0].parameters()
+    saved = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[0].parameters()
     for p, a, raw in zip(saved, average, weights[-1]):
         assert torch.allclose(p, a, rtol=1e-5, atol=1e-7)  # float32: a bf16 file would be off by 1e-3
     assert any(not torch.allclose(a, raw, rtol=1e-2, atol=1e-6) for a, raw in zip(average, weights[-1]))
 
 
 def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
-    preset = replace(train.TINY["base"], lr=2., warmup=4, updates=100)
+    preset = replace(train.TINY["teacher"], lr=2., warmup=4, updates=100)
     assert [train.get_lr(preset, step) for step in (0, 1)] == pytest.approx([.5, 1.], rel=1e-3)
     assert [train.get_lr(preset, step) for step in (50, 100)] == pytest.approx([2 * .55, 2 * .1])
     preset = replace(train.TINY["stage1"], lr=2., warmup=4, updates=100)
@@ -1712,6 +1580,34 @@ def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_
     assert data.Shuffled(items, 0).take(20) == order
 
 
+def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covariance():
+    torch.manual_seed(0)
+    tae = TAE(TAEConfig(encoder=8, decoder=(16, 16, 8, 8))).initialise()
+    torch.manual_seed(1)
+    found = stages.vae_pass(SimpleNamespace(vae=tae, device=CPU, autocast=nullcontext()), 2, np.random.default_rng(0), 0.)
+    got = gradients(tae)
+    # the same written plainly
+    rng, clips = np.random.default_rng(0), []
+    for _ in range(2):
+        spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
+        clips.append(torch.from_numpy(clip(spec, int(rng.integers(480)), 17)))
+    torch.manual_seed(1)
+    real = torch.stack(clips)
+    z = tae.encode(real * 2 - 1)
+    made = tae.run(tae.decoder, z + .1 * torch.randn_like(z), None)[0][:, 3:]
+    change, real_change = made[:, 1:] - made[:, :-1], real[:, 1:] - real[:, :-1]
+    of_frames = [x.flatten(2).norm(dim=2) / x[0, 0].numel() ** .5 for x in (change, real_change)]
+    latents = z.movedim(2, 0).flatten(1)
+    off = torch.cov(latents) - torch.diag(latents.var(1))
+    losses = {"motion": F.mse_loss(change, real_change), "speed": F.mse_loss(*of_frames),
+              "unit": (latents.mean(1) ** 2 + (latents.std(1) - 1) ** 2 + (off ** 2).sum(1)).mean()}
+    mse = F.mse_loss(made, real)
+    losses["loss"] = mse + .5 * losses["motion"] + .5 * losses["speed"] + .02 * losses["unit"]
+    losses["loss"].backward()
+    assert found == pytest.approx({"psnr": -10 * mse.log10().item()} | {k: v.item() for k, v in losses.items()}, rel=.02)
+    same_gradients(got, gradients(tae), .02)
+
+
 def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypatch):
     go, out = small_training
     step, seen = erft.teacher_step, []
@@ -1752,8 +1648,8 @@ def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training,
         assert lr == pytest.approx(2e-4 if mine == critic else 1e-4)
 
 
-@pytest.mark.parametrize("context", ["memory", "none"])
-def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monkeypatch, capsys):
+@pytest.mark.parametrize("stage", ["2", "2_none"])
+def test_stage_2_logs_what_its_steps_saw_and_found(stage, small_training, monkeypatch, capsys):
     """One run with the steps recorded: who plays which part, what the context is, each number of the log."""
     go, out = small_training
     monkeypatch.setattr(train, "TINY", with_presets(probe_every=2))
@@ -1766,8 +1662,8 @@ def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monk
         return recorded
     for which in found:
         monkeypatch.setattr(dmd, f"{which}_step", record(which, getattr(dmd, f"{which}_step")))
-    go("--stage", "2", "--updates", "3", "--teacher-context", context)
-    _, first, second, last = logged(out / "stage2")
+    go("--stage", stage, "--updates", "3")
+    _, first, second, last = logged(out / f"stage{stage}")
     # who is who: the frozen network of the file, the one that is trained, and the student
     (student, teacher, critic, _, trace, t, *_), (norm, error) = found["student"][-1]
     assert critic is found["critic"][-1][0][0] and not next(teacher.parameters()).requires_grad
@@ -1782,7 +1678,7 @@ def test_stage_2_logs_what_its_steps_saw_and_found(context, small_training, monk
     levels = [a[3].tolist() for a, _ in found["critic"]]
     assert len({str(level) for level in levels}) == 6 and t.tolist() not in levels
     held = min(21, 3 * (last["L"] - 7))
-    assert trace.context.shape[1] == (held if context == "memory" else 0)
+    assert trace.context.shape[1] == (held if stage == "2" else 0)
     # the numbers
     assert last["L"] == trace.rollout.chunk and 8 <= last["L"] <= 10
     assert trace.exits[0].t[0, 0].item() == pytest.approx(flow.schedule(4, 5.)[last["r"]])
@@ -1826,14 +1722,11 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
 
 
 @pytest.mark.parametrize("words, told", [
-    ("3", "choose from"),
-    ("1 --accumulate 0", "at least 1"), ("1 --lr nan", "--lr must lie"), ("1 --seed -1", "--seed must lie"),
-    ("1 --updates -1", "above 0"),
-    ("teacher --errors 2", "from 0 to 1"),
-    ("2 --teacher-context maybe", "choose from"),
+    ("3", "choose from"), ("all --init x", "begins with nothing"),
+    ("1 --accumulate 0", "must lie from 1"), ("1 --lr nan", "--lr must lie"),
+    ("1 --seed -1", "--seed must lie"), ("1 --updates -1", "--updates must lie"), ("1 --batch -1", "must lie"),
     ("2 --init nowhere.safetensors", "nowhere.safetensors"),
-    ("1 --size 8x8", "needs --wan"),
-    ("vae --data clips", "needs --wan"),
+    ("1 --size 8x8", "needs --wan"), ("vae --data clips", "needs --wan"),
     (f"1 --out {Path(__file__).as_posix()}/o", "cannot write to"),
 ])
 def test_bad_options_of_training_are_told_in_one_line(words, told, small_training):
@@ -1982,18 +1875,6 @@ def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other
     assert results(out / "two_two" / stage, stage) == results(out / "two" / stage, stage)
 
 
-def test_sharded_weights_have_the_gradients_of_whole_ones_in_bf16(monkeypatch, tmp_path):
-    """One process with and without a process group: at update 1 the same gradients, whatever Adam makes of them."""
-    monkeypatch.setattr("sys.argv", [])
-    monkeypatch.setattr(train, "WAN", train.WAN)
-    train_full_size(tmp_path / "whole", "bf16")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    train_full_size(tmp_path / "sharded", "bf16")  # ends the group
-    whole, sharded = (logged(tmp_path / name / "bf16" / "stage1")[0] for name in ("whole", "sharded"))
-    for name in ("grad", "critic_grad", "critic_loss"):
-        assert sharded[name] == pytest.approx(whole[name], rel=1e-4, abs=2e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run, folder, part, most", [
     ("two", "fp32", "stage1", 1e-6), ("two_one", "fp32", "stage1", 1e-6), ("two", "bf16", "stage1", 1e-4),
@@ -2017,35 +1898,66 @@ def test_a_signal_that_reaches_one_process_ends_both(two_processes):
     assert [f.name for f in folder.glob("step_*")] == ["step_000001"]
 
 
-@pytest.mark.slow
-def test_the_whole_chain_from_nothing_lowers_the_loss_on_held_out_clips(small_training, monkeypatch):
-    """Each stage starts from what the one before it wrote; each network is better than none on held-out clips."""
-    _, out = small_training
-    monkeypatch.setattr(train, "TINY", with_presets(warmup=2, ema_decay=.5))
-    for stage, updates in (("vae", 30), ("init", 60), ("base", 30), ("teacher", 30), ("1", 3), ("2", 3)):
-        words = ["--stage", stage, "--updates", str(updates), "--batch", "2"]
-        sys.argv = ["train.py", "--out", str(out), *words]
-        train.main()
-    vae, _ = load(out / "vae" / "vae.safetensors", TAE, TAEConfig)
-    encoder, _ = load(out / "init_ar" / "text.safetensors", TextEncoder, TextConfig)
-    which = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
-    x0 = torch.cat([encode_world(vae, w, 21, torch.device("cpu")) for w in which])
-    features = encoder(*bytes_to_ids([world.make_world(w).caption for w in which]))
-    t, eps = torch.full(x0.shape[:2], .7), noise(*x0.shape)
-    xt = flow.add_noise(x0, eps, t)
+def train_all(out, *words):
+    options = "--stage all --updates 2 --batch 2 --device cpu".split()
+    sys.argv = ["train.py", *options, "--out", str(out), *words]
+    train.main()
 
-    def loss(net, is_bidirectional):
-        if is_bidirectional:
-            v = erft.predict_velocity(net, x0[:, :0], xt, t, net.text(features), (1, 8))
-        else:
-            frame = torch.arange(x0.shape[1]).expand(len(x0), -1)
-            pack = causal.Pack(x0, frame, x0, frame)
-            v = causal.packed_forward(net, net.text(features), pack, xt, t, (2, 4))
-        return (v - (eps - x0)).square().mean().item()
-    for name in ("init_ar", "init_ode", "base", "teacher", "stage1", "stage2"):
-        net, _ = load(out / name / f"{name}.safetensors", DiT, DiTConfig)
-        both = name in ("base", "teacher")
-        assert loss(net, both) < .97 * loss(DiT(net.config).initialise().eval(), both), name
+
+@pytest.mark.slow
+def test_one_command_makes_all_that_ships_and_goes_on_where_it_was(small_training, monkeypatch, capsys):
+    """Stopped in the teacher, it has the bits of one that was not; each file names what it started from."""
+    _, out = small_training
+    train_all(out / "whole")
+    step = erft.teacher_step
+
+    def interrupted(*a):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*a)
+    monkeypatch.setattr(erft, "teacher_step", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        train_all(out / "stopped")
+    monkeypatch.setattr(erft, "teacher_step", step)
+    made = (out / "stopped" / "vae" / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    train_all(out / "stopped")
+    told = capsys.readouterr().out
+    assert re.search(r"part 4 of 8: teacher\nteacher: 2 updates, about \d+ min .*; writes [\d.]+ MB", told)
+    assert "\nvae: " not in told and (out / "stopped" / "vae" / "log.jsonl").read_bytes() == made
+    want = results(out / "whole", "all")
+    assert results(out / "stopped", "all") == want
+    ships = {file.name for file in WEIGHTS.glob("*.safetensors")} | {"teacher_plain.safetensors"}
+    assert set(want) == ships
+    # the chain of hashes; "all" does not go on with other settings
+    digest = {}
+    for name, content in want.items():
+        digest[f"sha256 of {Path(name).stem}"] = hashlib.sha256(content).hexdigest()
+    for part in train.PARTS["all"][1:]:
+        facts = load(out / "whole" / part / f"{part}.safetensors", DiT, DiTConfig)[1]
+        starts = {name: value for name, value in facts.items() if name.startswith("sha256")}
+        assert starts and starts.items() <= digest.items()
+    with pytest.raises(BadInput, match="seed 0, not 7"):
+        train_all(out / "whole", "--seed", "7")
+
+
+def test_the_ablations_differ_in_one_thing_each():
+    for presets in (train.TINY, train.WAN):
+        assert presets["teacher_plain"] == replace(presets["teacher"], errors=0.)
+        assert presets["teacher"].errors == .5 and presets["stage2"].sees_context
+        assert presets["stage2_none"] == replace(presets["stage2"], sees_context=False)
+
+
+def test_a_plain_teacher_meets_no_errors(small_training, monkeypatch):
+    go, out = small_training
+    step, shares = erft.teacher_step, []
+
+    def recorded(*a):
+        shares.append(a[-2])
+        return step(*a)
+    monkeypatch.setattr(erft, "teacher_step", recorded)
+    for stage in ("teacher", "teacher_plain"):
+        go("--stage", stage, "--updates", "1")
+    assert shares[0] == .5 and shares[-1] == 0
 
 
 @pytest.fixture
@@ -2096,7 +2008,7 @@ def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, mon
     run_script(data, monkeypatch, *words)
     assert sorted(out.rglob("*.*")) == [first, second] and mine[0].stat().st_mtime_ns == made
     printed = capsys.readouterr().out
-    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: no caption", "noise.mp4 is damaged (",
+    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: cannot read the text", "noise.mp4 is damaged (",
                  "turned.mp4: 32x64", "latin.mp4: cannot read the text", "empty.mp4: ", "empty.txt is empty"):
         assert line in printed
 
@@ -2154,7 +2066,7 @@ def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_
     go, out = small_training
     run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
     (out / "prompts.txt").write_text("\n".join(world.make_world(WorldSpec(i)).caption for i in range(3)))
-    for stage, source in (("base", "data"), ("teacher", "data"), ("1", "prompts.txt")):
+    for stage, source in (("teacher", "data"), ("1", "prompts.txt")):
         go("--stage", stage, "--updates", "2", "--batch", "2", "--data", str(out / source))
         assert results(out, stage)
 
@@ -2194,7 +2106,8 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(ra
     run_script(train, monkeypatch, *train_words, prompts, "--stage", "2")
     assert weights == [4.] * 3 + [6.] * 2
     before, now = (load(out / p / f"{p}.safetensors", DiT, DiTConfig) for p in ("init_ode", "stage2"))
-    assert now[0].config.dim == 64 and now[1]["sampler"]["shift"] == 5 and now[1]["lr"] == 2e-6 and keys(before[0]) == keys(now[0])
+    assert now[0].config == before[0].config and now[0].config.dim == 64
+    assert now[1]["sampler"]["shift"] == 5 and now[1]["lr"] == 2e-6
     assert list((out / "stage2").glob("strip_*.png")) and all(v.isfinite().all() for v in now[0].parameters())
     assert hashlib.sha256(stages.NEGATIVE.encode()).hexdigest().startswith("ce96e0324e4b54ce")
 
@@ -2206,7 +2119,7 @@ def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_
     wan = ["--out", tmp_path / "o", "--wan", raw, "--size", "32x32"]
     run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path / "data")
     for script, words, told in [
-            (train, [*wan, "--stage", "base"], "Wan2.1 is the base"), (train, [*wan, "--stage", "vae"], "Wan2.1 is the base"),
+            (train, [*wan, "--stage", "vae"], "Wan2.1 is the base"),
             (train, [*wan, "--stage", "1"], "needs --data"), (train, [*wan, "--stage", "1", "--data", empty], "holds no prompts"),
             (train, ["--stage", "1", "--data", videos / "gone"], "cannot read"), (train, ["--stage", "1", "--size", "8x8"], "needs"),
             (train, ["--stage", "init", "--data", prompts], "small world's own"),
@@ -2313,17 +2226,6 @@ def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
     assert psnr > 28  # the ceiling that validity is compared with
 
 
-def test_true_worlds_are_recalled_perfectly_and_the_ceiling_tells_memory_policies_apart():
-    """18 s of real video of a 9 s turn, from 10.3 s on: uniform-2 holds what returns, longlive none of it."""
-    networks = weights.load_tiny(WEIGHTS / "init_ar.safetensors", torch.device("cpu"))
-    spec = WorldSpec(world.HELD_OUT, "turn", 9)
-    frames, keep = continue_student(networks, [spec], 24, 0, PRESETS["uniform2"])
-    reading, motion = read_video(frames[0]), world.make_world(spec).motion
-    found = own_reappearances(reading, motion, keep[0], PRESETS["uniform2"], 14)
-    assert len(found) >= 4 and all(event.right and held for event, held in found)
-    assert not any(held for _, held in own_reappearances(reading, motion, keep[0], PRESETS["longlive"], 14))
-
-
 # ---- command lines, files and frames -----------------------------------------------------------------------
 
 @dataclass
@@ -2341,9 +2243,12 @@ def test_the_fields_of_a_dataclass_become_options():
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--cuont 3", "'--cuont' is unknown: did you mean --count?"), ("--coun=3", "'--coun' is unknown"),
-    ("three", "choose from --count, --share"), ("--count", "--count: expected one argument"),
-    ("--share half", "--share: invalid float value: 'half'"), ("--go-on=1", "--go-on: ignored")])
+    ("--cuont 3", "'--cuont' is unknown: did you mean --count?"),
+    ("--coun=3", "'--coun' is unknown"),
+    ("three", "choose from --count, --share"),
+    ("--count", "--count: expected one argument"),
+    ("--share half", "--share: invalid float value: 'half'"),
+    ("--go-on=1", "--go-on: ignored")])
 def test_wrong_options_are_refused_and_the_nearest_right_one_is_named(words, message):
     with pytest.raises(BadInput) as told:
         config.parse(Options, words.split())
@@ -2359,15 +2264,21 @@ def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_defa
     assert "--from STR where it starts [here]" in told
 
 
-def test_a_file_is_whole_or_absent_and_the_one_before_stays(tmp_path):
-    path = tmp_path / "more" / "file.txt"
+@pytest.mark.parametrize("error, told", [
+    (KeyboardInterrupt(), "^$"),
+    (OSError(28, "No space left"), "cannot write .*file: No space left")])
+def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_path):
+    path = tmp_path / "more" / "file"
     with config.whole_or_absent(path) as part:
         part.write_text("first")
         assert not path.exists()
-    with pytest.raises(KeyboardInterrupt), config.whole_or_absent(path) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises((BadInput, KeyboardInterrupt), match=told):
+        with config.whole_or_absent(path) as part:
+            part.write_text("half")
+            raise error
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(BadInput, match="it is a folder"), config.whole_or_absent(tmp_path):
+        pass
 
 
 def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path):
@@ -2383,17 +2294,7 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*parts[1:], "a"])
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_file_before_stays(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("first")
-    with pytest.raises(BadInput, match="cannot write .*a: No space left"), config.whole_or_absent(path):
-        raise OSError(28, "No space left on device")
-    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(BadInput, match="it is a folder"), config.whole_or_absent(tmp_path):
-        pass
-
-
-def test_a_file_that_another_program_has_open_is_not_replaced_and_the_new_one_is_kept(tmp_path, monkeypatch):
+def test_where_another_program_has_a_file_open_the_new_one_is_kept_beside_it(tmp_path, monkeypatch):
     path, replace_file = tmp_path / "a.mp4", os.replace
     path.write_text("old")
 
@@ -2408,20 +2309,18 @@ def test_a_file_that_another_program_has_open_is_not_replaced_and_the_new_one_is
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["new", "old"]
 
 
-@pytest.mark.parametrize("schema, value, told", [
-    ({"a": int}, {"a": 1, "b": 2}, ""),
-    ({"a": int}, {}, "its content, a must be int, not NoneType"),
-    ([str], ["a", 1], "its content must be str, not int"),
-    ((str, None), None, ""),
-    ([(str, None)], [None, "a"], ""),
-    ({"a": [int]}, {"a": {}}, "its content, a must be list, not dict"),
-    (dict, [], "its content must be dict, not list"),
+@pytest.mark.parametrize("schema, good, bad, told", [
+    ({"a": int}, {"a": 1, "b": 2}, {}, "content, a must be int, not NoneType"),
+    ([str], ["a"], ["a", 1], "content must be str, not int 1"),
+    ([(str, None)], [None, "a"], [2], "content must be str"),
+    ({"a": [int]}, {"a": []}, {"a": {}}, "content, a must be list, not dict"),
+    (range(1, 9), 8, 9, "must be range"), (range(1, 9), 1, True, "not bool True"),
+    ({"x", "y"}, "x", "z", "not str z"), (float, -1, math.nan, "float, not float nan"),
 ])
-def test_a_schema_names_the_field_that_is_not_as_it_says(schema, value, told):
-    if not told:
-        return config.check_schema("file", value, schema)
-    with pytest.raises(BadInput, match=f"file is damaged: {told}"):
-        config.check_schema("file", value, schema)
+def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told):
+    config.check_schema("file", good, schema)
+    with pytest.raises(BadInput, match=f"file is damaged: its .*{told}"):
+        config.check_schema("file", bad, schema)
 
 
 @pytest.mark.parametrize("error, code, told", [
@@ -2481,13 +2380,13 @@ def test_every_script_imports_without_the_modules_that_windows_lacks():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
-def test_frames_and_chunks_of_seconds():
+def test_frames_and_chunks_of_seconds_and_bytes_of_pixels():
     assert [video.frames_in(s) for s in (.01, .05, 1, 60)] == [1, 1, 16, 960]
-    assert [video.chunks_of(n) for n in (1, 9, 10, 21, 22, 960)] == [1, 1, 2, 2, 3, 81]
-    assert [video.chunk_at(s) for s in (.01, .5625, .563, 20, 20.25)] == [1, 1, 2, 27, 28]
-    levels = torch.tensor([-2., -1, 0, .5, 1, 2]).view(6, 1, 1, 1).expand(6, 3, 2, 4)
-    assert video.to_uint8(levels)[:, 0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
-    assert video.to_uint8(levels).shape == (6, 2, 4, 3)
+    assert [video.chunks_of(n) for n in (1, 9, 10, 21, 960)] == [1, 1, 2, 2, 81]
+    levels = torch.tensor([-2., -1, 0, .5, 2]).view(5, 1, 1, 1)
+    pixels = video.to_uint8(levels.expand(5, 3, 2, 4))
+    assert pixels.shape == (5, 2, 4, 3)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 128, 191, 255]
 
 
 def ramp(frames, width=64):
@@ -2520,14 +2419,31 @@ def test_a_written_video_has_its_frames_scale_comment_and_rate(tmp_path):
     assert "comment         : a comment" in facts and "h264" in facts and "16 fps" in facts
 
 
+def test_colours_are_those_that_the_tags_promise_and_the_index_stands_in_front(tmp_path):
+    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    colours += [[255, 255, 255], [12, 200, 120], [128, 64, 250]]
+    colours = np.array(colours, np.uint8)
+    frame = colours.repeat(16, 0)[None].repeat(32, 0)
+    path = write_video(tmp_path / "a.mp4", [frame] * 3)
+    assert "yuv420p(tv, bt709" in facts_of(path)
+    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+    # the matrix of BT.709, by hand: Y of red is 16 + 219 * .2126
+    planes, _ = video.decode(path, "null", "-frames:v", "1", "-f", "rawvideo")
+    luma = np.frombuffer(planes, np.uint8)[:32 * 96].reshape(32, 96)
+    want = 16 + 219 / 255 * colours @ [.2126, .7152, .0722]
+    assert np.abs(luma[16, 8::16] - want).max() < 2.5
+    for frames in (iio.imread(path, plugin="FFMPEG"), video.read_frames(path, 96, 32, 1)[0]):
+        assert np.abs(frames[0, 16, 8::16] - colours.astype(float)).max() < 6
+
+
 def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_path):
     wide = ramp(40, 96)
     wide[:, :, :16] = wide[:, :, -16:] = 255
     path = write_video(tmp_path / "a.mp4", wide)
     frames = video.read_clip(path, 64, 32, 41)
-    middle = slice(4, -4)
     assert frames.shape == (33, 32, 64, 3)
-    assert np.abs(frames[:, :, middle] - ramp(40)[7:, :, middle].astype(float)).max() < 4
+    wrong = np.abs(frames - ramp(40)[7:].astype(float))
+    assert wrong[:, :, 4:-4].max() < 4
     few, source = video.read_frames(path, 32, 16, 5)
     assert len(few) == 5 and (source.width, source.height) == (96, 32)
     with pytest.raises(BadInput, match="from 9 to 39 frames"):
@@ -2537,34 +2453,32 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
 def film(path, source, *options, before=()):
     """A video by ffmpeg's own words: of a source of its lavfi, or of a file."""
     kind = [] if Path(source).exists() else ["-f", "lavfi"]
-    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *before, *kind, "-i", source, *options, path]
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error"]
+    words += [*before, *kind, "-i", source, *options, path]
     subprocess.run(list(map(str, words)), check=True)
     return path
 
 
-BARS = "color=red:s=96x32:r=16:d=1,drawbox=w=24:c=blue:t=fill"  # a blue quarter at the left
-FAST = "color=black:s=64x32:r=32:d=1,geq=lum='16+200*lt(abs(X-60*T),4)':cb=128:cr=128"  # a bar
-
-
-def shown(path):
-    """Of a file's middle frame, in its own size: (width, height), where blue is most"""
+@pytest.mark.parametrize("name, options, turned, size, middle", [
+    ("as_it_is.MKV", "", 0, (96, 32), (16, 12)),
+    ("turned.mp4", "", 90, (32, 96), (84, 16)),
+    ("upside.mp4", "", 180, (96, 32), (16, 84)),
+    ("wide.mov", "-vf setsar=2/1", 0, (192, 32), (16, 24)),
+    ("odd.webm", "-vf format=gbrp,crop=95:31:0:0 -pix_fmt yuv444p", 0, (95, 31), (15, 12)),
+    ("noname", "-f avi", 0, (96, 32), (16, 12)),
+    ("tiny.mkv", "-vf crop=24:2:0:0 -c:v ffv1", 0, (24, 4), (2, 12)),
+])
+def test_a_video_is_read_upright_with_square_pixels(name, options, turned, size, middle, tmp_path):
+    """In any container; a quarter at the left is blue."""
+    bars = "color=red:s=96x32:r=16:d=1,drawbox=w=24:c=blue:t=fill"
+    path = film(tmp_path / name, bars, *options.split())
+    if turned:
+        path = film(tmp_path / f"1{name}", path, "-c", "copy", before=["-display_rotation", turned])
     source = video.open_clip(path)
-    frames = list(source.read(source.width, source.height))
-    blue = frames[len(frames) // 2].astype(int) @ (-1, 0, 1)
-    return (source.width, source.height), np.argwhere(blue > 100).mean(0).round().astype(int).tolist()
-
-
-@pytest.mark.parametrize("name, options, before, want", [
-    ("as_it_is.MKV", [], [], ((96, 32), [16, 12])), ("turned.mp4", [], [90], ((32, 96), [84, 16])),
-    ("upside.mp4", [], [180], ((96, 32), [16, 84])), ("wide.mov", ["-vf", "setsar=2/1"], [], ((192, 32), [16, 24])),
-    ("odd.webm", ["-vf", "format=gbrp,crop=95:31:0:0", "-pix_fmt", "yuv444p"], [], ((95, 31), [15, 12])), ("noname", ["-f", "avi"], [], ((96, 32), [16, 12])),
-    ("tiny.mkv", ["-vf", "crop=24:2:0:0", "-c:v", "ffv1"], [], ((24, 4), [2, 12]))])
-def test_a_video_is_read_upright_with_square_pixels_in_any_container(name, options, before, want, tmp_path):
-    path = film(tmp_path / name, BARS, *options)
-    if before:
-        path = film(tmp_path / f"1{name}", path, "-c", "copy", before=["-display_rotation", *before])
-    size, middle = shown(path)
-    assert size == want[0] and np.abs(np.array(middle) - want[1]).max() <= 1
+    assert (source.width, source.height) == size
+    *_, frame = source.read(*size)
+    blue = np.argwhere(frame.astype(int) @ (-1, 0, 1) > 100)
+    assert np.abs(blue.mean(0) - middle).max() <= 1.5
 
 
 def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
@@ -2577,64 +2491,61 @@ def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
     assert len(frames) >= 61 and late[:32].max() < .06 and late.max() < .23
     source = video.open_clip(path)
     once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
-    assert len(once) == len(source.seconds) == 60 and np.abs(np.subtract(once, source.seconds)).max() < .03
+    assert len(once) == 60
+    np.testing.assert_allclose(once, source.seconds, atol=.03)
 
 
-def test_interlaced_and_hdr_videos_are_read_as_they_are_shown(tmp_path):
-    """Fields of different times show no comb; PQ's grey of 203 nits, white on paper, is not the dull grey of its code."""
-    def comb(frames):
-        return np.abs(np.diff(frames.astype(float), axis=1)).mean()
+def test_fields_of_different_times_show_no_comb(tmp_path):
+    bar = "color=black:s=64x32:r=32:d=1,geq=lum='16+200*lt(abs(X-60*T),4)':cb=128:cr=128"
+    coded = ["-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2"]
+    path = film(tmp_path / "a.mpg", f"{bar},tinterlace=4,setfield=tff", *coded)
+    shown, _ = video.read_frames(path, 64, 32, 99)
+    raw = iio.imread(path, plugin="FFMPEG")
+    comb, without = (np.abs(np.diff(x.astype(float), axis=1)).mean() for x in (raw, shown))
+    assert without < .3 * comb
 
-    fields = film(tmp_path / "a.mpg", f"{FAST},tinterlace=4,setfield=tff", "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2")
-    raw = iio.imread(fields, plugin="FFMPEG")
-    frames, _ = video.read_frames(fields, 64, 32, 99)
-    assert comb(frames) < .3 * comb(raw)
-    tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
+
+def test_white_paper_of_an_hdr_video_is_not_the_dull_grey_of_its_code(tmp_path):
+    """PQ's grey of 203 nits"""
     grey = "color=gray:s=64x64:d=0.2,format=yuv420p10le,geq=lum=64+0.58*876:cb=512:cr=512"
-    white, _ = video.read_frames(film(tmp_path / "b.mp4", grey, "-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags), 64, 64, 9)
+    tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
+    coded = ["-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags]
+    white, _ = video.read_frames(film(tmp_path / "a.mp4", grey, *coded), 64, 64, 9)
     assert white.mean() > 170 and np.ptp(white[0, 16, 32].astype(int)) < 4
 
 
-def test_a_damaged_video_says_so_and_what_is_no_video_says_why(tmp_path, capsys):
+def test_a_damaged_video_says_so(tmp_path, capsys):
+    def damage(path):
+        return video.read_frames(path, 64, 32, 99)[1].damage
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=4", "-movflags", "+faststart")
+    title = ["-metadata", "title=[error] x\n[fatal] y"]
+    assert not damage(whole) and not damage(film(tmp_path / "b.mp4", whole, "-c", "copy", *title))
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 2 // 3])
-    assert not video.read_frames(whole, 64, 32, 99)[1].damage and video.read_frames(cut, 64, 32, 99)[1].damage
-    assert len(video.read_clip(cut, 64, 32, 99)) >= 9 and "cut.mp4 is damaged" in capsys.readouterr().err
-    film(tmp_path / "sound.mp4", "sine=d=1")
-    titled = film(tmp_path / "titled.mp4", whole, "-c", "copy", "-metadata", "title=[error] x\n[fatal] y")
-    assert not video.read_frames(titled, 64, 32, 99)[1].damage
-    sizes = [film(tmp_path / f"{s}.ts", f"testsrc2=s={s}:r=25:d=1", "-c:v", "mpeg2video").read_bytes() for s in ("64x32", "96x64")]
-    (tmp_path / "sizes.ts").write_bytes(b"".join(sizes))
-    several = video.open_clip(tmp_path / "sizes.ts")
+    assert damage(cut) and len(video.read_clip(cut, 64, 32, 99)) >= 9
+    assert "cut.mp4 is damaged" in capsys.readouterr().err
+    # two videos in one file
+    sizes = [film(tmp_path / f"{size}.ts", f"testsrc2=s={size}:r=25:d=1", "-c:v", "mpeg2video")
+             for size in ("64x32", "96x64")]
+    (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in sizes))
+    several = video.open_clip(tmp_path / "a.ts")
     assert len(list(several.read(64, 32))) and "change their size" in several.damage
+
+
+@pytest.mark.parametrize("name, cause", [
+    ("sound.mp4", "no video stream"), ("text.mp4", "moov atom"), ("list.mp4", "give a video file"),
+    ("folder.mp4", "no such file"), ("gone.mp4", "no such file"), ("pipe.mp4", "no such file")])
+def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
+    film(tmp_path / "sound.mp4", "sine=d=1")
+    whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=1")
     (tmp_path / "text.mp4").write_text("<!doctype html>")
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{whole}'\n")
     (tmp_path / "folder.mp4").mkdir()
-    told = {"sound.mp4": "no video stream", "text.mp4": "moov atom", "list.mp4": "give a video file",
-            "folder.mp4": "a folder or a pipe", "gone.mp4": "no such file"}
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.mp4")
-        told["pipe.mp4"] = "a folder or a pipe"
-    for name, cause in told.items():
-        with pytest.raises(BadInput, match=f"{name}.*{cause}") as refused:
-            video.open_clip(tmp_path / name)
-        assert "\n" not in str(refused.value)
-
-
-def test_colours_of_a_written_video_are_those_that_were_meant_by_the_tags_that_it_carries(tmp_path):
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
-    frame = np.broadcast_to(colours[None].repeat(16, 1), (32, 96, 3))
-    path = write_video(tmp_path / "a.mp4", [frame] * 9)
-    facts = facts_of(path)
-    assert "yuv420p(tv, bt709" in facts and path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
-    # turned into RGB by BT.709's matrix, whatever a reader would guess from the size
-    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-pix_fmt", "yuv444p", "-f", "rawvideo", "-"]
-    y, cb, cr = np.frombuffer(subprocess.run(words, capture_output=True).stdout, np.uint8)[:3 * 32 * 96].reshape(3, 32, 96).astype(float)
-    y, cb, cr = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
-    rgb = np.stack([y + 1.5748 * cr, y - .1873 * cb - .4681 * cr, y + 1.8556 * cb], -1)[16, 8::16]
-    assert np.abs(rgb * 255 - colours).max() < 6
-    assert np.abs(video.read_frames(path, 96, 32, 1)[0][0, 16, 8::16] - colours.astype(float)).max() < 6
+    with pytest.raises(BadInput, match=f"{name}.*{cause}") as told:
+        video.open_clip(tmp_path / name)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("exe, told", [
@@ -2650,61 +2561,51 @@ def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp
     assert not list(tmp_path.iterdir())
 
 
-def in_place_of_ffmpeg(folder, script):
-    """A program that says it is ffmpeg, and then does what the lines of Python say."""
-    path = folder / "ffmpeg"
-    version = "if '-version' in sys.argv:\n    sys.exit(print('ffmpeg version 7'))"
-    path.write_text(f"#!{sys.executable}\nimport sys\n{version}\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
+@contextmanager
+def full_disk(size):
+    """Files of more bytes cannot be written."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="runs a script by its first line")
-@pytest.mark.parametrize("script, told", [
-    ("sys.stdin.read(9)\nsys.exit('No space left on device')", "No space left on device"),  # while frames come
-    ("sys.stdin.buffer.read()\nopen(sys.argv[-1][5:], 'w').write('half')\nsys.exit('no trailer')", "no trailer"),
-    ("sys.stdin.buffer.read()", "could not write")])  # ends well, and has written nothing
-def test_an_older_video_stays_where_ffmpeg_did_not_end_well(script, told, monkeypatch, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a.mp4").write_text("good")
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", in_place_of_ffmpeg(tmp_path, script))
-    with pytest.raises(BadInput, match=told):
-        write_video(tmp_path / "out" / "a.mp4", ramp(200))
-    assert (tmp_path / "out" / "a.mp4").read_text() == "good" and len(list((tmp_path / "out").iterdir())) == 1
+@pytest.mark.parametrize("share", [0, .5, .99])
+def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path):
+    """The disk is full half-way, or at the very end; or there are no frames."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.mp4").write_text("good")
+    frames = np.random.default_rng(0).integers(0, 256, (200, 32, 64, 3), np.uint8)
+    size = write_video(tmp_path / "whole.mp4", frames).stat().st_size
+    told = pytest.raises(BadInput, match="could not write .*a.mp4: is the disk full")
+    with full_disk(int(share * size) or size), told:
+        write_video(out / "a.mp4", frames if share else [])
+    assert (out / "a.mp4").read_text() == "good" and len(list(out.iterdir())) == 1
 
 
-def test_colours_come_back_as_a_player_reads_the_tags_and_the_index_stands_in_front(tmp_path):
-    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [12, 200, 120], [128, 64, 250]]
-    colours = np.array(colours, np.uint8)
-    frame = colours.repeat(16, 0)[None].repeat(32, 0)
-    path = write_video(tmp_path / "a.mp4", [frame] * 3)
-    assert "yuv420p(tv, bt709" in facts_of(path)
-    # the matrix of BT.709, by hand: Y of red is 16 + 219 * .2126
-    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-"]
-    planes = subprocess.run(words, capture_output=True).stdout
-    luma = np.frombuffer(planes, np.uint8)[:32 * 96].reshape(32, 96)
-    want = 16 + 219 / 255 * colours @ [.2126, .7152, .0722]
-    assert np.abs(luma[16, 8::16] - want).max() < 2.5
-    assert np.abs(iio.imread(path, plugin="FFMPEG")[0, 16, 8::16].astype(float) - colours).max() < 6
-    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
-
-
-@pytest.mark.parametrize("folder", ["12:30", "-x", "100%", "file:x", "it's \"so\"", "%03d", "猫", "a b"])
+@pytest.mark.parametrize("folder", ["12:30", "-x", "100%", "file:x", "it's \"so\"", "%03d", "猫", "~", "a b"])
 def test_folders_may_have_any_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_video(Path(folder, "-a.mp4"), ramp(3))
-    assert path.stat().st_size and len(list(Path(folder).iterdir())) == len(list(tmp_path.iterdir())) == 1
+    assert path.stat().st_size and list(Path(folder).iterdir()) == [path]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_record(tmp_path, capsys):
-    record = {"file": "猫-0.mp4", "prompt": "猫", "seed": 0, "options": {"tau": .9}, "model": "ab", "sha256": "cd"}
+    record = {"file": "猫-0.mp4", "prompt": "猫", "seed": 0, "options": {}, "model": "a", "sha256": "c"}
     video.add_to_manifest(tmp_path, record)
     with open(tmp_path / "manifest.jsonl", "a") as file:
         file.write('{"file": 3}\n[[[\n' + "[" * 100_000 + '\n{"file": "half')
-    video.add_to_manifest(tmp_path, later := {**record, "seed": 1})
-    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later} and not video.read_manifest(tmp_path / "nowhere")
+    later = {**record, "seed": 1}
+    video.add_to_manifest(tmp_path, later)
+    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later} and not video.read_manifest(tmp_path / "x")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and [f"line {n}:" in line for n, line in enumerate(told, 2)] == [True] * 4
+    assert len(told) == 4 and all(f"line {n}:" in line for n, line in enumerate(told, 2))
+
+
+PALE, CRIMSON, BLUE = (211, 211, 211), (220, 20, 60), (0, 0, 255)
 
 
 def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
@@ -2716,58 +2617,63 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
         frame = torch.arange(3)[None] + 3 * chunk
         memory.push(Entries(frame, frame[..., None, None, None].float()), kept[chunk])
     rollout = SimpleNamespace(memory=memory, similarities=[torch.tensor([.9])] * 20, kept=list(kept))
-    decoder = SimpleNamespace(decode=lambda z: (torch.full((1, 1, 3, 32, 64), 1.) - z / 30, None))
-    frames = {i * 1.5: torch.full((32, 64, 3), 10 * i, dtype=torch.uint8) for i in range(3)}
+    decoder = SimpleNamespace(decode=lambda z: (torch.ones(1, 1, 3, 32, 64) - z / 30, None))
+    frames = {1.5 * i: torch.full((32, 64, 3), 10 * i).byte() for i in range(3)}
     video.memory_picture(tmp_path / "a.png", frames, rollout, decoder, "a prompt")
     page = iio.imread(tmp_path / "a.png")
     assert [page[90, 60 + 132 * i, 0] for i in range(4)] == [0, 10, 20, 255]
-    bars = page[:, round(page.shape[1] / 40)::round(page.shape[1] / 20)][:, :20]
-    crimson, pale, blue = (220, 20, 60), (211, 211, 211), (0, 0, 255)
-    assert [tuple(colour) for colour in bars[240]] == [crimson if k else pale for k in kept]
-    heights = np.flatnonzero((bars[:, 13] == pale).all(-1)), np.flatnonzero((bars[:, 13] == blue).all(-1))
-    assert heights[0].min() == video.BARS and heights[1] == [(video.BARS + video.BASE) // 2]
+    bars = page[:, 40::79][:, :20]
+    assert [tuple(colour) for colour in bars[240]] == [CRIMSON if k else PALE for k in kept]
+    pale, blue = (np.flatnonzero((bars[:, 13] == colour).all(-1)) for colour in (PALE, BLUE))
+    assert pale.min() == video.BARS and blue == [(video.BARS + video.BASE) // 2]
     held = memory.frames()[0]
-    shown = [page[400 + 90 * (i // 12), 60 + 132 * (i % 12), 0] for i in range(len(held))]
-    assert len(held) == 21 and shown == video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))[:, 0, 0, 0].tolist()
+    shown = page[400::90, 60::132, 0][:2].flatten()[:21]
+    levels = video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))
+    assert len(held) == 21 and shown.tolist() == levels[:, 0, 0, 0].tolist()
 
 
-def test_a_thumbnail_of_a_sliver_is_a_pixel_wide():
+def test_bars_of_a_long_video_stand_for_several_chunks_and_show_the_share_that_was_kept():
+    """An hour: the most of about 10 chunks each; of every ten, three are kept."""
+    chunk = torch.arange(4800)[:, None]
+    memory = SimpleNamespace(policy=replace(PRESETS["slowfast"], tau=.97))
+    similar = torch.where(chunk % 10 == 0, .92, .96)
+    rollout = SimpleNamespace(memory=memory, similarities=list(similar), kept=list(chunk % 10 < 3))
+    page = video.Image.new("RGB", (1584, 400), "white")
+    video.draw_surprisal(page, rollout)
+    column = np.array(page)[:, 1000]
+    height = video.BASE - video.BARS
+    assert (column == PALE).all(-1).argmax() == video.BARS
+    assert (column == CRIMSON).all(-1).argmax() == pytest.approx(video.BASE - .3 * height, abs=12)
+
+
+def test_the_thumbnail_of_a_sliver_is_a_pixel_wide():
     page = video.Image.new("RGB", (200, 200), "white")
-    video.paste_thumbnail(page, 0, 0, torch.zeros(4096, 16, 3, dtype=torch.uint8), "")
+    video.paste_thumbnails(page, 0, [("", 0, torch.zeros(4096, 16, 3, dtype=torch.uint8))])
     dark = (np.array(page) == 0).all(-1)
     assert dark[:64, 0].all() and not dark[:64, 1].any()
 
 
-def test_bars_of_a_long_video_stand_for_several_chunks_and_show_the_share_that_was_kept():
-    """An hour: the most of 10 chunks each; of every ten, three are kept."""
-    similar = torch.full((4800, 1), .96)
-    similar[::10] = .92
-    kept = torch.arange(4800)[:, None] % 10 < 3
-    memory = SimpleNamespace(policy=replace(PRESETS["slowfast"], tau=.97))
-    rollout = SimpleNamespace(memory=memory, similarities=list(similar), kept=list(kept))
-    page = video.Image.new("RGB", (1584, 400), "white")
-    assert "the most of 10 chunks" in video.draw_surprisal(page, rollout)
-    column = np.array(page)[:, 1000]
-    height = video.BASE - video.BARS
-    assert (column == (211, 211, 211)).all(-1).argmax() == video.BARS
-    assert (column == (220, 20, 60)).all(-1).argmax() == pytest.approx(video.BASE - .3 * height, abs=2)
-
-
-def test_the_pictures_text_is_whole_and_tells_letters_that_no_font_here_has():
-    font, shown = video.font_for("café \U0010fffd")
+def test_letters_that_no_font_here_has_are_told_by_their_codes():
+    _, shown = video.font_for("café \U0010fffd")
     assert shown == r"café \U0010fffd"
-    lines = video.wrapped("long words " * 99, font, 300)
-    assert len(lines) == 3 and lines[2].endswith(" ...") and max(map(font.getlength, lines)) <= 300
-    assert video.wrapped("short", font, 300) == ["short"]
-    assert [video.clock(second) for second in (0, 9.75, 59.4, 59.9, 75, 3599.9)] == [
-        "0.0 s", "9.8 s", "59.4 s", "1:00", "1:15", "60:00"]
 
 
 # ---- sampling: from a command line to a video --------------------------------------------------------------
 
-SWITCH = ("Sand. The camera turns left, one turn in 9 seconds. | {}: "
-          "Snow. The camera turns left, one turn in 9 seconds.")
+SWITCH = ("Sand. The camera turns left from north, one turn in 9 seconds. | {}: "
+          "Snow. The camera turns left from north, one turn in 9 seconds.")
 SMALL_WAN = ["--size", "32x32", "--steps", "2", "--prompt", "a calm sea | 1: a storm rises"]
+
+
+def spy_on(frames):
+    """video.video_writer, which also appends each frame to the list"""
+    @contextmanager
+    def spy(*about):
+        with video.video_writer(*about) as file:
+            append = file.append_data
+            file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
+            yield file
+    return spy
 
 
 @pytest.fixture
@@ -2800,11 +2706,12 @@ def refused(sampled, tmp_path, capsys):
 
 def test_a_video_has_the_frames_asked_for_its_provenance_and_a_memory_picture(sampled, tmp_path, capsys):
     sampled(tmp_path, "--seconds", "2.5", "--seed", "4")
-    (path,) = tmp_path.glob("grass-the-camera-turns-right-one-turn-in-12-seconds-4-????????.mp4")
+    (path,) = tmp_path.glob("grass-the-camera-turns-right-from-north-one-turn-in-12-seconds-4-????????.mp4")
     assert sorted(tmp_path.iterdir()) == [path, path.with_suffix(".png"), tmp_path / "manifest.jsonl"]
     assert iio.imread(path, plugin="FFMPEG").shape == (40, 256, 512, 3)
     picture = iio.imread(path.with_suffix(".png"))  # four chunks, so four frames in the upper row
-    assert [(picture[90, 80 + 132 * i] == 255).all() for i in range(6)] == [False] * 4 + [True] * 2
+    is_white = (picture[90, 80::132] == 255).all(-1)
+    assert is_white.tolist() == [False] * 4 + [True] * 8
     told = capsys.readouterr().out
     assert "seed 4" in told and "40 frames in" in told
     assert .1 < float(re.search(r"peak memory ([\d.]+) GiB", told)[1]) < 40
@@ -2815,7 +2722,7 @@ def test_a_video_has_the_frames_asked_for_its_provenance_and_a_memory_picture(sa
 def save_plain_state(path, frames=9, chunk=1, out="elsewhere", **options):
     """A state of the right form, with an option that is not the video's own."""
     x = torch.zeros(1)
-    memory = {"warm": True, "pending": [], "sink": None, "slow": None, "fast": None}
+    memory = {"pending": [], "sink": None, "slow": None, "fast": None}
     rollout = {"chunk": chunk, "descriptor": x, "similarities": [x], "kept": [x], "memory": memory}
     state = {"rollout": rollout, "past": [None, x], "frames": frames, "surplus": x, "thumbnails": {}}
     torch.save({"options": {"out": out, **options}, "video": state, "model": "other"}, path)
@@ -2829,20 +2736,19 @@ REFUSED = [
     ("--prompts nowhere", "cannot read"), ("--continue empty.mp4", "clip"), ("--teacher", "give --continue"),
     ("--resume nowhere", "check the path"), ("--resume empty.mp4", "cannot read"),
     ("--resume other.pt", "not a state"), ("--resume state.pt", "20 s long already"),
-    ("--resume seed3.pt --seed 4", "made with --seed 3"), ("--resume seed3.pt", "was made with other weights"),
+    ("--resume seed3.pt --seed 4", "made with --seed 3"), ("--resume seed3.pt", "made with other weights"),
     ("--resume memory9.pt", "memory9.pt is damaged: --memory '9' is unknown"),
-    ("--resume seedx.pt", "seedx.pt is damaged: argument --seed"),
     ("--resume broken.pt", "broken.pt is damaged: its content, video, rollout, chunk must be int, not str"),
     ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
-    ("--save-state folder", "folder is a folder"),
+    ("--save-state folder", "folder is a folder"), ("--size 64x64", "need --wan"),
     ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
     ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "two ways"),
-    ("--size 64x64", "need --wan"), ("--wan nowhere", "download"),
-    ("--wan random --size 100x100", "multiples of 16"), ("--wan random --vae tea", "did you mean tae")]
+    ("--wan nowhere", "download"), ("--wan random --size 100x100", "multiples of 16"),
+    ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
     ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
     ("a | b", "or \\| for a bar"), ("x" * 4001, "4001 letters: 4000 at most"),
-    ("a \x1b[31m", "control characters"), ("a \0", "control characters"),
+    ("a \x1b[31m", "control characters"), ("a | 1: b \0", "control characters"),
     ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
 
 
@@ -2859,7 +2765,6 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
     save_plain_state("state.pt", 320)
     save_plain_state("seed3.pt", seed=3)
     save_plain_state("memory9.pt", memory=9)
-    save_plain_state("seedx.pt", seed="x")
     save_plain_state("broken.pt", chunk="1")
     before = sorted(tmp_path.rglob("*"))
     assert message in refused("--seconds", "20", *words)
@@ -2867,16 +2772,17 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
 
 
 def test_options_replace_what_the_weights_say_of_sampling():
-    cpu = torch.device("cpu")
-    plain = weights.load_networks(sample.Config(), "stage2", [], cpu, torch.float32)
-    asked = weights.load_networks(sample.Config(memory="uniform1", tau=.5, steps=2), "stage2", [], cpu, torch.float32)
+    def loaded(**options):
+        return weights.load_networks(sample.Config(**options), "stage2", [], CPU, torch.float32)
+    plain, asked = loaded(), loaded(memory="uniform1", tau=.5, steps=2)
     assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau) and plain.sampler.tau != .95
     assert asked.policy == replace(PRESETS["uniform1"], tau=.5)
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
 
 @pytest.mark.parametrize("said, chosen", [(None, [1]), ("2", [])])
-def test_tiny_networks_take_one_thread_unless_the_environment_says(said, chosen, sampled, monkeypatch, tmp_path):
+def test_tiny_networks_take_one_thread_unless_the_environment_says(
+        said, chosen, sampled, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -2887,25 +2793,22 @@ def test_tiny_networks_take_one_thread_unless_the_environment_says(said, chosen,
 
 
 def test_bf16_changes_the_tiny_models_frames(sampled, tmp_path):
-    fp32, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "fp32")
-    bf16, _ = sampled(tmp_path, "--seconds", ".5", "--dtype", "bf16")
+    fp32, bf16 = (sampled(tmp_path, "--seconds", ".5", "--dtype", dtype)[0] for dtype in ("fp32", "bf16"))
     assert 0 < np.abs(fp32.astype(float) - bf16).mean() < 10
 
 
 def test_a_prompt_outside_the_grammar_is_warned_about_once_and_goes_on(sampled, tmp_path, capsys):
     sampled(tmp_path, "--seconds", ".5", "--prompt", "a calm sea", "--seeds", "2")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "'a calm sea'" in warning and len(list(tmp_path.glob("*.mp4"))) == 2
-    examples = re.findall(r"'(.+?)'", warning)[:2]
-    assert len(set(examples)) == 2 and all(re.fullmatch(world.GRAMMAR, text) for text in examples)
+    example, prompt = re.findall(r"'(.+?)'", warning)
+    assert re.fullmatch(world.GRAMMAR, example) and prompt == "a calm sea"
+    assert len(list(tmp_path.glob("*.mp4"))) == 2
 
 
-PICTURE = {"memory": "slowfast", "from": 0}
-
-
-def named(folder, prompt, seed=0, taken=(), overwrite=False, **changes):
-    cfg = sample.Config(out=folder, overwrite=overwrite)
-    record = {"prompt": prompt, "seed": seed, "options": PICTURE | changes, "model": "ab"}
+def named(folder, prompt, seed=0, taken=(), **options):
+    cfg = sample.Config(out=folder, overwrite=options.pop("overwrite", False))
+    options = {"memory": "slowfast", "from": 0} | options
+    record = {"prompt": prompt, "seed": seed, "options": options, "model": "ab"}
     return sample.name_video(cfg, record, video.read_manifest(folder), set(taken)), record
 
 
@@ -2916,54 +2819,55 @@ def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the
     for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86}):
         names.add(named(tmp_path, "Sand!", **other)[0].name)
     assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
-    assert any(name.startswith("一只猫-0-") for name in names) and any(name.startswith("कि-0-") for name in names)
-    assert all(re.fullmatch(r"[\w\u0900-\u097f-]+-[01](-from-86)?-[0-9a-f]{8}\.mp4", name) for name in names)
-    decomposed = named(tmp_path, "cafe\u0301")[0].name
-    assert decomposed.startswith("caf\u00e9-0-")
+    assert all(any(name.startswith(start) for name in names) for start in ("一只猫-0-", "कि-0-"))
+    form = re.compile(r"[\w\u0900-\u097f-]+-[01](-from-86)?-[0-9a-f]{8}\.mp4")
+    assert all(form.fullmatch(name) for name in names)
+    assert named(tmp_path, "cafe\u0301")[0].name.startswith("caf\u00e9-0-")
 
 
 def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     first, record = named(tmp_path, "a")
-    assert named(tmp_path, "a", taken=[first])[0].name == f"{first.stem}-2.mp4"  # twice in a list of prompts
+    second, third = (tmp_path / f"{first.stem}-{number}.mp4" for number in (2, 3))
+    assert named(tmp_path, "a", taken=[first])[0] == second  # twice in a list of prompts
     first.write_text("video")
-    second = named(tmp_path, "a")[0]
-    assert second.name == f"{first.stem}-2.mp4" and named(tmp_path, "a", overwrite=True)[0] == first
-    record |= {"file": first.name, "sha256": hashlib.sha256(b"video").hexdigest()}
-    video.add_to_manifest(tmp_path, record)
-    again, plain = named(tmp_path, "a")
+    assert named(tmp_path, "a")[0] == second and named(tmp_path, "a", overwrite=True)[0] == first
+    sha256 = hashlib.sha256(b"video").hexdigest()
+    video.add_to_manifest(tmp_path, {**record, "file": first.name, "sha256": sha256})
+    assert named(tmp_path, "a")[0] == first
     stoppable = sample.Config(out=tmp_path, save_state="state")
-    assert again == first
-    assert sample.name_video(stoppable, plain, video.read_manifest(tmp_path), set()) == second
+    assert sample.name_video(stoppable, record, video.read_manifest(tmp_path), set()) == second
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
     second.with_suffix(".png").mkdir()
-    assert named(tmp_path, "a")[0].name == f"{first.stem}-3.mp4"
+    assert named(tmp_path, "a")[0] == third
 
 
 def test_a_list_of_prompts_gives_a_video_each_and_a_manifest_that_tells_which(sampled, tmp_path):
-    lines = ["一只猫", "a sea \\| a storm", "一只猫"]
+    lines, out = ["一只猫", "a sea \\| a storm", "一只猫"], tmp_path / "o"
     (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
-    words = ["--prompts", tmp_path / "lines.txt", "--seconds", ".3", "--seeds", "2", "--seed", "5", "--steps", "1"]
+    words = ["--prompts", tmp_path / "lines.txt", "--seeds", "2", "--seed", "5"]
     for _ in range(2):  # again: the same names
-        assert not sampled(tmp_path / "o", *words)[1]
-        records = list(video.read_manifest(tmp_path / "o").values())
+        assert not sampled(out, *words, "--seconds", ".3", "--steps", "1")[1]
+        records = list(video.read_manifest(out).values())
         assert sorted((r["prompt"], r["seed"]) for r in records) == sorted(itertools.product(lines, (5, 6)))
-        files = sorted((tmp_path / "o").glob("*.mp4"))
+        files = sorted(out.glob("*.mp4"))
         assert sorted(r["file"] for r in records) == [file.name for file in files] and len(files) == 6
-    assert {r["sha256"] for r in records} == {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert records[0]["options"]["steps"] == 1 and len({r["model"] for r in records}) == 1
+    hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert {r["sha256"] for r in records} == hashes and len({r["model"] for r in records}) == 1
+    assert records[0]["options"]["steps"] == 1
 
 
 @pytest.mark.parametrize("prompt, switches", [
-    (r"a \| b", {0: "a | b"}), (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}), ("a\t|\n1 : b", {0: "a", 2: "b"})])
+    (r"a \| b", {0: "a | b"}), (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}),
+    ("a\t|\n1 : b", {0: "a", 2: "b"}), ("a: b | .5625: c | 0.563: d: e", {0: "a: b", 1: "c", 2: "d: e"})])
 def test_a_bar_is_a_switch_or_with_a_backslash_a_letter(prompt, switches):
     assert sample.read_switches(prompt, 9) == switches
 
 
 def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_ground(sampled, tmp_path):
-    words = ["--seconds", "6", "--prompt"]
-    switched, _ = sampled(tmp_path, *words, SWITCH.format(3))
-    plain, _ = sampled(tmp_path, *words, SWITCH.split(" |")[0])
+    prompt = SWITCH.format(3)
+    switched, plain = (sampled(tmp_path, "--seconds", "6", "--prompt", words)[0]
+                       for words in (prompt, prompt.split(" |")[0]))
     first = 57  # chunk 5, the first that begins at 48 frames or later
     assert len(switched) == len(plain) == 96 and np.array_equal(switched[:first], plain[:first])
     assert not np.array_equal(switched[first], plain[first])
@@ -3022,13 +2926,13 @@ def kill_at(call, name):
 @pytest.mark.parametrize("name, code, at, count", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
 def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
     """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
-    words = ["--seconds", "4", "--save-state", tmp_path / "state"]
-    words += ["--continue", clips[0]] if name == "SIGTERM" else []
-    whole, _ = sampled(tmp_path / "whole", *words)
+    words, state = ["--seconds", "4"], tmp_path / "state"
+    head_words = [*words, "--save-state", state, *(["--continue", clips[0]] if name == "SIGTERM" else [])]
+    whole, _ = sampled(tmp_path / "whole", *head_words)
     monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
-    head, stopped = sampled(tmp_path / "o", *words)
+    head, stopped = sampled(tmp_path / "o", *head_words)
     assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
-    tail, _ = sampled(tmp_path / "o", "--seconds", "4", "--resume", tmp_path / "state")
+    tail, _ = sampled(tmp_path / "o", *words, "--resume", state)
     assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob(".*"))
 
 
@@ -3054,14 +2958,12 @@ def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(firs
     assert stop.code == code and signal.signal(number, outside) == signal.SIG_DFL
 
 
-def test_a_signal_where_nothing_is_patient_ends_with_its_code_and_nohup_is_respected():
-    with pytest.raises(SystemExit, match="143"), config.StopSignals():
-        signal.raise_signal(signal.SIGTERM)
-    if hasattr(signal, "SIGHUP"):
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with config.StopSignals():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal here")
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with config.StopSignals():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_where_nothing_compiles_it_is_told_at_the_start(refused, monkeypatch):
@@ -3071,24 +2973,19 @@ def test_where_nothing_compiles_it_is_told_at_the_start(refused, monkeypatch):
     assert "(No working C++ compiler found in 4 lines): install" in refused("--compile", "--seconds", "1")
 
 
-def nan_in(name):
-    """In place of load_tiny(): a network with a weight that is not a number."""
-    def load(*about):
+@pytest.mark.parametrize("name, bias", [("dit", "blocks.2.ffn.0.bias"), ("vae", "decoder.1.bias")])
+def test_a_chunk_that_is_not_finite_ends_the_run(name, bias, refused, monkeypatch):
+    def load_damaged(*about):
         networks = load_tiny(*about)
-        bias = "blocks.2.ffn.0.bias" if name == "dit" else "decoder.1.bias"
         getattr(networks, name).requires_grad_(False).get_parameter(bias)[3] = torch.nan
         return networks
-    return load
-
-
-@pytest.mark.parametrize("name", ["dit", "vae"])
-def test_a_chunk_that_is_not_finite_ends_the_run(name, refused, monkeypatch):
-    monkeypatch.setattr(weights, "load_tiny", nan_in(name))
+    monkeypatch.setattr(weights, "load_tiny", load_damaged)
     assert "the chunk at 0 s is not finite" in refused("--seconds", "1")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
-def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(sampled, tmp_path, monkeypatch, capsys):
+def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
+        sampled, tmp_path, monkeypatch, capsys):
     state, save = tmp_path / "state", torch.save
     state.write_text("before")
     monkeypatch.setattr(torch, "save", lambda content, path: save(content, open("/dev/full", "wb")))
@@ -3097,14 +2994,14 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(sampled,
     assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
 
 
-def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(sampled, refused, tmp_path, capsys):
-    state, moved = tmp_path / "state", tmp_path / "moved.safetensors"
-    shutil.copy(WEIGHTS / f"{config.STUDENT}.safetensors", tmp_path / "here.safetensors")
-    sampled(tmp_path / "a", "--seconds", ".5", "--ckpt", tmp_path / "here.safetensors", "--save-state", state)
-    (tmp_path / "here.safetensors").rename(moved)
-    _, code = sampled(tmp_path / "b", "--seconds", "1", "--resume", state, "--ckpt", moved)
-    assert not code and list((tmp_path / "b").glob("*.mp4"))
-    shutil.copy(WEIGHTS / "stage1.safetensors", tmp_path / "here.safetensors")
+def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(
+        sampled, refused, tmp_path, capsys):
+    state, here, moved = tmp_path / "state", tmp_path / "here.safetensors", tmp_path / "moved.safetensors"
+    shutil.copy(WEIGHTS / f"{config.STUDENT}.safetensors", here)
+    sampled(tmp_path / "a", "--seconds", ".5", "--ckpt", here, "--save-state", state)
+    here.rename(moved)
+    assert not sampled(tmp_path / "b", "--seconds", "1", "--resume", state, "--ckpt", moved)[1]
+    shutil.copy(WEIGHTS / "stage1.safetensors", here)
     capsys.readouterr()
     assert "other weights than here.safetensors" in refused("--seconds", "1", "--resume", state)
 
@@ -3115,9 +3012,9 @@ def test_a_clip_is_continued_without_a_jump_and_decides_what_comes(kind, raw, cl
     words = ["--seconds", "8", *kind.replace("--wan", f"--wan {raw}").split()]
     words += SMALL_WAN if "--wan" in kind else []
     first, second = (sampled(tmp_path / "o", *words, "--continue", path)[0] for path in clips)
-    steps = np.diff(first.astype(float), axis=0).std((1, 2, 3))
     assert len(first) == 128 and not np.array_equal(first[40:], second[40:])
     if "--wan" not in kind:
+        steps = np.diff(first.astype(float), axis=0).std((1, 2, 3))
         source = video.read_clip(clips[0], 64, 32, 64)
         assert (first[:33].astype(float) - source).std() < 16
         assert steps[32] < 2 * np.median(steps) and steps[33:].min() > 0
@@ -3132,11 +3029,11 @@ def test_the_teacher_follows_prompt_switches_and_sees_all_that_is_there(monkeypa
         calls.append((history.shape[1], text))
         return torch.full((1, 21, 1, 1, 1), float(len(calls)))
     monkeypatch.setattr(sample, "extend", extend)
-    networks = SimpleNamespace(dit=None, sampler=None)
-    made = sample.extend_with_teacher(networks, {0: "a", 10: "b"}, torch.zeros(1, 9, 1, 1, 1), (1, 1), 0)
+    networks, history = SimpleNamespace(dit=None, sampler=None), torch.zeros(1, 9, 1, 1, 1)
+    made = sample.extend_with_teacher(networks, {0: "a", 10: "b"}, history, (1, 1), 0)
     chunks = [next(made) for _ in range(15)]
     assert calls == [(9, "a"), (30, "b"), (51, "b")]
-    assert [c.shape[1] for c in chunks] == [3] * 15
+    assert all(c.shape[1] == 3 for c in chunks)
     assert [int(c.mean()) for c in chunks] == [1] * 7 + [2] * 7 + [3]
 
 
@@ -3160,41 +3057,36 @@ def test_the_order_of_attention_kernels_is_set_on_cuda_alone(device, set_by_us):
     assert torch._C._get_sdp_priority_order() == before
 
 
-@pytest.mark.parametrize("has_streams", [False, True])
-def test_a_chunk_is_decoded_beside_the_making_of_the_next_where_the_device_has_streams(has_streams, monkeypatch):
+def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next(monkeypatch):
     vae, log, made = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False), [], []
     latents = noise(1, 9, 16, 2, 2).split(CHUNK, dim=1)
 
-    def chunks():
-        for i, x0 in enumerate(latents):
-            log.append(f"made {i}")
-            yield x0
+    def note(word):
+        return lambda *about: log.append(word)
 
-    class Stream:
-        def wait_stream(self, other):
-            log.append("wait")
-
-        def record_event(self):
-            return SimpleNamespace(synchronize=lambda: log.append("arrived"))
-    if has_streams:
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, side: log.append("in use"))
-        monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
-    for frames, is_finite, past in video.decode_beside(vae, chunks()):
+    @contextmanager
+    def entered(side):
+        yield log.append("in")
+        log.append("out")
+    event = SimpleNamespace(synchronize=note("arrived"))
+    side = SimpleNamespace(wait_stream=note("wait"), record_event=lambda: event)
+    for name, value in {"Stream": lambda: side, "current_stream": lambda: None, "stream": entered}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", note("in use"))
+    monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
+    chunks = (note("made")() or x0 for x0 in latents)
+    for frames, is_finite, past in video.decode_beside(vae, chunks):
         log.append("frames")
         made.append(frames)
         assert is_finite
-    decode, get = ["wait", "in use"], ["arrived", "frames"]
-    late = ["made 0", *decode, "made 1", *decode, *get, "made 2", *decode, *get, *get]
-    assert log == (late if has_streams else ["made 0", "frames", "made 1", "frames", "made 2", "frames"])
+    decode, get = ["made", "wait", "in use", "in", "out"], ["arrived", "frames"]
+    assert log == [*decode, *decode, *get, *decode, *get, *get]
     whole, state = vae.decode(torch.cat(latents, dim=1))
-    assert (torch.cat(made).int() - video.to_uint8(whole)[0].int()).abs().max() <= 1
+    close(torch.cat(made).float(), video.to_uint8(whole)[0].float(), 1)
     close(past[-1], state[-1], 1e-5)
 
 
-# ---- the live page: what is made, who may ask for what, and all of it in a real browser -----------------------
+# ---- the live page: what is made, who may ask for what, and all of it in a real browser -----------
 
 @pytest.fixture(scope="module")
 def tiny_networks():
@@ -3206,115 +3098,132 @@ def session(tiny_networks):
     return live.Session(live.Config(seed=4), tiny_networks)
 
 
-def frames_of_message(message):
-    picture = iio.imread(base64.b64decode(message["strip"].partition(",")[2]))
-    return rearrange(picture, "(f h) w c -> f h w c", h=message["size"][1])
+def make(session):
+    """One chunk more -> what a page is told of it"""
+    return session.tell(session.make_chunk())
 
 
-def test_a_live_video_is_the_sampled_one_orders_take_hold_at_the_next_chunk_and_a_file_has_all_frames(session, tmp_path):
-    snow = live.Config.prompt.replace("Grass", "Snow")
-    made = []
-    for chunk in range(5):
-        if chunk == 3:
-            session.ask({"ground": "Snow"})
-            session.ask({"paused": True})  # what was asked before still holds
-        made.append(session.make_chunk())
-    networks, texts = session.networks, {3: session.networks.text(snow)}
-    roll = networks.rollout(networks.text(live.Config.prompt))
-    latents = torch.cat(list(generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)), dim=1)
-    want = video.to_uint8(networks.vae.decode(latents)[0])[0].numpy()
-    shown = np.concatenate([frames_of_message(message) for message in made])
+def frames_of(told):
+    picture = iio.imread(base64.b64decode(told["strip"].partition(",")[2]))
+    return rearrange(picture, "(f h) w c -> f h w c", h=told["size"][1])
+
+
+def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(session):
+    networks, snow = session.networks, live.Config.prompt.replace("Grass", "Snow")
+    made = [make(session) for _ in range(3)]
+    session.ask({"ground": "Snow"})
+    session.ask({"paused": True})  # what was asked before still holds
+    made += [make(session) for _ in range(2)]
+    roll, texts = networks.rollout(networks.text(live.Config.prompt)), {3: networks.text(snow)}
+    latents = [*generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)]
+    decoded, _ = networks.vae.decode(torch.cat(latents, dim=1))
+    shown = np.concatenate([frames_of(told) for told in made])
     # decoded chunk by chunk: at most a step of rounding apart
-    assert shown.shape == want.shape and np.abs(shown.astype(int) - want).max() <= 1
-    assert [message["prompt"] for message in made] == [live.Config.prompt] * 3 + [snow] * 2
-    assert [message["first"] for message in made] == [0, 9, 21, 33, 45]
-    # the file
-    written = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "video_writer", spy_on(written))
-        session.save(tmp_path / "live.mp4")
-    assert np.array_equal(written, shown)
-    facts = facts_of(tmp_path / "live.mp4")
-    assert all(word in facts for word in ('"AI-generated": true', "| 2.0625: Snow.", "slowfast", '"seed": 4', config.STUDENT))
+    assert np.abs(shown.astype(int) - video.to_uint8(decoded)[0].numpy()).max() <= 1
+    assert [told["prompt"] for told in made] == [live.Config.prompt] * 3 + [snow] * 2
+    assert [told["first"] for told in made] == [0, 9, 21, 33, 45]
 
 
-def spy_on(frames):
-    """video.video_writer, which also appends each frame to the list"""
+def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made(session, monkeypatch):
+    shown, written, comments = [*session.make_chunk()], [], []
+    session.ask({"ground": "Snow"})
+    shown += [*session.make_chunk()]
+
     @contextmanager
-    def spy(*about):
-        with video.video_writer(*about) as file:
-            append = file.append_data
-            file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
-            yield file
-    return spy
+    def writer(path, comment, scale):
+        comments.append(comment)
+        yield SimpleNamespace(append_data=written.append)
+    monkeypatch.setattr(live, "video_writer", writer)
+    session.save("live.mp4")
+    assert np.array_equal(written, shown)
+    about = json.loads(comments[0])
+    assert about["AI-generated"] and (about["seed"], about["model"]) == (4, session.networks.name)
+    assert re.fullmatch(r"0: Grass.* \[slowfast.*\] \| 0.5625: Snow.* \[slowfast.*\]", about["prompt"])
+    session.over = True
+    with pytest.raises(BadInput, match="has stopped"):
+        session.save("live.mp4")
 
 
-def test_memory_can_be_taken_away_and_given_back_and_each_latent_keeps_its_picture(session):
-    for _ in range(9):
-        before = session.make_chunk()
-    assert [name for _, name, *_ in before["held"]] == ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
+def test_memory_can_be_taken_away_and_each_latent_keeps_its_picture(session):
+    before = [make(session) for _ in range(9)][-1]["held"]
+    assert [name for _, name, *_ in before] == ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
     session.ask({"memory": "longlive", "tau": .5, "positions": "unbounded"})
-    after = session.make_chunk()
-    assert [latent[:2] for latent in after["held"]] == [(i, "sink") for i in range(3)] + [(i, "fast") for i in range(21, 30)]
-    assert {latent[0]: latent[3] for latent in before["held"] if latent[0] > 20}.items() <= {
-        latent[0]: latent[3] for latent in after["held"]}.items()
-    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5 == after["tau"]
-    session.ask({"memory": "slowfast", "seed": 7})
-    again = session.make_chunk()
-    assert len(again["held"]) == 3 and again["first"] == 0 and again["seed"] == 7
-    # absolute positions end with Wan's table
+    after = make(session)["held"]
+    assert [number for number, *_ in after] == [0, 1, 2, *range(21, 30)]
+    assert [name for _, name, *_ in after] == ["sink"] * 3 + ["fast"] * 9
+    pictures = {number: picture for number, _, _, picture in before}
+    assert all(pictures.get(number, picture) == picture for number, _, _, picture in after)
+    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5
+    # a new video, under the settings that hold; absolute positions end with Wan's table
+    session.ask({"seed": 7})
+    told = make(session)
+    assert (told["seed"], told["memory"], told["first"], len(told["held"])) == (7, "longlive", 0, 3)
     session.rollout.chunk = 341
-    assert session.make_chunk()["positions"] == "bounded"
+    session.make_chunk()
+    assert session.rollout.positions == "bounded"
 
 
 def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(session):
-    session.ask({"tau": -1.})
-    told = [session.make_chunk()["bars"][-1] for _ in range(4)]
-    assert [tested for _, tested, _ in told] == [True, False, True, False] and not any(kept for *_, kept in told)
-    session.ask({"tau": 1.})
-    assert [session.make_chunk()["bars"][-1][1:] for _ in range(2)] == [(True, True), (False, False)]
+    bars = []
+    for tau in (-1., -1., -1., -1., 1., 1.):
+        session.ask({"tau": tau})
+        bars.append(make(session)["bars"][-1])
+    assert [tested for _, tested, _ in bars] == [True, False] * 3
+    assert [kept for *_, kept in bars] == [False] * 4 + [True, False]
     roll = session.networks.rollout(session.text)
     list(generate(roll, [4], 4, session.networks.sampler, session.networks.latent))
-    close(torch.tensor([surprisal for surprisal, *_ in told]), 1 - torch.cat(roll.similarities), 1e-5)
+    close(torch.tensor([surprisal for surprisal, *_ in bars[:4]]), 1 - torch.cat(roll.similarities), 1e-5)
+
+
+@pytest.mark.parametrize("caption, order, wanted", [
+    # the camera looks nearly south
+    ("Grass. The camera turns left from east, one turn in 9 seconds.", {"ground": "Snow"},
+     "Snow. The camera turns left from east, one turn in 9 seconds."),
+    ("Snow. The camera turns left from east, one turn in 9 seconds.", {"motion": "look aside"},
+     "Snow. The camera looks from south 90 degrees to the left and back, every 8 seconds."),
+    ("a calm sea", {"motion": "lingering turn"},
+     "Stone. The camera turns right from south, lingering at compass points, one turn in 18 seconds."),
+    ("a calm sea", {"ground": "Sand"}, "Sand. The camera turns right from south, one turn in 12 seconds.")])
+def test_a_click_changes_the_newest_prompt_in_what_it_says(caption, order, wanted, session):
+    session.score.path, session.score.ground = np.array([256 + 120.]), world.GROUNDS.index("Stone")
+    session.ask({"prompt": caption})
+    session.ask(order)
+    assert session.orders["prompt"] == wanted
 
 
 @pytest.mark.parametrize("body, told", [
-    (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"memory": "slofast"}', "did you mean slowfast"),
-    (b'{"tau": NaN}', "from -1"), (b'{"tau": true}', "cannot be"), (b'{"tau": "1"}', "cannot be"), (b'{"seed": -1}', "from 0"),
-    (b'{"seed": 1.5}', "cannot be"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"),
-    (b'{"prompt": 1}', "cannot be"), (b'{"ground": "Lava"}', "choose from Grass"), (b'{"paused": 1}', "cannot be"),
-    (b'{"text": "a"}', "cannot be"), (b'{"positions": []}', "cannot be")])
+    (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"tau": NaN}', "from -1"),
+    (b'{"memory": "slofast"}', "did you mean slowfast"), (b'{"ground": "Lava"}', "choose from Grass"),
+    (b'{"seed": -1}', "from 0"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"),
+    *[(body, "cannot be") for body in (
+        b'{"tau": true}', b'{"tau": "1"}', b'{"seed": 1.5}', b'{"prompt": 1}', b'{"paused": 1}',
+        b'{"text": "a"}', b'{"positions": []}')]])
 def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, session):
     with pytest.raises(BadInput, match=told) as refusal:
         session.read_order(body)
-    assert "\n" not in str(refusal.value) and not session.orders
+    assert "\n" not in str(refusal.value)
 
 
 def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
     monkeypatch.setattr(live, "BARS", 5)
-    session.begin()
-    for _ in range(8):
-        session.make_chunk()
-
-    def sizes():
-        rollout = session.rollout
-        lists = session.bars, session.pictures, rollout.similarities, rollout.kept, session.settings
-        return [len(some) for some in lists], len(session.data) // 10_000
-    before = sizes()
-    for _ in range(8):
-        session.publish(**session.make_chunk())
-    assert sizes()[0] == before[0] == [5, 21, 0, 0, 1]
+    for _ in range(12):
+        make(session)
+    rollout = session.rollout
+    kept = session.bars, session.pictures, rollout.similarities, rollout.kept, session.changes
+    assert [len(some) for some in kept] == [5, 21, 0, 0, 1]
 
 
-def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
-    spec = WorldSpec(3, "turn", 8)
-    motion, lost, unused = make_world(spec).motion, judge_live(spec, 21), judge_live(spec, 3 * 40)
-    frames = np.concatenate([live_clip(spec, chunk) for chunk in range(40)])
-    events = reappearances(read_video(rearrange(frames, "f h w c -> f c h w")), motion)
-    wrong = sum(not event.right for event in events)
-    assert 5 < wrong < len(events)
-    assert lost == {"returns": len(events), "right": len(events) - wrong, "not kept": wrong, "kept but not used": 0}
-    assert unused == {**lost, "not kept": 0, "kept but not used": wrong}
+def test_pictures_are_made_for_a_viewer_who_waits_and_for_nobody_else(session, monkeypatch):
+    chunks, awaited = itertools.count(1), iter([False, False, True, False])
+
+    def chunk():
+        session.is_awaited = next(awaited)  # at last: no more chunks
+        return [next(chunks)]
+    monkeypatch.setattr(session, "make_chunk", chunk)
+    monkeypatch.setattr(session, "tell", lambda frames: {"told": frames})
+    with pytest.raises(StopIteration):
+        session.run()
+    assert session.message["told"] == [3] and session.number == 1
 
 
 def live_clip(spec, chunk):
@@ -3323,79 +3232,92 @@ def live_clip(spec, chunk):
     return (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
 
 
-def judge_live(spec, latents):
-    """What a Score counts of 40 chunks, if memory holds the last so many latents."""
-    told = score.Score()
-    for chunk in range(40):
-        told.read(live_clip(spec, chunk), range(max(0, 3 * chunk - latents), 3 * chunk), make_world(spec).motion)
-    return told.count()
+def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
+    spec = WorldSpec(3, "turn", 8)
+    motion, lost, unused = make_world(spec).motion, score.Score(), score.Score()
+    chunks = [live_clip(spec, chunk) for chunk in range(40)]
+    for i, frames in enumerate(chunks):
+        lost.read(frames, range(max(0, 3 * i - 21), 3 * i), motion)
+        unused.read(frames, range(3 * i), motion)
+    events = reappearances(read_video(rearrange(np.concatenate(chunks), "f h w c -> f c h w")), motion)
+    wrong = sum(not event.right for event in events)
+    same = {"returns": len(events), "right": len(events) - wrong}
+    assert 5 < wrong < len(events)
+    assert lost.count() == {**same, "not kept": wrong, "kept but not used": 0}
+    assert unused.count() == {**same, "not kept": 0, "kept but not used": wrong}
+    # the maps
+    assert lost.first.tolist() == [*make_world(spec).landmarks]
+    assert lost.now.tolist() == [*make_world(replace(spec, counterfactual=True)).landmarks]
 
 
-def test_what_left_under_another_motion_is_not_missed_and_old_returns_are_no_longer_counted(monkeypatch):
+def test_what_left_under_another_motion_is_not_missed_and_old_returns_no_longer_count(monkeypatch):
     spec, told = WorldSpec(3, "turn", 8), score.Score()
-    still = Motion("aside", 1, 16, 90)
+    still, last = Motion("aside", 1, 16, 90), live_clip(spec, 15)[-1:].repeat(12, 0)
     for chunk in range(16):
         told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).motion)
     before = told.count()
     for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
-        told.read(live_clip(spec, 15)[-1:].repeat(12, 0), range(3 * chunk), still)
-    assert told.count()["right"] == before["right"] > 0
+        told.read(last, range(3 * chunk), still)
+    assert told.count() == before and before["right"] > 0
     monkeypatch.setattr(score, "WINDOW", 12)
-    told.read(live_clip(spec, 15)[-1:].repeat(12, 0), [], still)
-    assert told.count()["returns"] == 0 and len(told.held) <= 2
+    told.read(last, [], still)
+    assert told.count()["returns"] == 0
 
 
 @pytest.mark.parametrize("kind", world.CAPTIONS)
 def test_captions_of_every_motion_are_read_back_and_the_page_has_a_button_for_it(kind):
     for seed in range(20):
-        w = make_world(WorldSpec(seed, kind))
-        assert score.motion_of(w.caption) == w.motion
-    assert score.motion_of("A calm sea.") is None
+        made = make_world(WorldSpec(seed, kind))
+        assert score.world_of(made.caption) == replace(made, landmarks=())
+    assert score.world_of("A calm sea.") is None
     (motion,) = [motion for motion in live.MOTIONS.values() if motion.kind == kind]
-    assert re.fullmatch(world.GRAMMAR, World(0, (), 0., motion).caption)
+    assert re.fullmatch(world.GRAMMAR, World(0, (), 0, motion).caption)
 
 
 @pytest.fixture
 def served(session):
-    """A server without chunks: function (method, path, body, headers) -> status, text of the answer"""
+    """A server without chunks: function (method, path, body, headers) -> status, text, headers"""
     server = live.Server(("127.0.0.1", 0), live.Handler)
-    server.session, server.names = session, {"localhost", "127.0.0.1"}
+    server.session, server.name = session, "mybox"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
 
     def ask(method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        headers = {name: value.format(port=port) for name, value in headers.items()}
+        headers = {name: value.format(port) for name, value in headers.items()}
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        return answer.status, answer.read().decode("utf-8", "replace"), dict(answer.headers)
+        return answer.status, answer.read().decode("utf-8", "replace"), answer.headers
     ask.port = port
     yield ask
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("status, method, path, body, headers", [
-    (200, "GET", "/", None, {}), (200, "GET", "/", None, {"Host": "localhost:{port}"}),
-    (200, "GET", "/live.js", None, {"Origin": "http://127.0.0.1:{port}"}),
-    (403, "GET", "/", None, {"Host": "evil.example:{port}"}), (403, "GET", "/", None, {"Host": "127.0.0.1:1"}),
-    (403, "GET", "/", None, {"Host": "10.0.0.1:{port}"}), (403, "GET", "/events", None, {"Origin": "null"}),
-    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://evil.example"}),
-    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "https://127.0.0.1:{port}"}),
-    (403, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://127.0.0.1:1"}),
-    (404, "GET", "/live.py", None, {}), (404, "GET", "/../README.md", None, {}), (404, "POST", "/", b"{}", {}),
-    (413, "POST", "/steer", b" " * 4097, {}), (413, "POST", "/steer", b"", {"Content-Length": "9" * 5000}),
-    (411, "POST", "/steer", None, {"Content-Length": "x"}), (400, "POST", "/steer", b'{"tau": 2}', {}),
-    (204, "POST", "/steer", b'{"seed": 1}', {"Origin": "http://localhost:{port}"}),
-    (204, "POST", "/steer", b'{"seed": 1, "prompt": "' + b"a" * 3970 + b'"' + b" " * 100 + b"}", {})])
-def test_the_server_answers_its_own_page_alone(status, method, path, body, headers, served, session):
-    got, text, sent = served(method, path, body, **headers)
+SEED = b'{"seed": 1}'
+LONG = b'{"seed": 1, "prompt": "' + b"a" * 3970 + b'"}'
+
+
+@pytest.mark.parametrize("status, request_line, body, headers", [
+    (200, "GET /", None, {}), (200, "GET /live.js", None, {"Origin": "http://127.0.0.1:{}"}),
+    (200, "GET /", None, {"Host": "localhost:{}"}), (200, "GET /", None, {"Host": "mybox:{}"}),
+    *[(403, "GET /", None, {"Host": host}) for host in ("evil.example:{}", "127.0.0.1:1", "10.0.0.1:{}")],
+    *[(403, "POST /steer", SEED, {"Origin": origin}) for origin in (
+        "null", "http://evil.example", "https://127.0.0.1:{}", "http://127.0.0.1:1")],
+    (403, "GET /events", None, {"Origin": "null"}), (404, "GET /live.py", None, {}),
+    (404, "GET /../README.md", None, {}), (404, "POST /", b"{}", {}), (413, "POST /steer", b" " * 4097, {}),
+    (413, "POST /steer", b"", {"Content-Length": "9" * 5000}),
+    (413, "POST /steer", None, {"Content-Length": "x"}), (400, "POST /steer", b'{"tau": 2}', {}),
+    (400, "POST /steer", '{"memory": "\\u732b"}'.encode(), {}), (204, "POST /steer", LONG, {}),
+    (204, "POST /steer", SEED, {"Origin": "http://localhost:{}"})])
+def test_the_server_answers_its_own_page_alone(status, request_line, body, headers, served, session):
+    got, text, sent = served(*request_line.split(), body, **headers)
     assert got == status and (status < 400 or len(text.splitlines()) == 1)
     assert "script-src 'self'" in sent["Content-Security-Policy"]
     assert ("seed" in session.orders) == (status == 204)
 
 
-def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_one_that_goes_leaves_nothing(served, session, monkeypatch):
+def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(served, session, monkeypatch):
     monkeypatch.setattr(live.Handler, "timeout", 1)
     monkeypatch.setattr(live, "STALL", .4)
     threads = threading.active_count()
@@ -3405,28 +3327,24 @@ def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_one_that_
     stream = reading.makefile("r")
     for i in range(40):
         started = time.monotonic()
-        session.publish(id=i, strip="x" * 300_000)  # more than the sockets of one that does not read can hold
+        session.publish(i=i, strip="x" * 300_000)  # more than the sockets of one that does not read hold
         assert time.monotonic() - started < 1
-        told = {"id": -1}
-        while told["id"] < i:
-            line = stream.readline()
-            if line.startswith("data: "):
-                told = json.loads(line[6:])
-        assert told["id"] == i
+        while f'"i": {i},' not in stream.readline():
+            pass
     reading.close(), stream.close(), stalled.close()
     deadline = time.monotonic() + 20
     while threading.active_count() > threads and time.monotonic() < deadline:
-        session.publish(id=100)
+        session.publish()
         time.sleep(.1)
     assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--port 70000", "to 65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "-1"), ("--memory slofast", "slowfast"),
-    ("--port {taken}", "another --port")])
+    ("--port 70000", "to 65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "from -1"),
+    ("--port {}", "another --port")])
 def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, capsys):
     monkeypatch.setattr(live, "load_networks", None)  # refused before anything is loaded
-    monkeypatch.setattr("sys.argv", ["live.py", *words.format(taken=served.port).split()])
+    monkeypatch.setattr("sys.argv", ["live.py", *words.format(served.port).split()])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         config.run(live.main)
@@ -3455,14 +3373,14 @@ def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
         assert process.wait(10) == 130 and process.stderr.read() == ""
 
 
-def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, monkeypatch, tmp_path):
+def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path):
     cfg = live.Config(wan=str(raw), out=str(tmp_path / "o"), size="32x32", prompt="a calm sea")
     networks = weights.load_networks(cfg, "", [cfg.prompt], torch.device("cpu"), torch.float32)
     full = live.Session(cfg, networks)
-    full.make_chunk()
+    make(full)
     full.ask(full.read_order(b'{"prompt": "a storm rises"}'))  # encoded now
-    told = full.make_chunk()
-    assert told["strip"].startswith("data:image/jpeg") and frames_of_message(told).shape == (12, 32, 32, 3)
+    told = make(full)
+    assert told["strip"].startswith("data:image/jpeg") and frames_of(told).shape == (12, 32, 32, 3)
     assert told["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
     with pytest.raises(BadInput, match="cannot be"):
         full.read_order(b'{"ground": "Snow"}')
@@ -3472,18 +3390,20 @@ def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.speed
-def test_an_hour_of_the_live_page_takes_no_more_memory_than_its_first_minutes():
+def test_an_hour_of_the_live_page_takes_no_more_memory_than_its_first_minutes(tiny_networks):
     import resource
-    cfg, peak = live.Config(steps=1), []
-    session = live.Session(cfg, weights.load_networks(cfg, config.STUDENT, [], torch.device("cpu"), torch.float32))
+    networks, peak = replace(tiny_networks, sampler=replace(tiny_networks.sampler, steps=1)), []
+    hour = live.Session(live.Config(), networks)
     for chunk in range(3000):
-        session.publish(**session.make_chunk())
+        frames = hour.make_chunk()
+        if chunk % 30 == 0:  # somebody looks in, now and then
+            hour.publish(**hour.tell(frames))
         if chunk in (300, 2999):
             peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
     assert peak[1] - peak[0] < 10, peak  # MiB
 
 
-# What a page shows, read back from its canvas: the number of the frame, a fingerprint, and its ground's colour
+# What a page shows, read back from its canvas: number of the frame, a fingerprint, its ground's colour
 WATCH = """() => {
   const canvas = document.getElementById("video"), pen = canvas.getContext("2d");
   window.seen = [];
@@ -3501,10 +3421,8 @@ WATCH = """() => {
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -r requirements-dev.txt")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is missing: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
+    chromium = shutil.which("chromium") or pytest.skip("apt-get install chromium")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -3513,8 +3431,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tabs(browser):
-    """Two tabs of one live page, once memory is full, and the server's process"""
-    with running_live() as (process, url):
+    """Two tabs of one live page, once memory is full"""
+    with running_live() as (_, url):
         tabs, errors = [browser.new_page(reduced_motion="reduce") for _ in range(2)], []
         for tab in tabs:
             tab.on("pageerror", lambda error: errors.append(error))
@@ -3526,11 +3444,10 @@ def tabs(browser):
 
 
 def until(tab, is_true):
-    for _ in range(300):
-        if is_true():
-            return
+    deadline = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < deadline
         tab.wait_for_timeout(200)
-    raise AssertionError("not within a minute")
 
 
 def held_in(tab):
@@ -3543,14 +3460,19 @@ def watched(tab, seconds):
     return tab.evaluate("window.seen")
 
 
+def ground_of(frame):
+    row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
+    return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
+
+
 def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_second(tabs):
-    first, second = [], []
+    first, second = [], {}
     while len(first) < 40:
         new = watched(tabs[0], 2)
         assert len(new) <= 17 * 2 + 1
-        first, second = first + new, second + tabs[1].evaluate("window.seen")
+        first += new
+        second |= {frame["frame"]: frame["hash"] for frame in tabs[1].evaluate("window.seen")}
     assert len({frame["hash"] for frame in first}) >= .9 * len(first)
-    second = {frame["frame"]: frame["hash"] for frame in second}
     common = [frame for frame in first if frame["frame"] in second]
     assert common and all(frame["hash"] == second[frame["frame"]] for frame in common)
 
@@ -3559,40 +3481,34 @@ def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
     tabs[0].get_by_role("button", name="Snow").click()
     until(tabs[1], lambda: ground_of(tabs[1].evaluate("window.seen.at(-1)")) == "Snow")
     assert tabs[1].get_by_label("Prompt").input_value().startswith("Snow.")
-    until(tabs[1], lambda: tabs[1].get_by_role("button", name="Snow").get_attribute("aria-pressed") == "true")
+    pressed = tabs[1].get_by_role("button", name="Snow", pressed=True)
+    until(tabs[1], lambda: pressed.count() == 1)
 
 
 @pytest.mark.speed
-def test_in_a_browser_12_different_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
+def test_in_a_browser_12_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
     frames = watched(tabs[0], 3)
     assert len({frame["hash"] for frame in frames}) >= 12 * 3
     seen = {frame["frame"]: frame["at"] for frame in tabs[1].evaluate("window.seen")}
     apart = [abs(frame["at"] - seen[frame["frame"]]) for frame in frames if frame["frame"] in seen]
     assert np.median(apart) < 100  # ms
-    tabs[0].evaluate("window.seen.length = 0")
     clicked = tabs[0].evaluate("Date.now()")
     tabs[0].get_by_role("button", name="Sand").click()
-    until(tabs[0], lambda: ground_of(tabs[0].evaluate("window.seen.at(-1)")) == "Sand")
-    assert min(frame["at"] for frame in tabs[0].evaluate("window.seen") if ground_of(frame) == "Sand") < clicked + 2000
-
-
-def ground_of(frame):
-    if not frame:
-        return None
-    row = np.reshape(frame["ground"], (-1, 4))[:, :3].mean(0) / 255
-    return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
+    sand = [frame["at"] for frame in watched(tabs[0], 3) if ground_of(frame) == "Sand"]
+    assert min(sand) < clicked + 2000
 
 
 def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs):
-    tabs[0].get_by_label("Memory").select_option("longlive")
-    until(tabs[1], lambda: held_in(tabs[1]) == [3, 0, 9])
-    assert tabs[1].locator("#count").inner_text() == "12"
-    tabs[0].get_by_label("Memory").select_option("slowfast")
-    until(tabs[1], lambda: held_in(tabs[1]) == [3, 12, 6])
+    for memory, held in {"longlive": [3, 0, 9], "slowfast": [3, 12, 6]}.items():
+        tabs[0].get_by_label("Memory").select_option(memory)
+        until(tabs[1], lambda: held_in(tabs[1]) == held)
+        assert tabs[1].locator("#count").inner_text() == str(sum(held))
 
 
-def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(tabs, browser, tmp_path):
-    hostile = "<script>document.title = 'x'</script><img src=x onerror=\"document.title = 'x'\">"
+def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(
+        tabs, browser, tmp_path):
+    title = "document.title = 'x'"
+    hostile = f'<script>{title}</script><img src=x onerror="{title}">'
     tabs[0].get_by_label("Prompt").fill(hostile)
     tabs[0].get_by_role("button", name="Use", exact=True).click()
     until(tabs[1], lambda: tabs[1].get_by_label("Prompt").input_value() == hostile)
@@ -3604,15 +3520,16 @@ def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_i
         threading.Thread(target=server.serve_forever, daemon=True).start()
         stranger = browser.new_page()
         stranger.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-        order = "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}).catch(String)"
-        assert "Failed to fetch" in stranger.evaluate(order, tabs[0].url + "steer")
+        order = "{method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}"
+        said = stranger.evaluate(f"url => fetch(url, {order}).catch(String)", tabs[0].url + "steer")
+        assert "Failed to fetch" in said
         tabs[0].wait_for_timeout(2000)
         stranger.close()
         server.shutdown()
     assert tabs[0].get_by_label("seed").input_value() == "0"
 
 
-def test_in_a_browser_pause_restart_and_a_narrow_dark_page(tabs):
+def test_in_a_browser_pause_restart_and_a_narrow_page(tabs):
     tabs[0].get_by_role("button", name="Pause").press("Enter")  # by keyboard
     tabs[0].wait_for_timeout(1500)
     assert len(watched(tabs[1], 1)) <= 1
@@ -3620,10 +3537,8 @@ def test_in_a_browser_pause_restart_and_a_narrow_dark_page(tabs):
     tabs[0].get_by_role("button", name="Restart").click()
     until(tabs[1], lambda: float(tabs[1].locator("#made").inner_text()) < 3)
     assert tabs[1].get_by_label("seed").input_value() == "5"
-    tabs[1].emulate_media(color_scheme="dark")
     tabs[1].set_viewport_size({"width": 400, "height": 800})
     assert tabs[1].evaluate("document.documentElement.scrollWidth") == 400
-    assert tabs[1].evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
 
 
 # ---- what a run costs --------------------------------------------------------------------------------------
@@ -3662,8 +3577,12 @@ def bf16_net(build, config):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(monkeypatch):
-    """Within 5 %, in bf16, memory full, a chunk decoded beside the next; a prompt switch costs the new text alone."""
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: torch.empty_like(q))
+    """
+    Within 5 %, in bf16, memory full, a chunk decoded beside the next; a prompt switch costs the new text
+    alone.
+    """
+    attention = "scaled_dot_product_attention"
+    monkeypatch.setattr(F, attention, lambda q, k, v, attn_mask=None: torch.empty_like(q))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         dit = bf16_net(DiT, DiTConfig())
         roll = Rollout(dit, dit.text(torch.empty(1, 512, 4096)), PRESETS["slowfast"], (30, 52))
@@ -3688,7 +3607,7 @@ def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(mon
 
 
 class Flash(torch.autograd.Function):
-    """Keeps for its backward what a fused kernel of a GPU keeps: q, k, v, the output, and a number a query and head."""
+    """Keeps for its backward what a fused kernel does: q, k, v, the output, a number a query and head."""
     @staticmethod
     def forward(ctx, q, k, v, mask):
         y = torch.empty_like(q)
@@ -3714,18 +3633,23 @@ def full_size_pass(part, nets, teacher):
     def frames(count):
         return torch.empty(1, count, 16, 60, 104)
     if part == "teacher":
-        return erft.teacher_step(net, None, 0, frames(21), frames(21), frames(21), t, features, grid)
+        def inject(rng, context, x0, noise, t, p):
+            return context, x0, noise, None
+        bank = SimpleNamespace(inject=inject, pending=[])
+        return erft.teacher_step(net, bank, 0, frames(21), frames(21), frames(21), t, features, grid)
     if part.startswith("init"):
         past, target = (21, 21) if part == "init_ar" else (18, 12)
-        pack = causal.Pack(frames(past), torch.arange(past)[None], frames(target), torch.arange(target)[None])
-        return causal.packed_loss(net, net.text(features), pack, causal.Objective(grid, 5.)).backward()
+        numbers = (torch.arange(n)[None] for n in (past, target))
+        pack = causal.Pack(frames(past), next(numbers), frames(target), next(numbers))
+        return causal.teacher_forcing_loss(net, net.text(features), pack, grid, 5., 0.).backward()
     # Algorithm 1 from a memory of seven chunks, one denoising step; the passes after it
     with torch.no_grad():
         roll = Rollout(net, net.text(features), PRESETS["slowfast"], grid)
         for _ in range(7 if part == "stage2" else 0):
             roll.memory.evict()
             kv = [torch.empty(2, 1, 4680, 12, 128, dtype=torch.bfloat16).unbind() for _ in net.blocks]
-            roll.memory.push(roll.entries(torch.arange(3)[None], frames(3), kv), torch.ones(1) > 0)
+            entries = roll.entries(torch.arange(3)[None], frames(3), kv)
+            roll.memory.push(entries, torch.ones(1) > 0)
             roll.chunk += 1
         trace = dmd.rollout(roll, [1.], 0, lambda *_: frames(3), 7, 7)
     trace.exits = trace.exits[-1:]  # of the last chunk, which sees as much as any
@@ -3737,7 +3661,7 @@ def full_size_pass(part, nets, teacher):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", bench.TRAINING)
 def test_the_estimate_of_training_is_what_fake_tensors_of_the_full_size_hold(part, monkeypatch):
-    """Within 15 %, on one device and on eight, where each holds an eighth of what is measured before the pass."""
+    """Within 15 %, on one device and on eight; each holds an eighth of what is there before the pass."""
     monkeypatch.setattr(torch.Tensor, "item", lambda self: .5)
     monkeypatch.setattr(model, "attend", fused_attention)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
@@ -3762,7 +3686,11 @@ def test_the_estimate_of_training_is_what_fake_tensors_of_the_full_size_hold(par
 
 
 def test_the_formula_of_a_pass_is_what_a_pass_does():
-    """Counted on the meta device; what the formula leaves out, once a latent or a patch, is less than 1 %."""
+    """
+    Counted on the meta device; what the formula leaves out, once a latent or a patch, is less than 1 %. At
+    full size 40.4 TFLOP a pass, from the hand count: 30 layers of 4680 tokens, 32760 keys.
+    """
+    assert bench.flops(DiTConfig(), 1560, 18) == pytest.approx(40.4e12, rel=.03)
     config = DiTConfig(512, 2986, 4, 8)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
         held = torch.empty(1, 18 * 96, 4, 128)
@@ -3775,31 +3703,34 @@ def test_the_formula_of_a_pass_is_what_a_pass_does():
 
 
 def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
-    words = ["--wan", "random:32x1", "--size", "32x32", "--steps", "1", "--vae", "tae", "--bench"]
-    frames, _ = sampled(tmp_path, *words)
+    words = ["--wan", "random:32x1", "--size", "32x32", "--steps", "2", "--vae", "tae", "--bench"]
+    assert not len(sampled(tmp_path, *words)[0])
     told = capsys.readouterr().out
     bound, rate = (float(number) for number in re.findall(r"([\d.]+) (?:frames|TFLOP)/s", told))
-    work = 2 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 18)
+    work = 3 * bench.flops(DiTConfig(32, 186, 1, 1), 4, 18)
     assert bound == pytest.approx(12 * rate * 1e12 / work, rel=.02)
-    rows = re.findall(r"^(DiT only|TAE) +([\d.]+) +([\d.]+)% +[\d.]+ s", told, re.M)
-    assert [name for name, *_ in rows] == ["DiT only", "TAE"] and not len(frames)
-    for _, fps, share in rows:
-        assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
     parts = re.findall(r"^([a-z ]+?) +(\d) +([\d.]+)$", told, re.M)
-    *names, whole = (name for name, *_ in parts)
-    assert set(names) == {"read memory", "pass", "decode", "to the host", "clean pass"} and whole == "a chunk"
-    *ms, total = (int(times) * float(median) for _, times, median in parts)
-    assert total == pytest.approx(sum(ms), abs=.01) and min(ms) > 0
+    assert [name for name, *_ in parts] == ["memory", "decoding", "to the host", "a pass"]
+    ms = {name: int(times) * float(each) for name, times, each in parts}
+    rows = re.findall(r"^(DiT only|TAE) +([\d.]+) +([\d.]+)%$", told, re.M)
+    wholes = ms["memory"] + ms["a pass"], sum(ms.values())
+    for (_, fps, share), whole in zip(rows, wholes, strict=True):
+        assert float(fps) == pytest.approx(12_000 / whole, rel=.01)
+        assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
+    assert [name for name, *_ in rows] == ["DiT only", "TAE"] and min(ms.values()) > 0
+    assert dict((name, times) for name, times, _ in parts)["a pass"] == "2"
 
 
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = ("config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft dmd "
-         "checkpoint optim data probe report paper figures causal stages evaluate metrics sample live train").split()
+ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
+           dmd checkpoint optim data probe recipe report paper figures causal stages evaluate metrics sample live
+           train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
-PACKAGES = {"torch", "einops", "safetensors", "imageio", "tqdm", "numpy"} | {"PIL", "imageio_ffmpeg"}  # imageio's own
+# PIL and imageio_ffmpeg are imageio's own
+PACKAGES = {"torch", "einops", "safetensors", "imageio", "tqdm", "numpy", "PIL", "imageio_ffmpeg"}
 # imported where they are used
 OPTIONAL = {"psutil", "ftfy", "tokenizers", "transformers", "matplotlib"}
 FILES = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "test_all")
@@ -3838,23 +3769,22 @@ def tokens_by_line(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    silent = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = [token.start[0] for token in tokens if token.type not in silent]
+    lines = [token.start[0] for token in tokens if tokenize.tok_name[token.type] not in silent]
     return Counter(line for line in lines if line not in docstrings)
 
 
 def branches(function):
-    kinds = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.BoolOp, ast.Assert)
-    return 1 + sum(isinstance(node, kinds) for node in ast.walk(function))
+    kinds = "If For While ExceptHandler IfExp comprehension BoolOp Assert".split()
+    return 1 + sum(type(node).__name__ in kinds for node in ast.walk(function))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_written_to_be_read(name):
-    """In nanoGPT, DiT or flux a line of code has 9 to 10 tokens, and comments stand in 2 to 15 lines of 100."""
+    """In nanoGPT, DiT or flux a line of code has 9 to 10 tokens; of 100 lines, 2 to 15 are comments."""
     source = (HERE / f"{name}.py").read_text("utf-8")
-    tokens = tokens_by_line(source)
-    lines = source.splitlines()
+    tokens, lines = tokens_by_line(source), source.splitlines()
     assert tokens.total() / len(tokens) <= 13
     assert max(tokens.values()) <= 35, tokens.most_common(1)
     assert max(map(len, lines)) <= 110, max(lines, key=len)
@@ -3864,13 +3794,14 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 64_850)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 60_500)], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
-    assert sum(tokens_by_line((HERE / f"{name}.py").read_text("utf-8")).total() for name in names) <= most
+    sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
+    assert sum(tokens_by_line(source).total() for source in sources) <= most
 
 
 DEMOS = {  # something true that each demo says
-    "rope": "any length, 18 held + 3 new: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17] [18, 19, 20]",
+    "rope": "12, 13, 14, 15, 16, 17] [18, 19, 20]",
     "memory": "infinity   at 60 s sees  6 latents, of the past [0, 238, 239]",
     "flow": "t = 0.9375 keeps  6.2% of x0",
     "model": "Wan2.1-T2V-1.3B: 1,418,996,800 parameters in 825 tensors",
@@ -3878,10 +3809,10 @@ DEMOS = {  # something true that each demo says
     "erft": "its v is off v* by 0.500",
     "text": "-> features (1, 96, 64), zero from there on",
     "weights": "vae.safetensors            {'stage':",
-    "vae": "497,664 numbers -> 10,752 -> 497,664 at 25.9 dB",
+    "vae": "497,664 numbers -> 10,752 -> 497,664 at ",
     "wan_vae": "latent 4 -> frames 13..16, 0.00000 from those decoded at once",
-    "world": "drawn in out/world.png",
-    "judge": "yellow triangle  5.4 s away, now cyan square      WRONG",
+    "world": "Snow. The camera turns right from south, one turn in 22 seconds.",
+    "judge": "magenta over blue   5.1 s away, now blue over red       WRONG",
     "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
     "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
@@ -3890,27 +3821,24 @@ DEMOS = {  # something true that each demo says
 }
 
 
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize("name", sorted(set(FILES) - SCRIPTS))
 def test_the_demo_of_a_file_shows_what_it_says(name, tmp_path, monkeypatch, capsys):
+    has_demo = "\nif __name__" in (HERE / f"{name}.py").read_text("utf-8")
+    assert has_demo == (name in DEMOS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert DEMOS[name] in said
+    assert DEMOS.get(name, "") in said
     assert all(Path(picture).exists() for picture in re.findall(r"out/[a-z]+\.png", said))
 
 
-def test_every_demo_is_run():
-    shown = {name for name in FILES if "\nif __name__" in (HERE / f"{name}.py").read_text("utf-8")}
-    assert shown - SCRIPTS == set(DEMOS)
-
-
-# ---- the small world: what is drawn follows the caption, and captions never tell the landmarks -------------
+# ---- the small world: what is drawn follows the caption, and captions never tell the houses ----------------
 
 TURNING = Motion("turn", 1, 8)         # 2 columns a frame
 LOOKING = Motion("aside", 1, 16, 180)  # 1 column a frame
-SET = np.array([0, 7, 14, 21, 4, 11, 12, 19])
-LOOK = LOOKING.heading(40., np.arange(400))
+SET = np.array([0, 7, 14, 21, 4, 11, 29, 19])
+LOOK = LOOKING.heading(64., np.arange(400))
 UNTIL_100 = np.minimum(np.arange(400), 100)  # frame numbers of a camera that stops
 
 
@@ -3919,8 +3847,8 @@ def steady(frames, start=0.):
 
 
 def draw_video(headings, landmarks=SET, ground=0):
-    """Frames at these headings; landmarks (8,) or, where they change over time, (f, 8)."""
-    landmarks = np.broadcast_to(landmarks, (len(headings), 8))
+    """Frames at these headings; landmarks (8,), () for none, or, where they change over time, (f, 8)."""
+    landmarks = np.broadcast_to(landmarks, (len(headings), np.shape(landmarks)[-1]))
     frames = np.empty((len(headings), 3, 32, 64), np.float32)
     for row in np.unique(landmarks, axis=0):
         same = (landmarks == row).all(1)
@@ -3941,57 +3869,78 @@ def test_the_camera_moves_as_its_motion_says(motion, start, seconds, end):
     assert motion.heading(start, 16 * seconds) == pytest.approx(end)
 
 
-@pytest.mark.parametrize("motion, words", [
-    (Motion("turn", 1, 8), "turns right, one turn in 8 seconds."),
-    (Motion("linger", -1, 44), "turns left, lingering at the compass points, one turn in 44 seconds."),
-    (Motion("aside", -1, 16, 180), "looks 180 degrees to the left and back, every 16 seconds."),
+@pytest.mark.parametrize("start, motion, words", [
+    (64., Motion("turn", 1, 8), "turns right from east, one turn in 8 seconds."),
+    (0., Motion("linger", -1, 44),
+     "turns left from north, lingering at compass points, one turn in 44 seconds."),
+    (64., Motion("aside", -1, 9, 180), "looks from east 180 degrees to the left and back, every 9 seconds."),
 ])
-def test_a_caption_tells_ground_and_motion_alone_in_96_bytes_and_the_grammar_knows_it(motion, words):
-    caption = World(3, tuple(SET), 0., motion).caption
-    assert caption == f"Stone. The camera {words}"
-    assert len(caption.encode()) <= 96
+def test_a_caption_tells_ground_and_motion_alone_in_96_bytes_and_the_grammar_knows_it(start, motion, words):
+    caption = World(3, tuple(SET), start, motion).caption
+    assert caption == f"Stone. The camera {words}" and len(caption) <= 96
     assert re.fullmatch(world.GRAMMAR, caption)
-    for foreign in (caption.lower(), caption.replace("Stone", "Lava"), caption + " Slowly.", caption[:-1], ""):
-        assert not re.fullmatch(world.GRAMMAR, foreign)
+    for other in (caption + " Slowly.", caption.lower(), caption[:-1], caption.replace("Stone", "Lava"),
+                  caption.replace("right", "up").replace("left", "down"), ""):
+        assert not re.fullmatch(world.GRAMMAR, other)
 
 
-def test_a_frame_shows_what_stands_around_its_heading_and_the_sky_is_the_same_in_every_world():
+def test_a_frame_shows_the_house_ahead_below_the_sky_and_hills_of_every_world():
     frames = draw_video([112, 104])
-    assert np.allclose(frames[0, :, 16, 31:33], world.COLOUR_RGB[21 % 6][:, None], atol=.01)  # sector 3
-    assert frames[0, :, 16, 23].max() < .3  # its outline
+    roof, wall = (world.COLOUR_RGB[colour][:, None] for colour in world.PAIRS[SET[3]])  # sector 3
+    assert np.allclose(frames[0, :, 12, 31:33], roof, atol=.01)
+    assert np.allclose(frames[0, :, 20, 24:28], wall, atol=.01)
+    assert frames[0, :, [8, 23], 32].max() < .3  # its outline, its door
     assert np.array_equal(frames[0, ..., :-8], frames[1, ..., 8:])
-    skies = [draw_video([112], marks, ground)[..., :5, :] for marks in (SET, SET + 1) for ground in range(4)]
-    assert np.array_equal(skies, [skies[0]] * 8)
+    # whatever stands there, the compass is uncovered: one hue round the sky, three round the hills
+    compass = draw_video(np.arange(0, 256, 64), ())[..., :world.TOP, :]
+    for ground in range(4):
+        seen = draw_video(np.arange(0, 256, 64), (SET + ground) % 30, ground)
+        assert np.array_equal(seen[..., :world.TOP, :], compass)
+    for rows in (compass[..., :4, :], compass[..., 4:8, :]):
+        assert min(np.abs(a - b).mean() for a, b in itertools.combinations(rows, 2)) > .1
 
 
 def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
-    one = World(2, (23, 4, 7, 14, 11, 18, 10, 1), 32.049880172813715, Motion("turn", 1, 16))
-    other = replace(one, landmarks=(16, 10, 3, 8, 1, 21, 9, 14))
-    assert make_world(WorldSpec(0)) == one
-    assert make_world(WorldSpec(0, counterfactual=True)) == other
-    assert [make_world(WorldSpec(seed)).motion for seed in (2, 3, 7)] == [
-        Motion("aside", 1, 12, 90), Motion("aside", 1, 12, 135), Motion("turn", -1, 40)]
-    for spec, w in ((WorldSpec(0), one), (WorldSpec(0, counterfactual=True), other)):
+    one = World(2, (29, 6, 8, 17, 14, 23, 13, 2), 128, Motion("turn", 1, 22))
+    other = replace(one, landmarks=(20, 13, 4, 11, 2, 27, 11, 18))
+    empty = replace(one, landmarks=())
+    for changes, w in (({}, one), ({"counterfactual": True}, other), ({"empty": True}, empty)):
+        spec = WorldSpec(0, **changes)
+        assert make_world(spec) == w
         heading = w.motion.heading(w.start, np.arange(7, 9))
         assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
+    motions = [make_world(WorldSpec(seed)).motion for seed in (2, 1, 4)]
+    assert motions == [Motion("aside", 1, 10, 180), Motion("linger", 1, 31), Motion("turn", -1, 40)]
+    # fixing the motion changes nothing else
+    assert make_world(WorldSpec(0, "linger", 20)) == replace(one, motion=Motion("linger", 1, 20))
     # On each ground, how light frames are, and how sharp; between sub-columns, the mean of both.
-    drawn = [draw_video([0, 50.3, 128], SET, ground).astype(float) for ground in range(4)]
-    assert np.allclose([x.mean() for x in drawn], [.420199, .503110, .602013, .423242], atol=1e-5)
-    assert np.allclose([np.abs(np.diff(x)).mean() for x in drawn], [.026046, .027805, .029053, .023795], atol=1e-5)
+    drawn = np.stack([draw_video([0, 50.3, 128], SET, ground) for ground in range(4)]).astype(float)
+    light = drawn.mean((1, 2, 3, 4))
+    sharp = np.abs(np.diff(drawn)).mean((1, 2, 3, 4))
+    assert np.allclose(light, [.430164, .491101, .562312, .432507], atol=1e-5)
+    assert np.allclose(sharp, [.028398, .031267, .035024, .028345], atol=1e-5)
     before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
     assert np.allclose(between, (before + after) / 2, atol=1e-6)
 
 
-def test_motions_are_mixed_as_documented_and_fixing_one_changes_nothing_else():
+def test_motions_are_mixed_as_documented_and_looks_aside_go_from_one_compass_point_to_another():
     worlds = [make_world(WorldSpec(seed)) for seed in range(4000)]
-    kinds = [w.motion.kind for w in worlds]
-    assert np.allclose([kinds.count(k) / 4000 for k in ("turn", "linger", "aside")], (.5, .3, .2), atol=.03)
-    for kind, degrees, periods in (("turn", 0, (8, 44)), ("linger", 0, (18, 44)), ("aside", 90, (4, 12)),
-                                   ("aside", 180, (8, 16))):
-        seconds = {w.motion.seconds for w in worlds if (w.motion.kind, w.motion.degrees) == (kind, degrees)}
-        assert (min(seconds), max(seconds)) == periods
-    fixed = make_world(WorldSpec(3, "turn", 9))
-    assert fixed == replace(worlds[3], motion=Motion("turn", worlds[3].motion.direction, 9))
+    periods = {}
+    for w in worlds:
+        periods.setdefault((w.motion.kind, w.motion.degrees), []).append(w.motion.seconds)
+    # by kind and degrees: share, shortest and longest period
+    documented = {("turn", 0): (.5, 8, 44), ("linger", 0): (.3, 18, 44),
+                  ("aside", 90): (.1, 4, 12), ("aside", 180): (.1, 8, 16)}
+    for key, (share, shortest, longest) in documented.items():
+        assert len(periods[key]) / 4000 == pytest.approx(share, abs=.03)
+        assert (min(periods[key]), max(periods[key])) == (shortest, longest)
+    for w in worlds:
+        if w.motion.kind == "aside":
+            path = w.motion.heading(w.start, np.arange(16 * w.motion.seconds))
+            ends = [path[0], path[8 * w.motion.seconds]]  # at the start, and where it turns
+            assert set(np.mod(ends, 64)) == {0}
+            assert sorted(ends) == [path.min(), path.max()]
+            assert world.POINTS[int(ends[0] / 64)] in w.caption
 
 
 # ---- the judge: what is drawn is read back, and what is damaged is told ------------------------------------
@@ -4003,21 +3952,29 @@ def with_noise(frames, db=26):
 
 def tinted(frames):
     """Generated frames drift like this: warmer, darker, and smooth patches of wrong colour."""
-    patches = np.random.default_rng(9).normal(0, .02, (len(frames), 3, 4, 8)).repeat(8, 2).repeat(8, 3)
-    return .9 * frames + np.array([.05, 0, -.02], np.float32)[:, None, None] + patches.astype(np.float32)
+    patches = np.random.default_rng(9).normal(0, .02, (len(frames), 3, 4, 8))
+    patches = patches.repeat(8, 2).repeat(8, 3)
+    warmer = np.array([.05, 0, -.02])[:, None, None]
+    return .9 * frames + (warmer + patches).astype(np.float32)
+
+
+def blurred(frames):
+    """Each pixel the mean of 3 x 3."""
+    return F.avg_pool2d(torch.from_numpy(frames), 3, 1, 1, count_include_pad=False).numpy()
 
 
 def judge_errors(damage, frames=160):
     """
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
-    returns  share of landmarks wholly in view that are right; heading errors; share of right grounds; PSNR
+    returns  share of houses wholly in view that are right; heading errors; share of right grounds; PSNR
     """
     right, wrong_by, grounds, psnr = [], [], [], []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
         w = make_world(WorldSpec(seed))
         heading = w.motion.heading(w.start, np.arange(frames))
         reading = read_video(damage(clip(WorldSpec(seed), 0, frames)))
-        whole = np.abs(offsets(heading)) <= world.WHOLE - .5  # at the very edge a rounded heading may differ
+        # at the very edge a rounded heading may differ
+        whole = np.abs(offsets(heading)) <= world.WHOLE - .5
         right += (reading.landmark == np.array(w.landmarks))[whole].tolist()
         wrong_by += np.abs(wrap(reading.path - heading)).tolist()
         grounds += (reading.ground == w.ground).tolist()
@@ -4026,20 +3983,22 @@ def judge_errors(damage, frames=160):
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 40), (with_noise, 25), (tinted, 21),
-], ids=["none", "26 dB", "tinted"])
+    (lambda frames: frames, 50), (tinted, 23), (lambda frames: with_noise(blurred(frames)), 18),
+], ids=["none", "tinted", "blurred, 26 dB"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
     right, wrong_by, ground, psnr = judge_errors(damage)
-    assert right >= .99
-    assert wrong_by.max() <= 1
-    assert ground == 1
-    assert psnr >= validity
+    assert right >= .99 and wrong_by.max() <= .5 and ground == 1 and psnr >= validity
 
 
-def test_a_landmark_is_read_while_it_is_wholly_in_view_with_two_columns_to_spare():
+def test_a_house_is_read_while_it_is_wholly_in_view_softened_edges_included():
     offset = np.arange(-48, 48.)  # of sector 3, from one side of the view to the other
-    reading = read_video(draw_video(112 - offset))
-    assert np.array_equal(reading.landmark[:, 3], np.where(np.abs(offset) <= 21, SET[3], -1))
+    frames = draw_video(112 - offset)
+    read = read_video(frames).landmark[:, 3]
+    assert np.array_equal(read, np.where(np.abs(offset) <= 17, SET[3], -1))
+    # 17 columns to the right the view ends with the softened edge
+    without = draw_video(112 - offset, ())
+    bare = np.isclose(frames[..., -1], without[..., -1]).all((1, 2))
+    assert bare[offset == 16] and not bare[offset == 17]
 
 
 def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too():
@@ -4051,32 +4010,39 @@ def test_a_video_of_two_grounds_is_read_in_the_order_of_time_and_from_bytes_too(
     assert np.abs(reading.path - steady(200)).max() <= 1 / 4
 
 
-@pytest.mark.parametrize("mix", [  # of two landmarks' panoramas a and b, and of none
-    lambda a, b, none: np.where(np.arange(2048)[:, None, None] % 256 < 128, a, b),
+LEFT_HALF = np.arange(2048)[:, None, None] % 256 < 128
+
+
+@pytest.mark.parametrize("mix", [  # of two houses' panoramas a and b, and of none
+    lambda a, b, none: np.where(LEFT_HALF, a, b),
     lambda a, b, none: (a + b) / 2,
+    lambda a, b, none: a.mean(-1, keepdims=True).repeat(3, -1),
     lambda a, b, none: none,
-], ids=["two halves", "morph", "nothing"])
-def test_what_is_no_landmark_is_not_readable(mix):
-    rng = np.random.default_rng(3)
-    read = []
-    for ground, _ in np.ndindex(3, 24):
+], ids=["two halves", "morph", "grey", "nothing"])
+def test_what_is_no_house_is_not_readable(mix):
+    rng, read = np.random.default_rng(3), []
+    for ground, a in np.ndindex(3, 30):
         drawings = judge.landmark_drawings(ground)
-        a, b = rng.choice(24, 2, replace=False)
-        mixed = mix(drawings[a], drawings[b], panorama(ground, ()))
-        reading = read_video(render(mixed, np.arange(8) * 32 + rng.uniform(0, 32)))
+        # of another roof, of another wall, or of both
+        b = rng.choice([b for b in range(30) if b != a])
+        seen = panorama(ground, ())
+        rows = np.s_[:, world.TOP:world.FOOT]
+        seen[rows] = mix(drawings[a], drawings[b], seen)[rows]
+        reading = read_video(render(seen, np.arange(8) * 32 + rng.uniform(0, 32)))
         read.append((reading.landmark >= 0).any())
     assert np.mean(read) <= .01
 
 
 def test_validity_is_the_size_of_the_damage_wherever_it_is():
-    for db in (30, 26, 22):
+    for db in (30, 22):
         assert np.abs(read_video(with_noise(clip(WorldSpec(4), 0, 40), db)).psnr - db).max() < .5
-    for rows, columns in ((slice(0, 3), slice(64)), (slice(22, 26), slice(48)), (slice(29, 32), slice(64))):
+    for first, rows, columns in ((0, 3, 64), (22, 4, 48), (29, 3, 64)):
         frames = draw_video([112] * 8)
-        frames[:, :, rows, columns] += .1
-        share = (rows.stop - rows.start) * columns.stop / (32 * 64)
-        assert read_video(frames).psnr == pytest.approx(-10 * np.log10(.01 * share), abs=.5)
-    assert read_video(np.full((8, 3, 32, 64), .5)).psnr.max() < 17  # plain grey
+        frames[:, :, first:first + rows, :columns] += .1
+        error = .01 * rows * columns / (32 * 64)
+        assert read_video(frames).psnr == pytest.approx(-10 * np.log10(error), abs=.5)
+    nothing = read_video(np.random.default_rng(0).random((8, 3, 32, 64)))
+    assert nothing.psnr.max() < 12 and (nothing.landmark == -1).all()
 
 
 # ---- reappearances: what left and came back, against what it was -------------------------------------------
@@ -4093,19 +4059,20 @@ def returns_of(headings, motion=TURNING, landmarks=SET):
     (slice(200, 240), [1, 0, 1]),
 ])
 def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(changed, right):
-    landmarks = np.tile(SET, (480, 1))
+    landmarks = np.tile(SET, (490, 1))
     landmarks[changed, 4] = 22
-    found = returns_of(steady(480), landmarks=landmarks)
-    assert [e.right for e in found if e.sector == 4] == right
+    found = returns_of(steady(490), landmarks=landmarks)
     assert len(found) == 3 * 8
+    assert [e.right for e in found if e.sector == 4] == right
     assert all(e.right for e in found if e.sector != 4)
 
 
 def test_what_comes_back_unreadable_is_wrong_and_the_next_return_is_held_against_what_was_read_before():
-    frames = draw_video(steady(400))
-    frames[128:256] = (frames[128:256] + draw_video(steady(400), np.roll(SET, 1))[128:256]) / 2
+    frames, other = draw_video(steady(400)), draw_video(steady(400), np.roll(SET, 1))
+    frames[128:256] = (frames[128:256] + other[128:256]) / 2
     found = [e for e in reappearances(read_video(frames), TURNING) if e.sector == 4]
-    assert [(e.before, e.shown, e.right) for e in found] == [(SET[4], -1, False), (SET[4], SET[4], True)]
+    assert [e.before for e in found] == [SET[4]] * 2
+    assert [(e.shown, e.right) for e in found] == [(-1, False), (SET[4], True)]
 
 
 @pytest.mark.parametrize("kind", ["turn", "linger", "aside"])
@@ -4134,17 +4101,17 @@ def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
     headings = steady(400)[UNTIL_100]  # stops after 200 of 256 columns
     found = returns_of(headings)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
-    assert all(abs(e.absence - 174 / 32) <= 2 / 16 for e in found)
-    # Sector 7 leaves at frame 13, is due 98.5 frames later, and missed after 13 + 1.25 * 98.5 + 16 = 152.1.
-    assert [len(returns_of(headings[:frames])) for frames in (152, 153)] == [0, 1]
+    assert all(abs(e.absence - 164 / 32) <= 2 / 16 for e in found)
+    # Sector 7 leaves at frame 16, is due 97.5 frames later, and missed after 16 + 1.25 * 97.5 + 16 = 153.9.
+    assert [len(returns_of(headings[:frames])) for frames in (153, 154)] == [0, 1]
     looks = {e.sector: e.absence for e in reversed(returns_of(LOOK, LOOKING))}  # each sector's first absence
     stays = returns_of(LOOK[np.minimum(np.arange(400), 128)], LOOKING)
     assert all(abs(e.absence - looks[e.sector]) < .2 for e in stays)
 
 
-@pytest.mark.parametrize("start, sinks", [(40, {1}), (42, {1}), (43, {1, 2})])
+@pytest.mark.parametrize("start, sinks", [(46, {1}), (48, {1, 2})])
 def test_landmarks_wholly_in_view_in_the_first_nine_frames_are_in_the_sink(start, sinks):
-    # The ninth frame looks at start + 16; sector 1 is wholly in view up to 69, sector 2 from 59 on.
+    # The ninth frame looks at start + 16; sector 1 is wholly in view up to 65, sector 2 from 63 on.
     found = returns_of(steady(300, start))
     assert {e.sector for e in found if e.in_sink} == sinks
     assert {e.sector for e in found} == set(range(8))
@@ -4159,35 +4126,35 @@ def test_up_to_four_misread_headings_in_a_row_are_mended_and_turning_points_stay
 
 
 @pytest.mark.parametrize("path, motion, rate", [
-    *[(steady(200) * rate + 9, TURNING, rate) for rate in (1, .5, -1, -.5, 0)],
-    (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1),
+    (steady(200) * .5 + 9, TURNING, .5), (9 - steady(200), TURNING, -1),
+    (steady(200) * 0, TURNING, 0), (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1),
 ])
 def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(path, motion, rate):
     assert turning_rate(path, motion) == pytest.approx(rate, abs=.02)
 
 
 def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_agree():
-    assert landmark_map(np.array([[3, -1], [5, -1], [5, -1], [-1, -1]])) == [5, -1]
+    assert landmark_map(np.array([[3, 5, 5, -1], [-1] * 4]).T) == [5, -1]
     rng = np.random.default_rng(8)
-    assert chance(rng.integers(24, size=(300, 8))) == pytest.approx(1 / 24, abs=.002)
+    assert chance(rng.integers(30, size=(300, 8))) == pytest.approx(1 / 30, abs=.002)
     assert chance([[1, -1], [1, -1], [2, -1]]) == pytest.approx(1 / 3)
     assert np.isnan(chance([[1, 2]]))
 
 
 def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_returns_shows_it_wholly():
     reading = read_video(draw_video(steady(300)))
-    event = next(e for e in reappearances(reading, TURNING) if e.sector == 4)
-    # It stands at 144, 2 columns a frame: gone beyond 185, a pixel from 359 on.
-    assert (event.left, event.returned, event.absence) == (93, 180, 87 / 16)
-    whole = (123 <= steady(300)) & (steady(300) <= 165)
-    shows = [j for j in range(40) if any(whole[f] for f in range(max(0, 4 * j - 3), 4 * j + 1))]
-    assert [j for j in range(40) if is_in_memory(event, reading, [j])] == shows
-    assert not is_in_memory(event, reading, []) and is_in_memory(event, reading, [0, 1, shows[0]])
-    for event in reappearances(reading, TURNING):  # sectors whose first and last frame fall anywhere in a latent
-        whole = np.abs(wrap(32 * event.sector + 16 - steady(300))) <= 21
-        shows = [j for j in range(76) if whole[max(0, 4 * j - 3):4 * j + 1].any()]
+    found = reappearances(reading, TURNING)
+    # Sector 4 stands at 144, 2 columns a frame: gone beyond 190, a pixel from 354 on.
+    event = next(e for e in found if e.sector == 4)
+    assert (event.left, event.returned, event.absence) == (96, 177, 81 / 16)
+    for event in found:  # sectors whose first and last frame fall anywhere in a latent
+        whole = np.abs(wrap(32 * event.sector + 16 - steady(300))) <= 17
+        of_latent = [whole[max(0, 4 * j - 3):4 * j + 1] for j in range(76)]
+        shows = np.flatnonzero([frames.any() for frames in of_latent]).tolist()
         assert [j for j in range(76) if is_in_memory(event, reading, [j])] == shows
-    assert [judge.chunk_of(frame) for frame in range(33)] == [0] * 9 + [1] * 12 + [2] * 12
+        assert is_in_memory(event, reading, [0, 1, shows[0]]) and not is_in_memory(event, reading, [])
+    chunks = [judge.chunk_of(frame) for frame in range(33)]
+    assert chunks == [0] * 9 + [1] * 12 + [2] * 12
 
 
 # ---- the miniature's numbers: what an evaluation tells is what the judge read ------------------------------
@@ -4196,21 +4163,25 @@ FIRST = report.EvalSet("student")
 
 
 def video_row(returns, seed=0, memory="slowfast", worlds="text", kind=None, weights="student", **measured):
-    """A line of the CSV; returns: (absence, right, held) of each landmark that was due back."""
+    """A line of evaluate.jsonl; returns: (absence, right, held) of each landmark that was due back."""
     events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0, "left": 100}
               for absence, right, held in returns]
     plain = {"caption": "Sand.", "made_by": "w p", "cost": 1., "psnr": [27.] * 4, "landmarks": [seed] * 8,
-             "turning": 1., "jumps": 0, "minutes": 1.}
+             "reappearances": events, "turning": 1., "jumps": 0, "minutes": 1.}
     eval_set = report.EvalSet(weights, memory, worlds=worlds)
-    return report.Video(eval_set, WorldSpec(world.HELD_OUT + seed, kind), reappearances=events, **plain | measured)
+    return report.Video(eval_set, WorldSpec(world.HELD_OUT + seed, kind), **plain | measured)
 
 
-def by_set(*videos):
+def by_set(videos):
     """-> EvalSet -> videos"""
     rows = {}
     for video in videos:
         rows.setdefault(video.eval_set, []).append(video)
     return rows
+
+
+def targets_of(videos):
+    return {row["target"]: row for row in report.targets(by_set(videos), FIRST)}
 
 
 def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_memory_does_not_bridge():
@@ -4221,168 +4192,162 @@ def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_me
     assert report.recall(videos) == [(2, 2), (1, 3)]
 
 
+def test_whatever_the_motions_bring_back_falls_into_an_absence():
+    absences = np.array(report.ABSENCES)
+    assert (absences[1:] * .9 <= absences[:-1] * 1.1).all() and {6, 15} <= set(absences)
+    slowest = WorldSpec(world.HELD_OUT, "linger", 44)
+    ideal = read_video(clip(slowest, 0, 1005))
+    longest = max(event.absence for event in reappearances(ideal, make_world(slowest).motion))
+    assert absences[-1] * .9 < longest < absences[-1] * 1.1
+
+
 def test_drift_is_that_of_the_last_ten_seconds_from_the_first_ten():
-    videos = [video_row([], psnr=[30., 28., 7., 7., 26., 25.]), video_row([], psnr=[1., 2., 3.])]
+    long, short = [30., 28., 7., 7., 26., 25.], [1., 2., 3.]
+    videos = [video_row([], psnr=psnr) for psnr in (long, short)]
     assert report.drift(videos) == [(-3.5, 1)]  # no video of 15 s
     assert report.last_validity(videos) == [(25., 1), (3., 1)]
 
 
 def test_intervals_are_over_videos():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
-    middle, low, high = report.estimate([(1, 1), (1, 2), (1, 1), (1, 2)])
+    middle, low, high = report.estimate([(1, 1), (1, 2)] * 2)
     assert middle == pytest.approx(4 / 6) and low == .5 and high == 1
     assert np.isnan(report.estimate([(0, 0)])).all()
     normal = [(x, 1) for x in np.random.default_rng(0).standard_normal(400)]
     assert np.diff(report.estimate(normal)[[1, 2]]) == pytest.approx(2 * 1.96 / 20, rel=.1)
 
 
-def noisy_rows(gain, spread):
-    """Jumps of 64 videos that differ far more than the two rows do"""
+@pytest.mark.parametrize("gain, spread, verdict", [
+    (.05, 0, "higher"), (-.05, 0, "lower"), (0, .1, "not significant")])
+def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
+    """Videos differ far more than the two rows do, and stand in any order."""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
     theirs = [video_row([], i, jumps=x) for i, x in enumerate(hard)]
     ours = [video_row([], i, jumps=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
-    return ours, theirs
-
-
-@pytest.mark.parametrize("gain, spread, verdict", [
-    (.05, 0, "yes"), (-.05, 0, "no"), (0, .1, "not significant")])
-def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
-    """The order of the lines does not matter."""
-    ours, theirs = noisy_rows(gain, spread)
     strangers = [video_row([], 100 + i, jumps=9 * gain) for i in range(64)]
-    assert report.better(ours, strangers + theirs[::-1], report.jumps) == verdict
-    assert report.better(ours, strangers, report.jumps) == "no data"
-    assert report.better(ours[:7], theirs, report.jumps) == report.better(ours, theirs, report.recall) == "no data"
-    assert report.jumps([video_row([], jumps=3, minutes=2.)]) == [(3, 2.)]  # a minute
+    assert report.compare(ours, strangers + theirs[::-1], report.jumps) == verdict
+    for some, others, measure in ((ours, strangers, report.jumps), (ours[:7], theirs, report.jumps),
+                                  (ours, theirs, report.recall)):
+        assert report.compare(some, others, measure) == "no data"
 
 
 def test_half_way_is_where_recall_that_can_only_fall_is_half_way_to_chance():
-    falls = {2: True, 3: False, 4.5: True, 6: True, 9: False, 12: False}
-    videos = [video_row([(s, right, True) for s, right in falls.items()], i) for i in range(24)]
-    for video in videos[::4]:
-        video.reappearances[0]["right"] = False
-    assert report.luck(videos) == 0 and report.mean(report.detail(videos)) == .75
-    # that it rises from 0 to 1 and 1 is chance
-    assert report.falling(videos, report.recall) == [(2, .75), (3, 2 / 3), (4.5, 2 / 3), (6, 2 / 3), (9, 0), (12, 0)]
-    assert report.half_way(videos) == pytest.approx(6 + 3 * (2 / 3 - .375) * 1.5)
-    assert report.half_way(videos, report.ceiling) == math.inf
+    """Recall 1 after 6 s, 0 after 8.7, 1 after 12.5: the last two are one level."""
+    returns = [(6., True, True), (8.7, False, True), (12.5, True, True)]
+    videos = [video_row(returns, i) for i in range(20)]
+    assert report.falling(videos, report.recall) == [(6, 1), (8.7, .5), (12.5, .5)]
+    assert report.half_way(videos) == report.half_way(videos, report.ceiling) == math.inf
+    for video in videos[::2]:
+        video.reappearances[2]["right"] = False
+    assert report.falling(videos, report.recall) == [(6, 1), (8.7, .25), (12.5, .25)]
+    assert report.half_way(videos) == pytest.approx(6 + 2.7 * .5 / .75)
+    # chance of 4 / 19 raises the level that is half-way; where it is near recall nothing can fall
     some = [replace(video, landmarks=[i % 4] * 8) for i, video in enumerate(videos)]
-    level = (.75 + 5 / 23) / 2  # chance is 5 / 23
-    assert report.half_way(some) == pytest.approx(6 + 3 * (2 / 3 - level) * 1.5)
-    alike = [replace(video, landmarks=[i < 20] * 8) for i, video in enumerate(videos)]
+    assert report.half_way(some) == pytest.approx(6 + 2.7 * (.5 - 2 / 19) / .75)
+    alike = [replace(video, landmarks=[i < 19] * 8) for i, video in enumerate(videos)]
     assert np.isnan(report.half_way(alike)) and np.isnan(report.half_way(videos[:9]))  # nine returns a point
 
 
-@pytest.mark.parametrize("text, real, met", [(8_999, 9_000, "no"), (9_000, 8_999, "no"), (9_000, 9_000, "yes")])
+@pytest.mark.parametrize("text, real, met", [
+    (8_999, 9_000, "no"), (9_000, 8_999, "no"), (9_000, 9_000, "yes")])
 def test_a_target_is_met_from_both_starts_and_by_the_number_not_its_rounding(text, real, met):
     """8,999 of 10,000 returns are 89.99 %, which the table shows as 90.0."""
     starts = [video_row([(6., i < right, True) for i in range(10_000)], worlds=worlds)
               for worlds, right in (("text", text), ("real", real))]
-    table = report.targets(by_set(*starts), FIRST)
-    assert f"| recall after 6 s, % | at least 90 | 90.0 | 90.0 | {met} |" in report.markdown("", table)
-    assert "| recall after 15 s, % | at least 80 | - | - | no data |" in report.markdown("", table)
-    assert report.targets(by_set(starts[0]), FIRST)[0]["met"] == "no data"
-
-
-def test_a_cut_csv_loses_its_last_line_and_a_bad_one_is_named(tmp_path, capsys):
-    path, rows = tmp_path / "a.csv", [video_row([], seed) for seed in range(3)]
-    report.append_csv(path, rows)
-    content = path.read_bytes()
-    path.write_bytes(content[:-20])
-    assert report.read_csv(path) == rows[:2] and path.read_bytes() == b"".join(content.splitlines(True)[:3])
-    assert "the last line was cut short" in capsys.readouterr().err
-    report.append_csv(path, rows[2:])
-    assert path.read_bytes() == content and report.read_csv(path) == rows
-    lines = content.splitlines(True)
-    for line in (lines[2].replace(b"[", b"x"), b"1,2\r\n", lines[2][:-2] + b",more\r\n"):
-        path.write_bytes(b"".join([*lines[:2], line, lines[3]]))
-        with pytest.raises(BadInput, match="a.csv, line 3: .*take the line out"):
-            report.read_csv(path)
+    table = report.markdown("", report.targets(by_set(starts), FIRST))
+    assert f"| recall after 6 s, % | at least 90 | 90.0 | 90.0 | {met} |" in table
+    assert "| recall after 15 s, % | at least 80 | - | - | no data |" in table
+    assert targets_of(starts[:1])["recall after 6 s, %"]["met"] == "no data"
 
 
 def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_jumps_are_to_be_few():
     kinds = [("turn", 1.), ("linger", 1.), ("aside", 1.2), ("aside", 1.)]
-    videos = [video_row([], i, worlds=worlds, kind=kind, turning=rate, jumps=1)
-              for worlds in ("text", "real") for i, (kind, rate) in enumerate(kinds)]
-    table = {row["target"]: row for row in report.targets(by_set(*videos), FIRST)}
-    assert table["steady turns, %"]["met"] == "yes" and table["steady turns, %"]["from text"] == 100
-    assert table["steady looks aside, %"]["met"] == "no" and table["steady looks aside, %"]["from text"] == 50
-    assert table["jumps a minute"]["met"] == "yes"
+    table = targets_of(video_row([], i, worlds=worlds, kind=kind, turning=rate, jumps=2, minutes=2.)
+                       for worlds in ("text", "real") for i, (kind, rate) in enumerate(kinds))
+    found = [table[name] for name in ("steady turns, %", "steady looks aside, %", "jumps a minute")]
+    assert [row["from text"] for row in found] == [100, 50, 1]
+    assert [row["met"] for row in found] == ["yes", "no", "yes"]
 
 
 @pytest.mark.parametrize("theirs, met", [(0, "yes"), (6, "no"), (8, "no")])
 def test_the_student_must_be_better_than_its_start_by_intervals_that_do_not_touch(theirs, met):
-    rows = [video_row([(6., i < right, True)] * 9, i, worlds=worlds, weights=weights)
-            for worlds in ("text", "real") for weights, right in (("student", 8), ("stage1", theirs))
-            for i in range(9)]
-    table = {row["target"]: row for row in report.targets(by_set(*rows), FIRST)}
+    right = {"student": 8, "stage1": theirs}
+    table = targets_of(video_row([(6., i < right[weights], True)] * 9, i, worlds=worlds, weights=weights)
+                       for worlds in ("text", "real") for weights in right for i in range(9))
     assert table["recall: from the interval of stage1 up to ours, points"]["met"] == met
     assert table["recall: from the interval of init_ar up to ours, points"]["met"] == "no data"
     assert table["steady: from the interval of stage1 up to ours, points"]["met"] == "no"  # they touch
 
 
-def test_the_csv_gives_back_what_was_written(tmp_path):
-    first, second = video_row([(6., True, False)]), video_row([], 3, worlds="teacher")
-    first.eval_set = replace(first.eval_set, tau=.9, steps=2)
-    second.world = WorldSpec(world.HELD_OUT, "turn", 8, counterfactual=True)
-    path = tmp_path / "a.csv"
-    report.append_csv(path, [first])
-    report.append_csv(path, [second])
-    assert report.read_csv(path) == [first, second]
+def test_lines_give_back_what_was_written_and_a_bad_one_is_named(tmp_path):
+    rows = [video_row([(6., True, False)], i) for i in range(3)]
+    rows[0].eval_set = replace(rows[0].eval_set, tau=.9, steps=2)
+    rows[1].world = WorldSpec(world.HELD_OUT, "turn", 8, counterfactual=True)
+    path = tmp_path / "a.jsonl"
+    report.append_videos(path, rows[:1])
+    report.append_videos(path, rows[1:])
+    assert report.read_videos(path) == rows
+    lines = path.read_text().splitlines()
+    for line in (lines[1][:-9], "[1, 2]", "{}", lines[1][:-1] + ', "more": 1}', "[" * 100_000):
+        path.write_text("\n".join([lines[0], line, lines[2]]))
+        with pytest.raises(BadInput, match="a.jsonl, line 2: .*take the line out"):
+            report.read_videos(path)
 
 
 def test_tables_hold_numbers_and_show_each_row_beside_the_first_of_its_worlds(tmp_path):
     good = [video_row([(6., True, True)], i) for i in range(9)]
-    bad = [video_row([(6., False, True)], i, "window", psnr=[25., 29., 28., 28.5]) for i in range(9)]
-    tables = report.all_tables(by_set(*good, *bad), FIRST)
+    psnr = [25., 29., 28., 28.5]
+    bad = [video_row([(6., False, True)], i, "window", psnr=psnr) for i in range(9)]
+    tables = report.all_tables(by_set(good + bad), FIRST)
     first, second = tables[report.ALL]
-    assert first["returns"] == 9 and first["recall, %"].tolist() == [100, 100, 100] and first[report.BESIDE] == ""
+    assert first["recall, %"].tolist() == [100, 100, 100] and first["returns"] == 9
+    assert first[report.BESIDE] == ""
     assert second["drift"] == pytest.approx([1.25] * 3) and second["recall, %"][0] == 0
     assert second[report.BESIDE] == "lower"
     report.write(tables, "student", tmp_path / "tables.md")
     text = (tmp_path / "tables.md").read_text("utf-8")
-    assert "| student | slowfast | bounded | text | 100.0 [100.0, 100.0] | 9 | 100.0 [100.0, 100.0] | 0.0 | -" in text
+    assert "| student | slowfast | bounded | text | all | 100.0 [100.0, 100.0] | 9 | 100.0 [" in text
     parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(parts) == sum(map(bool, tables.values())) == 5
-    assert all(len({line.count("|") for line in lines}) == 1 for lines in parts)
+    assert len(parts) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in parts)
 
 
-def test_the_frontier_tells_reach_and_detail_of_each_kind_of_motion_apart():
-    rows = [video_row([(6., kind == "turn", True), (24., False, True)], i, worlds="returns", kind=kind)
+def test_reach_and_detail_are_told_by_the_kind_of_motion():
+    rows = [video_row([(6., kind == "turn", True), (22., False, True)], i, worlds="returns", kind=kind)
             for kind in ("turn", "aside") for i in range(12)]
-    turn, aside = report.all_tables(by_set(*rows), FIRST)[report.FRONTIER]
-    assert (turn["motion"], aside["motion"]) == ("turn", "aside")
-    assert turn["detail, %"][0] == 100 and turn["half-way, s"] == 15 and turn["6 s"][0] == 100
+    whole, turn, aside = report.all_tables(by_set(rows), FIRST)[report.ALL]
+    assert [row["motion"] for row in (whole, turn, aside)] == ["all", "turn", "aside"]
+    assert turn["detail, %"][0] == 100 and turn["half-way, s"] == 14 and whole["detail, %"][0] == 50
     assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"])
 
 
 def test_of_an_hour_the_entropy_of_landmarks_and_their_agreement_with_the_first_minute_are_told():
-    maps = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, -1, -1, -1, -1, -1, -1], [9] * 8]
-    rows = by_set(video_row([], worlds="hour", psnr=[27., 26., 25., 24.], landmarks=maps))
+    first, second, third = [*range(8)], [*range(4)] * 2, [0, 1] + [-1] * 6
+    maps = [first, second, third, [9] * 8]
+    rows = by_set([video_row([], worlds="hour", psnr=[27., 26., 25., 24.], landmarks=maps)])
     row, = report.all_tables(rows, FIRST)[report.HOUR]
-    by_minute = {minute: [row[f"{minute} min: {what}"][0] for what in ("dB", "entropy", "as in the first, %")]
-                 for minute in (1, 5, 15, 60)}
-    assert by_minute == {1: [27, 3, 100], 5: [26, 2, 50], 15: [25, 1, 100], 60: [24, 0, 0]}
+    wanted = zip((1, 5, 15, 60), ([27, 3, 100], [26, 2, 50], [25, 1, 100], [24, 0, 0]))
+    for minute, numbers in wanted:
+        assert [row[f"{minute} min: {what}"][0] for what in report.IN_A_MINUTE] == numbers
 
 
 # ---- the paper's tables beside ours ------------------------------------------------------------------------
 
 def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_columns():
-    scores = dict.fromkeys([*(f"{name}_{t}" for name in ("dino", "clip_f", "clip_t") for t in metrics.SECONDS),
-                            "background", "subject"], 12.34)
+    by_seconds = [f"{name}_{t}" for name in ("dino", "clip_f", "clip_t") for t in metrics.SECONDS]
+    scores = dict.fromkeys([*by_seconds, "background", "subject"], 12.34)
     tables = paper.beside(scores)
     systems = {row["system"] for table in tables.values() for row in table}
-    wanted = {"LTX-Video", "Wan2.1", "SkyReels-V2", "MAGI-1", "CausVid", "NOVA", "Pyramid Flow", "LongLive",
-              "Self Forcing, chunk-wise", "Self Forcing++", "Rolling Forcing", "Infinity-RoPE", "FramePack-F1"}
-    assert wanted <= systems
+    assert systems >= {"LTX-Video", "Wan2.1", "SkyReels-V2", "MAGI-1", "CausVid", "NOVA", "Pyramid Flow",
+                       "LongLive", "Self Forcing, chunk-wise", "Self Forcing++", "Rolling Forcing",
+                       "Infinity-RoPE", "FramePack-F1"}
     first, second, third = (table[-1] for table in tables.values())
-    assert first["dino_60"] == first["clip_t_10"] == first["subject"] == third["background"] == 12.34
-    assert second["60s subject"] == 12.34 and math.isnan(second["5s subject"]) and math.isnan(third["total"])
+    assert {first["dino_60"], first["clip_t_10"], first["subject"], third["background"]} == {12.34}
+    assert second["60s_subject"] == 12.34 and np.isnan([second["5s_subject"], third["total"]]).all()
     longlive = tables["table1"][1]
     assert (longlive["dino_60"], longlive["context_length"]) == (86.26, "3.0 s")
     short = paper.beside(scores | {"dino_10": math.nan, "dino_60": math.nan})["table2"][-1]
-    assert short["5s subject"] == 12.34 and math.isnan(short["60s subject"])
+    assert short["5s_subject"] == 12.34 and math.isnan(short["60s_subject"])
     assert all(len({tuple(row) for row in table}) == 1 for table in tables.values())
 
 
@@ -4390,14 +4355,16 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
     (9, 0, "agrees"), (0, 9, "does not"), (5, 5, "not significant"), (9, None, None)])
 def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ours, theirs, word):
     """In the paper LongLive is less consistent than its method, of higher quality over 60 s."""
-    rows = [video_row([(6., (5 * i + right) % 9 < right, True)], i, memory, "returns", psnr=[right] * 4)
-            for memory, right in (("slowfast", ours), ("longlive", theirs)) if right is not None
-            for i in range(9)]
-    table = paper.orderings(by_set(*rows), FIRST)
+    rows = []
+    for memory, right in (("slowfast", ours), ("longlive", theirs)):
+        for i in range(9 if right is not None else 0):
+            event = 6., (5 * i + right) % 9 < right, True
+            rows.append(video_row([event], i, memory, "returns", psnr=[right] * 4))
+    table = paper.orderings(by_set(rows), FIRST)
     found = {(row["against"], row["score"]): row["the ordering"] for row in table}
     other = {"agrees": "does not", "does not": "agrees"}.get(word, word)
-    names = ["dino_60", "subject", "60s subject", "60s quality"]
-    assert found == {("LongLive", name): other if "quality" in name else word for name in names if word}
+    words = {"dino_60": word, "subject": word, "60s_subject": word, "60s_quality": other}
+    assert found == {("LongLive", name): verdict for name, verdict in words.items() if word}
     assert not word or (table[0]["its own there"], table[0]["theirs there"]) == (87.89, 86.26)
 
 
@@ -4405,63 +4372,84 @@ def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ou
 
 def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_frontier(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    memories = [*PRESETS, "uniform3", "uniform6"]
-    rows = by_set(*(video_row([(s, i % 3 > 0, True) for s in (6., 24.)], i, memory, "returns", kind)
-                    for kind in report.KINDS for memory in memories for i in range(12)))
+    rules = [*PRESETS, "uniform3", "uniform6"]
+    rows = by_set(video_row([(6., i > 3, 1), (22., i > 6, 1)], i, memory, "returns", kind)
+                  for kind in report.KINDS for memory in rules for i in range(12))
     figures.draw_forgetting(figure, rows, FIRST)
     shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     assert all(len(names) <= 5 and names[0] == "slowfast" for names in shown)
     assert sorted({name for names in shown for name in names}) == sorted(PRESETS)
     figure.clear()
     figures.draw_frontier(figure, rows, FIRST)
-    shown = [[line.get_label() for line in axes.lines[:-1]] for axes in figure.axes[:3]]  # the last is chance
-    assert shown == [["uniform1", "uniform2", "uniform3", "uniform6", "slowfast"]] * 3
-    figures.draw_all(rows | by_set(video_row([], worlds="hour", landmarks=[[1] * 8] * 4)), FIRST, tmp_path)
+    # the last line is chance
+    shown = [sorted(line.get_label() for line in axes.lines[:-1]) for axes in figure.axes[:3]]
+    assert shown == [["slowfast", "uniform1", "uniform2", "uniform3", "uniform6"]] * 3
+    hour = video_row([], worlds="hour", landmarks=[[1] * 8] * 4)
+    figures.draw_all(rows | by_set([hour]), FIRST, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "frontier.png", "drifting.png"}
 
 
-def test_the_strip_shows_a_landmark_that_one_policy_brings_back_and_the_other_does_not(tmp_path):
-    def real(memory, seed, right, left=100, absence=7., shown=3):
+def test_the_strip_is_of_a_landmark_that_one_policy_brings_back_and_the_other_does_not():
+    def real(memory, seed, right, kind="turn", left=100, absence=7., shown=3):
         event = {"sector": 2, "left": left, "absence": absence, "shown": shown, "right": right}
-        return replace(video_row([], seed, memory, "real"), reappearances=[event])
+        return video_row([], seed, memory, "real", kind, reappearances=[event])
 
-    pairs = [(True, True, {}), (True, False, {"absence": 5.}), (True, False, {"shown": -1}),
-             (True, False, {"left": 165}), (True, False, {})]  # only the last will do
-    rows = by_set(*(real(memory, i, right, **more) for i, (a, b, more) in enumerate(pairs)
-                    for memory, right in (("slowfast", a), ("longlive", b))))
-    assert evaluate.forgotten(rows, FIRST) == (WorldSpec(world.HELD_OUT + 4), 2, 100)
-    whole = np.zeros(300, bool)
-    whole[[*range(10, 21), *range(80, 99), 90, *range(200, 211), *range(280, 290)]] = True
-    assert evaluate.middles(whole, 100) == (89, 205)
-    frames = np.arange(30, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(32, 2).repeat(64, 3)
-    figures.draw_strip([frames, frames], [np.array([5, 7, 9])] * 2, (True, False), tmp_path / "strip.png")
+    # only the last will do
+    others = [{"absence": 5.}, {"shown": -1}, {"kind": "aside"}, {"left": 165}, {}]
+    videos = [real("slowfast", i, True, **other) for i, other in enumerate(others)]
+    videos += [real("longlive", i, False, **other) for i, other in enumerate(others)]
+    both = [real(memory, 9, True) for memory in ("slowfast", "longlive")]
+    spec, events = evaluate.forgotten(by_set(both + videos), FIRST)
+    assert spec == WorldSpec(world.HELD_OUT + 4, "turn") and list(events) == ["slowfast", "longlive"]
+
+
+def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view(monkeypatch):
+    """Frames that are their numbers, of a turn whose path is known."""
+    spec = WorldSpec(world.HELD_OUT, "turn", 9)
+    drawn = make_world(spec)
+    event = next(e for e in reappearances(read_video(clip(spec, 0, 400)), drawn.motion) if not e.in_sink)
+    rows = []
+    monkeypatch.setattr(evaluate, "make_videos", lambda batch: (np.arange(400)[None], None))
+    monkeypatch.setattr(figures, "draw_strip", lambda *given: rows.extend(given[0]))
+    evaluate.make_strip(spec, {"slowfast": vars(event) | {"right": True}}, {}, FIRST, None, None)
+    (moments, right), = rows
+    far = np.abs(offsets(drawn.motion.heading(drawn.start, moments))[:, event.sector])
+    assert right and len(moments) == 7 and far[[0, 6]].max() < 3 and far[3] > 60
+
+
+def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path):
+    frames = np.full((3, 3, 32, 64), [[[[5]]], [[[7]]], [[[9]]]], np.uint8)
+    figures.draw_strip([(frames, True), (frames, False)], tmp_path / "strip.png")
     picture = iio.imread(tmp_path / "strip.png")
     height, width = picture.shape[0] // 2, picture.shape[1] // 3
-    middles = picture[height // 2::height, width // 2::width, 0]
-    assert middles.tolist() == [[5, 7, 9]] * 2
-    edges = picture[::height, ::width]
-    assert (edges[0, 0] == edges[0, 2]).all() and (edges[1, 0] == edges[0, 0]).all()
-    assert (edges[1, 2] == figures.WRONG).all() and (edges[:, 1] == 255).all()
+    assert picture[height // 2::height, width // 2::width, 0].tolist() == [[5, 7, 9]] * 2
+    right, wrong, plain = figures.RIGHT, figures.WRONG, figures.PLAIN
+    wanted = np.array([[right, plain, right], [right, plain, wrong]])
+    assert (picture[::height, ::width] == wanted).all()
 
 
 # ---- videos of the small world are made, measured, and counted once ----------------------------------------
 
 FILES_OF_WEIGHTS = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
+CPU = torch.device("cpu")
 
 
-def measured(frames):
-    spec = WorldSpec(world.HELD_OUT + 3, "turn", 12)
-    keep = torch.ones(84, dtype=torch.bool)
-    return probe.measure(frames, world.make_world(spec).motion, keep, PRESETS["slowfast"], 0)
+def drawn_frames(spec, frames):
+    return (clip(spec, 0, frames) * 255).round().astype(np.uint8)
 
 
 def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
     spec = WorldSpec(world.HELD_OUT + 3, "turn", 12)
-    frames = (clip(spec, 0, 1005) * 255).round().astype(np.uint8)
+
+    def measured(frames):
+        keep = torch.ones(84, dtype=torch.bool)
+        return probe.measure(frames, make_world(spec).motion, keep, PRESETS["slowfast"], 0)
+
+    frames = drawn_frames(spec, 1005)
     good = measured(frames)
     assert len(good["psnr"]) == 12 and min(good["psnr"]) > 40
     assert good["jumps"] == 0 and abs(good["turning"] - 1) < .01 and good["minutes"] == 1005 / 960
-    assert good["landmarks"] == list(world.make_world(spec).landmarks)
+    assert good["landmarks"] == list(make_world(spec).landmarks)
     assert good["reappearances"] and all(event["right"] for event in good["reappearances"])
     assert measured(np.concatenate([frames[:500], frames[:505]]))["jumps"] == 1  # it snaps to the first view
     assert max(measured((frames[:505] * .8).astype(np.uint8))["psnr"]) < 30
@@ -4476,23 +4464,24 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
         return past[:, :1].expand(-1, 21, -1, -1, -1)
 
     monkeypatch.setattr(probe, "extend", extend)
-    networks = weights.load_tiny(WEIGHTS / "teacher.safetensors", torch.device("cpu"))
+    networks = load_tiny(FILES_OF_WEIGHTS["teacher"], CPU)
     specs = probe.held_out(3)
-    frames, keep = probe.continue_teacher(networks, specs, 1, 2, shuffle)
+    latents, keep = probe.continue_teacher(networks, specs, 1, 2, shuffle)
     real = probe.conditions(networks, specs, 1)[1]
-    assert torch.equal(pasts[0], real[whose])
+    assert torch.equal(pasts[0], real[whose]) and torch.equal(latents[:, :3], real)
     assert [past.shape[1] for past in pasts] == [3, 24]
-    assert frames.shape == (3, 177, 3, 32, 64) and keep.tolist() == [[True, False] * 7 + [True]] * 3
+    assert latents.shape[1] == 45 and keep.tolist() == [[True, False] * 7 + [True]] * 3
 
 
 def test_a_probe_tells_what_came_back_right_and_what_memory_held():
-    """Real videos are right whatever the memory holds; one that keeps nothing new ends with the first 3.5 s."""
+    """Real videos are right whatever memory holds; one that keeps nothing new ends with the first 3.5 s."""
     specs = probe.held_out(2)
-    frames = [(clip(spec, 0, 225) * 255).round().astype(np.uint8) for spec in specs]
-    none = torch.zeros(2, 19, dtype=torch.bool)
+    frames = [drawn_frames(spec, 285) for spec in specs]
+    none = torch.zeros(2, 24, dtype=torch.bool)
     found = probe.read_probe(specs, frames, none)
-    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 6 and found["validity"] > 40
-    assert probe.read_probe(specs, frames, torch.arange(19).expand(2, -1) % 2 == 0)["ceiling"] == 1
+    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 5
+    assert found["validity"] > 40
+    assert probe.read_probe(specs, frames, torch.arange(24).expand(2, -1) % 2 == 0)["ceiling"] == 1
     frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
     assert probe.read_probe(specs, frames, none)["recall"] < .8
 
@@ -4505,75 +4494,51 @@ def test_the_check_of_a_teacher_compares_its_own_past_with_anothers(monkeypatch)
 
 
 @pytest.mark.parametrize("tau", [None, .5])
-def test_the_threshold_is_the_weights_own_unless_the_preset_names_one(tau, monkeypatch):
-    monkeypatch.setattr(evaluate, "continue_student", lambda *given: given)
+def test_the_threshold_is_the_weights_own_unless_the_preset_or_the_row_names_one(tau, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "continue_student", lambda *given: asked.append(given) or (None, None))
+    monkeypatch.setattr(evaluate, "decode_frames", lambda *given: None)
     if tau:
         monkeypatch.setitem(PRESETS, "uniform2", replace(PRESETS["uniform2"], tau=tau))
     eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
-    batch = evaluate.Batch(eval_set, [], FILES_OF_WEIGHTS, "", torch.device("cpu"))
-    networks, _, given, chunks, used, positions, swap, _ = evaluate.make_videos(batch)
-    assert used == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
-    assert (given, chunks, positions, swap) == (14, 5, "bounded", True)
-    # what the EvalSet says goes before both
-    batch.eval_set = replace(eval_set, tau=.7, steps=2)
-    asked, _, _, _, used, *_ = evaluate.make_videos(batch)
-    assert used.tau == .7 and asked.sampler == replace(networks.sampler, steps=2)
-
-
-def test_of_an_hour_some_minutes_are_decoded_and_a_teacher_goes_on_from_stage_1_or_from_real_video(monkeypatch):
-    monkeypatch.setattr(evaluate, "continue_student", lambda *given: given[-1])
-    monkeypatch.setattr(evaluate, "continue_teacher", lambda *given, student: student and student.name)
-
-    def made(weights, worlds, **more):
-        eval_set = report.EvalSet(weights, "uniform2", worlds=worlds, **more)
-        return evaluate.make_videos(evaluate.Batch(eval_set, [], FILES_OF_WEIGHTS, "", torch.device("cpu")))
-
-    assert made("stage2", "hour") is probe.decode_minutes and made("stage2", "text") is probe.decode_frames
-    assert made("teacher", "after stage1", teacher=True) == load_tiny(FILES_OF_WEIGHTS["stage1"], torch.device("cpu")).name
-    assert made("teacher", "after real", teacher=True) is None
+    for row in (eval_set, replace(eval_set, tau=.7, steps=2)):
+        evaluate.make_videos(evaluate.Batch(row, [], FILES_OF_WEIGHTS, "", CPU))
+    (networks, _, *lengths, policy, positions, swap), (fewer, *_, other, _, _) = asked
+    assert policy == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
+    assert (lengths, positions, swap) == ([14, 5], "bounded", True)
+    assert other.tau == .7 and fewer.sampler == replace(networks.sampler, steps=2)
 
 
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
     x = torch.arange(8).view(4, 2)
-    assert probe.swap_neighbours(x).tolist() == [[2, 3], [0, 1], [6, 7], [4, 5]]
+    assert torch.equal(probe.swap_neighbours(x), x[[1, 0, 3, 2]])
     first, second, *_ = specs = evaluate.worlds_of("swapped", 7, 5)
     assert len(specs) == 6 and second == replace(first, counterfactual=True)
     assert first.seed == evaluate.worlds_of("text", 2, 5)[0].seed == world.HELD_OUT + 5
 
 
 def test_the_shipped_student_is_evaluated_from_its_file():
-    """The path from a preset's name to a line of the CSV, with networks: 4 s after real video."""
+    """The path from a preset's name to a line, with networks: 4 s after real video."""
     eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
-    specs = evaluate.worlds_of("swapped", 4, 0)
-    batch = evaluate.Batch(eval_set, specs, FILES_OF_WEIGHTS, "w p", torch.device("cpu"))
-    videos = evaluate.run_batch(batch)
-    assert [video.world for video in videos] == specs and len(videos[0].psnr) == 1
+    specs = evaluate.worlds_of("swapped", 8, 0)
+    videos = evaluate.run_batch(evaluate.Batch(eval_set, specs, FILES_OF_WEIGHTS, "w p", CPU))
+    assert [video.world for video in videos] == specs
+    assert len(videos[0].psnr) == 1 and videos[0].cost > 0
     pairs = report.follows(videos)
-    assert report.number(pairs) >= 8 and report.mean(pairs) > .6  # returns show the other world's landmarks
-    own = [replace(v, world=replace(v.world, counterfactual=not v.world.counterfactual)) for v in videos]
-    assert report.mean(report.follows(own)) < .2 and report.mean(report.recall(videos)) < .2
+    assert report.number(pairs) >= 12 and report.mean(pairs) > .6  # returns show the other world's landmarks
+    assert report.mean(report.recall(videos)) < .2
 
 
 def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late():
     specs = evaluate.worlds_of("returns", 24, 0)
-    kinds = [make_world(spec).motion.kind for spec in specs]
-    assert len(set(specs)) == 24 and [kinds.count(kind) for kind in report.KINDS] == [8, 8, 8]
-    longest = {kind: [evaluate.longest_absence(spec, 1005) for spec in specs if spec.kind == kind] for kind in kinds}
-    assert all(absences == sorted(absences) for absences in longest.values())
-    assert min(longest["turn"]) < 7 and max(longest["turn"]) > 27 and min(longest["aside"]) < 3
-    # the judge finds these returns in a video of the world
-    last = evaluate.worlds_of("returns", 3, 0)[0]
-    events = reappearances(read_video(clip(last, 0, 1005)), make_world(last).motion)
-    absences = sorted(event.absence for event in events if not event.in_sink)
-    assert absences[-2] == pytest.approx(evaluate.longest_absence(last, 1005), abs=.2)
-
-
-def test_a_world_in_which_nothing_comes_back_is_told_in_one_line(monkeypatch):
-    monkeypatch.setitem(evaluate.LENGTHS, "returns", evaluate.Length(0, 2))  # 1.3 s
-    evaluate.candidates.cache_clear()
-    with pytest.raises(BadInput, match="landmarks come back in 0 of 64 worlds of the motion 'turn'"):
-        evaluate.worlds_of("returns", 3, 0)
-    evaluate.candidates.cache_clear()
+    motions = [make_world(spec).motion for spec in specs]
+    seconds = {kind: [m.seconds for m in motions if m.kind == kind] for kind in report.KINDS}
+    assert len({spec.seed for spec in specs}) == 24 and {len(found) for found in seconds.values()} == {8}
+    for kind in ("turn", "linger"):
+        assert seconds[kind] == sorted(set(seconds[kind])) and seconds[kind][-1] == 44
+    assert (seconds["turn"][0], seconds["linger"][0]) == (8, 18)
+    assert len(set(seconds["aside"])) > 3
+    assert all(re.fullmatch(world.GRAMMAR, make_world(spec).caption) for spec in specs)
 
 
 def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slots():
@@ -4588,74 +4553,79 @@ def test_of_an_hour_four_minutes_are_decoded_and_measured(monkeypatch):
     """Frames that show their number: each minute ends with its last frame."""
     monkeypatch.setattr(probe, "decode_frames", lambda vae, latents: 4 * latents.numpy().repeat(4, 1))
     frames = probe.decode_minutes(None, torch.arange(14_403)[None])
-    ends = [960 * minute for minute in report.MINUTES]
-    assert frames.shape == (1, 3840) and [frames[0, 960 * i + 959] for i in range(4)] == pytest.approx(ends, abs=12)
+    assert frames.shape == (1, 3840)
+    assert frames[0, 959::960] == pytest.approx([960 * minute for minute in report.MINUTES], abs=12)
     spec = WorldSpec(world.HELD_OUT, "turn", 12)
-    first, other = clip(spec, 0, 960), clip(replace(spec, counterfactual=True), 0, 960)
-    found = probe.measure_minutes(np.concatenate([first, other, first, first[:1].repeat(960, 0)]), make_world(spec).motion)
-    assert found["landmarks"][0] == found["landmarks"][2] == list(make_world(spec).landmarks) != found["landmarks"][1]
-    assert min(found["psnr"]) > 40 and found["turning"] == pytest.approx(1, abs=.01) and len(found["psnr"]) == 4
+    first, other = drawn_frames(spec, 960), drawn_frames(replace(spec, counterfactual=True), 960)
+    minutes = np.concatenate([first, other, first, first[:1].repeat(960, 0)])
+    keep = torch.ones(4801, dtype=torch.bool)
+    found = probe.measure_minutes(minutes, make_world(spec).motion, keep, PRESETS["window"])
+    seen = [minute == list(make_world(spec).landmarks) for minute in found["landmarks"]]
+    assert seen == [True, False, True, False] and found["turning"] == pytest.approx(1, abs=.01)
+    assert min(found["psnr"]) > 40 and len(found["psnr"]) == 4
 
 
 def test_a_teacher_goes_on_from_a_students_video():
-    cpu = torch.device("cpu")
-    networks, student = (load_tiny(FILES_OF_WEIGHTS[name], cpu) for name in ("teacher", "stage1"))
-    specs = probe.held_out(1)
-    frames, _ = probe.continue_teacher(networks, specs, 2, 1, student=student)
-    own, _ = continue_student(student, specs, 0, 2, probe.PROBED)
-    assert frames.shape == (1, 105, 3, 32, 64) and np.abs(frames[:, :21].astype(int) - own).max() <= 1
+    eval_set = report.EvalSet("teacher", "uniform2", worlds="after stage1", teacher=True)
+    frames, _ = evaluate.make_videos(evaluate.Batch(eval_set, probe.held_out(1), FILES_OF_WEIGHTS, "", CPU))
+    student = load_tiny(FILES_OF_WEIGHTS["stage1"], CPU)
+    own, _ = continue_student(student, probe.held_out(1), 0, 14, probe.PROBED)
+    own = probe.decode_frames(student.vae, own)
+    assert frames.shape == (1, 249, 3, 32, 64)
+    assert np.abs(frames[:, :165].astype(int) - own).max() <= 1
 
 
 def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
-    """Other weights, another preset, other code; comments and layout of code do not count."""
-    files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1")}
+    """Other weights, the student before a teacher, another preset, other code."""
+    files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1", "other")}
     for name, path in files.items():
         path.write_text(name)
-    made_by = [evaluate.made_by(report.EvalSet(name, "window"), files) for name in ("one", "two")]
-    assert made_by[0] != made_by[1]
-    assert all(line.endswith(" " + repr(PRESETS["window"])) for line in made_by)
+    rows = [report.EvalSet(name, "window") for name in ("one", "two")]
     after = report.EvalSet("one", "uniform2", worlds="after stage1")
-    before = evaluate.made_by(after, files)
-    files["stage1"].write_text("other")
-    assert evaluate.made_by(after, files) != before
-    before = evaluate.made_by(after, files)
-    monkeypatch.setattr(evaluate, "code_fingerprint", lambda: "other")
-    assert evaluate.made_by(after, files) != before
-    # code
+    found = [evaluate.made_by(row, files) for row in (*rows, after)]
+    assert len(set(found)) == 3 and found[0].endswith(" " + repr(PRESETS["window"]))
+    assert evaluate.made_by(after, files | {"stage1": files["other"]}) != found[2]
+    monkeypatch.setattr(evaluate, "CODE", evaluate.CODE[1:])
+    assert evaluate.made_by(after, files) != found[2]
+    # comments and layout of code do not count
     texts = ["a = 1", "a  =  1  # one", "a = 2"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.py").write_text(text)
-    prints = [evaluate.fingerprint([tmp_path / f"{i}.py"]) for i in range(3)]
+    prints = [evaluate.fingerprint(tmp_path / f"{i}.py") for i in range(3)]
     assert prints[0] == prints[1] != prints[2]
-    # all that evaluate.py imports, but what makes tables and figures of what is known
+
+
+def test_the_code_that_makes_a_video_is_all_that_is_imported_but_for_tables_and_figures():
     reached = {"evaluate"}
     for name in ORDER[::-1]:
         if name in reached:
-            reached |= imports_of(ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8")))) & set(FILES)
+            tree = ast.parse((HERE / f"{name}.py").read_text("utf-8"))
+            reached |= imports_of(ast.walk(tree)) & set(FILES)
     assert set(evaluate.CODE) == reached - {"report", "paper", "figures"}
 
 
 @pytest.fixture
-def run_evaluate(tmp_path, monkeypatch, capsys):
+def run_evaluate(tmp_path, monkeypatch):
     """Words -> the tables, of a student whose videos are real ones, and how many were made"""
     made = []
 
     def real_videos(batch):
-        frames = evaluate.frames_of(evaluate.LENGTHS[batch.eval_set.worlds].chunks * CHUNK)
+        frames = data.frames_of(evaluate.LENGTHS[batch.eval_set.worlds].chunks * CHUNK)
         made.extend(batch.specs)
-        videos = np.stack([clip(spec, 0, frames) for spec in batch.specs])
         keep = torch.arange(84) % PRESETS[batch.eval_set.memory].interval == 0
-        return (videos * 255).round().astype(np.uint8), keep.expand(len(videos), -1)
+        videos = np.stack([drawn_frames(spec, frames) for spec in batch.specs])
+        return videos, keep.expand(len(videos), -1)
 
     monkeypatch.setattr(evaluate, "make_videos", real_videos)
     monkeypatch.setattr(figures, "draw_all", lambda *given: None)
+    monkeypatch.setattr(evaluate, "make_strip", lambda *given: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
 
     def run(words):
         made.clear()
         monkeypatch.setattr(sys, "argv", f"evaluate.py --device cpu --out {tmp_path} {words}".split())
         evaluate.main()
-        return (tmp_path / "evaluate.md").read_text(), len(made)
+        return (tmp_path / "evaluate.md").read_text("utf-8"), len(made)
     return run
 
 
@@ -4667,37 +4637,43 @@ def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monke
     monkeypatch.setitem(PRESETS, "infinity", Policy(0, 0, 15))
     edited, made = run_evaluate(words)
     row, edited_row = (re.search(r"\| stage2 \| infinity \| .*", x)[0].split("|") for x in (text, edited))
-    assert made == 3 and edited_row[6] == row[6]  # so many returns: the old lines do not count
+    assert made == 3 and edited_row[7] == row[7]  # so many returns: the old lines do not count
 
 
 def test_rows_count_the_worlds_that_are_asked_for_each_once(run_evaluate, tmp_path):
     few, _ = run_evaluate("--quick --memory infinity --worlds 2")
     run_evaluate("--quick --memory infinity --worlds 2 --seed 50")
-    csv_file = tmp_path / "evaluate.csv"
-    lines = csv_file.read_bytes().splitlines(True)
-    csv_file.write_bytes(b"".join([*lines, lines[1]]))  # two runs beside each other made the first
+    path = tmp_path / "evaluate.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines(True)[0])
     again, made = run_evaluate("--quick --memory infinity --worlds 2")
     assert made == 0 and again == few
 
 
 def test_a_policy_of_ones_own_gets_its_row_its_curve_and_its_reach_by_one_line(run_evaluate, monkeypatch):
-    """Its videos are real ones: landmarks come back after 30 s, and are right."""
+    """Its videos are real ones: landmarks come back after 28 s, and are right."""
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 24, 6, "uniform", interval=3))
     text, _ = run_evaluate("--quick --memory mine --worlds 12")
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| stage2 | mine | bounded |")]
-    summary, curve = rows[:2]
-    assert int(summary[5]) > 50 and summary[4] == "100.0 [100.0, 100.0]" and summary[8] == "beyond"
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| stage2 | mine |")]
+    summary, curve = [row for row in rows if row[4] == "all"]
+    assert int(summary[6]) > 50 and summary[5] == "100.0 [100.0, 100.0]" and summary[10] == "beyond"
     assert curve[-1] == "100.0 [100.0, 100.0] |"
-    # ... and, not named, in both evaluations
-    for quick in (False, True):
-        assert report.EvalSet("stage2", "mine", worlds="returns") in evaluate.eval_sets(report.EvalSet("stage2"), (), quick)
 
 
-def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(tmp_path, monkeypatch):
+def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
+    run_evaluate("--quick --memory uniform1 --worlds 2")
+    text, made = run_evaluate("--quick --memory uniform1 --worlds 2 --tau .5 --steps 2")
+    assert made == 2
+    assert "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
+
+
+def test_worlds_in_which_nothing_comes_back_are_told_in_one_line(run_evaluate, monkeypatch):
+    monkeypatch.setitem(evaluate.LENGTHS, "returns", evaluate.Length(0, 2))  # 1.3 s
+    with pytest.raises(BadInput, match="no landmark is due back"):
+        run_evaluate("--quick --memory infinity --worlds 3")
+
+
+def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_evaluate, monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 6, 12, "uniform", interval=3))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
-    monkeypatch.setattr(figures, "draw_all", lambda *given: None)
-    monkeypatch.setattr(evaluate, "make_strip", lambda *given: None)
 
     def run_batch(batch):
         maps = {"landmarks": [[1] * 8] * 4} if batch.eval_set.worlds == "hour" else {}
@@ -4706,21 +4682,13 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(tmp_pa
                 for row, spec in zip(rows, batch.specs)]
 
     monkeypatch.setattr(evaluate, "run_batch", run_batch)
-    monkeypatch.setattr(sys, "argv", f"evaluate.py --device cpu --out {tmp_path} --worlds 9 --steps 2".split())
-    evaluate.main()
-    text = (tmp_path / "evaluate.md").read_text("utf-8")
+    text, _ = run_evaluate("--worlds 9 --steps 2")
     titles = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
-    assert titles == ["Targets", report.ALL, report.CURVES, report.FRONTIER, report.ASSUMPTIONS, report.HOUR,
-                      "What it cost", "The paper's orderings"]
-    rows = [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| stage2 | mine, 2 steps |")]
-    assert rows == ["returns"] * 5 + ["hour"]  # of all, its curve, and by three kinds of motion
-    assert text.count("uniform6, 2 steps") == 5 and text.count("| teacher | uniform2 |") == 4
-
-
-def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
-    run_evaluate("--quick --memory uniform1 --worlds 2")
-    text, made = run_evaluate("--quick --memory uniform1 --worlds 2 --tau .5 --steps 2")
-    assert made == 2 and "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
+    assert titles == ["Targets", report.ALL, report.CURVES, report.HOUR, "The paper's orderings"]
+    rows = re.findall(r"\| mine, 2 steps \| bounded \| (\w+ \| \w+)", text)
+    kinds = ["all", "turn", "linger", "aside"]
+    assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | all"])
+    assert text.count("uniform6, 2 steps") == 8 and text.count("| teacher | uniform2 |") == 6
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
@@ -4728,9 +4696,10 @@ def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
 def test_prompts_are_padded_with_zeros_that_are_attended():
     net, features = random_dit(), noise(2, 5, 64)
     padded = F.pad(features, (0, 0, 0, net.config.text_len - 5))
-    for (keys, values), (want_keys, want_values) in zip(net.text(features), net.text(padded), strict=True):
-        assert torch.equal(keys, want_keys) and torch.equal(values, want_values)
-        assert keys.shape == (2, net.config.text_len, 2, 32) and keys[:, 5:].abs().min() > 0
+    for made, want in zip(net.text(features), net.text(padded), strict=True):
+        assert torch.equal(made[0], want[0]) and torch.equal(made[1], want[1])
+        assert made[0].shape == (2, net.config.text_len, 2, 32)
+        assert made[0][:, 5:].abs().min() > 0
 
 
 def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
@@ -4738,18 +4707,21 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     text, rope = random_text(net), rope_cos_sin(torch.arange(3), 2, 4, 32)
     mask = torch.ones(1, 3, 3, dtype=torch.bool).tril()
     whole, kv = net(x, torch.zeros(1, 3), text, rope, mask=mask)
-    first, later = (rope_cos_sin(frame, 2, 4, 32) for frame in (torch.zeros(1), torch.arange(1, 3)))
-    memory = [LayerCache(apply_rope(k[:, :8], first), v[:, :8], 8) for k, v in kv]
-    with_memory, _ = net(x[:, 1:], torch.zeros(1, 2), text, later, memory, mask=mask[:, 1:, 1:])
-    close(with_memory, whole[:, 1:], 1e-5)
+    # the first latent, of 8 tokens, from memory
+    memory = [LayerCache(apply_rope(k, rope)[:, :8], v[:, :8], 8) for k, v in kv]
+    t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
+    later, _ = net(x[:, 1:], t, text, rope[:, 8:], memory, mask=mask)
+    close(later, whole[:, 1:], 1e-5)
 
 
-def test_a_fresh_network_predicts_zero_and_recomputing_changes_no_gradient():
-    x, t, rope = noise(1, 3, 16, 4, 8), torch.rand(1, 3), rope_cos_sin(torch.arange(3), 2, 4, 32)
+def test_a_fresh_network_looks_sharply_predicts_zero_and_recomputing_changes_no_gradient():
+    x, t = noise(1, 3, 16, 4, 8), torch.rand(1, 3)
+    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     fresh = DiT(random_dit().config).initialise()
     assert not fresh(x, t, random_text(fresh), rope)[0].any()
-    net = random_dit().requires_grad_(True)
-    gradients = []
+    norms = [norm.weight for b in fresh.blocks for norm in (b.self_attn.norm_q, b.self_attn.norm_k)]
+    assert torch.cat(norms).unique().tolist() == [2.]
+    net, gradients = random_dit().requires_grad_(True), []
     for net.config.recompute in (False, True):
         loss = net(x, t, random_text(net), rope)[0].square().sum()
         gradients.append(torch.autograd.grad(loss, net.parameters()))
@@ -4767,31 +4739,33 @@ def test_weights_in_bf16_change_the_golden_by_less_than_two_percent_and_less_tha
     for name, z in mixed.state_dict().items():
         small = name.startswith(("time_", "head.")) or "modulation" in name or "norm3" in name
         assert z.dtype == (torch.float32 if small else torch.bfloat16), name
-    want, ours, theirs = (whole_clip(net, given) for net in (net, mixed, all_bf16))
-    limit = .02 * want.square().mean().sqrt()
-    assert 0 < (ours - want).square().mean().sqrt() < (theirs - want).square().mean().sqrt() < limit
+    want, *others = (whole_clip(net, given) for net in (net, mixed, all_bf16))
+    ours, theirs = ((got - want).square().mean() / want.square().mean() for got in others)
+    assert 0 < ours < theirs < .02 ** 2
 
 
 # ---- text: captions as bytes, prompts as Wan's tokens ------------------------------------------------------
 
 def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
-    ids, mask = bytes_to_ids(["Ab", "\u00e9", "x" * 200], length=6)
-    assert ids.tolist() == [[67, 100, 1, 0, 0, 0], [197, 171, 1, 0, 0, 0], [122, 122, 122, 122, 122, 1]]
-    assert mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6]
+    ids, mask = bytes_to_ids(["Ab", "\u00e9", "x" * 200], length=5)
+    cut = [122, 122, 122, 122, 1]
+    assert ids.tolist() == [[67, 100, 1, 0, 0], [197, 171, 1, 0, 0], cut]
+    assert torch.equal(mask, (ids > 0).long())
 
 
-def test_a_file_of_prompts_has_one_a_line_in_utf_8(tmp_path):
+@pytest.mark.parametrize("content, want", [
+    (" a calm\u2028sea \n\nein B\xe4r\n".encode("utf-8"), ["a calm\u2028sea", "ein B\xe4r"]),
+    (" a calm sea \r\rein B\xe4r".encode("utf-16"), ["a calm sea", "ein B\xe4r"]),
+    (b"\xef\xbb\xbf a calm sea \r\n\r\n", ["a calm sea"]),
+    (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts"), (b"a\n\0", "line 2: the prompt has control")])
+def test_a_file_of_prompts_has_one_a_line_in_utf_8_or_16(content, want, tmp_path):
     file = tmp_path / "prompts.txt"
-    for content, told in ((None, "cannot read"), (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts")):
-        if content is not None:
-            file.write_bytes(content)
-        with pytest.raises(BadInput, match=told):
+    file.write_bytes(content)
+    if isinstance(want, list):
+        assert read_prompts(file) == want
+    else:
+        with pytest.raises(BadInput, match=want):
             read_prompts(file)
-    for encoding in ("utf-8", "utf-16"):
-        file.write_text(" a calm\u2028sea \n\nein Bär\n", encoding)
-        assert read_prompts(file) == ["a calm\u2028sea", "ein Bär"]
-    file.write_bytes(b"\xef\xbb\xbf a calm sea \r\n\r\nein B\xc3\xa4r\xe2\x80\xa8lacht\n")
-    assert read_prompts(file) == ["a calm sea", "ein Bär\u2028lacht"]
 
 
 def test_prompts_are_cleaned_like_wans():
@@ -4804,30 +4778,29 @@ def test_prompts_are_cleaned_like_wans():
 def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeypatch, capsys):
     """The official code pads prompts to 512 tokens; ours encodes each as long as it is."""
     prompts = ["a calm  sea", "storm", "a " * 600]
-    features = wan_text(raw, tmp_path, prompts, torch.device("cpu"))
+    features = wan_text(raw, tmp_path, prompts, CPU)
     assert "601 tokens, cut after 512" in capsys.readouterr().err
     encoder = TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)).bfloat16()
     encoder = load_state_dict_strict(encoder, torch.load(raw / T5, weights_only=True))
     ids = torch.zeros(3, 512, dtype=torch.long)
-    ids[0, :4] = torch.tensor([3, 4, 5, 1])
-    ids[1, :2] = torch.tensor([6, 1])
-    ids[2] = torch.tensor([3] * 511 + [1])
+    known = [3, 4, 5, 1], [6, 1], [3] * 511 + [1]
+    for row, words in zip(ids, known):
+        row[:len(words)] = torch.tensor(words)
     want = encoder(ids, (ids > 0).long()).float()
     assert features(["storm"]).shape == (1, 2, 48)
     close(features(prompts).float(), want, .02 * want.abs().max())
     # known now: the encoder is not opened again, until its file is another
     with monkeypatch.context() as patch:
         patch.setattr(weights, "TextEncoder", None)
-        wan_text(raw, tmp_path, prompts, torch.device("cpu"))
-    # a file that was cut short is made again
-    (cut, *_) = tmp_path.glob("*.safetensors")
-    content = cut.read_bytes()
-    cut.write_bytes(content[:-9])
-    wan_text(raw, tmp_path, prompts, torch.device("cpu"))
-    assert cut.read_bytes() == content
+        wan_text(raw, tmp_path, prompts, CPU)
     os.utime(raw / T5, ns=(1, 1))
     features(["storm"])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    # one that is damaged, or something else
+    for file in tmp_path.glob("*.safetensors"):
+        save_file({"features": torch.zeros(3)}, file)
+    with pytest.raises(BadInput, match="cannot read .*delete it, and it is made again"):
+        features(["storm"])
 
 
 # ---- weights: own files, the raw folder, public students ---------------------------------------------------
@@ -4839,14 +4812,18 @@ def raw(tmp_path):
     pytest.importorskip("ftfy")
     folder = tmp_path / "Wan"
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "calm", "sea", "storm", "rises"])}
+    words = "<pad> </s> <unk> a calm sea storm rises".split()
+    words = {word: i for i, word in enumerate(words)}
     tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokens.save(str(folder / TOKENIZER))
     torch.manual_seed(0)
-    nets = [DiT(DiTConfig(64, 96, 2, 2, 32, 48, 512)), TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)),
-            WanVAE(WanVAEConfig(4)), TAE(TAEConfig(8, (16, 12, 8, 8)))]
-    dit, text, vae, tae = ({k: torch.randn_like(v) * .1 for k, v in net.state_dict().items()} for net in nets)
+    nets = [DiT(DiTConfig(64, 96, 2, 2, 32, 48))]
+    nets += [TextEncoder(TextConfig(8, 48, 48, 64, 3, 2))]
+    nets += [WanVAE(WanVAEConfig(4)), TAE(TAEConfig(8, (16, 12, 8, 8)))]
+    for p in (p for net in nets for p in net.state_dict().values()):
+        p.copy_(torch.randn_like(p) * .1)
+    dit, text, vae, tae = (net.state_dict() for net in nets)
     save_file(dit, folder / DIT)
     torch.save({k: v.bfloat16() for k, v in text.items()}, folder / T5)
     torch.save(vae, folder / VAES["wan"])
@@ -4863,78 +4840,95 @@ def raw(tmp_path):
     return folder
 
 
-def load_raw(raw, ckpt="", size="32x32", vae="wan", dtype=torch.float32, prompts=()):
-    return load_wan(raw, ckpt, size, vae, torch.device("cpu"), dtype, raw.parent / "text", prompts)
+def load_raw(raw, ckpt="", size="32x32", vae="wan", dtype=torch.float32, **more):
+    return load_wan(raw, ckpt, size, vae, CPU, dtype, raw.parent / "text", **more)
 
 
-def test_saved_weights_come_back_with_what_made_them(tmp_path):
-    net, facts = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32), {"sampler": {"steps": 4}}
-    file = tmp_path / "net.safetensors"
-    save_weights(file, net.state_dict(), net.config, facts)  # float32, for the next stage
+@pytest.fixture
+def small_net():
+    return random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
+
+
+def test_saved_weights_come_back_with_what_made_them(small_net, tmp_path):
+    facts, file = {"sampler": {"steps": 4}}, tmp_path / "net.safetensors"
+    save_weights(file, small_net.state_dict(), small_net.config, facts)  # float32, for the next stage
     got, told = load(file, DiT, DiTConfig)
-    assert told == facts and replace(got.config, patch=tuple(got.config.patch)) == net.config
-    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), net.parameters(), strict=True))
+    assert told == facts and replace(got.config, patch=tuple(got.config.patch)) == small_net.config
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), small_net.parameters(), strict=True))
     with pytest.raises(BadInput, match="give --wan"):
         load_tiny(file, "cpu")
     weights.ship(file, tmp_path / "shipped")
     state, about = read_file(tmp_path / "shipped" / "net.safetensors")
     assert about == read_file(file)[1]
-    assert all(torch.equal(state[name], p.bfloat16()) for name, p in net.state_dict().items())
+    assert all(torch.equal(state[name], p.bfloat16()) for name, p in small_net.state_dict().items())
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(error, tmp_path, monkeypatch):
-    def cut(tensors, path, about):
+def test_networks_are_built_without_values_and_fresh_ones_start_as_ever():
+    code = "import sys, weights\nweights.load_tiny(weights.WEIGHTS / 'teacher.safetensors', 'cpu')"
+    code += "\nsys.exit('torch._dynamo' in sys.modules)"  # most of a second, to fill what is not there
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+    torch.manual_seed(0)
+    made = model.learned_modulation(6, 4)
+    torch.manual_seed(0)
+    assert torch.equal(made, torch.randn(1, 6, 4) / 2)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
+    def write_half(tensors, path, about):
         Path(path).write_bytes(b"half")
-        raise error
+        raise SafetensorError("disk full")
     write_safetensors(tmp_path / "a", {"x": torch.ones(3)})
-    monkeypatch.setattr(tensors, "save_file", cut)
+    monkeypatch.setattr(tensors, "save_file", write_half)
     with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a: .*disk full"):
         write_safetensors(tmp_path / "a", {"x": torch.zeros(3)})
     assert torch.equal(read_file(tmp_path / "a")[0]["x"], torch.ones(3))
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-WRAPPINGS = {  # how training code wraps a state dict
-    "flat": lambda s: s, "model": lambda s: {"model": s}, "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
-    "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}}, "ddp": lambda s: prefixed("module.", s),
-    "deepspeed": lambda s: {"module": s}, "comfy": lambda s: prefixed("model.diffusion_model.", s),
-    "peft": lambda s: {f"base_model.model.{k.replace('attn.q.', 'attn.q.base_layer.')}": v for k, v in s.items()}, "shadow": lambda s: {"ema": {"shadow": s}},
-    "empty ema": lambda s: {"generator_ema": {}, "generator": {k: torch.nn.Parameter(v) for k, v in s.items()}}}
 
 
 def prefixed(prefix, state):
     return {prefix + key: tensor for key, tensor in state.items()}
 
 
+def as_parameters(state):
+    return {key: torch.nn.Parameter(tensor) for key, tensor in state.items()}
+
+
+WRAPPINGS = {  # how training code wraps a state dict
+    "model": lambda s: {"model": s},
+    "lightning": lambda s: {"state_dict": prefixed("model.", s), "epoch": 3},
+    "compiled": lambda s: {"generator": prefixed("_orig_mod.model.", s), "critic": {}},
+    "ddp": lambda s: prefixed("module.model.diffusion_model.", s),
+    "peft": lambda s: {f"base_model.model.{k.replace('.q.', '.q.base_layer.')}": v for k, v in s.items()},
+    "shadow": lambda s: {"ema": {"shadow": s}},
+    "empty ema": lambda s: {"generator_ema": {}, "generator": as_parameters(s)},
+}
+
+
 def save_shards(state, folder):
-    names = sorted(state)
-    files = {name: f"m-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    files = {name: f"m-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(state))}
     folder.mkdir()
     for file in set(files.values()):
-        save_file({name: state[name] for name in names if files[name] == file}, folder / file)
+        save_file({name: state[name] for name in state if files[name] == file}, folder / file)
     (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 CONTAINERS = {  # under names that tell something else
-    "a.ckpt": lambda s, path: torch.save(s, path), "b.safetensors": lambda s, path: torch.save(s, path),
-    "c.bin": lambda s, path: torch.save(s, path, _use_new_zipfile_serialization=False),
-    "d.pt": lambda s, path: save_file(s, path), "folder": save_shards}
+    "a.ckpt": torch.save,
+    "b.safetensors": torch.save,
+    "c.bin": functools.partial(torch.save, _use_new_zipfile_serialization=False),
+    "d.pt": save_file,
+    "folder": save_shards,
+}
 
 
 @pytest.mark.parametrize("name", [*WRAPPINGS, *CONTAINERS])
 def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path):
     want, _ = read_public(raw / DIT)
     path = tmp_path / (name if name in CONTAINERS else "form.pt")
-    CONTAINERS.get(name, CONTAINERS["a.ckpt"])(WRAPPINGS.get(name, WRAPPINGS["flat"])(want), path)
+    CONTAINERS.get(name, torch.save)(WRAPPINGS.get(name, dict)(want), path)
     got, _ = read_public(path)
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-    if name == "folder":
-        with pytest.raises(BadInput, match="one of several files"):
-            read_file(path / "m-00001-of-00002.safetensors")
-    if name == "flat":
-        student = load_raw(raw, raw.parent / "student.pt").dit.state_dict()  # averages before raw weights
-        assert all(torch.equal(student[k], want[k] + .01) for k in want)
+    for file in path.glob("*-of-*"):  # one of several stands for all
+        assert read_public(file)[0].keys() == want.keys()
 
 
 def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
@@ -4946,37 +4940,41 @@ def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
     assert m.dit.patch_embedding.weight.dtype == torch.bfloat16
     assert m.dit.blocks[0].modulation.dtype == torch.float32
     assert not any(p.requires_grad or p.is_meta for p in [*m.dit.parameters(), *m.vae.parameters()])
-    m = load_raw(raw)
+    m = load_raw(raw, raw.parent / "student.pt")
     assert m.sampler == Sampler() and isinstance(m.vae, WanVAE)
+    # averages before raw weights
+    got, want = m.dit.state_dict(), read_public(raw / DIT)[0]
+    assert all(torch.equal(got[name], want[name] + .01) for name in want)
 
 
 def test_random_networks_have_the_proportions_of_the_full_size():
-    m = load_wan("random:32x1", "", "", "tae", torch.device("cpu"), torch.bfloat16, None)
-    assert (m.dit.config.dim, m.dit.config.ffn_dim, m.width, m.height) == (32, 186, 192, 128)
+    m = load_wan("random:32x1", "", "", "tae", CPU, torch.bfloat16, None)
+    assert (m.dit.config.dim, m.dit.config.ffn_dim) == (32, 186)
+    assert (m.width, m.height) == (192, 128)
     assert m.dit.blocks[0].ffn[0].weight.dtype == torch.bfloat16
     assert torch.equal(m.features(["a", "b"]), torch.zeros(2, 1, 4096))
 
 
+def patches(*shape):
+    return lambda s: s | {"patch_embedding.weight": torch.zeros(*shape, 1, 2, 2)}
+
+
 FOREIGN = {
-    "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "critic_lora": {}, "step": 1},
-    "is a 14B": lambda s: s | {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)},
-    "image-to-video": lambda s: s | {"patch_embedding.weight": torch.zeros(64, 36, 1, 2, 2)},
-    "it has no 'patch_embedding.weight'": lambda s: {"conv.weight": torch.zeros(3)},
+    "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "step": 1},
+    "is a 14B": patches(5120, 16),
+    "image-to-video": patches(64, 36),
+    "has width 128, .*config.json says 64: .*without --wan": patches(128, 16),
+    "KeyError: 'patch_embedding.weight'.*another kind": lambda s: {"conv.weight": torch.zeros(3)},
     "holds no weights": lambda s: {"step": 3},
-    "Missing key.*blocks.1": lambda s: {k: v for k, v in s.items() if "blocks.1" not in k},
-    "Unexpected key.*extra.*size mismatch for head.head.bias":
-        lambda s: s | {"extra": torch.zeros(1), "head.head.bias": torch.zeros(3)},
+    "Unexpected key.*extra": lambda s: s | {"extra": torch.zeros(1)},
     "is quantised .torch.int8": lambda s: {k: v.to(torch.int8) for k, v in s.items()},
     "is quantised .torch.float8": lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
     "is quantised: fetch": lambda s: s | {"scaled_fp8": torch.zeros(1)},
     "layout of diffusers": lambda s: {k.replace("self_attn", "attn1"): v for k, v in s.items()},
-    "has width 128, .*config.json says 64: .*without --wan":
-        lambda s: s | {"patch_embedding.weight": torch.zeros(128, 16, 1, 2, 2)},
-    "holds a list": lambda s: [1, 2], "two tensors of one name": lambda s: s | prefixed("module.", s),
-    "blocks.1.ffn.0.weight is not finite": lambda s: s | {"blocks.1.ffn.0.weight": s["blocks.1.ffn.0.weight"] / 0},
+    "holds a list": lambda s: [1, 2],
+    "two tensors of one name": lambda s: s | prefixed("module.", s),
+    "ffn.0.bias is not finite": lambda s: s | {"blocks.1.ffn.0.bias": torch.full((96,), math.inf)},
 }
-NO_WEIGHTS = {"GGUF": b"GGUF" + bytes(99), "web page": b"<!doctype html><html>Entry not found", "empty.*fetch it again": b"",
-              "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "no file of tensors": b"hello"}
 
 
 @pytest.mark.parametrize("told", FOREIGN)
@@ -4988,14 +4986,20 @@ def test_foreign_weights_are_refused_by_name(told, raw):
     assert str(file) in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("told", NO_WEIGHTS)
-def test_what_is_no_file_of_weights_is_named_for_what_it_is(told, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(NO_WEIGHTS[told])
+@pytest.mark.parametrize("name, content, told", [
+    ("a.pth", b"GGUF" + bytes(99), "GGUF"), ("a", b"<!doctype html><html>Entry not found", "web page"),
+    ("a", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "git lfs pull"),
+    ("a", b"hello", "no file of tensors"), ("a", b"", "empty.*fetch it again"),
+    ("a-1-of-2.pth", b"", "without an index.json"), (".metadata", b"", "dcp_to_torch"),
+    ("a.index.json", b'{"weight_map": []}', "a.index.json .*weight_map must be dict"),
+    ("a.index.json", b'{"weight_map": {"x": "/../../secret"}}', "cannot read .*/of/secret .*No such file")])
+def test_what_is_no_file_of_weights_is_named_for_what_it_is(name, content, told, tmp_path):
+    (tmp_path / "of").mkdir()
+    (tmp_path / "secret").write_bytes(b"hello")
+    file = tmp_path / "of" / name
+    file.write_bytes(content)
     with pytest.raises(BadInput, match=told):
-        read_file(tmp_path / "a.safetensors")
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(BadInput, match="dcp_to_torch"):
-        read_file(tmp_path)
+        read_file(file.parent if name == ".metadata" else file)
 
 
 def flip_bit(path, share=.7):
@@ -5004,49 +5008,65 @@ def flip_bit(path, share=.7):
     path.write_bytes(content)
 
 
-def test_one_wrong_bit_in_any_file_is_told_and_no_verify_takes_it(raw, tmp_path, refused):
-    own, state = tmp_path / "own.safetensors", tmp_path / "a.pt"
-    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
-    save_weights(own, net.state_dict(), net.config, {"stage": "x"})
-    torch.save(net.state_dict(), state)
-    for path, share in ((own, .7), (own, .04), (state, .7)):  # in its tensors, and in what it says of itself
-        good = path.read_bytes()
-        flip_bit(path, share)
-        with pytest.raises(BadInput, match=f"{path.name}.*damaged" if share == .7 else path.name):
-            read_file(path)
-        if share == .7:
-            assert len(read_file(path, verify=False)[0]) == len(net.state_dict())
-        path.write_bytes(good)
+@pytest.mark.parametrize("share", [.04, .7], ids=["in what it says of itself", "in its tensors"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_one_wrong_bit_in_any_file_is_told_and_no_verify_takes_it(name, share, small_net, tmp_path):
+    path, state = tmp_path / name, small_net.state_dict()
+    if name == "a.pt":
+        torch.save(state, path)
+    else:
+        save_weights(path, state, small_net.config, {"stage": "x"})
+    assert len(read_file(path)[0]) == len(state)
+    flip_bit(path, share)
+    with pytest.raises(BadInput, match=f"cannot read {path} "):
         read_file(path)
+    if share == .7:
+        assert len(read_file(path, verify=False)[0]) == len(state)
+
+
+def test_the_raw_folder_is_verified_unless_no_verify_says_otherwise(raw):
     flip_bit(raw / VAES["wan"])
-    words = ["--wan", raw, "--seconds", ".1", *SMALL_WAN[:4], "--prompt", "a storm"]
-    assert f"{VAES['wan']} (" in refused(*words)
-    load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, verify=False)
+    with pytest.raises(BadInput, match=f"{VAES['wan']} .*CRC-32"):
+        load_raw(raw)
+    load_raw(raw, verify=False)
 
 
-@pytest.mark.parametrize("config, facts, told", [
-    ({"layers": 10 ** 9}, {}, "layers"), ({"dim": 1e9}, {}, "dim"), ({"dim": True}, {}, "dim"), ({"heads": 5}, {}, "heads"),
-    ({"patch": [0, 1]}, {}, "patch"), ({"patch": 3}, {}, "patch"), ({"text_len": 10 ** 8}, {}, "text_len"),
-    ({"dim": math.nan}, {}, "dim"), ({"dim": 64}, {}, "size mismatch"), ({"width": 64}, {}, "another kind"), ({}, 3, "facts"),
-    ({}, {"sampler": {"steps": math.inf}}, "steps"), ({}, {"sampler": []}, "sampler"), ({}, {"sampler": {"pool": "x"}}, "pool")])
-def test_what_weights_say_of_themselves_is_believed_within_bounds_alone(config, facts, told, tmp_path):
-    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1, text_dim=32)
-    about = {"config": asdict(net.config) | config, "facts": facts}
-    save_file(net.state_dict(), tmp_path / "a", {"about": json.dumps(about)})
-    with pytest.raises(BadInput, match=told) as refused:
+IMPOSSIBLE = {  # what weights may say of themselves, by field
+    "layers": [10 ** 9],
+    "dim": [1e9, True, math.nan, 64],
+    "heads": [5, -1],
+    "text_len": [10 ** 8],
+    "patch": [[0, 1], 3],
+    "width": [64],
+    "facts": [3],
+    "sampler": [[], {"steps": math.inf}, {"pool": "x"}, {"shift": math.nan}],
+}
+
+
+EACH = [(field, value) for field, values in IMPOSSIBLE.items() for value in values]
+
+
+@pytest.mark.parametrize("field, value", EACH)
+def test_what_weights_say_of_themselves_has_bounds(field, value, small_net, tmp_path):
+    about = {"config": asdict(small_net.config), "facts": {}}
+    places = {"sampler": about["facts"], "facts": about}
+    places.get(field, about["config"])[field] = value
+    save_file(small_net.state_dict(), tmp_path / "a", {"about": json.dumps(about)})
+    with pytest.raises(BadInput, match=f"{field}|size mismatch") as refused:
         load(tmp_path / "a", DiT, DiTConfig)
     assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3}', "{}", "9" * 10 ** 5])
+@pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3, "facts": {}}', "{}", "9" * 10 ** 5])
 def test_metadata_that_is_no_object_is_told(about, tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "a", {"about": about})
-    with pytest.raises(BadInput, match="cannot read|another kind"):
+    with pytest.raises(BadInput, match="cannot read|must be dict"):
         load(tmp_path / "a", DiT, DiTConfig)
 
 
-@pytest.mark.parametrize("sizes, told", [({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
-                                         ({"text_len": None}, "text_len"), ([], "JSON object")])
+@pytest.mark.parametrize("sizes, told", [
+    ({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
+    ({"text_len": None}, "text_len"), ([], "must be dict")])
 def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
     stated = json.loads((raw / "config.json").read_text())
     (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
@@ -5054,18 +5074,12 @@ def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
         load_raw(raw)
 
 
-# a pair for one weight, (out, rank) and (rank, in), under the names that programs give it
-LORAS = {
-    "peft": lambda up, down: {"base_model.model.blocks.0.self_attn.q.lora_A.weight": down,
-                              "base_model.model.blocks.0.self_attn.q.lora_B.weight": up},
-    "longlive": lambda up, down: {"generator_lora": {"base_model.model.model.blocks.0.self_attn.q.lora_A.default.weight": down,
-                                                     "base_model.model.model.blocks.0.self_attn.q.lora_B.default.weight": up}},
-    "comfy": lambda up, down: {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": down,
-                               "diffusion_model.blocks.0.self_attn.q.lora_up.weight": up,
-                               "diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.)},
-    "kohya": lambda up, down: {"lora_unet_blocks_0_self_attn_q.lora_down.weight": down,
-                               "lora_unet_blocks_0_self_attn_q.lora_up.weight": up,
-                               "lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(2.)},
+Q = "blocks.0.self_attn.q"
+LORAS = {  # a pair for one weight under the names that programs give it, and what comes with it
+    "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "longlive": ("model.model.{}.lora_A.default.weight", "model.model.{}.lora_B.default.weight"),
+    "comfy": ("model.{}.lora_down.weight", "model.{}.lora_up.weight", "model.{}.alpha"),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"),
 }
 
 
@@ -5074,50 +5088,55 @@ LORAS = {
 def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     """alpha: 2 in the file, 3 in peft's adapter_config.json, else the rank, 4"""
     up, down, path = noise(64, 4), noise(4, 64, seed=1), tmp_path / "lora.pt"
+    layer = Q.replace(".", "_") if form == "kohya" else Q
+    names = [name.format(layer) for name in LORAS[form]]
+    content = dict(zip(names, (down, up, torch.tensor(2.))))
     whole = read_public(raw / DIT)[0]
-    content = LORAS[form](up, down)
-    if form == "longlive":
-        content |= {"generator": prefixed("model.", whole), "critic_lora": {}, "step": 1}
+    if form == "longlive":  # the model in the same file
+        content = {"generator_lora": content, "generator": prefixed("model.", whole), "critic_lora": {}}
     torch.save(content, path)
     if config:
         (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 3}')
-    alpha = 2 if form in ("comfy", "kohya") else 3 if config else 4
-    name = "blocks.0.self_attn.q.weight"
-    want = whole[name] + alpha / 4 * up @ down
-    m = load_wan(raw, path if form == "longlive" else "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), path)
-    got = m.dit.state_dict()
-    close(got[name], want, 1e-5)
+    alpha = 2 if len(names) == 3 else 3 if config else 4
+    ckpt = path if form == "longlive" else ""
+    m = load_raw(raw, ckpt, lora=path)
+    got, name = m.dit.state_dict(), f"{Q}.weight"
+    close(got[name], whole[name] + alpha / 4 * up @ down, 1e-5)
     assert all(torch.equal(got[key], whole[key]) for key in whole if key != name) and "lora.pt" in m.name
-    if form == "longlive":
-        plain = load_wan(raw, path, "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path)
-        assert torch.equal(plain.dit.state_dict()[name], whole[name]) and "holds a LoRA too" in capsys.readouterr().err
+    if ckpt:
+        assert torch.equal(load_raw(raw, ckpt).dit.state_dict()[name], whole[name])
+        assert "holds a LoRA too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, told", [
     ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 64)}, "blocks.9.* no place"),
-    ({"blocks.0.self_attn.q.lora_B.weight": None}, "needs lora_A and lora_B"),
-    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 63)}, "needs lora_A and lora_B"),
-    ({"blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(64)}, "no place"),
-    ({"blocks.0.self_attn.q.alpha": torch.tensor(math.nan)}, "not finite")])
+    ({f"{Q}.lora_B.weight": None}, "missing .*'up'.*lora_A and lora_B"),
+    ({f"{Q}.lora_A.weight": torch.zeros(4, 63)}, "lora_A and lora_B must fit"),
+    ({f"{Q}.lora_A.weight": torch.zeros(0, 64)}, "lora_A and lora_B must fit"),
+    ({f"{Q}.lora_magnitude_vector": torch.zeros(64)}, "no place"),
+    ({f"{Q}.alpha": torch.tensor(math.nan)}, "not finite")])
 def test_a_lora_that_does_not_fit_wholly_is_refused(change, told, raw, tmp_path):
-    pair = {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 64), "blocks.0.self_attn.q.lora_B.weight": torch.zeros(64, 4)}
-    torch.save({key: tensor for key, tensor in (pair | change).items() if tensor is not None}, tmp_path / "lora.pt")
+    pair = {f"{Q}.lora_A.weight": torch.zeros(4, 64), f"{Q}.lora_B.weight": torch.zeros(64, 4)}
+    pair = {key: tensor for key, tensor in (pair | change).items() if tensor is not None}
+    torch.save(pair, tmp_path / "lora.pt")
     with pytest.raises(BadInput, match=told):
-        load_wan(raw, "", "32x32", "wan", torch.device("cpu"), torch.float32, tmp_path, (), tmp_path / "lora.pt")
+        load_raw(raw, lora=tmp_path / "lora.pt")
 
 
-def test_weights_that_were_not_made_for_this_use_are_warned_about(raw, sampled, tmp_path, capsys):
-    """And those that cannot be used at all are refused in one line."""
-    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "teacher.safetensors")
-    assert "comes from stage teacher, where a" in capsys.readouterr().err
-    sampled(tmp_path / "o", "--seconds", ".1", "--ckpt", WEIGHTS / "init_ar.safetensors", "--seed", "1")
-    assert "stage" not in capsys.readouterr().err
-    sampled(tmp_path / "o", "--seconds", ".1", "--wan", raw, *SMALL_WAN[:4], "--prompt", "a")
-    assert "give a student of it by --ckpt" in capsys.readouterr().err
-    for words, told in ((["--ckpt", raw / DIT], "need --wan"), (["--lora", "a"], "needs --wan"),
-                        (["--wan", raw, "--ckpt", WEIGHTS / "stage2.safetensors"], "without --wan")):
-        assert sampled(tmp_path / "o", "--seconds", ".1", *words)[1] == 2
-        assert told in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("words, told", [
+    (["--ckpt", WEIGHTS / "teacher.safetensors"], "comes from stage teacher, where a"),
+    (["--ckpt", WEIGHTS / "init_ar.safetensors"], "^(?!.*stage)"),
+    (["--wan", "RAW", *SMALL_WAN[:4]], "give a student of it by --ckpt"),
+    (["--ckpt", "RAW/student.pt"], "need --wan"),
+    (["--lora", "a"], "need --wan"),
+    (["--wan", "RAW", "--ckpt", WEIGHTS / "stage2.safetensors"], "without --wan")])
+def test_weights_that_are_not_for_this_use_are_told(words, told, raw, sampled, tmp_path, capsys):
+    """With a warning where they run, else in the one line of a refusal."""
+    words = [str(word).replace("RAW/", f"{raw.parent}/").replace("RAW", str(raw)) for word in words]
+    code = sampled(tmp_path / "o", "--seconds", ".1", *words)[1]
+    error = capsys.readouterr().err
+    assert re.search(told, error, re.S) and code == (2 if error.startswith("error: ") else 0)
+    assert ("need --wan" in told or "without" in told) == (code == 2)
 
 
 @pytest.mark.parametrize("name", [DIT, "config.json", T5, TOKENIZER, VAES["wan"], VAES["tae"]])
@@ -5129,8 +5148,7 @@ def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
         with pytest.raises(BadInput, match=f"cannot read .*{name}.* fetch it again"):
             load_raw(raw, vae=vae, prompts=["a calm sea"])
     (raw / name).unlink()
-    fetch = "curl -L" if name == VAES["tae"] else "hf download"
-    with pytest.raises(BadInput, match=f"lacks {name}: {fetch}"):
+    with pytest.raises(BadInput, match=f"lacks {name}: hf download .*taehv"):
         load_raw(raw, vae=vae)
 
 
@@ -5144,14 +5162,14 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_sizes_that_do_not_fit_and_missing_packages_are_told(raw, monkeypatch):
-    for size in ("100x100", "big", "0x32"):
-        with pytest.raises(BadInput, match="multiples of 16"):
-            load_raw(raw, size=size)
-    for package in ("ftfy", "tokenizers"):
-        with monkeypatch.context() as patch, pytest.raises(BadInput, match="requirements-wan.txt"):
-            patch.setitem(sys.modules, package, None)
-            load_raw(raw, prompts=["c"])
+@pytest.mark.parametrize("package, size, told", [
+    ("", "100x100", "multiples of 16"), ("", "big", "multiples of 16"), ("", "0x32", "multiples of 16"),
+    ("ftfy", "32x32", "requirements-wan.txt"), ("tokenizers", "32x32", "requirements-wan.txt")])
+def test_sizes_that_do_not_fit_and_missing_packages_are_told(package, size, told, raw, monkeypatch):
+    if package:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=told):
+        load_raw(raw, size=size, prompts=["c"])
 
 
 @pytest.mark.slow
@@ -5184,12 +5202,8 @@ def test_loading_takes_no_more_host_memory_than_a_fifth_above_the_file(name, tmp
 
 # ---- the full-size model -----------------------------------------------------------------------------------
 
-def test_a_full_size_chunk_has_the_flops_of_the_floor_constant_shapes_and_no_step_that_waits_for_data():
-    """
-    On the meta device tensors have no values: .item(), bool() or an index from data would raise. 40.4 TFLOP a
-    pass and 202 a chunk, from the hand count: 30 layers of 4680 tokens, 32760 keys.
-    """
-    assert abs(bench.flops(DiTConfig(), 1560, 18) / 40.4e12 - 1) < .03
+def test_a_full_size_chunk_has_constant_shapes_and_no_step_that_waits_for_data():
+    """On the meta device tensors have no values: .item(), bool() or an index from data would raise."""
     shapes = []
 
     def note(module, args):
@@ -5212,11 +5226,13 @@ def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
     """On the meta device, where tensors have no values, from Algorithm 1 to the gradients of every weight."""
     with torch.device("meta"):
         student, teacher, critic = (DiT(DiTConfig(256, 512, 2, 2, recompute=True)) for _ in range(3))
-        features, t, eps = torch.empty(1, 7, 4096), torch.empty(1), torch.empty(1, 21, 16, 8, 8)
+        features, t = torch.empty(1, 7, 4096), torch.empty(1)
+        eps = torch.empty(1, 21, 16, 8, 8)
         with torch.no_grad():
             roll = Rollout(student, student.text(features), PRESETS["slowfast"], (4, 4))
     with torch.no_grad():
-        trace = dmd.rollout(roll, LEVELS, 1, lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta"), 14, 7)
+        draw = lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta")
+        trace = dmd.rollout(roll, LEVELS, 1, draw, 14, 7)
     dmd.student_step(student, teacher, critic, features, trace, t, eps, (4, 4), 3., features)
     assert trace.context.shape[1] == 21 and all(p.grad is not None for p in student.parameters())
 
@@ -5230,7 +5246,8 @@ def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
 
     def run(compiled):
         roll = Rollout(net, random_text(net), PRESETS["slowfast"], (2, 4), compiled=compiled)
-        return [(x0, len(graphs)) for x0 in generate(roll, [3], 14, Sampler(), (16, 4, 8))]
+        chunks = generate(roll, [3], 14, Sampler(), (16, 4, 8))
+        return [(x0, len(graphs)) for x0 in chunks]
     plain = run(None)
     fast = run(torch.compile(net, backend=backend, dynamic=False, fullgraph=True))
     # one graph, made for chunk 6, the first that sees 18 latents
@@ -5239,84 +5256,7 @@ def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
         close(got, want, 1e-4)
 
 
-def plain_pass(net, x, t, text, memory):
-    """A straightforward reading of Wan's block: nothing cached but keys and values, complex rotation."""
-    c, n = net.config, x.shape[1]
-    p, q = c.patch
-    h, w = x.shape[3] // p, x.shape[4] // q
-    angles = rope_angles(torch.arange(18, 18 + n)[None], h, w, c.dim // c.heads)[0]
-    turn = torch.polar(torch.ones(()), angles)[:, None]
-
-    def turned(z):
-        return torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-
-    def scaled(z, shift, scale):
-        return F.layer_norm(z, z.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-    def attended(attention, queries, keys, values):
-        heads = [z.transpose(1, 2) for z in (queries, keys, values)]
-        return attention.o(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
-    z = net.patch_embedding(x.transpose(1, 2)).flatten(2).transpose(1, 2)
-    embedding = net.time_embedding(timestep_embedding(t, c.freq_dim))
-    levels = net.time_projection(embedding).unflatten(-1, (6, -1)).repeat_interleave(h * w, dim=1)
-    for block, (old_keys, old_values), (text_keys, text_values) in zip(net.blocks, memory, text):
-        shift1, scale1, gate1, shift2, scale2, gate2 = (levels + block.modulation).unbind(2)
-        y = scaled(z, shift1, scale1)
-        keys, values = block.self_attn.keys_values(y)
-        keys = torch.cat([old_keys, turned(keys)], dim=1)
-        values = torch.cat([old_values, values], dim=1)
-        z = z + gate1 * attended(block.self_attn, turned(block.self_attn.queries(y)), keys, values)
-        queries = block.cross_attn.queries(block.norm3(z))
-        z = z + attended(block.cross_attn, queries, text_keys, text_values)
-        z = z + gate2 * block.ffn(scaled(z, shift2, scale2))
-    shift, scale = (embedding[:, :, None] + net.head.modulation).repeat_interleave(h * w, dim=1).unbind(2)
-    v = net.head.head(scaled(z, shift, scale))
-    return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=n, h=h, p=p, q=q)
-
-
-@pytest.mark.slow
-@pytest.mark.speed
-def test_a_pass_takes_no_longer_than_a_plain_reference():
-    """dim 512, 8 layers, 96 tokens a latent, 18 latents held, 3 new; same numbers, ratio of medians."""
-    net = random_dit(dim=512, ffn_dim=2986, heads=4, layers=8, text_len=64, patch=(2, 2))
-    for p in net.parameters():
-        p.data *= .2
-    x, t, text = noise(1, 3, 16, 16, 24), torch.full((1, 3), .8), random_text(net)
-    held = noise(1, 18 * 96, 4, 128)
-    room = F.pad(held, (0, 0, 0, 0, 0, 3 * 96))
-    rope, levels = rope_cos_sin(torch.arange(18, 21), 8, 12, 128), net.time(t)
-    passes = {
-        "ours": lambda: net(x, t, text, rope, [LayerCache(room, room.clone(), 18 * 96)] * 8, modulation=levels)[0],
-        "plain": lambda: plain_pass(net, x, t, text, [(held, held)] * 8),
-    }
-    close(passes["plain"](), passes["ours"](), 1e-3)
-    times = {name: [] for name in passes}
-    for _ in range(9):
-        for name, run in passes.items():
-            times[name].append(timeit.timeit(run, number=1))
-    ours, plain = np.median(times["ours"]), np.median(times["plain"])
-    print(f"\none pass: {ours:.3f} s, plain reference {plain:.3f} s, ratio {ours / plain:.2f}")
-    assert ours / plain < 1.25
-
-
-def test_broken_weights_are_told_in_one_line(refused, tmp_path):
-    good = (WEIGHTS / "init_ar.safetensors").read_bytes()
-    (tmp_path / "truncated").write_bytes(good[:len(good) // 2])
-    (tmp_path / "empty").write_bytes(b"")
-    net, facts = load(WEIGHTS / "init_ar.safetensors", DiT, DiTConfig)
-    state = net.state_dict()
-    nan = state | {"blocks.1.ffn.0.bias": torch.full_like(state["blocks.1.ffn.0.bias"], torch.nan)}
-    save_weights(tmp_path / "nan", nan, net.config, facts)
-    del state["head.head.bias"]
-    save_weights(tmp_path / "wrong", state, net.config, facts)
-    for name, message in (("truncated", "cannot read"), ("empty", "cannot read"),
-                          ("wrong", 'Missing key(s) in state_dict: "head.head.bias"'),
-                          ("nan", "blocks.1.ffn.0.bias is not finite"),
-                          (WEIGHTS / "vae.safetensors", "another kind of network")):
-        assert message in refused("--ckpt", tmp_path / name)
-
-
-# ---- on a GPU: whatever a first run there would meet --------------------------------------------------------
+# ---- on a GPU: whatever a first run there would meet -------------------------------------------------------
 
 @pytest.fixture
 def gpu():
@@ -5330,9 +5270,10 @@ def gpu():
 @pytest.mark.parametrize("words", [
     "--seconds 8", "--seconds 8 --compile", "--seconds 8 --teacher", "--wan random --seconds 4",
     "--wan random --seconds 8 --vae tae --compile", "--wan random --vae tae --bench"])
-def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, sampled, tmp_path, capsys):
+def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, clips, sampled, tmp_path, capsys):
     words = words.split()
-    frames, code = sampled(tmp_path, *words, "--device", "cuda")
+    more = ["--continue", clips[0]] if "--teacher" in words else []
+    frames, code = sampled(tmp_path, *words, *more, "--device", "cuda")
     assert code == 0
     if "--bench" in words:
         assert "frames/s" in capsys.readouterr().out
@@ -5344,21 +5285,23 @@ def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, sampled, tm
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_first_frames_are_those_of_the_cpu(gpu, sampled, tmp_path):
-    there, here = (sampled(tmp_path / device, "--seconds", "2", "--dtype", "fp32", "--device", device)[0].astype(float)
-                   for device in ("cuda", "cpu"))
-    assert abs(there - here).mean() < 2
+    words = ["--seconds", "2", "--dtype", "fp32", "--device"]
+    there, here = (sampled(tmp_path / device, *words, device)[0] for device in ("cuda", "cpu"))
+    assert abs(there.astype(float) - here).mean() < 2
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("stage", STAGES)
-def test_on_a_gpu_every_stage_trains_and_goes_on_with_what_belongs_to_the_host_there(stage, gpu, small_training, monkeypatch):
+def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage, gpu, small_training,
+                                                                          monkeypatch):
     go, out = small_training
     load_checkpoint, hosted = train.load_checkpoint, []
 
     def watched(folder, nets, optimizers, others):
         step = load_checkpoint(folder, nets, optimizers, others)
         if step:
-            hosted.extend(state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state)
+            states = [state for optimizer in optimizers for state in optimizer.state.values()]
+            hosted.extend(state["step"] for state in states if "step" in state)
             hosted.extend([others["bank"].errors] if "bank" in others else [])
             assert {p.device.type for p in nets.parameters()} == {"cuda"}
         return step
@@ -5368,9 +5311,9 @@ def test_on_a_gpu_every_stage_trains_and_goes_on_with_what_belongs_to_the_host_t
         forget(out, stage, 4)
     assert hosted and all(tensor.device.type == "cpu" for tensor in hosted)
     for part in train.PARTS[stage]:
-        lines = logged(out / part)
-        assert [line["step"] for line in lines if line["step"]] == [1, 2, 3, 4, 3, 4]
-        assert all(line["skipped"] == 0 for line in lines if line["step"])
+        lines = [line for line in logged(out / part) if line["step"]]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 3, 4]
+        assert all(line["skipped"] == 0 for line in lines)
 
 
 @pytest.mark.cuda
@@ -5380,18 +5323,19 @@ def test_on_a_gpu_training_at_832x480_takes_the_memory_of_its_estimate(stage, gp
     prompts, processes = tmp_path / "prompts.txt", min(2, torch.cuda.device_count())
     prompts.write_text("a calm sea\na storm rises\n")
     script = tmp_path / "one.py"
-    script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\nsys.argv[0] = 'train.py'\n"
+    script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\n"
+                      "sys.argv[0] = 'train.py'\n"
                       f"runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n"
                       "print('peak', torch.cuda.max_memory_allocated())\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = ["--wan", "random:1536x4", "--stage", stage, "--updates", "2", "--accumulate", "2", "--data", prompts]
-    told = subprocess.run([*torchrun, script, *words, "--device", "cuda", "--out", tmp_path / "out"],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--wan", "random:1536x4", "--stage", stage, "--updates", "2", "--accumulate", "2"]
+    words += ["--data", prompts, "--device", "cuda", "--out", tmp_path / "out"]
+    told = subprocess.run([*torchrun, "--nproc_per_node", str(processes), script, *words],
                           check=True, timeout=600, capture_output=True, text=True).stdout
     peak = max(int(number) for number in re.findall(r"peak (\d+)", told))
-    net = DiT(DiTConfig(layers=4))
-    need = bench.training_memory(f"stage{stage}", net, 1560, processes)
+    need = bench.training_memory(f"stage{stage}", DiT(DiTConfig(layers=4)), 1560, processes)
     with capsys.disabled():
-        print(f"\nstage {stage}, 4 layers, {processes} GPUs: {peak / 1e9:.1f} GB, estimated {need / 1e9:.1f}")
+        print(f"\nstage {stage}, 4 layers, {processes} GPUs: {peak / 1e9:.1f} GB of {need / 1e9:.1f}")
     assert need == pytest.approx(peak, rel=.15)
 
 
@@ -5401,16 +5345,22 @@ def by_hand(features, other, fps):
     """VBench's consistency, then the paper's windows with `other`, one cosine at a time"""
     f = [z / np.linalg.norm(z) for z in np.asarray(features, float)]
     other = np.asarray(other, float) / np.linalg.norm(other)
-    pairs = [(max(0, f[i] @ f[i - 1]) + max(0, f[i] @ f[0])) / 2 for i in range(1, len(f))]
-    windows = [[f[i] @ other for i in range(len(f)) if t - .5 <= i / fps <= t + .5] for t in metrics.SECONDS]
-    return [sum(z) / len(z) if z else np.nan for z in (pairs, *windows)]
+    pairs = [(max(0, now @ last) + max(0, now @ f[0])) / 2
+             for last, now in itertools.pairwise(f)]
+    scores = [np.mean(pairs) if pairs else np.nan]
+    for t in metrics.SECONDS:
+        near = [z @ other for i, z in enumerate(f) if t - .5 <= i / fps <= t + .5]
+        scores.append(np.mean(near) if near else np.nan)
+    return scores
 
 
-@pytest.mark.parametrize("n, fps", [(960, 16), (153, 16), (152, 16), (1, 16), (250, 24), (63, 6.25)])
+@pytest.mark.parametrize("n, fps", [
+    (960, 16), (153, 16), (152, 16), (1, 16), (63, 6.25)])
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
-    got = [metrics.consistency(f), *metrics.windows("a", f @ f[0], torch.arange(n) / fps).values()]
+    windows = metrics.windows("a", f @ f[0], torch.arange(n) / fps)
+    got = [metrics.consistency(f), *windows.values()]
     np.testing.assert_allclose(got, by_hand(x, x[0], fps), atol=1e-5)
     assert np.isnan(got[0]) == (n == 1)
     assert np.isnan(got[1]) == (n in (152, 1))  # 153 frames reach the window of 10 s by one
@@ -5421,8 +5371,10 @@ def score_videos(tmp_path, monkeypatch):
     """in/: a video that moves, one that stands still, one frame -> a function: words -> rows"""
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
-    moves = np.random.default_rng(0).integers(0, 256, (21, 16, 22, 3), np.uint8).repeat(16, 1).repeat(16, 2)
-    for name, frames in (("a-cat-0", moves), ("a-cat-1", moves[:1].repeat(21, 0)), ("a-dog-0", moves[:1])):
+    moves = np.random.default_rng(0).integers(0, 256, (21, 16, 22, 3), np.uint8)
+    moves = moves.repeat(16, 1).repeat(16, 2)
+    videos = {"a-cat-0": moves, "a-cat-1": moves[:1].repeat(21, 0), "a-dog-0": moves[:1]}
+    for name, frames in videos.items():
         iio.imwrite(f"in/{name}.mp4", frames, plugin="FFMPEG", fps=2)
     Path("lines").write_text("A cat!\nA dog.\nHalf")
 
@@ -5438,8 +5390,8 @@ def random_networks(kind):
     tf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    dino = tf.AutoModel.from_config(tf.AutoConfig.for_model(kind, **size, image_size=224, patch_size=56)).eval()
-    dino.save_pretrained("dino")
+    dino = tf.AutoModel.from_config(tf.AutoConfig.for_model(kind, **size, image_size=224, patch_size=56))
+    dino.eval().save_pretrained("dino")
     text = tf.CLIPTextConfig(**size, vocab_size=6, bos_token_id=0, eos_token_id=1)
     vision = tf.CLIPVisionConfig(**size, image_size=256, patch_size=64)
     both = tf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
@@ -5458,71 +5410,92 @@ def coloured(frame, colours):
     return rearrange(torch.from_numpy((frame / 255 - mean) / deviation).float(), "h w c -> 1 c h w")
 
 
+def linear(n):
+    """(7 n / 8, n): weights of a resizing between the two nearest pixels, not antialiased"""
+    places = np.arange(.5, n * .875) / .875 - .5
+    return np.stack([np.interp(places, range(n), z) for z in np.eye(n)], 1)
+
+
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
 def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
     dino, clip, words = random_networks(kind)
+    more = {"interpolate_pos_encoding": True} if kind == "vit" else {}
+    dinos, clips = [], []
     with torch.no_grad():
         text = clip.text_projection(clip.text_model(**words("A cat!", return_tensors="pt"))[1])[0]
-        # DINO sees 7/8 of 256 x 352, linear between the two nearest pixels, not antialiased
-        down, along = (np.stack([np.interp(np.arange(.5, n * .875) / .875 - .5, range(n), z)
-                                 for z in np.eye(n)]) for n in (256, 352))
-        dinos, clips = [], []
         for frame in iio.imread("in/a-cat-0.mp4", plugin="FFMPEG"):
-            small = np.einsum("hwc,hy,wx->yxc", frame, down, along, optimize=True)
-            more = {"interpolate_pos_encoding": True} if kind == "vit" else {}
-            dinos.append(dino(coloured(small, metrics.DINO_COLOURS), **more)[0][0, 0])
+            small = np.einsum("hwc,yh,xw->yxc", frame, linear(256), linear(352), optimize=True)
+            dinos.append(dino(coloured(small, metrics.DINO_COLOURS), **more)[0][0, 0].numpy())
             middle = coloured(frame[:, 48:304], metrics.CLIP_COLOURS)
-            clips.append(clip.visual_projection(clip.vision_model(middle)[1])[0])
+            clips.append(clip.visual_projection(clip.vision_model(middle)[1])[0].numpy())
     rows = score_videos("--videos in --dino dino --clip clip --prompts lines")
+    moves, stands, dog = (rows[f"{name}.mp4"] for name in ("a-cat-0", "a-cat-1", "a-dog-0"))
     for whole, windows, features, other in (
             ("subject", "dino", dinos, dinos[0]), ("background", "clip_t", clips, text),
             ("background", "clip_f", clips, clips[0])):
         names = [whole, *(f"{windows}_{t}" for t in metrics.SECONDS)]
-        scores = [float(rows["a-cat-0.mp4"][name]) for name in names]
-        np.testing.assert_allclose(scores, by_hand(torch.stack(features).numpy(), other.numpy(), 2), atol=1e-4)
-        assert float(rows["a-cat-1.mp4"][whole]) == pytest.approx(1, abs=1e-3)  # it stands still
-        assert rows["a-dog-0.mp4"][whole] == "nan"
-    assert rows["a-dog-0.mp4"]["prompt"] == "A dog."
+        scores = [float(moves[name]) for name in names]
+        np.testing.assert_allclose(scores, by_hand(features, other, 2), atol=1e-4)
+        assert float(stands[whole]) == pytest.approx(1, abs=1e-3) and dog[whole] == "nan"
+    assert dog["prompt"] == "A dog."
     # the means of videos so long, under the paper's
-    ours = [line for line in Path("out/videos.md").read_text().splitlines() if line.startswith("| these videos |")]
-    both = [100 * float(rows[f"a-cat-{i}.mp4"]["dino_10"]) for i in (0, 1)]
-    assert f" {sum(both) / 2:.2f} |" in ours[0] and len(ours) == 3
+    lines = Path("out/videos.md").read_text().splitlines()
+    ours = [line for line in lines if line.startswith("| these videos |")]
+    mean = 50 * (float(moves["dino_10"]) + float(stands["dino_10"]))
+    assert f" {mean:.2f} |" in ours[0] and len(ours) == 3
 
 
-def test_any_video_is_scored_at_its_times_and_one_that_cannot_be_read_is_listed(score_videos, capsys, monkeypatch):
-    """Fake networks, as only files and times matter: a frame's feature is its mean grey."""
-    def load_network(option, folder, kinds):
-        def to(device):
-            return net
-        net = SimpleNamespace(to=to, device="cpu", config=SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=9)))
-        return net, lambda prompt, **more: SimpleNamespace(to=lambda device: {"prompt": prompt})
-    monkeypatch.setattr(metrics, "load_network", load_network)
-    grey = lambda frames: F.normalize(torch.stack([frames.float().mean((1, 2, 3)), torch.full((len(frames),), 100.)], 1))
-    monkeypatch.setattr(metrics, "dino_features", lambda net, frames: grey(frames))
-    monkeypatch.setattr(metrics, "clip_features", lambda net, frames, ids: (grey(frames), torch.tensor([[0., 1.]])))
-    # 12 s, of which the last 9 have a frame a second
-    film("in/TIMES.MKV", "color=black:s=32x32:r=25:d=12,geq=lum=16+18*T:cb=128:cr=128,select='lt(t,3)+not(mod(n,25))'",
-         "-fps_mode", "vfr", "-c:v", "ffv1")
+@pytest.fixture
+def grey_networks(monkeypatch):
+    """In place of DINO and CLIP, where only files and times matter: a frame's feature is its mean grey."""
+    net = SimpleNamespace(device="cpu", config=SimpleNamespace(text_config=SimpleNamespace()))
+    net.config.text_config.max_position_embeddings = 9
+    net.to = lambda device: net
+
+    def words(prompt, **more):
+        return SimpleNamespace(to=lambda device: {"prompt": prompt})
+
+    def grey(net, frames):
+        level = frames.float().mean((1, 2, 3))
+        return F.normalize(torch.stack([level, torch.full_like(level, 100)], 1))
+    monkeypatch.setattr(metrics, "load_network", lambda *about: (net, words))
+    monkeypatch.setattr(metrics, "dino_features", grey)
+    monkeypatch.setattr(metrics, "clip_features",
+                        lambda net, frames, ids: (grey(net, frames), torch.tensor([[0., 1.]])))
+
+
+def test_any_video_is_scored_at_its_times(score_videos, grey_networks):
+    """12 s, of which the last 9 have a frame a second"""
+    grey = "color=black:s=32x32:r=25:d=12,geq=lum=16+18*T:cb=128:cr=128,select='lt(t,3)+not(mod(n,25))'"
+    film("in/TIMES.MKV", grey, "-fps_mode", "vfr", "-c:v", "ffv1")
+    row = score_videos("--videos in")["TIMES.MKV"]
+    level = 18 * 10 / 219 * 255  # of the one frame near 10 s
+    assert float(row["clip_t_10"]) == pytest.approx(100 / math.hypot(level, 100), abs=.01)
+    assert row["clip_t_20"] == "nan"
+
+
+def test_videos_that_cannot_be_read_are_listed_and_the_list_that_made_a_set_scores_it(
+        score_videos, grey_networks, capsys):
     whole = Path("in/a-cat-0.mp4").read_bytes()
     Path("in/half-0.mp4").write_bytes(whole[:9999])
     Path("in/noise-0.mp4").write_bytes(whole[:40000] + bytes(range(250)) * 40 + whole[50000:])
-    strange = os.fsdecode(b"m\xe4rz-0.mp4") if sys.platform == "linux" else "m\xe4rz-0.mp4"  # no text, where that can be
+    # no text, where a name can be that
+    strange = os.fsdecode(b"m\xe4rz-0.mp4") if sys.platform == "linux" else "m\xe4rz-0.mp4"
     Path("in", strange).write_bytes(whole)
-    (Path("in") / "folder.mp4").mkdir()
-    made = {"file": "a-dog-0.mp4", "prompt": "一只狗 | 3: a cat", "seed": 0, "options": {}, "model": "", "sha256": ""}
+    Path("in/folder.mp4").mkdir()
+    prompt = "一只狗 | 3: a cat"
+    made = {"file": "a-dog-0.mp4", "prompt": prompt, "seed": 0, "options": {}, "model": "", "sha256": ""}
     Path("in/manifest.jsonl").write_text(json.dumps(made) + "\n{cut")
     rows = score_videos("--videos in")
     told = capsys.readouterr()
-    assert "skipped: cannot read the clip in/half-0.mp4 (moov" in told.out and "in/noise-0.mp4 is damaged" in told.out
-    assert set(rows) == {"TIMES.MKV", "a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", strange.encode("utf-8", "backslashreplace").decode()} and "line 2" in told.err
-    assert rows["a-dog-0.mp4"]["prompt"] == made["prompt"] and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
-    level = 18 * 10 / 219 * 255  # of the one frame near 10 s
-    assert float(rows["TIMES.MKV"]["clip_t_10"]) == pytest.approx(100 / math.hypot(level, 100), abs=.01)
-    assert rows["TIMES.MKV"]["clip_t_20"] == "nan"
-    # the list that made a set scores it
-    Path("list").write_text("一只狗 | 3: a cat\nA cat!\n", "utf-8-sig")
+    assert "skipped: cannot read the clip in/half-0.mp4 (moov" in told.out and "line 2" in told.err
+    assert "in/noise-0.mp4 is damaged" in told.out
+    escaped = strange.encode("utf-8", "backslashreplace").decode()
+    assert set(rows) == {"a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", escaped}
+    assert rows["a-dog-0.mp4"]["prompt"] == prompt and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
+    Path("list").write_text(f"{prompt}\nA cat!\n", "utf-8-sig")
     rows = score_videos("--videos in --prompts list")
-    assert {row["prompt"] for row in rows.values()} == {made["prompt"], "A cat!"} and len(rows) == 3
+    assert {row["prompt"] for row in rows.values()} == {prompt, "A cat!"} and len(rows) == 3
 
 
 def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
@@ -5541,7 +5514,8 @@ def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     (metrics, "--videos in --out dogs/o", "cannot write to"), (evaluate, "--out dogs/o", "cannot write to"),
     (evaluate, "--memory slofast", "did you mean slowfast?"), (evaluate, "--worlds -1", "from 0 to"),
     (evaluate, "--tau 2", "from -1 to 1"), (evaluate, "--steps 0", "from 1 to")])
-def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, message, score_videos, capsys, monkeypatch):
+def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, message, score_videos, capsys,
+                                                         monkeypatch):
     Path("dogs").write_text("A dog.")
     Path("birds").write_text("A bird.")
     monkeypatch.setattr(sys, "argv", ["script", *words.split()])

@@ -17,6 +17,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,36 +65,41 @@ def bucket(offset, buckets=32):
     return (offset > 0).long() * half + torch.where(far < exact, far, log.clamp(max=half - 1))
 
 
+Linear = partial(nn.Linear, bias=False)  # UMT5 has no biases
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        # random numbers on the meta device would make torch import its compiler
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class TextAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
-        self.q = nn.Linear(c.dim, c.dim_attn, bias=False)
-        self.k = nn.Linear(c.dim, c.dim_attn, bias=False)
-        self.v = nn.Linear(c.dim, c.dim_attn, bias=False)
-        self.o = nn.Linear(c.dim_attn, c.dim, bias=False)
-
-    def split(self, x):
-        return rearrange(x, "b m (k d) -> b k m d", k=self.heads)
+        self.q = Linear(c.dim, c.dim_attn)
+        self.k = Linear(c.dim, c.dim_attn)
+        self.v = Linear(c.dim, c.dim_attn)
+        self.o = Linear(c.dim_attn, c.dim)
 
     def forward(self, x, bias):
         """x (b, m, dim); bias (1 or b, k, m, m) is added to the scores, which are not divided by sqrt(d)"""
-        q = self.split(self.q(x))
-        k = self.split(self.k(x))
-        v = self.split(self.v(x))
+        qkv = [project(x) for project in (self.q, self.k, self.v)]
+        q, k, v = (rearrange(y, "b m (k d) -> b k m d", k=self.heads) for y in qkv)
         # no 1/sqrt(d): the weights were trained without it
         score = torch.einsum("bkqd,bksd->bkqs", q, k) + bias
-        weight = score.float().softmax(-1).to(v.dtype)
-        y = torch.einsum("bkqs,bksd->bkqd", weight, v)
+        y = torch.einsum("bkqs,bksd->bkqd", score.float().softmax(-1).to(v.dtype), v)
         return self.o(rearrange(y, "b k m d -> b m (k d)"))
 
 
 class GatedMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(c.dim, c.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
-        self.fc1 = nn.Linear(c.dim, c.dim_ffn, bias=False)
-        self.fc2 = nn.Linear(c.dim_ffn, c.dim, bias=False)
+        self.gate = nn.Sequential(Linear(c.dim, c.dim_ffn), nn.GELU(approximate="tanh"))
+        self.fc1 = Linear(c.dim, c.dim_ffn)
+        self.fc2 = Linear(c.dim_ffn, c.dim)
 
     def forward(self, x):
         return self.fc2(self.fc1(x) * self.gate(x))
@@ -106,7 +112,7 @@ class TextBlock(nn.Module):
         self.norm2 = RMSNorm(c.dim)
         self.attn = TextAttention(c)
         self.ffn = GatedMLP(c)
-        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(c.buckets, c.heads)})
+        self.pos_embedding = nn.ModuleDict({"embedding": Embedding(c.buckets, c.heads)})
 
     def forward(self, x, mask):
         """x (b, m, dim); mask (b, 1, 1, m): 0 where a key may be seen, the type's lowest number where not"""
@@ -124,7 +130,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab, config.dim)
+        self.token_embedding = Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
 
@@ -171,11 +177,9 @@ def check_prompt(prompt):
         raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
     if len(prompt) > MOST_LETTERS:
         raise BadInput(f"the prompt has {len(prompt)} letters: {MOST_LETTERS} at most")
-    # halves of surrogate pairs: what Python makes of bytes that are no UTF-8
-    if re.search("[\ud800-\udfff]", prompt):
-        raise BadInput(f"the prompt is no UTF-8 text: {prompt[:60]!r}")
-    if re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", prompt):
-        raise BadInput(f"the prompt has control characters: {prompt[:60]!r}")
+    # also halves of surrogate pairs, what Python makes of bytes that are no UTF-8
+    if re.search("[\ud800-\udfff\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", prompt):
+        raise BadInput(f"the prompt has control characters, or is no UTF-8: {prompt[:60]!r}")
 
 
 def read_prompts(path, check=check_prompt):
@@ -232,6 +236,6 @@ def tokenise(tokenizer, prompt, length):
 if __name__ == "__main__":
     torch.manual_seed(0)
     encoder = TextEncoder(tiny_text)
-    ids, mask = bytes_to_ids(["Snow. The camera turns right, one turn in 16 seconds."])
+    ids, mask = bytes_to_ids(["Snow. The camera turns right from north, one turn in 16 seconds."])
     features = encoder(ids, mask)
     print(f"{int(mask.sum())} ids, then 0 -> features {tuple(features.shape)}, zero from there on")

@@ -1,19 +1,21 @@
 """
-Trains every network of the project, one stage at a time: the settings, one update, the run. What each stage
-starts from and minimises stands in stages.py.
+Trains every network of the project, one stage at a time: the settings, one update, the run. How long and how
+fast stands in recipe.py; what each stage starts from and minimises, in stages.py.
 
     python train.py --stage vae        # the tiny autoencoder of the small world
     python train.py --stage init       # ar: the causal model and the text encoder; ode: its four steps
-    python train.py --stage base       # bidirectional, 21 latents: what Wan2.1 is for the full size
     python train.py --stage teacher    # the context teacher, on pasts with errors in them (erft.py)
-    python train.py --stage 1          # DMD: the student's first 5 s match the base model's (dmd.py)
+    python train.py --stage 1          # DMD: the student's first 5 s match the teacher's (dmd.py)
     python train.py --stage 2          # contextual DMD: its long videos go on as the teacher would
+    python train.py --stage all        # all of these, and two ablations, which have stages of their own:
+                                       # teacher_plain, without errors, and 2_none, scored without context
 
     torchrun --nproc_per_node 8 train.py --stage 2    # the same on 8 devices, a batch each
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --stage 2
     ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # full size: stages teacher, init, 1, 2
 
-Run the same command again to go on after a stop, on any number of processes. All that is random in update n
+Run the same command again to go on after a stop, on any number of processes (all: with the part that it was
+at). All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
 that accumulates two batches; prompts are shuffled, and all are seen before any returns. In stages 1 and 2
 each pass of an update has a rollout, an exit step and a length of its own, equal in up to 8 batches, which 8
@@ -29,7 +31,7 @@ student's, by quarter of the noise levels), r (exit step), L (chunks of the roll
 tested chunks kept) and oldest (age of the oldest keyframe, s).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009; TAEHV.
-Leaves out: LoRA, mixed-precision optimizer states.
+Leaves out: LoRA.
 """
 import copy
 import json
@@ -63,6 +65,7 @@ from dmd import keyframe_histogram
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
+from recipe import PARTS, TINY, WAN
 from stages import TARGET_CHUNKS, encode_text, hash_starts, load_inputs, make_stage
 from video import to_uint8
 from weights import save_weights
@@ -71,7 +74,7 @@ from world import WorldSpec
 
 @dataclass
 class Config:
-    stage: str = ""       # vae | init | base | teacher | 1 | 2
+    stage: str = ""       # vae | init | teacher | teacher_plain | 1 | 2 | 2_none | all
     out: str = "out"      # folder for logs, strips, checkpoints and weights
     updates: int = 0      # number of updates (0: the stage's own default)
     batch: int = 0        # clips a process and pass (0: the stage's own default)
@@ -79,9 +82,8 @@ class Config:
     lr: float = 0.0       # peak learning rate (0: the stage's own default)
     init: str = ""        # weights to start from (default: of the stage before, of this --out or shipped)
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
-    teacher_context: str = "memory"  # stage 2: memory | none: teacher and critic see no context
-    errors: float = 0.5   # stage teacher: share of samples that get errors injected; 0 is plain fine-tuning
-    data: str = ""        # base, teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    teacher_context: str = "memory"  # stage 2: memory | none, which is stage 2_none
+    data: str = ""        # teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
     wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
@@ -90,78 +92,10 @@ class Config:
     no_verify: bool = False  # take files as they are, without verifying their checksums
 
 
-# ---- settings of each part ---------------------------------------------------------------------------------
-
-PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
-    "vae": ["vae"],
-    "init": ["init_ar", "init_ode"],
-    "base": ["base"],
-    "teacher": ["teacher"],
-    "1": ["stage1"],
-    "2": ["stage2"],
-}
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBED = 16        # held-out worlds that a probe looks at
 PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip or encodes prompts
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
-
-
-@dataclass(frozen=True)
-class Preset:
-    updates: int
-    lr: float                   # peak
-    start: str = ""             # whose weights it starts from; "" = nothing
-    batch: int = 16             # clips a process and pass
-    warmup: int = 100           # updates
-    ema_decay: float = .995     # of the averaged weights, an update ...
-    ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
-    shift: float = 3.           # training noise levels: uniform, shifted by this
-    context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
-    # of the heading in the loss: the sky's hue is next to nothing in the mean error, and a network whose sky
-    # lags behind looks the wrong landmarks up
-    heading_weight: float = 0.
-    save_every: int = 250       # updates: checkpoints,
-    strip_every: int = 500      # strips,
-    probe_every: int = 250      # and probes; 0 = never
-    # stages 1 and 2
-    teacher: str = ""           # whose weights the real score has
-    shortest: int = 7           # chunks of a rollout: at least,
-    longest: int = 7            # at most,
-    ramp: float = 1.            # from this share of the updates on
-    critic_lr: float = 2.       # times lr
-    critic_heading_weight: float = 0.
-    beta2: float = .99          # of AdamW
-    clip: float = 1.            # most gradient norm
-    guidance: float = 1.        # of the real score
-
-
-DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.95, strip_every=100, probe_every=50)
-TINY = {
-    "vae": Preset(3500, 2e-3, batch=8, ema_decay=.99, probe_every=0),
-    "init_ar": Preset(10000, 1.5e-3, heading_weight=40.),
-    "init_ode": Preset(600, 2e-4, "init_ar", warmup=50, ema_decay=.99, heading_weight=40.),
-    "base": Preset(3200, 1.5e-3, "init_ar", probe_every=0),
-    # from init_ar, which remembers: from base it did not learn to (recall .10 after 500 updates against .33)
-    "teacher": Preset(2200, 7e-4, "init_ar", heading_weight=4.),
-    # no weight on the heading: its teacher makes that up
-    "stage1": replace(DISTIL, updates=50, lr=5e-5, start="init_ode", teacher="base"),
-    "stage2": replace(DISTIL, updates=80, lr=6e-5, start="stage1", teacher="teacher", batch=12,
-                      shortest=14, longest=40, ramp=.5, heading_weight=1., critic_heading_weight=4.),
-}
-# With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
-# Guidance is written 3 and 5 where it is cond + w (cond - uncond).
-FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
-FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
-                      critic_lr=.2, beta2=.999, clip=2.)
-WAN = {
-    "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
-    "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
-    "teacher": replace(FULL, updates=8000, lr=1e-5, start="base"),
-    "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
-    # a short ramp: half of the rollouts begin with 6 keyframes or more in slow memory
-    "stage2": replace(FULL_DISTIL, updates=100, start="stage1", teacher="teacher", guidance=6., save_every=16,
-                      shortest=14, longest=40, ramp=.1),
-}
 
 
 def get_lr(preset, step):
@@ -230,7 +164,7 @@ def look(part, preset, step, inputs, ema, sampler):
     """Now and then what the judge says of the averaged network's videos -> numbers to log"""
     if get_rank() > 0 or not preset.probe_every or step % preset.probe_every:
         return {}
-    probe = probe_teacher if part == "teacher" else probe_student
+    probe = probe_teacher if part.startswith("teacher") else probe_student
     return probe(averaged(part, inputs, ema, sampler), held_out(PROBED))
 
 
@@ -241,7 +175,7 @@ def strip_videos(part, m, specs, captions, sampler):
         return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
     seeds = range(len(captions))
     text = m.dit.text(m.features(captions))
-    if part in ("base", "teacher"):
+    if part.startswith("teacher"):
         nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
         z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
     else:
@@ -283,7 +217,7 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
              "passes": saved["passes"], "sampler": asdict(sampler), "kept": kept}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
-        for name, net in nets.items():
+        for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
             path = Path(cfg.out, part, f"{name}.safetensors")
             save_weights(path, net.state_dict(), net.config, facts)
             print(f"wrote {path}")
@@ -294,17 +228,16 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
 
 def settings(cfg, part):
     """The part's preset, with what the command line says."""
-    preset = WAN[part] if cfg.wan else TINY[part]
-    return replace(preset, updates=cfg.updates or preset.updates, batch=cfg.batch or preset.batch,
-                   lr=cfg.lr or preset.lr)
+    given = {name: vars(cfg)[name] for name in ("updates", "batch", "lr") if vars(cfg)[name]}
+    return replace(WAN[part] if cfg.wan else TINY[part], **given)
 
 
-# options that make a run what it is
-OF_A_RUN = ("seed", "accumulate", "teacher_context", "errors", "data", "wan", "size", "dtype")
+OF_A_RUN = ("seed", "accumulate", "data", "wan", "size", "dtype")  # options that make a run what it is
 
 
 def describe(cfg, part, preset):
     """What makes this run: other settings do not go on with it"""
+    # of the command line, of the preset, and the files that it begins with
     told = {name: vars(cfg)[name] for name in OF_A_RUN}
     told |= {"updates": preset.updates, "batch": preset.batch, "lr": preset.lr}
     return told | hash_starts(cfg, part, preset)
@@ -337,6 +270,22 @@ def prepare(cfg, part, preset, device):
     return inputs, stage, nets, ema, make_optimizers(cfg, preset, nets)
 
 
+def announce(cfg, part, preset, inputs, ema):
+    """Before a part starts: how long it takes, how large it becomes."""
+    size = sum(p.numel() for p in ema.parameters()) * 4e-6
+    told = f"about {preset.updates * preset.seconds / 60:.0f} min on two cores"
+    if cfg.wan:
+        like = part.removesuffix("_plain").removesuffix("_none")
+        need = training_memory(like, inputs.dit, math.prod(inputs.grid), get_processes())
+        told = f"about {need / 1e9:.0f} GB on each of {get_processes()} devices"
+    print(f"{part}: {preset.updates} updates, {told}; writes {size:.1f} MB")
+    # Stage 2: the curriculum
+    if preset.longest > TARGET_CHUNKS:
+        shares = keyframe_histogram(preset.shortest, preset.longest, preset.ramp, TARGET_CHUNKS)
+        told = ", ".join(f"{i}: {share:.0%}" for i, share in enumerate(shares))
+        print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
+
+
 def train(cfg, part, device, stop):
     """One part, from its start or its newest checkpoint to its weights; stop: StopSignals"""
     preset = settings(cfg, part)
@@ -344,22 +293,19 @@ def train(cfg, part, device, stop):
     out.mkdir(parents=True, exist_ok=True)
     is_first = get_rank() == 0
     saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
+    # a chain goes on with what is not there yet
+    if cfg.stage == "all" and (out / f"{part}.safetensors").exists():
+        return
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
     bank = stage.states.get("bank")
-    if part == "stage2" and is_first:
-        shares = keyframe_histogram(preset.shortest, preset.longest, preset.ramp, TARGET_CHUNKS)
-        told = ", ".join(f"{i}: {share:.0%}" for i, share in enumerate(shares))
-        print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
-
-    if cfg.wan and is_first:
-        need = training_memory(part, inputs.dit, math.prod(inputs.grid), get_processes())
-        print(f"{part} needs about {need / 1e9:.0f} GB on each of {get_processes()} devices")
+    if is_first:
+        announce(cfg, part, preset, inputs, ema)
 
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
     others = {"ema": ema, **stage.states}
     step = load_checkpoint(out, nets, every_optimizer, others, not cfg.no_verify)
-    if part == "stage2" and step == 0 and is_first and not cfg.wan:
+    if part.startswith("stage2") and step == 0 and is_first and not cfg.wan:
         check_teacher(out, inputs, stage.teacher)
 
     # ---- the loop
@@ -408,17 +354,18 @@ def train(cfg, part, device, stop):
 
 
 def check(cfg):
+    # each option
     one_of("--stage", cfg.stage, PARTS)
     one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
     within("--lr", cfg.lr, 0, 1000)
-    within("--seed", cfg.seed, 0, 2 ** 63 - 1)
-    if min(cfg.updates, cfg.batch, cfg.accumulate - 1) < 0 or not 0 <= cfg.errors <= 1:
-        raise BadInput("--updates and --batch must be above 0, --accumulate at least 1, "
-                       "--errors from 0 to 1")
-    if cfg.wan and cfg.stage in ("vae", "base"):
-        raise BadInput(f"--stage {cfg.stage} is not for --wan: Wan2.1 is the base model, "
-                       "and brings its autoencoder")
+    for name, least in {"accumulate": 1, "seed": 0, "updates": 0, "batch": 0}.items():
+        within(f"--{name}", vars(cfg)[name], least, 2 ** 63 - 1)
+    # and what does not go together
+    if cfg.stage == "all" and (cfg.init or cfg.teacher or cfg.data or cfg.wan):
+        raise BadInput("--stage all begins with nothing: leave out --init, --teacher, --data and --wan")
+    if cfg.wan and cfg.stage == "vae":
+        raise BadInput("--stage vae is not for --wan: Wan2.1 is the base model, and brings its autoencoder")
     if cfg.size and not cfg.wan:
         raise BadInput("--size needs --wan")
     if cfg.data and not cfg.wan and cfg.stage in ("vae", "init"):
@@ -439,9 +386,13 @@ def main():
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
         with StopSignals() as stop:
-            for part in PARTS[cfg.stage]:
+            sees_nothing = cfg.stage == "2" and cfg.teacher_context == "none"
+            parts = PARTS["2_none" if sees_nothing else cfg.stage]
+            for number, part in enumerate(parts, 1):
                 if part == "init_ar" and cfg.init:
                     continue  # a causal model is given: only its four steps are wanted
+                if get_rank() == 0:
+                    print(f"part {number} of {len(parts)}: {part}")
                 train(cfg, part, device, stop)
     finally:
         if dist.is_initialized():

@@ -39,7 +39,7 @@ class TAEConfig:
     channels: int = 16                   # latent channels
 
 
-tiny_tae = TAEConfig(encoder=32, decoder=(64, 64, 32, 16))
+tiny_tae = TAEConfig(encoder=32, decoder=(64, 64, 48, 32))
 
 
 def conv(c_in, c_out, stride=1, bias=True):
@@ -106,6 +106,13 @@ class TAE(nn.Module):
             layers += [MemBlock(c) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), TGrow(c, stride), conv(c, c_next, bias=False)]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], 3))
+
+    def initialise(self):
+        """Random weights to train from nothing, by which signals keep their size."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        return self
 
     @staticmethod
     def run(layers, x, past):

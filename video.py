@@ -15,14 +15,16 @@ import math
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+import textwrap
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # comes with imageio
 
 from config import BadInput, check_schema, whole_or_absent
@@ -36,6 +38,7 @@ COLUMN, ROW = 132, 90    # from one to the next
 FRAMES_TOP = 54          # pixels from the top: below the prompt
 BARS, BASE = 170, 360    # the bars of surprisal stand between them
 BARS_AT_MOST = 528       # 3 pixels each
+LETTERS = 130            # of the prompt in a line: the widest are 12 pixels wide
 # which of them is there depends on the system: letters of all scripts, of most, of some
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "malgun.ttf",
          "unifont.ttf", "DejaVuSans.ttf", "segoeui.ttf", "Nirmala.ttf")
@@ -54,27 +57,23 @@ def frames_in(seconds):
 
 
 def chunks_of(frames):
-    """How many chunks hold so many frames."""
+    """How many chunks hold so many frames; also, which is the first to begin at this frame or later."""
     return math.ceil((frames + 3) / FRAMES)
-
-
-def chunk_at(second):
-    """The first chunk that begins at this second, above 0, or later."""
-    return math.ceil((second * FPS + 3) / FRAMES)
 
 
 def decode_beside(vae, chunks, past=None):
     """
-    Generator: decodes one chunk after another. On cuda in a stream of its own, while the next chunk is made:
-    frames come one chunk late, and nothing waits but for their own way to the host.
+    Generator: decodes one chunk after another, and gives its frames once the next is on its way. On cuda that
+    happens in a stream of its own: nothing waits but for the frames' own way to the host.
     chunks  iterable of latents (1, 3, c, h, w)
     past    from vae.decode(), of the chunks before
     yields  frames (f, h, w, 3) uint8 on the host, is all of the chunk finite, and `past` of the last decoded
     """
     side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
-    under_way = []
-    for x0 in chain(chunks, [None]):
-        if x0 is not None:
+
+    def launch():
+        nonlocal past
+        for x0 in chunks:
             if side is not None:
                 side.wait_stream(torch.cuda.current_stream())
                 x0.record_stream(side)
@@ -82,13 +81,13 @@ def decode_beside(vae, chunks, past=None):
                 decoded, past = vae.decode(x0, past)
                 made = to_uint8(decoded)[0], x0.isfinite().all() & decoded.isfinite().all()
                 made = [part.to("cpu", non_blocking=side is not None) for part in made]
-                under_way.append((*made, side and side.record_event()))
-        # all but the newest on cuda; the last one, too, at the end
-        while len(under_way) > (side is not None and x0 is not None):
-            frames, is_finite, arrived = under_way.pop(0)
-            if arrived is not None:
-                arrived.synchronize()
-            yield frames, is_finite, past
+                arrived = side and side.record_event()
+            yield *made, arrived
+
+    for (frames, is_finite, arrived), _ in pairwise(chain(launch(), [None])):
+        if arrived is not None:
+            arrived.synchronize()
+        yield frames, is_finite, past
 
 
 def to_uint8(video):
@@ -110,51 +109,6 @@ def find_ffmpeg():
     raise BadInput(f"ffmpeg is missing ({told}): pip install 'imageio[ffmpeg]', or set IMAGEIO_FFMPEG_EXE")
 
 
-class Encoder:
-    """ffmpeg, which takes raw frames and makes an mp4; it starts with the first frame."""
-    def __init__(self, path, comment, scale, log):
-        self.path = path
-        self.comment = comment
-        self.scale = scale
-        self.log = log
-        self.process = None
-
-    def append_data(self, frame):
-        """frame (h, w, 3) uint8"""
-        if self.process is None:
-            self.start(*frame.shape[:2])
-        self.process.stdin.write(frame.tobytes())
-
-    def start(self, h, w):
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", str(FPS), "-i", "-"]
-        # squares of pixels, then the colours that the tags promise
-        enlarge = f"scale=iw*{self.scale}:ih*{self.scale}:flags=neighbor,format=rgb24"
-        convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
-        coded = ["-vf", f"{enlarge},{convert},format=yuv420p", "-c:v", "libx264", "-crf", "16"]
-        coded += ["-preset", "veryfast", "-movflags", "+faststart", "-color_range", "tv"]
-        for tag in ("-colorspace", "-color_primaries", "-color_trc"):
-            coded += [tag, "bt709"]
-        # file: in front, as a name may begin with - or hold a colon
-        named = ["-metadata", f"comment={self.comment}", f"file:{self.path.absolute()}"]
-        words = [find_ffmpeg(), "-y", "-xerror", "-loglevel", "error", *raw, *coded, *named]
-        # in a group of its own: Ctrl-C in a terminal is for this program, which then ends ffmpeg
-        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=self.log, creationflags=group,
-                                        start_new_session=True)
-
-    def finish(self):
-        """Has ffmpeg ended well?"""
-        if self.process is None:
-            return False
-        self.process.stdin.close()
-        return self.process.wait() == 0 and self.path.stat().st_size > 0
-
-    def kill(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
 @contextmanager
 def video_writer(path, comment="", scale=1):
     """
@@ -162,21 +116,28 @@ def video_writer(path, comment="", scale=1):
     comment  its metadata
     scale    each pixel becomes a square of so many
     """
-    with whole_or_absent(path) as part, TemporaryFile() as log:
-        encoder = Encoder(part, comment, scale, log)
-        why = "it wrote nothing"
+    find_ffmpeg()
+    from imageio.v2 import get_writer
+    # squares of pixels, then the colours that the tags promise
+    enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor,format=rgb24"
+    convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+    words = ["-vf", f"{enlarge},{convert},format=yuv420p", "-crf", "16", "-preset", "veryfast"]
+    words += ["-movflags", "+faststart", "-color_range", "tv", "-metadata", f"comment={comment}"]
+    for tag in ("-colorspace", "-color_primaries", "-color_trc"):
+        words += [tag, "bt709"]
+    with whole_or_absent(path) as part:
         try:
-            yield encoder
-            is_whole = encoder.finish()
-        # the pipe is broken: ffmpeg has ended, and may say why
-        except OSError as error:
-            is_whole, why = False, error
-        finally:
-            encoder.kill()
+            with get_writer(part.absolute(), "FFMPEG", fps=FPS, codec="libx264", quality=None,
+                            macro_block_size=1, output_params=words) as file:
+                yield file
+            # imageio does not ask ffmpeg how it ended: the file must be readable to its end
+            _, log = decode(part, "showinfo", "-f", "null")
+            is_whole = "pts_time:" in log and not first_error(log)
+        # the pipe is broken: ffmpeg has ended
+        except OSError:
+            is_whole = False
         if not is_whole:
-            log.seek(0)
-            told = log.read().decode(errors="replace").strip().splitlines()
-            raise BadInput(f"ffmpeg could not write {path}: {told[-1] if told else why}")
+            raise BadInput(f"ffmpeg could not write {path}: is the disk full?")
 
 
 def read_manifest(folder):
@@ -201,12 +162,12 @@ def read_manifest(folder):
 def add_to_manifest(folder, record):
     """One line more; a last line that a full disk cut short is ended first."""
     path = Path(folder, MANIFEST)
-    line = json.dumps(record, ensure_ascii=False) + "\n"
     try:
         with open(path, "ab+") as file:
             file.seek(max(0, file.tell() - 1))
             is_cut = file.read() not in (b"", b"\n")
-            file.write(("\n" * is_cut + line).encode())
+            line = json.dumps(record, ensure_ascii=False)
+            file.write(f"{is_cut * chr(10)}{line}\n".encode())
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
@@ -236,18 +197,15 @@ class Clip:
         words = decoding(self.path, filters, "-f", "rawvideo", "-pix_fmt", "rgb24", *options)
         size = width * height * 3
         count = 0
-        with TemporaryFile() as file:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file)
-            try:
-                while len(frame := process.stdout.read(size)) == size:
-                    count += 1
-                    yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
-                process.wait()
-            finally:
-                process.kill()
-                process.communicate()
+        with (TemporaryFile("w+", encoding="utf-8", errors="replace") as file,
+              subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=file) as ffmpeg):
+            while len(frame := ffmpeg.stdout.read(size)) == size:
+                count += 1
+                yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+            ffmpeg.wait()
             file.seek(0)
-            log = file.read().decode("utf-8", "replace")
+            log = file.read()
         self.damage = first_error(log)
         self.seconds = [float(second) for second in re.findall(r"pts_time:([-\d.]+)", log)]
         if not rate and count != len(self.seconds):
@@ -261,6 +219,13 @@ def decoding(path, filters, *options):
     return [find_ffmpeg(), "-hide_banner", *source, "-map", "0:V:0", "-vf", filters, *options, "-"]
 
 
+def decode(path, filters, *options):
+    """-> what that command writes, and what it tells"""
+    words = decoding(path, filters, *options)
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True)
+    return done.stdout, done.stderr.decode("utf-8", "replace")
+
+
 def first_error(log):
     """The first that ffmpeg calls an error, '' if nothing"""
     # at the start of a line, behind who says it: titles of videos may say anything
@@ -270,18 +235,14 @@ def first_error(log):
 
 def open_clip(path):
     """-> Clip; raises BadInput that says why the file cannot be read"""
-    cannot = f"cannot read the clip {path}"
     if not Path(path).is_file():
-        cause = "it is a folder or a pipe" if Path(path).exists() else "there is no such file"
-        raise BadInput(f"{cannot}: {cause}")
+        raise BadInput(f"cannot read the clip {path}: there is no such file")
     # its first frame: a PPM, whose head says how large it is shown
-    one_frame = ["-frames:v", "1", "-f", "image2pipe", "-c:v", "ppm"]
-    probe = subprocess.run(decoding(path, SHOWN, *one_frame), stdin=subprocess.DEVNULL, capture_output=True)
-    log = probe.stderr.decode("utf-8", "replace")
-    size = re.match(rb"P6\s(\d+)\s(\d+)\s", probe.stdout)
+    image, log = decode(path, SHOWN, "-frames:v", "1", "-f", "image2pipe", "-c:v", "ppm")
+    size = re.match(rb"P6\s(\d+)\s(\d+)\s", image)
     if not size:
         cause = "no video stream" if "matches no streams" in log else first_error(log) or "no frames"
-        raise BadInput(f"{cannot} ({cause}): give a video file")
+        raise BadInput(f"cannot read the clip {path} ({cause}): give a video file")
     filters = f"{SHOWN},{TONE_MAPPING}" if HDR.search(log) else SHOWN
     return Clip(path, int(size[1]), int(size[2]), filters)
 
@@ -316,34 +277,16 @@ def font_for(text):
     # PIL's own font has ASCII alone
     fonts = [ImageFont.load_default(12)]
     for name in FONTS:
-        try:
+        with suppress(OSError):
             fonts.append(ImageFont.truetype(name, 12))
-        except OSError:
-            pass
 
-    def lacks(font):
+    def shown_in(font):
         empty = bytes(font.getmask("\uffff"))
-        return {letter for letter in set(text) if letter > "~" and bytes(font.getmask(letter)) == empty}
-    font = min(fonts, key=lambda font: len(lacks(font)))
-    missing = lacks(font)
-    shown = [ascii(letter)[1:-1] if letter in missing else letter for letter in text]
-    return font, "".join(shown)
-
-
-def wrapped(text, font, width):
-    """At most three lines of at most `width` pixels"""
-    lines = [""]
-    for letter in " ".join(text.split()):
-        if font.getlength(f"{lines[-1]}{letter} ...") > width:
-            lines.append("")
-        lines[-1] += letter
-    return [*lines[:2], f"{lines[2]} ..."] if len(lines) > 3 else lines
-
-
-def clock(second):
-    """9.75 -> 9.8 s, 75 -> 1:15"""
-    minutes, seconds = divmod(round(second), 60)
-    return f"{minutes}:{seconds:02}" if minutes else f"{second:.1f} s"
+        lacks = {letter for letter in set(text) if letter > "~" and bytes(font.getmask(letter)) == empty}
+        return "".join(ascii(letter)[1:-1] if letter in lacks else letter for letter in text)
+    # codes are longer than the letters in whose place they stand
+    font = min(fonts, key=lambda font: len(shown_in(font)))
+    return font, shown_in(font)
 
 
 def memory_picture(path, thumbnails, rollout, vae, prompt):
@@ -354,48 +297,44 @@ def memory_picture(path, thumbnails, rollout, vae, prompt):
     """
     page = Image.new("RGB", (COLUMN * THUMBNAILS, BASE + 220), "white")
     pen = ImageDraw.Draw(page)
-    font, shown = font_for(f"What the model drew: {prompt}")
-    for i, line in enumerate(wrapped(shown, font, page.width - 8)):
-        pen.text((4, 4 + 16 * i), line, "black", font)
+    pen.font, shown = font_for(f"What the model drew: {prompt}")
+    for i, line in enumerate(textwrap.wrap(shown, LETTERS, max_lines=3, placeholder=" ...")):
+        pen.text((4, 4 + 16 * i), line, "black")
     # 1. frames over time
-    for i, (second, frame) in enumerate(thumbnails.items()):
-        paste_thumbnail(page, i, FRAMES_TOP, frame, clock(second))
+    paste_thumbnails(page, FRAMES_TOP, [("", *entry) for entry in thumbnails.items()])
     # 2. surprisal over time
-    pen.text((4, BARS - 18), draw_surprisal(page, rollout), "black", font)
+    pen.text((4, BARS - 18), draw_surprisal(page, rollout), "black")
     # 3. what is held, each latent decoded alone, as the first of a video
-    pen.text((4, BASE + 6), "What memory holds at the end", "black", font)
+    pen.text((4, BASE + 6), "What memory holds at the end", "black")
     held = []
     for name in ("sink", "slow", "fast"):
         segment = getattr(rollout.memory, name)
         if segment is not None:
-            held += [(name, *entry) for entry in zip(segment.frame[0].tolist(), segment.latent[0])]
-    for i, (name, number, latent) in enumerate(held):
-        decoded, _ = vae.decode(latent[None, None])
-        second = max(0, 4 * number - 3) / FPS
-        paste_thumbnail(page, i, BASE + 26, to_uint8(decoded)[0, -1], f"{name} {clock(second)}")
+            for number, latent in zip(segment.frame[0].tolist(), segment.latent[0]):
+                decoded, _ = vae.decode(latent[None, None])
+                held.append((name, max(0, 4 * number - 3) / FPS, to_uint8(decoded)[0, -1]))
+    paste_thumbnails(page, BASE + 26, held)
     with whole_or_absent(path) as part:
         page.save(part)
 
 
 def draw_surprisal(page, rollout):
-    """A bar for each chunk, or for several of a long video -> what is said above"""
+    """A bar for each chunk; in a long video for several: their most, and the share kept -> what it shows"""
     pen = ImageDraw.Draw(page)
     policy = rollout.memory.policy
     surprisal = (1 - torch.cat(rollout.similarities)).clamp(min=0)
     kept = torch.cat(rollout.kept).float() * bool(policy.slow)
-    together = math.ceil(len(surprisal) / BARS_AT_MOST)
-    heights = [group.max().item() for group in surprisal.split(together)]
-    shares = [group.mean().item() for group in kept.split(together)]
+    bars = min(len(kept), BARS_AT_MOST)
+    heights = F.adaptive_max_pool1d(surprisal[None], bars)[0].tolist()
+    shares = F.adaptive_avg_pool1d(kept[None], bars)[0].tolist()
     scale = (BASE - BARS) / max(1 - policy.tau, *heights, 1e-6)
-    step = page.width / len(heights)
+    step = page.width / bars
     for i, (height, share) in enumerate(zip(heights, shares)):
         x = i * step
         pen.rectangle([x, BASE - height * scale, x + step, BASE], "lightgrey")
         if share:
             pen.rectangle([x, BASE - height * share * scale, x + step, BASE], "crimson")
-    about = "Surprisal of each chunk (red: kept in slow memory"
-    if together > 1:
-        about = f"Surprisal, the most of {together} chunks each (red: the share kept in slow memory"
+    about = "Surprisal of the chunks (red: kept in slow memory"
     # the threshold
     if policy.keep == "surprisal":
         y = BASE - (1 - policy.tau) * scale
@@ -404,13 +343,15 @@ def draw_surprisal(page, rollout):
     return about + ")"
 
 
-def paste_thumbnail(page, i, top, frame, caption):
-    """frame (h, w, 3) uint8: number i of those that lie in rows from `top` down"""
-    x = i % THUMBNAILS * COLUMN
-    y = top + i // THUMBNAILS * ROW
-    picture = Image.fromarray(frame.cpu().numpy())
-    # a sliver of a frame is one pixel high or wide at least
-    shrink = min(SIZE[0] / picture.width, SIZE[1] / picture.height)
-    shape = [max(1, round(n * shrink)) for n in picture.size]
-    page.paste(picture.resize(shape, Image.NEAREST), (x, y))
-    ImageDraw.Draw(page).text((x, y + SIZE[1] + 2), caption, "black", ImageFont.load_default(12))
+def paste_thumbnails(page, top, pictures):
+    """pictures: (name, second, frame (h, w, 3) uint8) of each, in rows from `top` down"""
+    pen = ImageDraw.Draw(page)
+    for i, (name, second, frame) in enumerate(pictures):
+        x = i % THUMBNAILS * COLUMN
+        y = top + i // THUMBNAILS * ROW
+        picture = Image.fromarray(frame.cpu().numpy())
+        # a sliver of a frame is one pixel high or wide at least
+        shrink = min(SIZE[0] / picture.width, SIZE[1] / picture.height)
+        shape = [max(1, round(n * shrink)) for n in picture.size]
+        page.paste(picture.resize(shape, Image.NEAREST), (x, y))
+        pen.text((x, y + SIZE[1] + 2), f"{name} {second:.1f} s", "black", ImageFont.load_default(12))

@@ -13,11 +13,8 @@ its last input frames:
     it sees                              [a b] c d e f                    [e f] g h i j
     its output                     of abc, bcd, cde, def          of efg, fgh, ghi, hij
 
-What all of them remember is the state: a deque, one slot a convolution in the order in which they run, None
-where a video starts. A convolution takes its slot from the front and puts the new one at the back, so after
-each piece the slots stand in order again:
-
-    [A B C]  A runs ->  [B C A']  B runs ->  [C A' B']  C runs ->  [A' B' C']  for the next piece
+What all of them remember is the state: a list in which each convolution has its slot, None where a video
+starts.
 
     python wan_vae.py          # decodes one latent after another, beside decoding at once
 
@@ -25,7 +22,7 @@ Reference: the VAE of Wan 2.1 (arXiv 2503.20314; names and shapes of its 194 ten
 vectors.
 Leaves out: the log-variance that Wan's encoder also makes (latents are the mean, not a sample).
 """
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +59,16 @@ class CausalConv(nn.Conv3d):
         padding = (0, space // 2, space // 2)
         super().__init__(c_in, c_out, (3, space, space), stride=(stride, 1, 1), padding=padding)
         self.keep = 3 - stride  # frames to remember
+        self.slot = None        # its place in the state, from number_slots()
 
     def forward(self, x, state):
-        # what was remembered, in front
-        past = state.popleft()
+        past = state[self.slot]
         if past is None:
             x = F.pad(x, (0, 0, 0, 0, self.keep, 0))
         else:
             x = torch.cat([past, x], dim=2)
-        # what to remember: a copy, because a view would hold all of x
-        state.append(x[:, :, -self.keep:].clone())
+        # a copy, because a view would hold all of x
+        state[self.slot] = x[:, :, -self.keep:].clone()
         return super().forward(x)
 
 
@@ -135,14 +132,14 @@ class Downsample(nn.Module):
 
     def forward(self, x, state):
         x = each_frame(self.resample, x)
-        if self.time_conv is None:
+        conv = self.time_conv
+        if conv is None:
             return x
-        if state[0] is not None:
-            return self.time_conv(x, state)
-        # the first frame passes time by, and is remembered
-        state.popleft()
-        state.append(x)
-        return x
+        if state[conv.slot] is None:
+            # the first frame passes time by, and is remembered
+            state[conv.slot] = x
+            return x
+        return conv(x, state)
 
 
 class Upsample(nn.Module):
@@ -153,17 +150,13 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv(c, 2 * c, space=1) if time else None
 
     def forward(self, x, state):
-        if self.time_conv is not None:
-            x = self.double(x, state)
+        conv = self.time_conv
+        if conv is not None and state[conv.slot] is None:
+            # the first frame passes time by, and is not even remembered: two frames of zeros are
+            state[conv.slot] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
+        elif conv is not None:
+            x = rearrange(conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
         return each_frame(self.resample, x)
-
-    def double(self, x, state):
-        if state[0] is not None:
-            return rearrange(self.time_conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
-        # the first frame passes time by, and is not even remembered: two frames of zeros stand in its place
-        state.popleft()
-        state.append(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
-        return x
 
 
 class Decoder(CausalSequential):
@@ -173,16 +166,10 @@ class Decoder(CausalSequential):
     """
     def forward(self, x, state):
         layers = [self.conv1, self.middle, *self.upsamples, self.head]
-        doubles_time = [isinstance(layer, Upsample) and layer.time_conv is not None for layer in layers]
-        last = max(i for i, doubles in enumerate(doubles_time) if doubles)
-        x = CausalSequential(*layers[:last + 1])(x, state)
-        late = CausalSequential(*layers[last + 1:])
-        frames = []
-        for frame in x.split(1, dim=2):
-            # its slots, which the frame before has put at the back, to the front
-            if frames:
-                state.rotate(len(start(late)))
-            frames.append(late(frame, state))
+        doubling = [i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)]
+        early, late = layers[:doubling[-1] + 1], layers[doubling[-1] + 1:]
+        x = CausalSequential(*early)(x, state)
+        frames = [CausalSequential(*late)(frame, state) for frame in x.split(1, dim=2)]
         return torch.cat(frames, dim=2)
 
 
@@ -228,9 +215,12 @@ def decoder(config):
         head=head(widths[-1], 3)))
 
 
-def start(coder):
-    """The state at the start of a video."""
-    return deque(None for module in coder.modules() if isinstance(module, CausalConv))
+def number_slots(coder):
+    """Gives each convolution over time its place in the state -> how many there are"""
+    convs = [module for module in coder.modules() if isinstance(module, CausalConv)]
+    for slot, conv in enumerate(convs):
+        conv.slot = slot
+    return len(convs)
 
 
 class WanVAE(nn.Module):
@@ -240,6 +230,8 @@ class WanVAE(nn.Module):
         self.config = config
         self.encoder = encoder(config)
         self.decoder = decoder(config)
+        self.encoder_slots = number_slots(self.encoder)
+        self.decoder_slots = number_slots(self.decoder)
         self.conv1 = nn.Conv3d(2 * config.channels, 2 * config.channels, 1)
         self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
@@ -253,7 +245,7 @@ class WanVAE(nn.Module):
             raise ValueError(f"{f} frames: give 1 + 4n")
         # piece by piece
         x = rearrange(video, "b f c h w -> b c f h w").to(self.conv1.weight.dtype)
-        state = start(self.encoder)
+        state = [None] * self.encoder_slots
         pieces = x.split([1] + [4] * (f // 4), dim=2)
         coded = torch.cat([self.encoder(piece, state) for piece in pieces], dim=2)
         # the mean, normalised
@@ -264,13 +256,10 @@ class WanVAE(nn.Module):
     def decode(self, latents, past=None):
         """
         latents  (b, n, 16, h, w)
-        past     None at the start of a video, else the state that was returned before: a deque goes on in
-                 place, a list is copied
+        past     None at the start of a video, else the state that was returned before, which is overwritten
         returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1] float32, and the state to go on with
         """
-        state = start(self.decoder) if past is None else past
-        if not isinstance(state, deque):
-            state = deque(state)
+        state = [None] * self.decoder_slots if past is None else past
         # back from normalised latents
         latents = latents * STD.to(latents.device) + MEAN.to(latents.device)
         x = self.conv2(rearrange(latents, "b f c h w -> b c f h w").to(self.conv2.weight.dtype))

@@ -19,18 +19,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, fast_layout, one_of, run, within
+from config import BadInput, check_schema, fast_layout, one_of, run, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
-from tensors import (in_one_line, make_checked, read_file, read_head, read_json, read_lora, read_public,
+from tensors import (in_one_line, merge_lora, read_file, read_json, read_lora, read_public,
                      write_safetensors)
 from text import TextConfig, TextEncoder, bytes_to_ids, clean, read_tokenizer, tokenise
-from vae import TAE, TAEConfig
+from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,22 +44,18 @@ TOKENIZER = "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 
 # of config.json, and what is called otherwise there
-WAN_SIZES = ("dim", "ffn_dim", "heads", "layers", "freq_dim", "text_len")
-WAN_NAMES = {"heads": "num_heads", "layers": "num_layers"}
+WAN_SIZES = {"dim": "dim", "ffn_dim": "ffn_dim", "heads": "num_heads", "layers": "num_layers",
+             "freq_dim": "freq_dim", "text_len": "text_len"}
 
 TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
 
 # stay float32: they are small, and what they do shows in bf16
 FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
 
-# what a file may say of how its network is sampled
-SAMPLER = {
-    "steps": (1, 1000),
-    "shift": (.01, 100),
-    "guidance": (0, 100),
-    "tau": (-1, 1),
-    "pool": ("mean", "token"),
-}
+MOST = 2 ** 14  # what a size is below, or a number of steps
+
+MADE_AGAIN = "delete it, and it is made again"
+ANOTHER_KIND = "another kind of network? Those of Wan's size need --wan, and tiny ones run without --wan"
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -92,32 +89,30 @@ def load_state_dict_strict(net, state, name="weights"):
     return net.eval().requires_grad_(False)
 
 
-def sizes_of(state):
-    """Most that sizes of a network can be whose tensors these are, and of its layers"""
-    most = max(max(tensor.shape, default=1) for tensor in state.values())
-    return max(4096, most), {"layers": (1, len(state))}
+def make_checked(cls, path, field, told, layers=0):
+    """cls(**told), a dataclass, of what a file says; of sizes that its tensors do not bound, nothing large"""
+    check_schema(path, told, dict, field)
+    size = range(1, MOST)
+    kinds = {int: size, tuple: [size], bool: bool, float: float, str: {"mean", "token"}}
+    schema = {each.name: kinds[each.type] for each in fields(cls)} | {"layers": range(1, layers + 1)}
+    check_schema(path, told, {name: schema[name] for name in told if name in schema}, field)
+    return cls(**told)
 
 
 def make_sampler(path, facts):
     """The Sampler that a file's facts tell of"""
-    told = facts.get("sampler", {}) if isinstance(facts, dict) else None
-    if not isinstance(told, dict):
-        raise BadInput(f"{path}: its facts, and the sampler in them, must be JSON objects")
-    return make_checked(Sampler, told, f"{path}, facts, sampler", 1, SAMPLER)
+    check_schema(path, facts, {"sampler": (dict, None), "stage": (str, None)}, "facts")
+    with in_one_line(path, ANOTHER_KIND):
+        return make_checked(Sampler, path, "sampler", facts.get("sampler") or {})
 
 
 def load(path, build, make_config):
     """A network with its weights (float32), and its facts: build(make_config(**config)), filled by a file."""
     state, about = read_file(path)
-    told = about.get("config")
-    if not isinstance(told, dict) or not set(told) <= {field.name for field in fields(make_config)}:
-        raise BadInput(f"{path} is no {build.__name__} of this project: another kind of network? Those of "
-                       "Wan's size need --wan")
     # on the meta device, so that wrong sizes cost nothing
-    config = make_checked(make_config, told, f"{path}, config", *sizes_of(state))
-    make_sampler(path, about.get("facts"))
-    with in_one_line(path, "another kind of network?"), torch.device("meta"):
-        net = build(config)
+    with in_one_line(path, ANOTHER_KIND), torch.device("meta"):
+        make_sampler(path, about["facts"])
+        net = build(make_checked(make_config, path, "config", about["config"], len(state)))
     state = {name: tensor.float() for name, tensor in state.items()}
     return load_state_dict_strict(net, state, str(path)), about["facts"]
 
@@ -131,12 +126,12 @@ def build_dit(state, path, config_file):
         raise BadInput(f"{path} is a 14B or image-to-video model (width {dim}, {channels} input channels): "
                        "only Wan2.1-T2V-1.3B and students of it run here")
     told = read_json(config_file)
-    sizes = {name: told.get(WAN_NAMES.get(name, name)) for name in WAN_SIZES}
+    sizes = {name: told.get(theirs) for name, theirs in WAN_SIZES.items()}
     sizes["text_dim"] = state["text_embedding.0.weight"].shape[1]
-    config = make_checked(DiTConfig, sizes, str(config_file), *sizes_of(state))
+    with in_one_line(config_file, "fetch it again"):
+        config = make_checked(DiTConfig, config_file, "content", sizes, len(state))
     if dim != config.dim:
-        raise BadInput(f"{path} has width {dim}, {config_file} says {config.dim}: "
-                       "networks of the small world run without --wan")
+        raise BadInput(f"{path} has width {dim}, {config_file} says {config.dim}: {ANOTHER_KIND}")
     return DiT(config)
 
 
@@ -155,29 +150,19 @@ def build_text(state):
     return TextEncoder(config)
 
 
-def build_wan_vae(state):
-    return WanVAE(WanVAEConfig(len(state["encoder.conv1.weight"])))
-
-
-def build_tae(state):
+def build_vae(state):
+    """Wan's autoencoder, or the tiny one"""
+    if "encoder.conv1.weight" in state:
+        return WanVAE(WanVAEConfig(len(state["encoder.conv1.weight"])))
     widths = tuple(len(state[f"decoder.{i}.weight"]) for i in (1, 8, 14, 20))
     return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
 
 
 def empty_net(path, build, verify=True):
-    """build(state dict of a public file), without values"""
-    state, _ = read_public(path, verify)
-    try:
-        with torch.device("meta"):
-            return build(state)
-    except KeyError as name:
-        raise BadInput(f"{path} is another kind of network: it has no {name}") from None
-
-
-def cast(name, tensor, device, dtype):
-    kept = torch.float32 if FLOAT32.match(name) else dtype
-    # a copy also of what stays as it is, where the rest is converted: it would keep the whole file open
-    return tensor.to(device, kept, copy=tensor.dtype != dtype)
+    """build(state dict of a public file), without values; and the file's facts"""
+    state, facts = read_public(path, verify)
+    with in_one_line(path, ANOTHER_KIND), torch.device("meta"):
+        return build(state), facts
 
 
 def load_on_device(net, path, device, dtype, lora=None):
@@ -192,46 +177,41 @@ def load_on_device(net, path, device, dtype, lora=None):
         # mapped anew: pages that were read count as this process's memory until the file is closed
         state, _ = read_public(path, verify=False)
         for name in names[first:first + 32]:
-            tensor = lora[name].merge(state[name]) if name in lora else state[name]
-            ready[name] = cast(name, tensor, device, dtype)
+            tensor = state[name]
+            if name in lora:
+                with in_one_line(f"the LoRA of {name}", "lora_A and lora_B must fit the weight"):
+                    tensor = merge_lora(tensor, **lora[name])
+            kept = torch.float32 if FLOAT32.match(name) else dtype
+            # a copy also of what has that type, where the rest is converted: it would keep the file open
+            ready[name] = tensor.to(device, kept, copy=tensor.dtype != dtype)
     return load_state_dict_strict(net, ready, str(path))
 
 
 # ---- text features of prompts, kept in files ---------------------------------------------------------------
 
-def feature_file(prompt, folder, cache):
-    """The file of a prompt's features, named by a hash of the cleaned text and of what made them"""
-    encoder = (folder / T5).stat()
-    made_by = clean(prompt), encoder.st_size, encoder.st_mtime_ns
-    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
-    return cache / f"{key}.safetensors"
-
-
-def holds_features(file):
-    """Is the file there, of the right form? One that was cut short is made again."""
-    try:
-        shapes, _ = read_head(file, "")
-    except BadInput:
-        return False
-    rows, *width = shapes.get("features", [0])
-    return 0 < rows <= TEXT_LENGTH and len(width) == 1
-
-
 @torch.no_grad()
-def encode_prompts(files, folder, device, verify):
+def encode_prompts(prompts, folder, cache, device, verify):
     """
-    Makes the files of text features, (m, dim) bfloat16 of a prompt's m <= 512 tokens. The encoder (11.4 GB)
-    is loaded on the CPU where the device has no room for it, and gone on return.
-    files  path -> prompt
+    The files of prompts' features, (m, dim) bfloat16 of a prompt's m <= 512 tokens, made where they are
+    missing. The encoder (11.4 GB) is loaded on the CPU where the device has no room for it, and then gone.
     """
+    # named by a hash of the cleaned text and of what encodes it
+    encoder = (folder / T5).stat()
+    made_by = [(clean(prompt), encoder.st_size, encoder.st_mtime_ns) for prompt in prompts]
+    keys = [hashlib.sha256(repr(each).encode()).hexdigest()[:32] for each in made_by]
+    files = [cache / f"{key}.safetensors" for key in keys]
+    missing = {file: prompt for file, prompt in zip(files, prompts) if not file.exists()}
+    if not missing:
+        return files
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
         device = torch.device("cpu")
     tokenizer = read_tokenizer(folder / TOKENIZER)
-    encoder = empty_net(folder / T5, build_text, verify)
-    encoder = load_on_device(encoder, folder / T5, device, torch.bfloat16)
-    for file, prompt in tqdm(files.items(), desc="text features", delay=5):
+    net, _ = empty_net(folder / T5, build_text, verify)
+    net = load_on_device(net, folder / T5, device, torch.bfloat16)
+    for file, prompt in tqdm(missing.items(), desc="text features", delay=5):
         ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
-        write_safetensors(file, {"features": encoder(ids, torch.ones_like(ids))[0]})
+        write_safetensors(file, {"features": net(ids, torch.ones_like(ids))[0]})
+    return files
 
 
 def wan_text(wan, cache, prompts, device, verify=True):
@@ -243,21 +223,16 @@ def wan_text(wan, cache, prompts, device, verify=True):
     """
     if str(wan).startswith("random"):
         return lambda texts: torch.zeros(len(texts), 1, DiTConfig.text_dim, device=device)
-    folder = Path(wan)
-
-    def make(texts):
-        files = {feature_file(text, folder, cache): text for text in texts}
-        new = {file: text for file, text in files.items() if not holds_features(file)}
-        if new:
-            encode_prompts(new, folder, device, verify)
-            torch.cuda.empty_cache()
+    find_files = partial(encode_prompts, folder=Path(wan), cache=cache, device=device, verify=verify)
 
     def features(texts):
-        make(texts)
-        files = [feature_file(text, folder, cache) for text in texts]
-        rows = [read_file(file, remedy="delete it, and it is made again")[0]["features"] for file in files]
+        rows = []
+        for file in find_files(texts):
+            with in_one_line(file, MADE_AGAIN):
+                content, _ = read_file(file, remedy=MADE_AGAIN)
+                rows.append(rearrange(content["features"], "m dim -> m dim"))
         return pad_sequence(rows, batch_first=True).to(device)
-    make(prompts)
+    find_files(prompts)
     return features
 
 
@@ -348,20 +323,17 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), l
     files = (CONFIG, T5, TOKENIZER, VAES[vae_name], *([] if ckpt else [DIT]))
     lacks = [name for name in files if not (folder / name).is_file()]
     if lacks:
-        fetch = f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir {folder}"
-        if lacks == [VAES["tae"]]:
-            fetch = f"curl -L -o {vae_path} https://github.com/madebyollin/taehv/raw/main/{VAES['tae']}"
-        raise BadInput(f"{folder} lacks {', '.join(lacks)}: {fetch}")
-    dit = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG), verify)
-    facts = read_public(path, verify=False)[1]
+        raise BadInput(f"{folder} lacks {', '.join(lacks)}: hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir "
+                       f"{folder}; taew2_1.pth lies at https://github.com/madebyollin/taehv/raw/main/")
+    dit, facts = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG), verify)
     sampler = make_sampler(path, facts)
-    shapes = {name: tensor.shape for name, tensor in dit.state_dict().items()}
-    adapters = read_lora(lora, shapes, verify) if lora else {}
+    adapters = read_lora(lora, dit.state_dict(), verify) if lora else {}
     if not lora and any("lora" in key for key in read_file(path, verify=False)[0]):
         print(f"warning: {path} holds a LoRA too, which --lora {path} merges", file=sys.stderr)
-    vae = empty_net(vae_path, build_wan_vae if vae_name == "wan" else build_tae, verify)
+    vae, _ = empty_net(vae_path, build_vae, verify)
     # the text encoder is larger than all the rest: it has come and gone before that is read
     features = wan_text(folder, text_cache, prompts, device, verify)
+    torch.cuda.empty_cache()
     # the DiT and the autoencoder
     dit = load_on_device(dit, path, device, dtype, adapters)
     vae = load_on_device(vae, vae_path, device, dtype)
@@ -379,15 +351,14 @@ def random_wan(wan, size, vae_name, device, dtype):
     dim, layers = two_numbers("--wan random:", numbers, 1)
     small = dim < 1536
     width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), 16)
-    # the DiT in the proportions of the full size, the autoencoder of one of two sizes
-    heads = 1 if dim % 128 else dim // 128
+    # in the proportions of the full size
+    config = DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=1 if dim % 128 else dim // 128, layers=layers)
     torch.manual_seed(0)
     with device:
-        dit = DiT(DiTConfig(dim, ffn_dim=dim * 35 // 6, heads=heads, layers=layers))
-        if vae_name == "wan":
-            vae = WanVAE(WanVAEConfig(4 if small else 96))
-        else:
-            vae = TAE(TAEConfig(8, (16, 12, 8, 8)) if small else TAEConfig())
+        dit = DiT(config)
+        vae = WanVAE(WanVAEConfig(4 if small else 96))
+        if vae_name == "tae":
+            vae = TAE(tiny_tae if small else TAEConfig())
     for net in (dit, vae):
         net.to(dtype).requires_grad_(False)
     features = wan_text(wan, None, (), device)
@@ -410,15 +381,12 @@ def load_networks(cfg, shipped, texts, device, dtype):
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
     warn_of_stage(cfg, networks, shipped)
     # 2. options in place of the weights' own
-    sampler = networks.sampler
-    if cfg.steps is not None:
-        sampler = replace(sampler, steps=cfg.steps)
-    if cfg.tau is not None:
-        sampler = replace(sampler, tau=cfg.tau)
-    compiled = try_compiling(networks.dit, device) if cfg.compile else None
+    given = {name: getattr(cfg, name) for name in ("steps", "tau") if getattr(cfg, name) is not None}
+    sampler = replace(networks.sampler, **given)
     policy = PRESETS[cfg.memory].calibrated(sampler.tau)
     if cfg.tau is not None:
         policy = replace(policy, tau=cfg.tau)
+    compiled = try_compiling(networks.dit, device) if cfg.compile else None
     return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
 
 
@@ -454,10 +422,8 @@ def check_options(cfg):
     within("--tau", cfg.tau, -1, 1)
     within("--steps", cfg.steps, 1, 1000)
     within("--seed", cfg.seed, 0, 2 ** 63 - 1)
-    if not cfg.wan and (cfg.size or cfg.vae == "wan"):
-        raise BadInput("--size and --vae wan need --wan: the tiny model has one size and one autoencoder")
-    if cfg.lora and not cfg.wan:
-        raise BadInput("--lora needs --wan: the tiny networks have none")
+    if not cfg.wan and (cfg.size or cfg.vae or cfg.lora):
+        raise BadInput("--size, --vae and --lora need --wan: the tiny networks come in one form")
 
 
 def main():

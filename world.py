@@ -1,15 +1,26 @@
 """
 A small world where only memory can be right.
 
-A camera turns inside a round panorama of 256 columns and sees 64 of them. The sky's hue is the compass, the
-same in every world; on the ground stand 8 landmarks, one in the middle of each sector of 32 columns, whose
-shape and colour are random. The caption tells the ground and the motion, never the landmarks: what stands
-where can only be known from having seen it. So "does this model remember?" has an exact answer, which
-judge.py reads from frames alone.
+A camera turns inside a round panorama of 256 columns and sees 64 of them. Sky and hills run through all
+hues, the same in every world; before them stand 8 houses, one in the middle of each sector of 32 columns,
+whose roof and wall have two random colours. The caption tells ground, start and motion, never the houses:
+what stands where can only be known from having seen it. So "does this model remember?" has an exact answer,
+which judge.py reads from frames alone.
+
+    row  0      sky        sky        sky        one rainbow round the panorama
+         4      hills      hills      hills      three rainbows
+         8      hills    .-------.    hills      roof, in one of six colours
+        16      hills    |       |    hills      wall, in another: 30 kinds of house
+        20      ground   |   #   |    ground     stripes
+        26      ground     ground     ground
 
     sector     0       1       2       3       4       5       6       7
-           |...#...|...#...|...#...|...#...|...#...|...#...|...#...|...#...|    # a landmark
-                         [------view------]                                   64 columns around the heading
+           |..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|    # a house
+               [------view------]                                             64 columns around the heading
+
+Why this world? No house covers the rainbows, an unmistakable compass: a network always knows where it looks.
+Houses fill most of the view, so memory explains most of what the caption leaves open, and a network that
+looks things up soon has less to lose. All have one silhouette, so recall tests memory and not drawing.
 
     python world.py            # draws out/world.png: the three motions, as strips of frames
 
@@ -20,6 +31,7 @@ Leaves out: camera pitch, depth, moving things.
 """
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 from einops import rearrange, reduce
@@ -29,18 +41,22 @@ WIDTH = 64                # of a frame
 HEIGHT = 32
 FPS = 16
 SECTORS = 8
-SECTOR = 32               # columns; landmark s stands at column 32 s + 16
-HALF = 9                  # a landmark is at most 18 columns wide, outline included
-TOP = 6                   # landmarks cover rows TOP..FOOT
-HORIZON = 20              # the ground starts at this row
-FOOT = 26
+SECTOR = 32               # columns; house s stands at column 32 s + 16
+HALF = 14                 # a house reaches so many columns to each side, outline included
+# rows at which the parts begin
+SKY = 4                   # rows 0..SKY, then the hills
+TOP = 8                   # the roof
+EAVES = 16                # the wall
+HORIZON = 20              # the ground
+FOOT = 26                 # rows from here on show nothing but ground
 SUB = 8                   # sub-columns a column: panoramas are drawn 8 times finer, then integrated exactly
 HELD_OUT = 1_000_000_000  # seeds from here on are held out; training seeds lie below
 
 GROUNDS = ("Grass", "Sand", "Snow", "Stone")
-SHAPES = ("square", "triangle", "funnel", "cross")  # of eight tried, the four that differ most in pixels
+POINTS = ("north", "east", "south", "west")  # at columns 0, 64, 128, 192
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
-LANDMARKS = 24  # landmark 6 * shape + colour
+PAIRS = list(permutations(range(len(COLOURS)), 2))  # roof and wall of a house
+LANDMARKS = len(PAIRS)  # kinds of them
 
 GROUND_RGB = np.array([
     (.33, .47, .25),
@@ -90,17 +106,17 @@ class Motion:
 
 
 CAPTIONS = {
-    "turn": "{ground}. The camera turns {side}, one turn in {motion.seconds} seconds.",
-    "linger": "{ground}. The camera turns {side}, lingering at the compass points, "
+    "turn": "{ground}. The camera turns {side} from {point}, one turn in {motion.seconds} seconds.",
+    "linger": "{ground}. The camera turns {side} from {point}, lingering at compass points, "
               "one turn in {motion.seconds} seconds.",
-    "aside": "{ground}. The camera looks {motion.degrees} degrees to the {side} and back, "
+    "aside": "{ground}. The camera looks from {point} {motion.degrees} degrees to the {side} and back, "
              "every {motion.seconds} seconds.",
 }
 # A regular expression, readable enough to show. Seconds: 8..44, lingering 18..44, looking aside 4..16.
 GRAMMAR = (
     r"(Grass|Sand|Snow|Stone)\. The camera "
-    r"(turns (left|right)(, lingering at the compass points)?, one turn in"
-    r"|looks \d+ degrees to the (left|right) and back, every) \d+ seconds\."
+    r"(turns (left|right) from (north|east|south|west)(, lingering at compass points)?, one turn in"
+    r"|looks from (north|east|south|west) (90|180) degrees to the (left|right) and back, every) \d+ seconds\."
 )
 
 
@@ -112,21 +128,23 @@ class WorldSpec:
     seed: int
     kind: str = None              # of motion; None: steady turns 50 %, lingering ones 30 %, looks aside 20 %
     seconds: int = None           # its period
-    counterfactual: bool = False  # the same place and motion with other landmarks
+    counterfactual: bool = False  # the same place and motion with other houses
+    empty: bool = False           # ... and with none
 
 
 @dataclass(frozen=True)
 class World:
     ground: int       # index into GROUNDS
-    landmarks: tuple  # 8 numbers 0..23 = 6 * shape + colour, by sector
-    start: float      # heading of the first frame, columns
+    landmarks: tuple  # 8 numbers, by sector, of PAIRS: which house stands there
+    start: int        # heading of the first frame, columns: a compass point
     motion: Motion
 
     @property
     def caption(self):
         template = CAPTIONS[self.motion.kind]
         side = "right" if self.motion.direction > 0 else "left"
-        return template.format(ground=GROUNDS[self.ground], side=side, motion=self.motion)
+        point = POINTS[int(self.start) // 64]
+        return template.format(ground=GROUNDS[self.ground], side=side, point=point, motion=self.motion)
 
 
 def make_world(spec):
@@ -135,17 +153,21 @@ def make_world(spec):
     rng = np.random.default_rng([spec.seed, 0x3C0])
     ground = rng.integers(len(GROUNDS))
     landmarks = rng.integers(LANDMARKS, size=SECTORS)
-    start = rng.uniform(0, COLUMNS)
+    start = 64 * rng.integers(len(POINTS))
     kind = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
     direction = rng.choice([-1, 1])
     kind = spec.kind or kind
-    degrees = rng.choice([90, 135, 180]) if kind == "aside" else 0
+    degrees = 0
+    if kind == "aside":
+        degrees = int(rng.choice([90, 180]))
     # The period: 32 columns a second at most.
     fastest = {"turn": 8, "linger": 18, "aside": degrees * 2 // 45}[kind]
     slowest = fastest + 8 if kind == "aside" else 44
     seconds = spec.seconds or rng.integers(fastest, slowest + 1)
     if spec.counterfactual:
         landmarks = np.random.default_rng([spec.seed, 0x3C0, 1]).integers(LANDMARKS, size=SECTORS)
+    if spec.empty:
+        landmarks = ()
     return World(ground, tuple(landmarks), start, Motion(kind, direction, seconds, degrees))
 
 
@@ -157,70 +179,67 @@ def clip(spec, start, frames):
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
-# A frame is an exact integral: panoramas are drawn on sub-columns, softened by one column (so that an edge
+# A frame is an exact integral: panoramas are drawn on sub-columns, softened by two columns (so that an edge
 # looks equally sharp at every sub-pixel phase), and integrated over each pixel. Between sub-columns that
 # integral is linear.
 
-@lru_cache(maxsize=None)
-def coverage(shape, radius):
-    """(SECTOR * SUB, 32, 1): what share of each sub-column a shape of this half-width (columns) covers."""
-    # Around its middle, y downwards, in 8 sub-rows a row.
-    x = (np.arange(SECTOR * SUB)[:, None] + .5) / SUB - SECTOR / 2
-    y = (np.arange(HEIGHT * 8) + .5) / 8 - (TOP + FOOT) / 2
-    far = np.maximum(np.abs(x), np.abs(y))
-    near = np.minimum(np.abs(x), np.abs(y))
-    if SHAPES[shape] == "square":
-        inside = far < radius - .5
-    elif SHAPES[shape] == "cross":
-        inside = (far < radius) & (near < radius - 5.5)
-    else:
-        down = y if SHAPES[shape] == "triangle" else -y  # a funnel is a triangle upside down
-        inside = (down < radius) & (np.abs(x) < (down + radius + .5) * .5)
-    return reduce(inside.astype(float), "x (y sub) -> x y 1", "mean", sub=8)
-
-
-def wave(periods):
-    return np.sin(2 * np.pi * periods)
-
-
-def ground_pattern(ground, x, y):
-    """At columns x (n, 1) and rows y (32,): how much lighter the ground is there, from -1 to 1."""
-    if GROUNDS[ground] == "Stone":
-        return np.sign(wave(x / 16) * wave((y - HORIZON) / 8))  # slabs
-    # Stripes, slanting ones, wide ones.
-    return wave({"Grass": x / 8, "Sand": x / 16 + y / 6, "Snow": x / 32}[GROUNDS[ground]])
+def rainbow(x, value, saturation, rounds):
+    """Columns x (n,) -> (n, 3): a hue that runs round the panorama so many times."""
+    hue = ([5, 3, 1] + x[:, None] / COLUMNS * 6 * rounds) % 6  # of red, green, blue
+    return value * (1 - saturation * np.minimum(hue, 4 - hue).clip(0, 1))
 
 
 @lru_cache(maxsize=None)
 def background(ground):
-    """(256 * SUB, 32, 3): sky and ground before integration."""
-    x = (np.arange(COLUMNS * SUB)[:, None] + .5) / SUB
-    y = np.arange(HEIGHT) + .5
-    hue = ([5, 3, 1] + x / COLUMNS * 6) % 6  # of red, green, blue; runs round once
-    sky = .60 - .18 * np.minimum(hue, 4 - hue).clip(0, 1)
-    floor = GROUND_RGB[ground] * (1 + .10 * ground_pattern(ground, x, y)[..., None])
-    sky = sky.astype(np.float32)[:, None]
-    return np.where((y < HORIZON)[:, None], sky, floor).clip(0, 1)
+    """(256 * SUB, 32, 3): sky, hills and ground before integration."""
+    x = (np.arange(COLUMNS * SUB) + .5) / SUB
+    y = np.arange(HEIGHT)[:, None]
+    sky = rainbow(x, .95, .60, rounds=1)[:, None]
+    hills = rainbow(x, .60, .60, rounds=3)[:, None]
+    stripes = np.sign(np.sin(2 * np.pi * x / 16))[:, None, None]
+    floor = GROUND_RGB[ground] * (1 + .10 * stripes)
+    return np.where(y < SKY, sky, np.where(y < HORIZON, hills, floor)).clip(0, 1)
+
+
+@lru_cache(maxsize=None)
+def house():
+    """-> outline, roof, wall (SECTOR * SUB, 32, 1): what share of each sub-column and row they cover"""
+    x = np.abs((np.arange(SECTOR * SUB)[:, None] + .5) / SUB - SECTOR / 2)  # from the middle
+    y = (np.arange(HEIGHT * 8) + .5) / 8  # in 8 sub-rows a row
+
+    def inside(border):
+        slope = 7 + 7 * (y - TOP) / (EAVES - TOP)
+        roof = (y >= TOP + border) & (y < EAVES) & (x < slope - border)
+        wall = (y >= EAVES) & (y < FOOT - border) & (x < 12 - border)
+        return roof, wall
+
+    def share(part):
+        return reduce(part.astype(float), "x (y sub) -> x y 1", "mean", sub=8)
+
+    roof, wall = inside(1)
+    door = (x < 2.5) & (y >= EAVES + 3) & wall
+    outer = np.logical_or(*inside(0))
+    return share(outer & ~roof & ~(wall & ~door)), share(roof), share(wall & ~door)
 
 
 def integrate(strip):
     """(256 * SUB, 32, 3) -> the same in float32, entry i the pixel whose left edge is at sub-column i."""
-    around = np.concatenate([strip[-SUB:], strip, strip[:2 * SUB]])
-    # Two running means over one column each: the softening, and the pixel.
+    around = np.concatenate([strip[-2 * SUB:], strip, strip[:2 * SUB]])
+    # Two running means: the softening over two columns, and the pixel.
     total = np.cumsum(around, 0)
-    soft = np.cumsum(total[SUB:] - total[:-SUB], 0)[SUB // 2 - 2:]  # half a column to the left: it is centred
+    soft = np.cumsum(total[2 * SUB:] - total[:-2 * SUB], 0)[SUB - 2:]  # one column to the left: it is centred
     pixels = (soft[SUB:] - soft[:-SUB])[:len(strip)]
-    return (pixels / SUB ** 2).astype(np.float32)
+    return (pixels / SUB / (2 * SUB)).astype(np.float32)
 
 
 def panorama(ground, landmarks):
-    """(256 * SUB, 32, 3) float32: sky, ground and, where there are any, a landmark in each sector."""
+    """(256 * SUB, 32, 3) float32: sky, hills, ground and, where there are any, a house in each sector."""
     pano = background(ground).copy()
+    outline, roof, wall = house()
     for sector, landmark in zip(np.split(pano, SECTORS), landmarks):
-        shape, colour = divmod(landmark, len(COLOURS))
-        outer = coverage(shape, HALF)
-        inner = coverage(shape, HALF - 1.25)
-        sector[:] = sector * (1 - outer) + OUTLINE_RGB * (outer - inner) + COLOUR_RGB[colour] * inner
+        colours = [COLOUR_RGB[c] for c in PAIRS[landmark]]
+        sector *= 1 - outline - roof - wall
+        sector += OUTLINE_RGB * outline + colours[0] * roof + colours[1] * wall
     return integrate(pano)
 
 
@@ -237,7 +256,7 @@ def render(pano, headings):
 
 # ---- what a camera sees ------------------------------------------------------------------------------------
 
-WHOLE = WIDTH // 2 - HALF - 2  # |middle - heading| up to here: wholly in view with 2 columns to spare
+WHOLE = WIDTH // 2 - HALF - 1  # |middle - heading| up to here: wholly in view, softened edges included
 GONE = WIDTH // 2 + HALF       # ... and beyond this: no pixel of it in view
 
 
@@ -254,8 +273,11 @@ def wrap(columns):
 if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
-    frames = [clip(WorldSpec(seed), 0, 10 * FPS)[::FPS] for seed in (0, 2, 8, 7)]
+    specs = [WorldSpec(seed) for seed in (0, 2, 8, 7)]
+    frames = [clip(spec, 0, 10 * FPS)[::FPS] for spec in specs]
     picture = rearrange(np.stack(frames), "world f c h w -> (world h) (f w) c")
     Path("out").mkdir(exist_ok=True)
     iio.imwrite("out/world.png", (picture * 255).astype(np.uint8))
-    print("drawn in out/world.png: a row a world, ten frames, one a second")
+    print("drawn in out/world.png: ten seconds of each of")
+    for spec in specs:
+        print(make_world(spec).caption)

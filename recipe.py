@@ -1,0 +1,79 @@
+"""
+The recipe: the parts of each stage, and how each of them is trained, in the small world and at full size.
+
+    python train.py --stage all    # trains every part by it
+
+References: Self-Forcing, arXiv 2506.08009 (learning rates, EMA and guidance of the full size).
+Leaves out: schedules of their own for each network of a part.
+"""
+from dataclasses import dataclass, replace
+
+from erft import INJECTED
+
+PARTS = {  # stage: its parts in order; a part is one run with a folder and weights of its own
+    "vae": ["vae"],
+    "init": ["init_ar", "init_ode"],
+    "teacher": ["teacher"],
+    "teacher_plain": ["teacher_plain"],
+    "1": ["stage1"],
+    "2": ["stage2"],
+    "2_none": ["stage2_none"],
+}
+PARTS["all"] = sum(PARTS.values(), [])
+
+
+@dataclass(frozen=True)
+class Preset:
+    updates: int
+    lr: float                   # peak
+    start: str = ""             # whose weights it starts from; "" = nothing
+    seconds: float = 0.         # an update, about, on two cores
+    batch: int = 16             # clips a process and pass
+    warmup: int = 100           # updates
+    ema_decay: float = .995     # of the averaged weights, an update ...
+    ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
+    shift: float = 3.           # training noise levels: uniform, shifted by this
+    context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
+    save_every: int = 250       # updates: checkpoints,
+    strip_every: int = 500      # strips,
+    probe_every: int = 250      # and probes; 0 = never
+    errors: float = INJECTED  # teacher: share of the samples that get errors
+    # stages 1 and 2
+    teacher: str = ""           # whose weights the real score has
+    shortest: int = 7           # chunks of a rollout: at least,
+    longest: int = 7            # at most,
+    ramp: float = 1.            # from this share of the updates on
+    critic_lr: float = 2.       # times lr
+    beta2: float = .99          # of AdamW
+    clip: float = 1.            # most gradient norm
+    guidance: float = 1.        # of the real score
+    sees_context: bool = True   # stage 2: do teacher and critic see what the student's memory held?
+
+
+DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.95, strip_every=100, probe_every=50)
+TINY = {
+    "vae": Preset(2000, 2e-3, seconds=.75, batch=8, ema_decay=.99, probe_every=0),
+    "init_ar": Preset(4500, 1.5e-3, seconds=.9),
+    "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., warmup=50, ema_decay=.99),
+    "teacher": Preset(2600, 7e-4, "init_ar", seconds=1.),
+    "stage1": replace(DISTIL, updates=60, lr=5e-5, start="init_ode", seconds=9., teacher="teacher"),
+    "stage2": replace(DISTIL, updates=40, lr=6e-5, start="stage1", seconds=30., teacher="teacher", batch=12,
+                      shortest=14, longest=40, ramp=.5),
+}
+# With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
+# Guidance is written 3 and 5 where it is cond + w (cond - uncond).
+FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
+FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
+                      critic_lr=.2, beta2=.999, clip=2.)
+WAN = {
+    "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
+    "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
+    "teacher": replace(FULL, updates=8000, lr=1e-5, start="base"),
+    "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
+    # a short ramp: half of the rollouts begin with 6 keyframes or more in slow memory
+    "stage2": replace(FULL_DISTIL, updates=100, start="stage1", teacher="teacher", guidance=6., save_every=16,
+                      shortest=14, longest=40, ramp=.1),
+}
+for presets in (TINY, WAN):  # the ablations differ in one thing each
+    presets["teacher_plain"] = replace(presets["teacher"], errors=0.)
+    presets["stage2_none"] = replace(presets["stage2"], sees_context=False)
