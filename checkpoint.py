@@ -9,7 +9,6 @@ under another name and renamed when it is there: whole or absent; beside its fil
 import json
 import os
 import shutil
-import sys
 import warnings
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import BadInput, check_schema, whole_or_absent
+from config import BadInput, check_schema, warn, whole_or_absent
 from tensors import hash_file, read_json
 
 # one process may use torch.distributed.checkpoint, too
@@ -57,6 +56,11 @@ def training_state(nets, optimizers, others):
     return {"nets": weights, "optimizers": moments, **others}
 
 
+def find_checkpoints(folder):
+    """The newest last; copies of other names are somebody's own"""
+    return sorted(folder.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]"))
+
+
 def list_hashes(folder):
     """What sha256sum prints of a checkpoint's files. A collective: each process reads a share of them."""
     files = sorted(file for file in folder.iterdir() if file.name != "sha256")
@@ -65,6 +69,12 @@ def list_hashes(folder):
     if dist.is_initialized():
         dist.all_gather_object(shares, mine)
     return "".join(sorted(sum(shares, [])))
+
+
+def first_reason(error):
+    """Of an error, or of those of all processes that one holds, in a line"""
+    reasons = [reason for reason, _ in getattr(error, "failures", {}).values()]
+    return repr([*reasons, error][0]).splitlines()[0]
 
 
 def save_checkpoint(folder, step, nets, optimizers, others):
@@ -76,13 +86,16 @@ def save_checkpoint(folder, step, nets, optimizers, others):
         shutil.rmtree(whole, ignore_errors=True)
     barrier()
     # all processes write, each what it holds
-    dcp.save(training_state(nets, optimizers, others), checkpoint_id=part)
+    try:
+        dcp.save(training_state(nets, optimizers, others), checkpoint_id=part)
+    except CheckpointException as error:
+        raise BadInput(f"cannot write {whole} ({first_reason(error)}): is the disk full?") from None
     hashes = list_hashes(part)
     # whole now
     if get_rank() == 0:
         (part / "sha256").write_text(hashes)
         os.replace(part, whole)
-        for old in sorted(folder.glob("step_*"))[:-2]:
+        for old in find_checkpoints(folder)[:-2]:
             shutil.rmtree(old)
 
 
@@ -94,17 +107,15 @@ def load_checkpoint(folder, nets, optimizers, others, verify=True):
     returns  its step; 0 if there is none
     """
     # the newest first
-    checkpoints = sorted(folder.glob("step_*"), reverse=True)
-    for whole in checkpoints:
+    checkpoints = find_checkpoints(folder)
+    for whole in reversed(checkpoints):
         state = training_state(nets, optimizers, others)
         try:
             if verify and list_hashes(whole).encode() != (whole / "sha256").read_bytes():
                 raise OSError("its files are not what their sha256 say")
             dcp.load(state, checkpoint_id=whole)
         except (OSError, CheckpointException) as error:  # in all processes, if in one
-            reasons = [reason for reason, _ in getattr(error, "failures", {}).values()]
-            told = repr([*reasons, error][0]).splitlines()[0]
-            print(f"cannot read {whole} ({told}): using the one before it", file=sys.stderr)
+            warn(f"cannot read {whole} ({first_reason(error)}): using the one before it")
         else:
             # others have loaded themselves
             set_state_dict(nets, optimizers, model_state_dict=state["nets"],
@@ -128,7 +139,7 @@ def keep_settings(folder, settings, passes):
     given = json.loads(json.dumps(settings))
     saved = {**given, "passes": []}
     # what has not begun may still change
-    has_trained = any(folder.glob("step_*")) or any(folder.glob("*.safetensors"))
+    has_trained = find_checkpoints(folder) or any(folder.glob("*.safetensors"))
     if file.exists() and has_trained:
         saved = read_json(file)
         check_schema(file, saved, {"passes": [int]})

@@ -157,12 +157,16 @@ class Histories:
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
         self.captions = [w.caption for w in worlds]
 
-        # the last latent before each chunk that shared nothing with its view, -1 for none: (b, chunks)
-        now = self.heading[:, ::CHUNK, None]
-        frame = torch.arange(CHUNK * chunks)
-        is_past = frame < CHUNK * torch.arange(chunks)[:, None]
-        away = (world.wrap(self.heading[:, None] - now).abs() >= world.WIDTH) & is_past
-        self.apart = torch.where(away, frame, -1).amax(2)
+        # which houses are half in view or more, at each latent: (b, latents, 8) bool
+        distance = torch.from_numpy(np.abs(world.offsets(self.heading.numpy())))
+        self.in_view = distance < world.WIDTH / 2
+        # of those in each chunk's last view, the one that was out of view longest ago: when it was so
+        frame = torch.arange(CHUNK * chunks)[:, None]
+        gone = torch.where(distance > world.GONE, frame, -1).cummax(1).values
+        gone = F.pad(gone[:, CHUNK - 1:-1:CHUNK], (0, 0, 1, 0), value=-1)  # before each chunk
+        was_gone = (gone >= 0) & self.in_view[:, CHUNK - 1::CHUNK]
+        self.apart = torch.where(was_gone, gone, CHUNK * chunks).amin(2)  # (b, chunks)
+        self.apart[~was_gone.any(2)] = -1
 
         # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
         self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
@@ -176,15 +180,15 @@ class Histories:
             policy = PRESETS["slowfast" if name in KEEP_RULES else name]
             self.held[name] = held_frames(policy, self.keep.get(name, every), evict_first)
 
-        # where the view is one that was seen before, then out of sight, and is still held: (b, chunks) bool
+        # where all houses in view were seen before one of them was gone, and are held: (b, chunks) bool
         self.back = {name: self.comes_back(held) for name, held in self.held.items()}
 
     def comes_back(self, held):
         """held (b, chunks, m) -> (b, chunks) bool"""
         clip = torch.arange(len(held))[:, None, None]
-        turned = world.wrap(self.heading[clip, held] - self.heading[:, ::CHUNK, None])
-        is_alike = turned.abs() < world.WIDTH / 2
-        return (is_alike & (held >= 0) & (held <= self.apart[..., None])).any(2)
+        is_before = (held >= 0) & (held <= self.apart[..., None])
+        remembered = (self.in_view[clip, held] & is_before[..., None]).any(2)
+        return (remembered | ~self.in_view[:, CHUNK - 1::CHUNK]).all(2)
 
     def draw_history(self, rng, batch, ahead=1, lookup=False):
         """

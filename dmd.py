@@ -15,12 +15,12 @@ difference is the gradient of a KL divergence, and moves the student's videos to
                      (fake - real) / mean |x - real|
     dx/dtheta = backward()
 
-    Algorithm 1:  draw the length of the rollout and an exit step r; chunks before the target are denoised in
-    full, those of the target up to step r, and each enters the KV cache by a clean pass: rollout(). Then
-    critic_step() or student_step(): five updates of the critic and one of the student, each on rollouts of
-    its own, or the critic would learn one video instead of how the student makes them. (Printed is a loss
-    inside the loop over chunks, and some of the context left noisy; the text is followed: losses after the
-    loop, all of the context denoised in full.)
+    Algorithm 1:  draw the rollout's length L, in chunks, any up to longest_rollout() being equally likely,
+    and an exit step r. Chunks before the target are denoised in full, those of the target up to step r, and
+    each enters the KV cache by a clean pass: rollout(). Then critic_step() or student_step(): five updates of
+    the critic and one of the student, each on rollouts of its own, or the critic would learn one video
+    instead of how the student makes them. (Printed is a loss inside the loop over chunks, and some of the
+    context left noisy; the text is followed: losses after the loop, all of the context denoised in full.)
 
 A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
 exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one

@@ -19,6 +19,7 @@ References: Context Forcing, arXiv 2602.06028, sections 3.3 and 3.4; Stable Vide
 Leaves out: a similarity rule for replacement (random here), errors of whole rollouts.
 """
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -75,13 +76,16 @@ def extend(net, history, text, grid, sampler, seeds, keep=None):
         keep = (torch.arange(m) % 2 == 0).expand(b, -1)
     frame = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
     context = history[torch.arange(b)[:, None], frame]
-    noise = draw_noise(seeds, m, 0, (TARGET, *history.shape[2:]), history.device)
+
+    def fresh_noise(step):
+        return draw_noise(seeds, m, step, (TARGET, *history.shape[2:]), history.device)
 
     def predict(x, level):
         t = torch.full(x.shape[:2], level, device=x.device)
         return predict_velocity(net, context, x, t, text, grid)
 
-    x0, _ = denoise(predict, noise, schedule(sampler.steps, sampler.shift), None, renoise=False)
+    levels = schedule(sampler.steps, sampler.shift)
+    x0, _ = denoise(predict, fresh_noise(0), levels, fresh_noise, sampler.renoise)
     return x0
 
 
@@ -238,7 +242,7 @@ if __name__ == "__main__":
         def __init__(self):
             super().__init__()
             self.bias = torch.nn.Parameter(torch.tensor(.5))
-            self.config = type("", (), {"dim": 32, "heads": 1})
+            self.config = SimpleNamespace(dim=32, heads=1)
 
         def text(self, features):
             return features

@@ -1,6 +1,10 @@
 """
 What moves the weights: optimizers, one step of them over all processes, and the averages (EMA) that follow.
 
+Muon orthogonalises what AdamW would scale: the step of a matrix has all its singular values near one. It is
+torch.optim.Muon in float32, as that one's bfloat16 takes longer than all the rest of a tiny network's update
+on a CPU without units for it.
+
 Small networks are whole in every process, and their gradients are averaged. At full size (--wan) parameters,
 gradients, moments and averages lie spread over the processes, block by block, by FSDP.
 
@@ -37,8 +41,39 @@ def make_optimizers(cfg, preset, nets):
             (matrices if use_muon else others).append(p)
     groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
     if matrices:
-        groups["net"].append(torch.optim.Muon(matrices, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
+        groups["net"].append(Muon(matrices, weight_decay=.01))
     return groups
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices; a rate means as large a step as AdamW's."""
+    def __init__(self, params, lr=1e-3, weight_decay=.1, momentum=.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                # Nesterov's momentum
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                # decay, and the step
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-.2 * group["lr"] * math.sqrt(max(p.shape)))
+
+
+def orthogonalise(x, steps=5):
+    """A matrix with its singular values brought near 1, by Newton-Schulz steps with Muon's coefficients"""
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x
 
 
 def optimizer_step(optimizers, lr, loss, passes, clip):

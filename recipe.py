@@ -56,9 +56,9 @@ TINY = {
     "init_ar": Preset(4500, 1.5e-3, seconds=.9),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., warmup=50, ema_decay=.99),
     "teacher": Preset(2600, 7e-4, "init_ar", seconds=1.),
-    # few and small: under a teacher that is behind its student more makes the student worse
-    "stage1": replace(DISTIL, updates=12, lr=1e-5, start="init_ode", seconds=9., teacher="teacher"),
-    "stage2": replace(DISTIL, updates=10, lr=1e-5, start="stage1", seconds=30., teacher="teacher", batch=12,
+    # straight from init_ar, which is better at four steps than init_ode; few and small: more was worse
+    "stage1": replace(DISTIL, updates=12, lr=1e-5, start="init_ar", seconds=12., teacher="teacher"),
+    "stage2": replace(DISTIL, updates=10, lr=2e-6, start="stage1", seconds=30., teacher="teacher", batch=12,
                       shortest=14, longest=40, ramp=.5),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).

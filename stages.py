@@ -8,7 +8,7 @@ runs them.
     init_ode        init_ar               its own ODE trajectories at the student's four levels, causal.py
     teacher         init_ar (Wan: base)   flow matching on 21 latents after a past with errors in it, erft.py
     teacher_plain   init_ar (Wan: base)   the same without errors
-    stage1          init_ode              DMD against teacher without context (Wan: base), dmd.py
+    stage1          init_ar (Wan: ode)    DMD against teacher without context (Wan: base), dmd.py
     stage2          stage1                contextual DMD against teacher, dmd.py
     stage2_none     stage1                the same; teacher and critic see no context
 
@@ -145,7 +145,8 @@ def load_inputs(cfg, part, preset, device):
     if cfg.wan:
         texts = {"", NEGATIVE, *(prompts[:1] if takes_clips else prompts)}
         mine = sorted(texts)[get_rank()::get_processes()]
-        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify)
+        inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify,
+                                   inputs.dit.config.text_dim)
         barrier()
     use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
     # without its cache: gradients of sharded weights that several passes share in one context get lost there
@@ -298,7 +299,8 @@ def make_stage(cfg, part, preset, inputs):
     # a teacher
     bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
     clips = load_clips(cfg, inputs, for_student=False)
-    sampler = Sampler(steps=50 if cfg.wan else 16, shift=preset.shift, renoise=False)
+    # the small one recalls more with fresh noise between its steps than along the ODE
+    sampler = Sampler(50, preset.shift, renoise=False) if cfg.wan else Sampler(16, preset.shift)
     run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
     return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
 

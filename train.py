@@ -251,7 +251,7 @@ def write_log(out, numbers):
 
 def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
-    sampler = Sampler(steps=16, shift=TINY["teacher"].shift, renoise=False)
+    sampler = Sampler(16, TINY["teacher"].shift)
     found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBED))
     write_log(out, {"step": 0, **found})
     print(f"does the teacher use its context? {found}")
