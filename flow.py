@@ -176,7 +176,7 @@ class Rollout:
             keys = apply_rope(keys.flatten(1, 2), held)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
             values = torch.cat([*(segment.values[layer] for segment in segments), room], dim=1)
-            memory.append(LayerCache(keys, values.flatten(1, 2), held.shape[1]))
+            memory.append(LayerCache(keys, values.flatten(1, 2), held[0].shape[1]))
             # values need no rotation: from here on the segments share these, 2.6 GB at full size
             for segment, own in zip(segments, values.split([*sizes, CHUNK], dim=1)):
                 segment.values[layer] = own
@@ -215,7 +215,7 @@ class Rollout:
         returns     the chunk's Entries
         """
         # the clean pass: t = 0
-        t = torch.zeros(x0.shape[:2], device=x0.device)
+        t = x0.new_zeros(x0.shape[:2])
         _, kv = self.predict(x0, t, modulation=modulation)
         # surprisal (eq. 7): how like the chunk before it is it?
         descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
@@ -233,18 +233,6 @@ class Rollout:
         self.similarities.append(similar)
         self.kept.append(keep)
         return entries
-
-    def state_dict(self):
-        """All that a resumed rollout needs beside its networks and prompt: plain dicts, lists and tensors."""
-        return {"chunk": self.chunk, "descriptor": self.descriptor, "similarities": self.similarities,
-                "kept": self.kept, "memory": self.memory.state_dict()}
-
-    def load_state_dict(self, state):
-        self.chunk = state["chunk"]
-        self.descriptor = state["descriptor"]
-        self.similarities = list(state["similarities"])
-        self.kept = list(state["kept"])
-        self.memory.load_state_dict(state["memory"])
 
     @torch.no_grad()
     def recache(self, text):

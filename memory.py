@@ -201,17 +201,6 @@ class Memory:
         segments = self.segments()
         return concatenate(segments) if segments else None
 
-    def state_dict(self):
-        """Plain dicts, lists and tensors, for a file."""
-        segments = {"sink": self.sink, "slow": self.slow, "fast": self.fast}
-        segments = {name: held and vars(held) for name, held in segments.items()}
-        return {"pending": list(self.pending), **segments}
-
-    def load_state_dict(self, state):
-        self.pending = list(state["pending"])
-        for name in ("sink", "slow", "fast"):
-            setattr(self, name, None if state[name] is None else Entries(**state[name]))
-
     def drop_keys(self):
         """Frees all keys and values: set_layer() puts others in their place."""
         for segment in self.segments():

@@ -64,40 +64,36 @@ class Linear(nn.Linear):
     processors that are not Intel's: measured on an AMD EPYC, 110 GFLOP/s a core, not 250.
     """
     def forward(self, x):
-        is_large = x.is_cpu and x.numel() * self.out_features >= 2 ** 20
-        if not is_large or torch.is_grad_enabled() or not has_onednn(x.dtype):
-            return super().forward(x)
+        is_small = x.numel() * self.out_features < 2 ** 22
+        if is_small or torch.is_grad_enabled() or not has_onednn(x):
+            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def has_onednn(dtype):
-    is_float32 = dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_float32 and torch.backends.mkldnn.is_available()
+def has_onednn(x):
+    is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return x.is_cpu and is_float32 and torch.backends.mkldnn.is_available()
 
 
 def mlp(c_in, hidden, c_out, activation):
     return nn.Sequential(Linear(c_in, hidden), activation, Linear(hidden, c_out))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, but in x's dtype: autocast would make it float32"""
     def forward(self, x):
-        normed = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        return normed.to(x.dtype)  # autocast would keep float32
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def modulate(x, shift, scale):
     """
-    AdaLN: shift + (1 + scale) norm(x), where the LayerNorm has no weights of its own.
-    x (b, f, n, c); shift, scale (b, f, 1, c), one a frame; float32
-    returns  (b, f n, c)
+    AdaLN: shift + scale norm(x), where the LayerNorm has no weights of its own.
+    x (b, f, n, c); shift, scale (b, f, 1, c), one a frame, the scale around 1; float32
+    returns  (b, f, n, c)
     """
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale).flatten(1, 2)
+    return torch.addcmul(shift, normed, scale)
 
 
 def timestep_embedding(t, dim):
@@ -139,15 +135,17 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
+        self.head_dim = dim // heads
         self.q = Linear(dim, dim)
         self.k = Linear(dim, dim)
         self.v = Linear(dim, dim)
         self.o = Linear(dim, dim)
-        self.norm_q = RMSNorm(dim)
-        self.norm_k = RMSNorm(dim)
+        self.norm_q = RMSNorm(dim, eps=1e-6)
+        self.norm_k = RMSNorm(dim, eps=1e-6)
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1))
+        """(b, ..., c) -> (b, n, k, d): all tokens, head by head"""
+        return x.view(len(x), -1, self.heads, self.head_dim)
 
     def queries(self, x):
         return self.split(self.norm_q(self.q(x)))
@@ -156,14 +154,18 @@ class Attention(nn.Module):
         return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
 
     def forward(self, x, text):
-        """x (b, n, c); text: keys and values (b, m, k, d), made once a prompt by DiT.text"""
+        """
+        x        (b, f, n, c)
+        text     keys and values (b, m, k, d), made once a prompt by DiT.text
+        returns  (b, f n, c)
+        """
         return self.o(attend(self.queries(x), *text))
 
 
 class SelfAttention(Attention):
     def forward(self, x, rope, memory, mask, prefix):
         """
-        x        (b, n, c)
+        x        (b, f, m, c), n = f m tokens
         rope     cos and sin of the n tokens (rope_cos_sin)
         memory   None, or what stands before them in the KV cache, a memory.LayerCache of s tokens
         mask     None, or (b or 1, 1, n, s + n) bool
@@ -203,19 +205,19 @@ class Block(nn.Module):
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
         """
         x           (b, f, n, c) float32, the residual stream
-        modulation  six of (b, f, 1, c) float32: shift, scale, gate for self-attention, then for the MLP
+        modulation  six of (b, f, 1, c) float32: shift, 1 + scale, gate for self-attention, then for the MLP
         """
         dtype = self.ffn[0].weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         # self-attention
         y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
-        x = torch.addcmul(x, y.float().view_as(x), gate1)
+        x = torch.addcmul(x, y.view_as(x), gate1)
         # cross-attention, neither modulated nor gated
-        y = self.norm3(x.to(self.norm3.weight.dtype)).flatten(1, 2)
+        y = self.norm3(x.to(self.norm3.weight.dtype))
         x = x + self.cross_attn(y.to(dtype), text).view_as(x)
         # MLP
         y = self.ffn(modulate(x, shift2, scale2).to(dtype))
-        return torch.addcmul(x, y.float().view_as(x), gate2), kv
+        return torch.addcmul(x, y, gate2), kv
 
 
 class Head(nn.Module):
@@ -225,7 +227,7 @@ class Head(nn.Module):
         self.modulation = learned_modulation(2, c.dim)
 
     def forward(self, x, modulation):
-        """x (b, f, n, c), modulation two of (b, f, 1, c) float32: shift, scale"""
+        """x (b, f, n, c), modulation two of (b, f, 1, c) float32: shift, 1 + scale"""
         return self.head(modulate(x, *modulation).to(self.head.weight.dtype))
 
 
@@ -270,8 +272,8 @@ class DiT(nn.Module):
     def time(self, t):
         """
         t (b, f) noise levels in [0, 1] -> all that they mean to the network, float32: six (b, f, 1, c) for
-        each block, and two for the head. The head's come from the embedding itself, the blocks' from its
-        projection.
+        each block, and two for the head, scales with their 1. The head's come from the embedding itself, the
+        blocks' from its projection.
         """
         wave = timestep_embedding(t, self.config.freq_dim)
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
@@ -279,8 +281,12 @@ class DiT(nn.Module):
             projection = self.time_projection(embedding)
         projection = rearrange(projection.float(), "b f (s c) -> s b f 1 c", s=6)
         own = [rearrange(part.modulation.float(), "1 s c -> s 1 1 1 c") for part in (*self.blocks, self.head)]
-        blocks = [(projection + modulation).unbind() for modulation in own[:-1]]
-        return blocks, (embedding.float()[:, :, None] + own[-1]).unbind()
+        blocks = []
+        for modulation in own[:-1]:
+            shift1, scale1, gate1, shift2, scale2, gate2 = projection + modulation
+            blocks.append((shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2))
+        shift, scale = embedding.float()[:, :, None] + own[-1]
+        return blocks, (shift, 1 + scale)
 
     def forward(self, x, t, text, rope, memory=None, mask=None, prefix=0, modulation=None, with_kv=True):
         """
@@ -329,7 +335,7 @@ class DiT(nn.Module):
 
         # tokens to latents; the channel is a patch's fastest index
         v = self.head(x, head_modulation).float()
-        return rearrange(v, "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q), kv
+        return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, p=p, q=q), kv
 
 
 if __name__ == "__main__":

@@ -74,15 +74,14 @@ def rope_angles(time, h, w, d):
 
 def rope_cos_sin(time, h, w, d):
     """
-    time (f,) or (b, f) -> (1 or b, f h w, 1, 2 d), what apply_rope() takes: cos of each pair twice, then -sin
-    and sin of each pair.
+    time (f,) or (b, f) -> what apply_rope() takes, two tables (1 or b, f h w, 1, d), the same for every head:
+    cos of each pair twice; -sin and sin of each pair.
     """
     angles = rope_angles(torch.atleast_2d(time), h, w, d)
     sin = angles.sin()
-    # the same for every head
     for_pair = repeat(angles.cos(), "b n p -> b n 1 (p pair)", pair=2)
     for_swapped = rearrange([-sin, sin], "pair b n p -> b n 1 (p pair)")
-    return torch.cat([for_pair, for_swapped], dim=-1)
+    return for_pair, for_swapped
 
 
 def apply_rope(x, cos_sin):
@@ -90,11 +89,11 @@ def apply_rope(x, cos_sin):
     x (b, n, k, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
     returns  (b, n, k, d) in x's dtype
     """
-    cos, sin = cos_sin.chunk(2, dim=-1)
+    cos, sin = cos_sin
     pairs = x.float()
     # (q, p)
-    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1)
-    turned = torch.addcmul(pairs * cos, swapped.flatten(-2), sin)
+    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = torch.addcmul(pairs * cos, swapped, sin)
     return turned.to(x.dtype)
 
 
