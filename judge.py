@@ -26,14 +26,14 @@ Leaves out: scenes of anything but sky, hills, ground and one house a sector.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 from einops import rearrange
 from numpy.lib.stride_tricks import sliding_window_view
 
-from world import (COLOURS, COLUMNS, FOOT, FPS, GONE, GROUND_RGB, HEIGHT, LANDMARKS, PAIRS, SECTOR,
-                   SECTORS, SKY, SUB, TOP, WHOLE, WIDTH,
-                   WorldSpec, clip, make_world, offsets, panorama, wrap)
+from world import (COLUMNS, FOOT, FPS, GONE, GROUND_RGB, LANDMARKS, SECTOR, SECTORS, SKY, SUB, TOP, WHOLE,
+                   WIDTH, WorldSpec, clip, make_world, offsets, panorama, wrap)
 
 # The best drawing is at most half as far as any other. Clips, blurred and at 26 dB: < .48 as far; halves,
 # morphs, mixed colours, nothing: > .62.
@@ -53,17 +53,18 @@ class Reading:
 def read_video(frames):
     """frames (f, 3, 32, 64) float in [0, 1] or uint8 -> Reading, from the frames alone."""
     x = rearrange(np.asarray(frames), "f c h w -> f w h c")  # pixel columns first, as panoramas are
-    x = x / np.float32(255) if x.dtype == np.uint8 else x.astype(np.float32)
+    if x.dtype == np.uint8:
+        x = x / np.float32(255)
     # The ground, by its mean colour.
     colour = x[:, :, FOOT:].mean((1, 2))
     ground = ((colour[:, None] - GROUND_RGB) ** 2).sum(-1).argmin(1)
     # The rest, of all frames over one ground together.
-    heading = np.zeros(len(x))
+    heading, psnr = np.zeros((2, len(x)))
     landmark = np.zeros((len(x), SECTORS), int)
-    psnr = np.zeros(len(x))
     for g in np.unique(ground):
         same = ground == g
-        heading[same], landmark[same], psnr[same] = read_frames(np.ascontiguousarray(x[same]), g)
+        some = np.ascontiguousarray(x[same], np.float32)
+        heading[same], landmark[same], psnr[same] = read_frames(some, g)
     return Reading(track(heading), ground, landmark, psnr)
 
 
@@ -76,17 +77,15 @@ def read_frames(x, ground):
     drawings = landmark_drawings(ground)
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
-    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    # 3. The heading once more: known houses have the sharpest edges. Down a parabola, twice.
-    for step in (SUB, SUB // 2):
-        before, here, after = [frame_error(x, i + s, landmark, drawings) for s in (-step, 0, step)]
-        shift = step / 2 * (before - after) / np.maximum(before - 2 * here + after, 1e-9)
-        i = i + np.rint(shift.clip(-step, step)).astype(int)
+    # 3. The heading once more, as known houses have the sharpest edges.
+    for step in (4, 2, 1):
+        near = np.stack([i, i - step, i + step])
+        error = np.stack([frame_error(x, there, landmark, drawings) for there in near])
+        i = near[error.argmin(0), np.arange(len(x))]
     # 4. What counts: houses wholly in view. How far is the frame from the nearest that can be rendered?
-    whole = np.abs(offsets(i / SUB)) <= WHOLE
-    readable = whole & (nearest <= READABLE * second)
-    error = frame_error(x, i, landmark, drawings)
-    psnr = -10 * np.log10(error.clip(1e-10))
+    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
+    readable = (np.abs(offsets(i / SUB)) <= WHOLE) & (nearest <= READABLE * second)
+    psnr = -10 * np.log10(error.min(0).clip(1e-10))
     return i / SUB % COLUMNS, np.where(readable, landmark, -1), psnr
 
 
@@ -102,10 +101,9 @@ def uncovered(x):
     returns  (f, 64, 9): for each column the mean of the sky, of the hills and of the ground. A mean weighs as
              much as its rows.
     """
-    sky = x[:, :, :SKY].mean(2) * SKY ** .5
-    hills = x[:, :, SKY:TOP].mean(2) * (TOP - SKY) ** .5
-    floor = x[:, :, FOOT:].mean(2) * (HEIGHT - FOOT) ** .5
-    return np.concatenate([sky, hills, floor], -1)
+    sky, hills, _, floor = np.split(x, [SKY, TOP, FOOT], axis=2)
+    means = [part.mean(2) * part.shape[2] ** .5 for part in (sky, hills, floor)]
+    return np.concatenate(means, -1)
 
 
 @lru_cache(maxsize=None)
@@ -164,16 +162,13 @@ def track(heading):
     return np.unwrap(np.where(is_close, heading, median), period=COLUMNS)
 
 
-def travelled(path):
-    """Columns, in steps of a second."""
-    return np.abs(path[FPS:] - path[:-FPS]).sum()
-
-
 def turning_rate(path, motion):
     """Columns travelled over those that the caption's motion asks for; negative: the wrong way."""
     asked = motion.heading(path[0], np.arange(len(path)))
+    # in steps of a second
+    travelled, wanted = [np.abs(x[FPS:] - x[:-FPS]).sum() for x in (path, asked)]
     same_way = np.sign((path - path[0]).mean() * (asked - asked[0]).mean())
-    return float(same_way * travelled(path) / travelled(asked))
+    return float(same_way * travelled / wanted)
 
 
 # ---- reappearances: what came back -------------------------------------------------------------------------
@@ -201,44 +196,33 @@ class Reappearance:
 def reappearances(reading, motion):
     """All of a video, sector by sector, given the caption's motion: list of Reappearance."""
     found = []
-    for sector in range(SECTORS):
-        found += sector_reappearances(sector, reading.path, reading.landmark[:, sector], motion)
-    return found
-
-
-def sector_reappearances(sector, path, landmark, motion):
-    """path (f,), landmark (f,) of the Reading"""
-    far = np.abs(offsets(path)[:, sector])
-    gone = np.cumsum(far > GONE)  # how many frames so far showed no pixel of it
-    # A visit: frames in which it is wholly in view, none between them in which it is gone.
-    whole = np.flatnonzero(far <= WHOLE)
-    visits = np.split(whole, np.flatnonzero(np.diff(gone[whole])) + 1)
-    found = []
-    for visit, back in zip(visits, [*visits[1:], whole[:0]]):
-        # What was it, before it left?
-        so_far = whole[whole <= visit.max(initial=-1)]
-        before = first_readable(landmark[so_far][::-1])
-        if before < 0 or gone[-1] == gone[visit[-1]]:
-            continue  # not readable so far, or in view to the end
-        left = int(np.searchsorted(gone, gone[visit[-1]], "right"))
-        # When does the motion bring it back? A quarter and a second later it is missed.
-        wait, away = due_back(motion, path, left, sector)
-        next_seen = back[0] if len(back) else len(path)
-        if left + 1.25 * wait + FPS < next_seen:
+    path, frames = reading.path, len(reading.path)
+    for sector, far in enumerate(np.abs(offsets(path)).T):
+        landmark = reading.landmark[:, sector]
+        gone = np.cumsum(far > GONE)  # how many frames so far showed no pixel of it
+        whole = np.flatnonzero(far <= WHOLE)
+        for last, back in zip(whole, [*whole[1:], frames - 1]):
+            # What was it, before it left?
+            before = first_readable(landmark[last::-1])
+            if before < 0 or gone[back] == gone[last]:
+                continue  # not readable so far, or not out of view
+            left = int(np.searchsorted(gone, gone[last], "right"))
+            # When does the motion bring it back? A quarter and a second later it is missed.
+            wait, away = due_back(motion, path, left, sector)
             shown = -1
-        elif len(back):
-            shown = first_readable(landmark[back])
-            away = gone[back[0]] - gone[visit[-1]]
-        else:
-            continue  # the video ends before it could be due
-        in_sink = bool(far[:9].min() <= WHOLE)
-        found.append(Reappearance(sector, left, float(away / FPS), before, shown, in_sink))
+            if left + 1.25 * wait + FPS > back:
+                if last == whole[-1]:
+                    continue  # the video ends before that
+                away = gone[back] - gone[last]
+                shown = first_readable(landmark[gone == gone[back]])
+            away = float(away / FPS)
+            in_sink = bool(far[:9].min() <= WHOLE)
+            found.append(Reappearance(sector, left, away, before, shown, in_sink))
     return found
 
 
 def first_readable(landmark):
-    readable = landmark[landmark >= 0]
-    return int(readable[0]) if len(readable) else -1
+    return next((int(x) for x in landmark if x >= 0), -1)
 
 
 def due_back(motion, path, left, sector):
@@ -247,21 +231,19 @@ def due_back(motion, path, left, sector):
     many of them show no pixel of it, if the camera goes on as the motion does from there; inf if it never
     comes.
     """
-    # Two periods of the motion, 2,048 steps each.
-    t = np.linspace(0, 2 * motion.seconds * FPS, 4097)
-    ideal = motion.heading(path[0], t)
-    # Where in the first period is the camera now? At this heading, going this way.
+    period = motion.seconds * FPS
+    ideal = motion.heading(path[0], np.arange(2 * period))
+    # Where in the first period is the camera now? Nearest to this heading, going this way.
     direction = np.sign(path[left] - path[max(0, left - FPS // 2)])
-    same_way = np.flatnonzero(np.sign(np.diff(ideal[:2049])) == direction)
-    if len(same_way) == 0:
-        return np.inf, np.inf
-    now = same_way[np.abs(wrap(ideal[same_way] - path[left])).argmin()]
+    same_way = np.sign(np.diff(ideal))[:period] == direction
+    far = np.abs(wrap(ideal[:period] - path[left]))
+    now = np.where(same_way, far, np.inf).argmin()
     # From there on, for a period. A landmark at the edge of the view may be missed by a few columns.
-    far = np.abs(offsets(ideal[now:now + 2049])[:, sector])
+    far = np.abs(offsets(ideal[now:now + period])[:, sector])
     due = np.flatnonzero(far <= WHOLE - 4)
-    if len(due) == 0:
+    if not same_way.any() or not len(due):
         return np.inf, np.inf
-    return t[due[0]], t[(far[:due[0]] > GONE).sum()]
+    return due[0], (far[:due[0]] > GONE).sum()
 
 
 def is_in_memory(event, reading, latents):
@@ -280,31 +262,25 @@ def chunk_of(frame):
 
 # ---- chance: what recall is by luck ------------------------------------------------------------------------
 
-def count_landmarks(maps):
-    """(n, 8) landmarks by sector, -1 for none -> (8, 30): how many of the n show which"""
-    return (np.array(maps)[..., None] == np.arange(LANDMARKS)).sum(0)
-
-
 def landmark_map(landmark):
     """Reading.landmark (f, 8) -> 8 numbers: what each sector shows most, -1 for nothing."""
-    count = count_landmarks(landmark)
+    count = (landmark[..., None] == np.arange(LANDMARKS)).sum(0)
     return np.where(count.any(1), count.argmax(1), -1).tolist()
 
 
 def chance(maps):
     """How often two videos of a model, (v, 8) landmark maps, agree on a sector."""
-    count = count_landmarks(maps)
-    agree = (count * (count - 1)).sum()
-    pairs = (count.sum(1) * (count.sum(1) - 1)).sum()
-    return float(agree / pairs) if pairs else np.nan
+    agree = []
+    for one, other in combinations(maps, 2):
+        agree += [a == b for a, b in zip(one, other) if min(a, b) >= 0]
+    return float(np.mean(agree)) if agree else np.nan
 
 
 if __name__ == "__main__":
-    names = [f"{COLOURS[roof]} over {COLOURS[wall]}" for roof, wall in PAIRS]
     spec = WorldSpec(0, "turn", 8)
     video = clip(spec, 0, 14 * FPS)
     # After 6 s every house is another: what was out of view then comes back wrong.
     video[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
     for event in reappearances(read_video(video), make_world(spec).motion):
         verdict = "right" if event.right else "WRONG"
-        print(f"{names[event.before]:19} {event.absence:.1f} s away, now {names[event.shown]:19} {verdict}")
+        print(f"house {event.before:2}, {event.absence:.1f} s away, comes back as {event.shown:2}: {verdict}")

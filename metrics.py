@@ -18,7 +18,6 @@ Leaves out: motion, aesthetics and imaging quality: in VBench's repository, for 
 python evaluate.py --mode custom_input --videos_path DIR --dimension motion_smoothness aesthetic_quality ..
 """
 import csv
-import math
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -32,12 +31,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from paper import SECONDS, beside
-from report import estimate, markdown
+from paper import beside
+from report import counts, estimate, markdown
 from text import read_prompts
 from video import open_clip, read_manifest
 
 BATCH = 16  # frames
+SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
 NO_VIDEOS = {".png", ".jpg", ".txt", ".csv", ".md", ".json", ".jsonl", ".safetensors"}
 DINO_COLOURS = (.485, .456, .406), (.229, .224, .225)  # mean and deviation
 CLIP_COLOURS = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -75,8 +75,7 @@ def load_network(option, folder, kinds):
 
 def prepare(frames, side, mode, colours, device):
     """The shorter side resized as VBench does it, not antialiased; colours normalised"""
-    h, w = frames.shape[-2:]
-    size = [int(side * n / min(h, w)) for n in (h, w)]
+    size = [side * n // min(frames.shape[-2:]) for n in frames.shape[-2:]]
     mean, deviation = torch.tensor(colours, device=device)[:, :, None, None]
     return (F.interpolate(frames.to(device).float(), size, mode=mode) / 255 - mean) / deviation
 
@@ -102,9 +101,9 @@ def clip_features(network, frames, ids):
 
 def consistency(features):
     """VBench's, of (n, d); NaN for one frame, which has no pair"""
-    to_last = (features[1:] * features[:-1]).sum(1)
-    to_first = features[1:] @ features[0]
-    return ((to_last.clamp(min=0) + to_first.clamp(min=0)) / 2).mean().item()
+    before, now = features[:-1], features[1:]
+    to_last, to_first = (now * before).sum(1), now @ features[0]
+    return (to_last.clamp(min=0) + to_first.clamp(min=0)).mean().item() / 2
 
 
 def windows(name, cosines, seconds):
@@ -112,11 +111,8 @@ def windows(name, cosines, seconds):
     The paper's, of the cosines (n,) of all frames, shown at `seconds` (n,)
     returns  {name_t: mean around t, NaN behind the end}
     """
-    scores = {}
-    for t in SECONDS:
-        near = (seconds - t).abs() <= .5 + 1e-5
-        scores[f"{name}_{t}"] = cosines[near].mean().item()
-    return scores
+    near = {t: (seconds - t).abs() <= .5 + 1e-5 for t in SECONDS}
+    return {f"{name}_{t}": cosines[near[t]].mean().item() for t in SECONDS}
 
 
 def score_video(path, prompt, dino, clip, words):
@@ -125,42 +121,22 @@ def score_video(path, prompt, dino, clip, words):
     longest = clip.config.text_config.max_position_embeddings
     ids = words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(clip.device)
     # features, 16 frames at a time: some kB a frame stay
-    features = []
+    f, g = [], []
     frames = source.read(source.width, source.height)
     while batch := list(islice(frames, BATCH)):
         x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
         images, text = clip_features(clip, x, ids)
-        features.append((dino_features(dino, x), images))
+        f.append(dino_features(dino, x))
+        g.append(images)
     if source.damage:
         raise BadInput(f"{path} is damaged ({source.damage})")
-    f, g = (torch.cat(each) for each in zip(*features))
+    f, g = torch.cat(f), torch.cat(g)
     seconds = torch.tensor(source.seconds) - source.seconds[0]
     # the table's columns: what it is, VBench's, the paper's
     row = {"video": path.name, "prompt": prompt, "subject": consistency(f), "background": consistency(g)}
     row |= windows("dino", f @ f[0], seconds)
     row |= windows("clip_f", g @ g[0], seconds)
     return row | windows("clip_t", g @ text[0], seconds)
-
-
-def write_table(rows, path):
-    # a name that is no text, as Linux allows, is written with \\ in it
-    with whole_or_absent(path) as part, open(part, "w", newline="", encoding="utf-8",
-                                             errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    # means; the scores stand behind video and prompt
-    scores = {}
-    print("mean times 100 [95 % bootstrap interval over videos] (videos so long)")
-    for name in list(rows[0])[2:]:
-        there = [(row[name], 1) for row in rows if not math.isnan(row[name])]
-        scores[name], low, high = 100 * estimate(there)
-        print(f"  {name:14} {scores[name]:6.2f} [{low:.2f}, {high:.2f}] ({len(there)})")
-    # the paper's tables, and these videos in their last row
-    lines = []
-    for title, table in beside(scores).items():
-        lines += markdown(title, table, 2)
-    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 # ---- the command line ------------------------------------------------------------------------------------
@@ -212,7 +188,22 @@ def main():
             tqdm.write(f"skipped: {reason}")
     if not rows:
         raise BadInput(f"no video in --videos {cfg.videos} can be read")
-    write_table(rows, Path(cfg.out, "videos.csv"))
+    # a name that is no text, as Linux allows, is written with \\ in it
+    path = Path(cfg.out, "videos.csv")
+    with whole_or_absent(path) as part, open(part, "w", newline="", encoding="utf-8",
+                                             errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    # the scores stand behind video and prompt; how many videos are so long?
+    scores = []
+    for name in list(rows[0])[2:]:
+        found = counts(rows, name)
+        scores.append({"score": name, "mean": 100 * estimate(found), "videos": int(found.sum(0)[1])})
+    means = {row["score"]: row["mean"][0] for row in scores}
+    text = markdown({"Scores, times 100": scores} | beside(means), 2)
+    path.with_suffix(".md").write_text(text, "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ Leaves out: VBench's total, quality, semantic and dynamic degree of our videos: 
 """
 import json
 import math
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from report import compare, estimate, last_validity, markdown, recall
+from report import compare, counts, estimate, markdown, pick
 
 FILE = Path(__file__).parent / "assets" / "paper_tables.json"
-SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads the scores of table 1
 
 # a system of the paper -> how its row here differs from the student's
 SYSTEMS = {
@@ -27,71 +25,55 @@ SYSTEMS = {
     "Infinity-RoPE": {"memory": "infinity", "worlds": "returns"},
     "uniform, interval 1": {"memory": "uniform1", "worlds": "returns"},
     "uniform, interval 2": {"memory": "uniform2", "worlds": "returns"},
-    "without contextual distillation": {"weights": "stage1"},
-    "without bounded positional encoding": {"positions": "unbounded"},
+    "without contextual distillation": {"weights": "stage1", "worlds": "text"},
+    "without bounded positional encoding": {"positions": "unbounded", "worlds": "text"},
 }
-# a score of the paper, as a column of flat() -> what is nearest to it here, its name and unit
-MEASURES = {
-    "dino_60": (recall, "recall, %", 100),
-    "subject": (recall, "recall, %", 100),
-    "60s_subject": (recall, "recall, %", 100),
-    "quality": (last_validity, "last 5 s, dB", 1),
-    "60s_quality": (last_validity, "last 5 s, dB", 1),
+# a score of the paper -> what is nearest to it here: recall, and validity of the last 5 s in dB
+SCORES = {
+    "dino_60": "right",
+    "subject": "right",
+    "60s_subject": "right",
+    "quality": "last",
+    "60s_quality": "last",
 }
-
-
-def flat(row):
-    """A row of the file with a cell a number; what is not given is left out."""
-    cells = {}
-    # table 1 has a list by seconds, table 2 a group of cells for each length
-    for name, x in row.items():
-        if isinstance(x, list):
-            x = dict(zip(SECONDS, x))
-        inner = {f"{name}_{key}": y for key, y in x.items()} if isinstance(x, dict) else {name: x}
-        cells |= {key: y for key, y in inner.items() if y is not None}
-    return cells
 
 
 def tables():
-    """-> name of a table -> system -> flat row"""
+    """-> name of a table -> its rows, of which the last is the paper's own method"""
     paper = json.loads(FILE.read_text("utf-8"))
-    names = "table1", "table2", "table3"
-    return {name: {system: flat(row) for system, row in paper[name].items()} for name in names}
+    return {name: paper[name] for name in ("table1", "table2", "table3")}
 
 
-def orderings(rows, first):
+def orderings(videos, first):
     """
     Is the paper's method better here than what it is better than there?
-    rows     report.EvalSet -> videos; first: the EvalSet of the student
+    first    the student's row
     returns  rows of a table
     """
     found = []
-    for name, systems in tables().items():
-        best = systems.get("ours, student") or systems["ours"]
-        for system, score in product(SYSTEMS, MEASURES):
-            if score not in systems.get(system, ()):
+    for (name, rows), score in product(tables().items(), SCORES):
+        for row in rows:
+            if row["system"] not in SYSTEMS or score not in row:
                 continue
             # the two rows here, of the same worlds
-            theirs = replace(first, **SYSTEMS[system])
-            ours = rows.get(replace(first, worlds=theirs.worlds), [])
-            theirs = rows.get(theirs, [])
+            other = SYSTEMS[row["system"]]
+            ours = pick(videos, first | {"worlds": other["worlds"]})
+            theirs = pick(videos, first | other)
             if not ours or not theirs:
                 continue
-            measure, name_here, scale = MEASURES[score]
             # the same as in the paper?
-            verdict = compare(ours, theirs, measure)
+            verdict = compare(ours, theirs, SCORES[score])
             if verdict in ("higher", "lower"):
-                is_better = best[score] > systems[system][score]
+                is_better = rows[-1][score] > row[score]
                 verdict = "agrees" if is_better == (verdict == "higher") else "does not"
             found.append({
                 "paper": name,
-                "against": system,
+                "against": row["system"],
                 "score": score,
-                "its own there": best[score],
-                "theirs there": systems[system][score],
-                "here": name_here,
-                "ours here": scale * estimate(measure(ours)),
-                "theirs here": scale * estimate(measure(theirs)),
+                "its own there": rows[-1][score],
+                "theirs there": row[score],
+                "ours here": estimate(counts(ours, SCORES[score])),
+                "theirs here": estimate(counts(theirs, SCORES[score])),
                 "the ordering": verdict,
             })
     return found
@@ -108,17 +90,12 @@ def beside(scores):
     if not math.isnan(scores["dino_60"]):
         length = "60s"
     ours = scores | {f"{length}_{name}": scores[name] for name in ("background", "subject")}
-    found = {}
-    for name, systems in tables().items():
-        columns = dict.fromkeys(column for row in systems.values() for column in row)
-        found[name] = []
-        for system, row in (systems | {"these videos": ours}).items():
-            cells = {column: row.get(column, math.nan) for column in columns}
-            found[name].append({"system": system} | cells)
+    found = tables()
+    for rows in found.values():
+        cells = {column: ours.get(column) for column in rows[0]}
+        rows.append(cells | {"system": "these videos"})
     return found
 
 
 if __name__ == "__main__":
-    none = dict.fromkeys(["dino_10", "dino_60", "background", "subject"], math.nan)
-    for title, table in beside(none).items():
-        print("\n".join(markdown(title, table, 2)))
+    print(markdown(tables(), 2))

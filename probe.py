@@ -7,6 +7,8 @@ made. train.py asks it of a few worlds every so many updates, evaluate.py of man
 References: Context Forcing, arXiv 2602.06028, figures 1 and 7.
 Leaves out: DINO and CLIP on the small world.
 """
+from dataclasses import replace
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -23,10 +25,11 @@ from world import FPS, HELD_OUT, WorldSpec, make_world
 GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
 PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
 PROBED = PRESETS["uniform2"]     # the policy of probes
-SPAN = 5 * FPS      # frames of an entry of report.Video.psnr
+SPAN = 5 * FPS      # frames
 MINUTE = 60 * FPS   # frames
 CHUNKS = 80         # of a minute
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
+HOUR = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")  # what is read in them
 JUMP = 15 / 360 * world.COLUMNS  # between two frames; captions move the camera by 3 columns at most
 
 
@@ -98,18 +101,15 @@ def swap_neighbours(x):
 
 
 @torch.no_grad()
-def continue_teacher(networks, specs, given, blocks, shuffle=False, student=None):
+def continue_teacher(networks, specs, given, blocks, shuffle=False):
     """
     given    chunks of each world's real video; then `blocks` times 21 latents of the teacher
-    student  None, or Networks whose own video stands in the place of the real one
     shuffle  each goes on from the next world's past, and shows it if the teacher looks there
     returns  as continue_student()
     """
     text, latents = conditions(networks, specs, given)
     seeds = [spec.seed for spec in specs]
-    # the past, real or a student's
-    if student:
-        latents, _ = continue_student(student, specs, 0, given, PROBED)
+    # from all that is there so far
     for _ in range(blocks):
         past = latents.roll(-1, 0) if shuffle else latents
         more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
@@ -122,50 +122,60 @@ def first_own_frame(given):
     return frames_of(given * CHUNK) if given else 0
 
 
-def own_reappearances(reading, motion, keep, policy, given):
+# ---- what a video tells, as numbers that report.py counts --------------------------------------------------
+
+def measure(frames, spec, keep, policy, given):
     """
-    What was due back in the model's own part; what the sink shows does not count.
+    One video, of which `given` chunks are real.
+    frames   (f, 3, 32, 64) uint8
     keep     (chunks,) bool of the rollout
-    returns  list of dicts: the fields of judge.Reappearance, and right, held (by the memory, in a latent)
+    returns  dict: validity, last, drift (dB to the nearest frame that the world can draw: of the model's own
+             part, of its last 5 s, of its last 10 s less its first 10 s), jumps (a minute), steady (100 if it
+             moves within a tenth of the caption's rate, else 0), landmarks (by sector), returns: of what was
+             due back in the own part and is not in the sink, dicts: the fields of judge.Reappearance, right,
+             held (by the memory, in a latent), follows (does it show the counterfactual world's house?)
     """
-    # what memory held at each chunk
+    reading = judge.read_video(frames)
+    motion = make_world(spec).motion
+    start = first_own_frame(given)
+    psnr = reading.psnr[start:]
+    drift = psnr[-2 * SPAN:].mean() - psnr[:2 * SPAN].mean()
+    jumps = np.abs(np.diff(reading.path)) > JUMP
+    # what came back, what memory held at each chunk, and what stands in the other world
     contexts = frames_in_memory(policy, keep[None])
-    found = []
+    others = make_world(replace(spec, counterfactual=not spec.counterfactual)).landmarks
+    returns = []
     for event in judge.reappearances(reading, motion):
-        if event.returned >= first_own_frame(given) and not event.in_sink:
+        if event.returned >= start and not event.in_sink:
             chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
             held = judge.is_in_memory(event, reading, contexts[chunk][0].tolist())
-            found.append(vars(event) | {"right": event.right, "held": held})
-    return found
-
-
-def measure(frames, motion, keep, policy, given):
-    """frames (f, 3, 32, 64) uint8 of one video -> dict, the measured fields of a report.Video"""
-    reading = judge.read_video(frames)
-    # what is left over behind the last 5 s does not count
-    start = first_own_frame(given)
-    starts = range(start, max(start + 1, len(frames) - SPAN + 1), SPAN)
-    jumps = np.abs(np.diff(reading.path)) > JUMP
+            follows = event.shown == int(others[event.sector])
+            returns.append(vars(event) | {"right": event.right, "held": held, "follows": follows})
     return {
-        "psnr": [round(float(reading.psnr[i:i + SPAN].mean()), 3) for i in starts],
+        "validity": float(psnr.mean()),
+        "last": float(psnr[-SPAN:].mean()),
+        "drift": float(drift) if len(psnr) >= 3 * SPAN else np.nan,
+        "jumps": float(jumps.mean() * MINUTE),
+        "steady": 100 * (abs(judge.turning_rate(reading.path, motion) - 1) < .1),
         "landmarks": judge.landmark_map(reading.landmark),
-        "reappearances": own_reappearances(reading, motion, keep, policy, given),
-        "turning": judge.turning_rate(reading.path, motion),
-        "jumps": int(jumps.sum()),
-        "minutes": len(frames) / FPS / 60,
+        "returns": returns,
     }
 
 
-def measure_minutes(frames, motion, keep, policy):
-    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> as measure(), a minute after another"""
-    parts = np.split(frames, len(MINUTES))
-    minutes = [measure(part, motion, keep[:CHUNKS], policy, 0) for part in parts]
-    # what lies between them was not decoded, so that nothing is seen to come back
-    return minutes[0] | {
-        "psnr": [float(np.mean(minute["psnr"])) for minute in minutes],
-        "landmarks": [minute["landmarks"] for minute in minutes],
-        "reappearances": [],
-    }
+def measure_minutes(frames):
+    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> dict: "1 min: ..", each of HOUR; a number"""
+    readings = [judge.read_video(part) for part in np.split(frames, len(MINUTES))]
+    maps = np.array([judge.landmark_map(reading.landmark) for reading in readings])
+    found = {}
+    # what is seen in a minute, how mixed, and how much of the first
+    for minute, reading, landmarks in zip(MINUTES, readings, maps):
+        there = landmarks >= 0
+        _, count = np.unique(landmarks[there], return_counts=True)
+        share = count / count.sum()
+        numbers = [reading.psnr.mean(), -(share * np.log2(share)).sum(),
+                   100 * (there & (landmarks == maps[0])).mean()]
+        found |= {f"{minute} min: {name}": float(x) for name, x in zip(HOUR, numbers)}
+    return found
 
 
 # ---- probes while a network is trained: does it remember, does its teacher look at the past? ---------------
@@ -193,17 +203,14 @@ def read_probe(specs, frames, keeps):
     returns (how many were due), validity (dB to the nearest frame that the world can draw)
     """
     # each video by itself, then all that was due back in any
-    videos = []
-    for spec, video, keep in zip(specs, frames, keeps):
-        videos.append(measure(video, make_world(spec).motion, keep, PROBED, GIVEN))
-    events = [event for video in videos for event in video["reappearances"]]
-    returns = len(events)
+    videos = [measure(*video, PROBED, GIVEN) for video in zip(frames, specs, keeps)]
+    events = [event for video in videos for event in video["returns"]]
     return {
-        "recall": sum(event["right"] for event in events) / max(1, returns),
-        "ceiling": sum(event["held"] for event in events) / max(1, returns),
+        "recall": sum(event["right"] for event in events) / max(1, len(events)),
+        "ceiling": sum(event["held"] for event in events) / max(1, len(events)),
         "chance": judge.chance([video["landmarks"] for video in videos]),
-        "returns": returns,
-        "validity": float(np.mean([video["psnr"] for video in videos])),
+        "returns": len(events),
+        "validity": float(np.mean([video["validity"] for video in videos])),
     }
 
 
