@@ -17,6 +17,7 @@ import itertools
 import os
 import platform
 import re
+import reprlib
 import signal
 import sys
 import time
@@ -32,7 +33,8 @@ def end_quietly(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, ModuleNotFoundError):
-        print(f"error: {error}: pip install -r requirements.txt", file=sys.stderr)
+        print(f"error: {error}: pip install -r requirements.txt, with --wan requirements-wan.txt",
+              file=sys.stderr)
         sys.exit(2)
     sys.__excepthook__(kind, error, trace)
 
@@ -46,6 +48,25 @@ STUDENT = "stage2"  # the weights that sample.py and evaluate.py take unless tol
 
 class BadInput(ValueError):
     """The user's input is wrong: the message says what, with the value, and what to do."""
+
+
+@contextmanager
+def in_one_line(what, remedy, kind=Exception):
+    """Any error of the kind inside becomes one BadInput: what cannot be done (the cause): what to do."""
+    try:
+        yield
+    except kind as error:
+        if isinstance(error, BadInput):
+            raise
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        # torch's own advice is to run the code
+        if "Weights only load failed" in cause:
+            cause = "it holds more than tensors, whose code is not run, or is damaged"
+        raise BadInput(f"{what} ({cause:.300}): {remedy}") from None
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,33 +118,27 @@ def within(name, value, low, high):
         raise BadInput(f"{name} must lie from {low} to {high}, not {value}")
 
 
-def check_schema(path, value, schema, field="content"):
+def check_schema(path, value, schema, field="content", fault="is damaged, or not such a file"):
     """
-    Raises BadInput that names file and field unless a value that was read is what the schema says: a type,
-    of which a float must be finite; a range of whole numbers, or a set of words; {name: schema}, a dict with
-    at least these; [schema], a list of such; (schema, None), such or None.
+    Raises BadInput that names file and field unless a value that was read is what the schema says: a type, or
+    several, of which float must be finite; a range of whole numbers, or a set of words; {name: schema}, a
+    dict with at least these; [schema], a list of such.
     """
-    if isinstance(schema, tuple):
-        schema = None if value is None else schema[0]
-    kind = schema if isinstance(schema, type) else type(schema)
-    if kind in (range, set):
-        kind = schema
+    if isinstance(schema, (range, set)):
         fits = type(value) in (int, str) and value in schema
-    elif kind is float:
+    elif schema is float:
         fits = type(value) in (int, float) and abs(value) < 1e9
     else:
-        fits = isinstance(value, kind)
+        fits = isinstance(value, type(schema) if isinstance(schema, (dict, list)) else schema)
     if not fits:
-        said = getattr(kind, "__name__", kind)
-        raise BadInput(f"{path} is damaged: its {field} must be {said}, not {type(value).__name__} "
-                       f"{str(value)[:40]}")
+        raise BadInput(f"{path} {fault}: its {field} cannot be {reprlib.repr(value):.40}")
     # what is inside
     if isinstance(schema, dict):
         for name, inner in schema.items():
-            check_schema(path, value.get(name), inner, f"{field}, {name}")
+            check_schema(path, value.get(name), inner, f"{field}, {name}", fault)
     if isinstance(schema, list):
         for item in value:
-            check_schema(path, item, schema[0], field)
+            check_schema(path, item, schema[0], field, fault)
 
 
 def pick_device(name):
@@ -186,20 +201,24 @@ def use_one_thread():
 
 # ---- files -------------------------------------------------------------------------------------------------
 
-PART = re.compile(r"\.(.+)\.(\d+)\.\d+\.part(\..*)?")  # machine, process, number: a file being written
+PART = re.compile(r"\.(.+)\.(\d{1,9})\.\d+\.part(\..*)?")  # machine, process, number: a file being written
 numbers = itertools.count()
 
 
 def check_writable(folder):
     """Raises BadInput now, rather than after the work, if the folder cannot be made or written to."""
     folder = Path(folder).absolute()
-    # the nearest folder that is there
-    try:
+    with in_one_line(f"cannot write to {folder}", "give another folder"):
+        # the nearest folder that is there
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
+        TemporaryFile(dir=there).close()
+
+
+def check_file(path):
+    """Raises BadInput for a folder, a pipe, a device; a file need not be there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is no file: give another name")
 
 
 @lru_cache
@@ -207,7 +226,7 @@ def remove_parts_of_killed_runs(folder):
     """Once a process and folder."""
     for part in folder.glob(".*.part*"):
         match = PART.fullmatch(part.name)
-        if match and match[1] == platform.node():
+        if match and match[1] == platform.node() and part.is_file():
             import psutil  # comes with imageio[ffmpeg]
             if not psutil.pid_exists(int(match[2])):
                 part.unlink(missing_ok=True)
@@ -220,27 +239,25 @@ def whole_or_absent(path):
     An OSError (a full disk) becomes a BadInput.
     """
     path = Path(path)
-    if path.is_dir():
-        raise BadInput(f"cannot write {path}: it is a folder")
+    check_file(path)
     # the name is hidden, and ends as the whole one's, which tells the format
     part = path.with_name(f".{platform.node()}.{os.getpid()}.{next(numbers)}.part{path.suffix}")
-    try:
-        # in the same folder, because only there it can be renamed
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts_of_killed_runs(path.parent)
-        part.touch()
-        yield part
+    with in_one_line(f"cannot write {path}", "is the disk full, or that a folder?", OSError):
         try:
-            os.replace(part, path)
-        # Windows: another program has the older file open
-        except PermissionError:
-            kept = path.with_stem(f"{path.stem}-{os.getpid()}")
-            os.replace(part, kept)
-            raise BadInput(f"{path} is in use, so what was to replace it is {kept}: rename it") from None
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+            # in the same folder, because only there it can be renamed
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts_of_killed_runs(path.parent)
+            part.touch()
+            yield part
+            try:
+                os.replace(part, path)
+            # Windows: another program has the older file open
+            except PermissionError:
+                kept = path.with_stem(f"{path.stem}-{os.getpid()}")
+                os.replace(part, kept)
+                raise BadInput(f"{path} is in use, so what was to replace it is {kept}: rename it") from None
+        finally:
+            part.unlink(missing_ok=True)
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------
@@ -251,13 +268,12 @@ class StopSignals:
     143. Where `patient` is set, the first of them only sets `code`, so that work under way can be finished
     and saved; one that comes a second later does not wait. (torchrun sends each twice, one after the other.)
     """
-    def __init__(self, patient=False):
-        self.patient = patient
-        self.code = 0
-        self.since = 0.     # when `code` was set
-        self.before = {}    # signal -> its handler outside
+    patient = False
+    code = 0
+    since = 0.  # when `code` was set
 
     def __enter__(self):
+        self.before = {}  # signal -> its handler outside
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup has it ignored
             if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
@@ -280,6 +296,9 @@ class StopSignals:
 
 def run(main):
     """main() with the project's exit codes: 2 bad input (one line, no traceback), 130 Ctrl-C, 143 SIGTERM."""
+    # where they are closed, and under pythonw, there are none
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     # a terminal that is not UTF-8 shows what it lacks as \u732b
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -287,7 +306,8 @@ def run(main):
     try:
         with StopSignals():
             main()
-    except (BadInput, NotImplementedError) as error:
+    # a full disk, a folder in a file's place and the like, wherever they are met
+    except (BadInput, NotImplementedError, OSError) as error:
         told = " ".join(str(error).split())
         if isinstance(error, NotImplementedError):
             told = f"use --device cpu, as this device lacks an operation: {told:.200}"

@@ -1,6 +1,7 @@
 "use strict";
-// Plays the chunks that the server publishes, shows what memory holds, and sends what is clicked.
+// Plays the chunks that the server publishes, shows what memory holds, and asks for what is clicked.
 
+const RATE = 16;      // frames a second
 const $ = id => document.getElementById(id);
 const pen = $("video").getContext("2d");
 const waiting = [];   // chunks that are not on screen yet, two at most
@@ -15,6 +16,12 @@ function make(tag, parent, text = "") {
   return element;
 }
 
+function picture(chunk, content) {
+  const image = new Image();
+  image.src = `data:image/${chunk.kind};base64,${content}`;
+  return image;
+}
+
 // ---- the video: every tab shows the same frame, because all follow the server's clock
 
 const events = new EventSource("events");
@@ -26,8 +33,7 @@ events.onmessage = async event => {
   if (!chunk.strip || chunk.at === last) return;
   last = chunk.at;
   lag = Math.min(lag, Date.now() - 1000 * chunk.at);
-  chunk.picture = new Image();
-  chunk.picture.src = chunk.strip;
+  chunk.picture = picture(chunk, chunk.strip);
   await chunk.picture.decode();
   waiting.push(chunk);
   if (waiting.length > 2) waiting.shift();
@@ -41,38 +47,43 @@ function play() {
   while (waiting.length && elapsed(waiting[0]) >= 0) {
     shown = waiting.shift();
     drawn = -1;
-    showMemory(shown.held);
+    showMemory(shown);
     showBars(shown);
-    if (shown.score) showScore(shown);
-    $("speed").textContent = Math.round(shown.speed);
+    if (shown.score) showScore(shown.score);
+    $("speed").textContent = Math.round(shown.frames / shown.cost);
   }
   if (!shown) return;
-  const frame = Math.min(shown.frames - 1, Math.floor(elapsed(shown) * shown.rate / 1000));
+  const frame = Math.min(shown.frames - 1, Math.floor(elapsed(shown) * RATE / 1000));
   if (frame === drawn) return;
   drawn = frame;
-  const [width, height] = shown.size;
-  if (pen.canvas.width !== width) [pen.canvas.width, pen.canvas.height] = shown.size;
-  pen.drawImage(shown.picture, 0, frame * height, width, height, 0, 0, width, height);
-  $("made").textContent = ((shown.first + frame + 1) / shown.rate).toFixed(2);
+  const {width, height} = shown.picture, tall = height / shown.frames;
+  if (pen.canvas.width !== width) [pen.canvas.width, pen.canvas.height] = [width, tall];
+  document.body.className = shown.kind;
+  pen.drawImage(shown.picture, 0, frame * tall, width, tall, 0, 0, width, tall);
+  $("made").textContent = ((shown.made - shown.frames + frame + 1) / RATE).toFixed(2);
 }
 play();
 
 // ---- what memory holds: an element a latent, which moves where its latent moves
 
 const latents = new Map();
+let newest = -1;  // of them
+const second = number => Math.max(0, 4 * number - 3) / RATE;  // in which its frames begin
 
-function showMemory(held) {
+function showMemory(chunk) {
+  const segments = ["sink", "slow", "fast"].flatMap((name, i) => Array(chunk.sizes[i]).fill($(name)));
   const before = new Map([...latents].map(([number, element]) => [element, element.getBoundingClientRect()]));
-  const numbers = new Set(held.map(([number]) => number));
-  for (const number of latents.keys()) if (!numbers.has(number)) drop(number);
-  const now = held.at(-1)[2];
-  for (const [number, segment, second, picture] of held) {
-    const element = latents.get(number) ?? add(number, picture);
-    element.lastChild.textContent = `${(now - second).toFixed(1)} s`;
-    $(segment).lastChild.append(element);
-  }
+  const numbers = new Set(chunk.held.map(([number]) => number));
+  const isAnother = Math.max(...numbers) < newest;  // another video has begun
+  for (const number of latents.keys()) if (isAnother || !numbers.has(number)) drop(number);
+  newest = Math.max(...numbers);
+  chunk.held.forEach(([number, content], i) => {
+    const element = latents.get(number) ?? add(number, picture(chunk, content));
+    element.lastChild.textContent = `${(second(newest) - second(number)).toFixed(1)} s`;
+    segments[i].lastElementChild.append(element);
+  });
   for (const [element, from] of before) if (element.isConnected) move(element, from);
-  $("count").textContent = held.length;
+  $("count").textContent = numbers.size;
 }
 
 function animate(element, frames, duration) {
@@ -80,11 +91,10 @@ function animate(element, frames, duration) {
   return element.animate(frames, {duration: calm ? 0 : duration, easing: "ease-in-out"});
 }
 
-function add(number, picture) {
+function add(number, image) {
   const element = make("li", $("memory"));
-  const image = make("img", element);
-  image.src = picture;
   image.alt = `latent ${number}`;
+  element.append(image);
   make("span", element);
   latents.set(number, element);
   animate(element, {opacity: [0, 1]}, 400);
@@ -108,7 +118,8 @@ function drop(number) {
 
 // ---- surprisal, and the score
 
-function showBars({bars, threshold}) {
+function showBars({bars, rules, settings}) {
+  const threshold = rules[settings.memory] === "surprisal" ? 1 - settings.tau : 0;
   const most = Math.max(1.5 * threshold, ...bars.map(([surprisal]) => surprisal), 1e-6);
   $("bars").replaceChildren();
   for (const [surprisal, tested, kept] of bars) {
@@ -116,19 +127,21 @@ function showBars({bars, threshold}) {
     bar.style.height = `${100 * surprisal / most}%`;
     bar.className = kept ? "kept" : tested ? "tested" : "";
   }
-  if (threshold !== null) make("hr", $("bars")).style.bottom = `${100 * threshold / most}%`;
+  if (threshold) make("hr", $("bars")).style.bottom = `${100 * threshold / most}%`;
   const [surprisal, , kept] = bars.at(-1);
   $("bars").ariaLabel = `surprisal of the last chunk: ${surprisal.toFixed(3)}, ${kept ? "kept" : "not kept"}`;
 }
 
-function showScore(chunk) {
-  $("judged").hidden = false;
-  $("score").textContent = Object.entries(chunk.score).map(([name, count]) => `${count} ${name}`).join(", ");
-  showHouses($("first"), chunk["at first"], chunk.heading);
-  showHouses($("now"), chunk.now, chunk.heading);
+function showScore({count, first, now, heading}) {
+  $("steer").hidden = $("judged").hidden = false;
+  const {returns, right, "not kept": lost, "kept but not used": unused} = count;
+  $("score").textContent = `${returns} returns: ${right} right, ${returns - right} wrong ` +
+    `(${lost} not kept, ${unused} kept but not used)`;
+  showHouses($("first"), first, heading);
+  showHouses($("now"), now, heading);
   $("another").replaceChildren();
-  chunk.now.forEach((house, sector) => {
-    const isAnother = house && String(house) !== String(chunk["at first"][sector]);
+  now.forEach((house, sector) => {
+    const isAnother = house && String(house) !== String(first[sector]);
     make("span", $("another"), isAnother ? "≠" : "");
   });
 }
@@ -143,45 +156,70 @@ function showHouses(map, houses, heading) {
     make("s", sector).style.background = house[1];
   }
   map.ariaLabel = houses.map(house => house ? house.join(" over ") : "not seen yet").join(", ");
-  make("i", map).style.left = `${100 * heading}%`;
+  // what the camera sees, also where it reaches over an end
+  for (const turn of [-1, 0, 1]) make("i", map).style.left = `${100 * (heading + turn)}%`;
 }
 
-// ---- steering
+// ---- steering: what is clicked is asked for, and what was asked for in any tab is shown
 
-async function steer(order) {
+let settings = null;  // as they were asked for last
+
+async function ask(order) {
+  Object.assign(settings, order);
   const answer = await fetch("steer", {method: "POST", body: JSON.stringify(order)});
-  $("notice").textContent = answer.ok ? "" : await answer.text();
+  const isStrange = order.prompt && shown?.score && !CAPTION.test(order.prompt);
+  $("notice").textContent = !answer.ok ? await answer.text() :
+    isStrange ? "The tiny model knows captions as the buttons make them; other words tell it nothing." : "";
 }
 
 function showSettings(chunk) {
-  for (const [name, choices] of Object.entries(chunk.choices)) offer(name, choices);
-  for (const button of document.querySelectorAll("[role=group] button")) {
-    button.ariaPressed = String(chunk[button.parentNode.id]) === button.textContent;
-  }
-  const {prompt, seed, positions} = chunk;
-  const fields = {prompt, seed, positions, "memory-preset": chunk.memory, tau: chunk.tau?.toFixed(3)};
+  settings = chunk.settings;
+  const {prompt, seed, memory, positions, tau, paused} = settings;
+  if (!$("preset").length) for (const name in chunk.rules) make("option", $("preset"), name);
+  const fields = {prompt, seed, positions, preset: memory, tau: Number(tau.toFixed(3))};
   for (const [id, value] of Object.entries(fields)) if ($(id) !== document.activeElement) $(id).value = value;
-  $("paused").ariaPressed = Boolean(chunk.paused);
+  for (const button of document.querySelectorAll("[role=group] button")) {
+    button.ariaPressed = chunk.score?.[button.parentNode.id] === button.value;
+  }
+  $("paused").ariaPressed = paused;
   $("save").download = `live-${seed}.mp4`;
   pen.canvas.ariaLabel = `The video: ${prompt}`;
 }
 
-function offer(name, choices) {
-  const home = $(name === "memory" ? "memory-preset" : name);
-  if (home.children.length > 1) return;
-  home.hidden = false;
-  for (const choice of choices) {
-    const element = make(home.tagName === "SELECT" ? "option" : "button", home, choice);
-    if (element.tagName === "BUTTON") element.onclick = () => steer({[name]: choice});
-  }
-}
-
-$("memory-preset").onchange = event => steer({memory: event.target.value});
-$("positions").onchange = event => steer({positions: event.target.value});
-$("tau").onchange = event => steer({tau: event.target.valueAsNumber});
-$("paused").onclick = () => steer({paused: $("paused").ariaPressed === "false"});
-$("restart").onclick = () => steer({seed: $("seed").valueAsNumber, paused: false});
+$("preset").onchange = event => ask({memory: event.target.value});
+$("positions").onchange = event => ask({positions: event.target.value});
+$("tau").onchange = event => ask({tau: event.target.valueAsNumber});
+$("paused").onclick = () => ask({paused: !settings.paused});
+$("save").onclick = () => {
+  $("notice").textContent = "The mp4 is being written. It is downloaded when it is whole.";
+  setTimeout(() => { $("notice").textContent = ""; }, 20000);
+};
+$("restart").onclick = () => ask({video: settings.video + 1, seed: $("seed").valueAsNumber, paused: false});
 document.forms[0].onsubmit = event => {
   event.preventDefault();
-  steer({prompt: $("prompt").value});
+  ask({prompt: $("prompt").value});
 };
+
+// ---- captions of the small world, as world.GRAMMAR has them
+
+const CAPTION = /^(Grass|Sand|Snow|Stone)\. The camera (.*)$/;
+const MOTIONS = {
+  turn: "turns SIDE from POINT, one turn in 12 seconds.",
+  linger: "turns SIDE from POINT, lingering at compass points, one turn in 18 seconds.",
+  aside: "looks from POINT 90 degrees to the SIDE and back, every 8 seconds.",
+};
+
+// the caption that was asked for last, with another ground or motion
+function caption({ground, motion}) {
+  const score = shown.score, {prompt} = settings;
+  const [, sameGround, sameMotion] = prompt.match(CAPTION) ?? [];
+  // from the compass point that is nearest to where the camera looks
+  const point = ["north", "east", "south", "west"][Math.round(4 * score.heading) % 4];
+  const side = / left/.test(prompt) ? "left" : "right";
+  const another = MOTIONS[motion ?? "turn"].replace("SIDE", side).replace("POINT", point);
+  return `${ground ?? sameGround ?? score.ground}. The camera ${!motion && sameMotion || another}`;
+}
+
+for (const button of document.querySelectorAll("[role=group] button")) {
+  button.onclick = () => ask({prompt: caption({[button.parentNode.id]: button.value})});
+}

@@ -4,66 +4,47 @@ A page on which a video is made while you steer it, and on which the memory is s
     python live.py             # opens http://127.0.0.1:8000
     python live.py --wan Wan2.1-T2V-1.3B --ckpt self_forcing_dmd.pt
 
-The main thread makes chunk after chunk, each just in time. What it has to show is one message: frames, what
-memory holds, what the judge has read. Only the newest is there, and each viewer's thread takes it when it
-can: nobody waits for a viewer, nothing piles up, and for nobody no pictures are made. Orders (a prompt,
-another memory) are merged in one dictionary, which the next chunk obeys.
+The main thread makes chunk after chunk and publishes one message: frames, what memory holds, what the judge
+has read. Viewers' threads take the newest when they can: nobody waits for them, nothing piles up. What pages
+ask for replaces settings, which the next chunk obeys; captions, ages and charts are the pages' own work.
 
-The server is the standard library's: two files, one stream of server-sent events, one address for orders. A
-framework would bring a dozen packages, and would have to be told what is refused here as well.
+The server is the standard library's: two files, one stream of events, one address for orders. A framework
+would bring a dozen packages, and would have to be told what is refused here as well.
 
 References: LongLive, arXiv 2509.22622 (the prompt changes while the video is made).
 Leaves out: passwords and https, so that it listens on this machine alone unless --host says otherwise.
 """
-import base64
-import io
+import atexit
 import json
-import re
 import sys
 import tempfile
 import threading
 import time
 import webbrowser
-from collections import deque
+from base64 import b64decode, b64encode
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from config import STUDENT, BadInput, one_of, parse, pick_device, run, use_one_thread, within  # first
+from config import STUDENT, BadInput, check_schema, parse, pick_device, run, use_one_thread, within  # first
 
+import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
 
-import world
 from flow import generate
-from memory import CHUNK, PRESETS
+from memory import CHUNK, PRESETS, size
 from rope import MAX_POSITION
-from score import Score, world_of
+from score import Score
 from text import check_prompt
-from video import FPS, to_uint8, video_writer
+from video import FPS, chunks_of, to_uint8, video_writer
 from weights import check_options, load_networks
 
-PAGE = {"/": ("live.html", "text/html"), "/live.js": ("live.js", "text/javascript")}
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:; "
-                               "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-}
-STALL = 10            # seconds after which a viewer that takes nothing is given up
-BARS = 80             # chunks in the chart of surprisal
-CHANGES = 20          # the newest changes of settings that a saved file names
-THUMBNAIL = 128, 128  # pixels at most
-MOTIONS = {           # a click each
-    "turn": world.Motion("turn", 1, 12),
-    "lingering turn": world.Motion("linger", 1, 18),
-    "look aside": world.Motion("aside", 1, 8, 90),
-}
-SETTINGS = "prompt", "seed", "memory", "positions", "tau"
-KINDS = {"seed": (int,), "tau": (int, float), "paused": (bool,)}  # of orders; all others are texts
+# what a viewer may ask for; another number of the video begins a new one
+SETTINGS = {"video": range(2 ** 63), "seed": range(2 ** 63), "paused": bool, "prompt": str, "tau": float,
+            "memory": set(PRESETS), "positions": {"bounded", "unbounded"}}
 
 
 @dataclass
@@ -83,353 +64,207 @@ class Config:
     compile: bool = False      # torch.compile from the moment that memory is full
     out: str = "out"           # with --wan: folder for the text features of prompts
     device: str = ""           # cuda | mps | cpu (default: the best there is)
-    dtype: str = ""            # bf16 | fp32 (default: bf16 on cuda, else fp32)
+    dtype: str = ""            # with --wan: bf16 | fp32 (default: bf16 on cuda, else fp32)
     host: str = "127.0.0.1"    # address to listen on; any but the default opens the page to others
     port: int = 8000           # 0 takes a free one
     no_browser: bool = False   # print the address, open nothing
 
 
-# ---- the video under way -----------------------------------------------------------------------------------
-
 class Session:
     """One video for all viewers: the main thread makes it, the viewers' threads ask and take."""
     def __init__(self, cfg, networks):
         self.networks = networks
-        self.tiny = not cfg.wan
-        # settings, which orders replace by name
-        self.prompt, self.text = cfg.prompt, networks.text(cfg.prompt)
-        self.memory, self.tau, self.positions = cfg.memory, networks.policy.tau, cfg.positions
-        self.seed = cfg.seed
-        self.choices = {"memory": [*PRESETS], "positions": ["bounded", "unbounded"]}
-        if self.tiny:
-            self.choices |= {"ground": world.GROUNDS, "motion": [*MOTIONS]}
-        # between the threads
-        self.changed = threading.Condition()
-        self.encoding, self.saving = threading.Lock(), threading.Lock()
-        self.orders = {}
-        self.paused, self.over = False, False
-        self.message = {"rate": FPS, "choices": self.choices}
-        self.number, self.data = 0, ""
-        self.is_awaited = False  # does a viewer wait for the next message?
+        self.kind = "jpeg" if cfg.wan else "png"  # of pictures; png: the small world, which is judged
+        self.changed = threading.Condition()  # there is a newer message
+        self.working = threading.Lock()       # held while a viewer's thread runs a network
+        self.message = {"kind": self.kind, "rules": {name: policy.keep for name, policy in PRESETS.items()}}
+        options = {"video": 0, "paused": False, **vars(cfg), "tau": networks.policy.tau}
+        self.wanted = self.settings = {name: options[name] for name in SETTINGS}
+        self.ask({})
         self.begin()
+
+    def ask(self, order):
+        """What the next chunk is to obey, a dict of some of SETTINGS; raises BadInput"""
+        check_schema("an order", order, dict, fault="makes no sense")
+        with self.working:
+            wanted = {name: order.get(name, before) for name, before in self.wanted.items()}
+            check_schema("an order", wanted, SETTINGS, fault="makes no sense")
+            check_prompt(wanted["prompt"])
+            within("tau", wanted["tau"], -1, 1)
+            # the prompt is encoded here, as the video does not wait
+            self.text = self.networks.text(wanted["prompt"])
+            self.wanted = wanted
+            self.publish({"settings": wanted})
 
     def begin(self):
         """A new video, of which nothing is remembered."""
         sampler, latent = self.networks.sampler, self.networks.latent
         uncond = self.networks.text("") if sampler.guidance != 1 else None
         self.rollout = self.networks.rollout(self.text)
-        self.chunks = generate(self.rollout, [self.seed], sys.maxsize, sampler, latent, uncond)
+        self.chunks = generate(self.rollout, [self.settings["seed"]], sys.maxsize, sampler, latent, uncond)
         self.past = None    # of the autoencoder
-        self.frames = 0
-        self.pictures = {}  # latent -> its picture
-        self.bars = deque(maxlen=BARS)
+        self.frames = 0     # made so far
+        self.pictures = {}  # of each latent that is held
+        self.bars = []      # of the chart
         self.score = Score()
-        # latents go to disk, and a file is made of them: memory stays flat
-        self.latents = tempfile.TemporaryFile()
-        self.changes = deque(maxlen=CHANGES)
-
-    # ---- orders
-
-    def read_order(self, body):
-        """The bytes of a request -> dict; raises BadInput"""
-        try:
-            order = json.loads(body)
-        except (ValueError, RecursionError):
-            order = None
-        if not isinstance(order, dict):
-            raise BadInput("an order is a JSON object")
-        for name, value in order.items():
-            is_known = name in {"paused", *SETTINGS, *self.choices}
-            if not is_known or type(value) not in KINDS.get(name, (str,)):
-                raise BadInput(f"{name[:40]!r} cannot be {str(value)[:40]!r}")
-            if name in self.choices:
-                one_of(name, value, self.choices[name])
-        check_prompt(order.get("prompt", self.prompt))
-        within("tau", order.get("tau"), -1, 1)
-        within("seed", order.get("seed"), 0, 2 ** 63 - 1)
-        return order
-
-    @torch.no_grad()
-    def ask(self, order):
-        """What the next chunk is to obey; a prompt is encoded here, by a viewer's thread."""
-        with self.encoding:
-            if "ground" in order or "motion" in order:
-                order["prompt"] = self.caption(order.pop("ground", None), order.pop("motion", None))
-            if "prompt" in order:
-                order["text"] = self.networks.text(order["prompt"])
-            with self.changed:
-                self.paused = order.pop("paused", self.paused)
-                self.orders |= order
-        self.publish(paused=self.paused)
-
-    def caption(self, ground, motion):
-        """The caption that was asked for last, with another ground or motion"""
-        # from the compass point that is nearest to where the camera looks
-        here = round(self.score.path[-1:].sum() / 64) * 64 % world.COLUMNS
-        now = world_of(self.orders.get("prompt", self.prompt))
-        now = now or world.World(self.score.ground, (), here, MOTIONS["turn"])
-        if ground:
-            now = replace(now, ground=world.GROUNDS.index(ground))
-        if motion:
-            now = replace(now, start=here, motion=replace(MOTIONS[motion], direction=now.motion.direction))
-        return now.caption
+        # for a saved file; pictures go to disk, so that memory stays flat
+        self.changes = []
+        self.folder = tempfile.TemporaryDirectory()
 
     def obey(self):
-        """What was asked for takes hold."""
-        with self.changed:
-            orders, self.orders = self.orders, {}
-        vars(self).update(orders)
-        if "seed" in orders or not self.frames:
+        """What was asked for last takes hold."""
+        before, self.settings = self.settings, self.wanted
+        if not self.frames or self.settings["video"] != before["video"]:
             self.begin()
-        if self.rollout.text is not self.text:
+        elif self.settings["prompt"] != before["prompt"]:
             self.rollout.recache(self.text)
-        policy = replace(PRESETS[self.memory], tau=self.tau)
+        policy = replace(PRESETS[self.settings["memory"]], tau=self.settings["tau"])
         if policy != self.rollout.memory.policy:
             self.rollout.memory.change_policy(policy)
         # absolute positions end with Wan's table
-        if CHUNK * (self.rollout.chunk + 1) > MAX_POSITION:
-            self.positions = "bounded"
-        self.rollout.positions = self.positions
-        # for a saved file
-        if orders or not self.changes:
-            told = f"{self.memory}, tau {self.tau:.4g}, {self.positions}"
-            self.changes.append(f"{self.frames / FPS:g}: {self.prompt[:500]} [{told}]")
+        is_past = CHUNK * (self.rollout.chunk + 1) > MAX_POSITION
+        self.rollout.positions = "bounded" if is_past else self.settings["positions"]
+        if self.settings is not before or not self.changes:
+            self.changes = [*self.changes[-14:], {"second": self.frames / FPS, **self.settings}]
 
-    # ---- chunks
-
-    @torch.no_grad()
-    def make_chunk(self):
-        """The next chunk, kept and judged -> its frames (f, h, w, 3) uint8"""
+    def step(self):
+        """Makes the next chunk -> dict of what a page shows of it"""
         self.obey()
+        memory, vae, chunk = self.rollout.memory, self.networks.vae, self.rollout.chunk
         # 1. frames
-        started = time.perf_counter()
         x0 = next(self.chunks)
-        video, self.past = self.networks.vae.decode(x0, self.past)
+        video, self.past = vae.decode(x0, self.past)
         frames = to_uint8(video)[0].cpu().numpy()
-        self.speed = len(frames) / (time.perf_counter() - started)
+        strip = self.picture(np.concatenate(frames))
+        Path(self.folder.name, f"{chunk}").write_text(strip)
         self.frames += len(frames)
-        with self.changed:
-            self.latents.seek(0, io.SEEK_END)
-            np.save(self.latents, x0.cpu().numpy())
-        # 2. surprisal
+        # 2. surprisal: was it tested, and is the chunk kept?
         similar, kept = self.rollout.similarities.pop(), self.rollout.kept.pop()
-        policy = self.rollout.memory.policy
-        tested = (self.rollout.chunk - 1) % policy.interval == 0
-        self.bars.append((1 - similar.item(), tested, policy.slow > 0 and kept.item()))
-        # 3. what came back, beside the latents that the chunk did not bring itself
-        if self.tiny:
-            held = self.rollout.memory.frames()[0, :-CHUNK]
-            asked = world_of(self.prompt)
-            self.score.read(frames, held.tolist(), asked and asked.motion)
-        return frames
-
-    @torch.no_grad()
-    def tell(self, frames):
-        """frames: of the newest chunk -> dict of what a page shows of it"""
-        return {
-            "first": self.frames - len(frames),
-            "frames": len(frames),
-            "size": [self.networks.width, self.networks.height],
-            "strip": self.picture(np.concatenate(frames)),
-            "speed": self.speed,
-            "threshold": 1 - self.tau if PRESETS[self.memory].keep == "surprisal" else None,
-            "held": self.tell_memory(),
-            "bars": [*self.bars],
-            **{name: getattr(self, name) for name in SETTINGS},
-            **self.tell_score(),
-        }
+        is_tested = chunk % memory.policy.interval == 0
+        bar = 1 - similar.item(), is_tested, memory.policy.slow > 0 and kept.item()
+        self.bars = [*self.bars[-79:], bar]
+        # 3. a picture of each new latent, decoded alone
+        alone, _ = vae.decode(x0.transpose(0, 1))
+        small = to_uint8(torch.nn.functional.avg_pool2d(alone[:, -1], max(1, self.networks.width // 128)))
+        for number, frame in enumerate(small.cpu().numpy(), CHUNK * chunk):
+            self.pictures[number] = self.picture(frame)
+        # 4. what memory holds; the pictures of all else go
+        held = memory.frames()[0].tolist()
+        self.pictures = {number: self.pictures[number] for number in held}
+        sizes = [size(segment) for segment in (memory.sink, memory.slow, memory.fast)]
+        news = {"made": self.frames, "frames": len(frames), "strip": strip, "bars": self.bars,
+                "held": [*self.pictures.items()], "sizes": sizes}
+        # 5. what came back, beside the latents that the chunk did not bring itself
+        if self.kind == "png":
+            self.score.read(frames, held[:-CHUNK], self.settings["prompt"])
+            news["score"] = self.score.told()
+        return news
 
     def picture(self, frame):
-        """(h, w, 3) uint8 -> text that a page shows as a picture"""
-        kind = "png" if self.tiny else "jpeg"
-        file = io.BytesIO()
-        Image.fromarray(frame).save(file, kind, compress_level=1, quality=85)
-        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-    def tell_memory(self):
-        """-> number, segment, second and picture of each latent that is held"""
-        held = []
-        for name in ("sink", "slow", "fast"):
-            segment = getattr(self.rollout.memory, name)
-            entries = [] if segment is None else zip(segment.frame[0].tolist(), segment.latent[0])
-            for number, latent in entries:
-                picture = self.pictures.get(number) or self.thumbnail(latent)
-                held.append((number, name, max(0, 4 * number - 3) / FPS, picture))
-        self.pictures = {number: picture for number, *_, picture in held}
-        return held
-
-    def thumbnail(self, latent):
-        """A latent (c, h, w), decoded alone"""
-        decoded, _ = self.networks.vae.decode(latent[None, None])
-        small = Image.fromarray(to_uint8(decoded)[0, -1].cpu().numpy())
-        small.thumbnail(THUMBNAIL)
-        return self.picture(np.asarray(small))
-
-    def tell_score(self):
-        """-> what came back, where the camera looks (1: once round), roof and wall of the house by sector"""
-        if not self.tiny:
-            return {}
-        score = self.score
-        kind = score.motion and score.motion.kind
-        houses = [[world.COLOURS[c] for c in pair] for pair in world.PAIRS] + [None]
-        return {
-            "score": score.count(),
-            "ground": world.GROUNDS[score.ground],
-            "motion": [name for name, motion in MOTIONS.items() if motion.kind == kind],
-            "heading": score.path[-1] / world.COLUMNS % 1,
-            "at first": [houses[landmark] for landmark in score.first],
-            "now": [houses[landmark] for landmark in score.now],
-        }
+        """(h, w, 3) uint8 -> a file's content, in base 64"""
+        picture = iio.imwrite("<bytes>", frame, extension=f".{self.kind}", compress_level=1, quality=85)
+        return b64encode(picture).decode()
 
     def run(self):
         """Chunk after chunk without end, at the rate of the video."""
-        due = time.monotonic()
+        due, cost = time.monotonic(), 0
         while True:
+            # late enough for what is asked meanwhile, early enough to be there in time
+            time.sleep(max(0, due - 2 * cost - time.monotonic()))
             started = time.monotonic()
-            frames = self.make_chunk()
-            news = self.tell(frames) if self.is_awaited else {}
-            made = time.monotonic()
-            due = max(due, made)
-            time.sleep(due - made)
-            if news:
-                self.publish(**news, at=time.time())
-            due += len(frames) / FPS
-            # the next one: late enough for what is asked meanwhile, early enough to be there in time
-            time.sleep(max(0, due - 2 * (made - started) - time.monotonic()))
-            while self.paused:
+            news = self.step()
+            cost = time.monotonic() - started
+            time.sleep(max(0, due - time.monotonic()))
+            self.publish({**news, "cost": cost, "at": time.time()})
+            due = max(due, time.monotonic()) + news["frames"] / FPS
+            while self.wanted["paused"]:
                 time.sleep(.05)
 
-    # ---- viewers
-
-    def publish(self, **news):
+    def publish(self, news):
         """The newest message is the only one."""
         with self.changed:
             self.message |= news
-            self.number += 1
             self.data = json.dumps(self.message)
-            self.is_awaited = False
             self.changed.notify_all()
 
-    def newer(self, number):
-        """Waits for a message after this number, though not for ever -> the newest number, its text"""
-        with self.changed:
-            if self.number == number:
-                self.is_awaited = True
-                self.changed.wait(STALL / 2)
-            return self.number, self.data
-
-    @torch.no_grad()
-    def save(self, path):
-        """All that was made so far, decoded once more into an mp4."""
-        latents, past, at = self.latents, None, 0
-        about = {"AI-generated": True, "prompt": " | ".join(self.changes), "seed": self.seed}
-        about = json.dumps({**about, "model": self.networks.name})
-        with self.changed:
-            end = latents.seek(0, io.SEEK_END)
-        with self.saving, video_writer(path, about, self.networks.scale) as file:
-            while at < end:
-                if self.over:
-                    raise BadInput("the server has stopped")
-                with self.changed:
-                    latents.seek(at)
-                    x0 = torch.from_numpy(np.load(latents))
-                    at = latents.tell()
-                decoded, past = self.networks.vae.decode(x0.to(self.rollout.text[0][0].device), past)
-                for frame in to_uint8(decoded)[0].cpu().numpy():
+    def save(self):
+        """-> bytes of an mp4 of all that was made so far; raises BadInput"""
+        # another video may begin meanwhile
+        folder, chunks = self.folder, chunks_of(self.frames)
+        about = {"AI-generated": True, "model": self.networks.name, "settings": self.changes}
+        path = Path(folder.name, "live.mp4")
+        with video_writer(path, json.dumps(about), self.networks.scale) as file:
+            for chunk in range(chunks):
+                strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
+                for frame in np.split(strip, len(strip) // self.networks.height):
                     file.append_data(frame)
+        return path.read_bytes()
 
-
-# ---- the server --------------------------------------------------------------------------------------------
 
 class Server(ThreadingTCPServer):
     """session: the Session; name: what it was told to listen on"""
     daemon_threads = True
     allow_reuse_address = sys.platform != "win32"  # there it means to share a port that is taken
 
-    def handle_error(self, request, client_address):
-        # a viewer that goes in the middle of an answer is no error
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = STALL
-
-    error_message_format = "%(explain)s"  # one line of text
-    error_content_type = "text/plain; charset=utf-8"
+    timeout = 10  # seconds after which a viewer that takes nothing is given up
 
     def log_message(self, *about):
         pass
 
-    def end_headers(self):
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
-        super().end_headers()
+    def handle(self):
+        with suppress(OSError):  # a viewer that goes in the middle of an answer is no error
+            try:
+                super().handle()
+            except (ValueError, RecursionError) as error:  # BadInput, too
+                self.reply(" ".join(str(error).split()), status=400)
 
-    def reply(self, body, kind):
-        self.send_response(200)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+    def reply(self, text="", kind="text/plain; charset=utf-8", status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
 
-    def parse_request(self):
-        """-> is it to be answered? A page of another site has another name, whatever that resolves to."""
-        if not super().parse_request():
-            return False
+    def is_own(self):
+        """Does the page itself ask? That of another site has another name, whatever that resolves to."""
         address, port = self.connection.getsockname()
-        known = {f"http://{name}:{port}" for name in (address, self.server.name, "localhost")}
         # browsers leave out http's own port
-        known |= {name.removesuffix(":80") for name in known}
-        host = f"http://{self.headers.get('Host')}"
-        if {host, self.headers.get("Origin", host)} <= known:
-            return True
-        self.send_error(403, explain="this page answers to its own address only")
-        return False
+        names = address, self.server.name, "localhost"
+        known = {f"http://{name}:{port}".removesuffix(":80") for name in names}
+        host = f"http://{self.headers['Host']}"
+        return {host, self.headers.get("Origin", host)} <= known
 
     def do_GET(self):
-        if self.path in PAGE:
-            name, kind = PAGE[self.path]
-            self.reply(Path(__file__).with_name(name).read_bytes(), kind)
-        elif self.path == "/events":
-            self.stream()
-        elif self.path == "/video.mp4":
-            self.send_video()
-        else:
-            self.send_error(404, explain="no such page")
+        session, length = self.server.session, int(self.headers["Content-Length"] or 0)
+        match self.command, self.path:
+            case _ if not self.is_own():
+                self.reply("this page answers to its own address only", status=403)
+            case _ if not 0 <= length <= 4096:
+                self.reply("an order has at most 4 KB", status=413)
+            case "GET", "/":
+                self.reply(Path(__file__).with_suffix(".html").read_bytes(), "text/html")
+            case "GET", "/live.js":
+                self.reply(Path(__file__).with_suffix(".js").read_bytes(), "text/javascript")
+            case "GET", "/video.mp4":
+                self.reply(session.save(), "video/mp4")
+            case "POST", "/steer":
+                session.ask(json.loads(self.rfile.read(length)))
+                self.reply()
+            case "GET", "/events":
+                self.reply(kind="text/event-stream")
+                data = ""
+                while True:
+                    # the newest; where there is none the last one, so that one who is gone is noticed
+                    with session.changed:
+                        session.changed.wait_for(lambda: session.data is not data, self.timeout / 2)
+                        data = session.data
+                    self.wfile.write(f"data: {data}\n\n".encode())
+            case _:
+                self.reply("no such page", status=404)
 
-    def stream(self):
-        self.reply(b"", "text/event-stream")
-        number = 0
-        while True:
-            newest, data = self.server.session.newer(number)
-            # a comment where there is nothing new: so a viewer that is gone is noticed
-            text = f"data: {data}\n\n" if newest > number else ":\n\n"
-            self.wfile.write(text.encode())
-            number = newest
-
-    def send_video(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "video.mp4")
-            try:
-                self.server.session.save(path)
-                self.reply(path.read_bytes(), "video/mp4")
-            except BadInput as error:
-                self.send_error(500, explain=str(error))
-
-    def do_POST(self):
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/steer":
-            self.send_error(404, explain="no such page")
-        elif not re.fullmatch(r"\d{1,4}", length) or int(length) > 4096:
-            self.send_error(413, explain="an order has at most 4 KB, and says how many")
-        else:
-            session = self.server.session
-            try:
-                session.ask(session.read_order(self.rfile.read(int(length))))
-                self.send_response(204)
-                self.end_headers()
-            except BadInput as error:
-                self.send_error(400, explain=str(error))
+    do_POST = do_GET
 
 
 def main():
@@ -437,36 +272,28 @@ def main():
     cfg = parse(Config)
     check_options(cfg)
     check_prompt(cfg.prompt)
-    within("--port", cfg.port, 0, 65535)
     device = pick_device(cfg.device)
     try:
         server = Server((cfg.host, cfg.port), Handler)
-    except (OSError, UnicodeError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise BadInput(f"cannot listen on {cfg.host}:{cfg.port} ({error}): give another --port") from None
     # 2. networks
     if not cfg.wan:
         use_one_thread()
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan):
-        networks = load_networks(cfg, STUDENT, [cfg.prompt], device, dtype)
-        session = Session(cfg, networks)
-        # 3. viewers
-        server.session, server.name = session, cfg.host
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        host, port = server.server_address
-        print(f"http://{host}:{port}", flush=True)
-        if not host.startswith("127."):
-            print(f"warning: whoever reaches {host} can watch and steer", file=sys.stderr)
-        if not cfg.no_browser:
-            webbrowser.open(f"http://{host}:{port}")
-        # 4. the video, until Ctrl-C; a file that is being saved then is given up
-        try:
-            session.run()
-        finally:
-            session.over = True
-            with session.saving, session.encoding:
-                pass
+    networks = load_networks(cfg, STUDENT, [cfg.prompt], device, torch.bfloat16 if bf16 else torch.float32)
+    server.session, server.name = Session(cfg, networks), cfg.host
+    # 3. viewers
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host, port = server.server_address
+    print(f"http://{host}:{port}", flush=True)
+    if not host.startswith("127."):
+        print(f"warning: whoever reaches {host} can watch and steer", file=sys.stderr)
+    if not cfg.no_browser:
+        webbrowser.open(f"http://{host}:{port}")
+    # 4. the video, until Ctrl-C; then no viewer's thread may be within a network
+    atexit.register(server.session.working.acquire)
+    server.session.run()
 
 
 if __name__ == "__main__":

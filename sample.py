@@ -17,41 +17,37 @@ import json
 import re
 import sys
 import time
-import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, check_schema, check_writable, fast_attention, parse,
-                    pick_device, run, use_one_thread, whole_or_absent, within)
+from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, check_writable, fast_attention,
+                    in_one_line, parse, pick_device, run, use_one_thread, warn, within)
 
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from bench import bench, memory_estimate, peak_memory
 from erft import extend
-from flow import Rollout, generate
+from flow import generate
 from memory import CHUNK
-from tensors import hash_file
+from tensors import hash_content, hash_file, read_file, write_safetensors
 from text import check_prompt, read_prompts
-from video import (FPS, THUMBNAILS, add_to_manifest, chunks_of, find_ffmpeg, frames_in, decode_beside,
-                   memory_picture, read_clip, read_manifest, video_writer)
-from weights import check_options, load_networks, read_file
+from video import (FPS, MANIFEST, THUMBNAILS, add_to_manifest, chunks_of, find_ffmpeg, frames_in,
+                   decode_beside, memory_picture, read_clip, read_manifest, video_writer)
+from weights import check_options, load_networks
 from world import GRAMMAR
 
-# options that make a video what it is: a saved state brings them along
-SAVED_OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "ckpt", "lora", "wan", "size",
-                 "vae", "dtype"]
-# what a file with a state holds
-HELD = {"frame": torch.Tensor, "latent": torch.Tensor, "keys": [torch.Tensor], "values": [torch.Tensor]}
-MEMORY = {"pending": list, "sink": (HELD, None), "slow": (HELD, None), "fast": (HELD, None)}
-ROLLOUT = {"chunk": int, "descriptor": torch.Tensor, "similarities": [torch.Tensor], "kept": [torch.Tensor],
-           "memory": MEMORY}
-VIDEO = {"rollout": ROLLOUT, "past": [(torch.Tensor, None)], "frames": int, "surplus": torch.Tensor,
-         "thumbnails": dict}
-STATE = {"options": dict, "video": VIDEO, "model": str}
+# options that make a video what it is: a saved state brings them along, with the files, which may be moved
+OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "size", "vae", "dtype"]
+FILES = ["ckpt", "lora", "wan"]
+LONGEST = 86400  # seconds
+# what a state says beside its latents; also frames that are written, and how many chunks are a clip's
+STATE = {"latents": torch.Tensor, "options": dict, "model": str, "clip": int,
+         "frames": range(1, LONGEST * FPS)}
 
 
 @dataclass
@@ -88,23 +84,24 @@ class Config:
 def check(cfg):
     """Refuses what can be refused before anything is loaded."""
     check_options(cfg)
-    within("--seconds", cfg.seconds, 0.01, 86400)
-    within("--seeds", cfg.seeds, 1, 10 ** 6)
-    if cfg.positions == "unbounded" and cfg.seconds > 255:
-        raise BadInput("unbounded positions end at 255 s: use --positions bounded")
-    if (cfg.save_state or cfg.resume) and (cfg.prompts or cfg.seeds > 1 or cfg.bench or cfg.teacher):
-        raise BadInput("--save-state and --resume are for one video of the student: leave out "
-                       "--prompts, --seeds, --bench and --teacher")
-    if cfg.resume and cfg.continue_:
-        raise BadInput("--resume and --continue are two ways to go on: leave one of them out")
-    if cfg.teacher and (cfg.bench or not cfg.continue_):
-        raise BadInput("--teacher goes on from a clip: give --continue CLIP, and no --bench")
+    most = 255 if cfg.positions == "unbounded" else LONGEST
+    within(f"--seconds with --positions {cfg.positions}", cfg.seconds, 0.01, most)
+    within("--seeds", cfg.seeds, 1, min(10 ** 6, 2 ** 63 - cfg.seed))
+    # what does not go together
+    several = cfg.prompts or cfg.seeds > 1 or cfg.bench or cfg.teacher
+    is_saved = cfg.save_state or cfg.resume
+    no_clip = cfg.teacher and (cfg.bench or not cfg.continue_)
+    if is_saved and several or cfg.resume and cfg.continue_ or no_clip:
+        raise BadInput("--save-state and --resume are for one video of the student: leave out --prompts, "
+                       "--seeds, --bench and --teacher, and --continue with --resume; --teacher goes on from "
+                       "a clip: give --continue CLIP, and no --bench")
     # what would be found out after the work
-    if cfg.save_state and Path(cfg.save_state).is_dir():
-        raise BadInput(f"--save-state {cfg.save_state} is a folder: give a file")
+    if cfg.save_state:
+        check_file(cfg.save_state)
     check_writable(Path(cfg.save_state).parent)
     if not cfg.bench:
         check_writable(cfg.out)
+        check_file(Path(cfg.out, MANIFEST))
         find_ffmpeg()
 
 
@@ -131,81 +128,54 @@ def read_switches(prompt, end):
     return switches
 
 
-def read_all_switches(cfg):
-    """The options -> prompts, of which some may stand there twice, and {prompt: its switches}"""
-    # a video whose state is saved may go on to a later switch
-    read = partial(read_switches, end=float("inf") if cfg.save_state else cfg.seconds)
-    prompts = read_prompts(cfg.prompts, read) if cfg.prompts else [cfg.prompt]
-    return prompts, {prompt: read(prompt) for prompt in prompts}
-
-
 def warn_of_grammar(texts):
     """The tiny text encoder has read nothing but the small world's captions."""
     if strange := [text for text in texts if not re.fullmatch(GRAMMAR, text)]:
-        print(f"warning: the tiny model knows captions such as {Config.prompt!r} (GRAMMAR in world.py), so "
-              f"anything may come of {strange[0][:60]!r}", file=sys.stderr)
+        warn(f"the tiny model knows captions such as {Config.prompt!r} (GRAMMAR in world.py), so "
+             f"anything may come of {strange[0][:60]!r}")
 
 
 # ---- a video that goes on later ---------------------------------------------------------------------------
 
-def load_state(cfg, device):
-    """What --resume names -> Video.state_dict(), hash of its networks; its options go into cfg."""
-    state, _ = read_file(cfg.resume, device)
-    if "options" not in state:
-        raise BadInput(f"{cfg.resume} is not a state: give a file that --save-state wrote")
-    check_schema(cfg.resume, state, STATE)
-    done = state["video"]["frames"]
-    if frames_in(cfg.seconds) <= done:
-        raise BadInput(f"{cfg.resume} is {done / FPS:g} s long already: give --seconds above that")
+def read_options():
+    """-> the options, those of --resume among them; latents of its video, or None; what its file says"""
+    cfg = parse(Config)
+    check(cfg)
+    if not cfg.resume:
+        return cfg, None, {"frames": 0, "clip": 0}
+    remedy = "give a file that --save-state wrote"
+    state, about = read_file(cfg.resume, verify=not cfg.no_verify, remedy=remedy)
+    check_schema(cfg.resume, {**about, "latents": state.get("latents")}, STATE)
     # a file may hold anything: only these options count, and they are read as the command line is
-    options = {name: state["options"].get(name) for name in SAVED_OPTIONS}
+    words = [f"--{name}={value}" for name, value in about["options"].items()
+             if name in OPTIONS + FILES and value is not None]
     try:
-        saved = parse(Config, [f"--{name}={value}" for name, value in options.items() if value is not None])
+        saved = parse(Config, words)
         check_options(saved)
     except BadInput as error:
         raise BadInput(f"{cfg.resume} is damaged: {error}") from None
-    # an option that says something else than the state is refused, but for weights that were moved
-    for name in SAVED_OPTIONS:
-        given, value = getattr(cfg, name), getattr(saved, name)
-        if given == getattr(Config, name):
-            setattr(cfg, name, value)
-        elif given != value and name not in ("ckpt", "lora", "wan"):
-            raise BadInput(f"{cfg.resume} was made with --{name} {value}: leave that option out")
-    return state["video"], state["model"]
+    # one that says something else than the state is refused, but for weights that were moved
+    cfg = parse(Config, [*words, *sys.argv[1:]])
+    check(cfg)
+    for name in OPTIONS:
+        if getattr(cfg, name) != getattr(saved, name):
+            raise BadInput(f"{cfg.resume} was made with --{name} {getattr(saved, name)}: leave that out")
+    if frames_in(cfg.seconds) <= about["frames"]:
+        raise BadInput(f"{cfg.resume} is {about['frames'] / FPS:g} s long already: give --seconds above that")
+    # a copy: the file is mapped, and may be replaced
+    latents, chunks = state["latents"].clone(), chunks_of(about["frames"])
+    if not (latents.shape[1:2] == (CHUNK * chunks,) and 0 <= about["clip"] <= chunks
+            and latents.is_floating_point() and latents.float().isfinite().all()):
+        raise BadInput(f"{cfg.resume} is damaged: its latents are no {chunks} chunks of finite numbers")
+    return cfg, latents, about
 
 
-def save_state(cfg, video, model):
-    """The video under way, with the options that make it and the hash of its networks"""
-    state = {"options": {name: getattr(cfg, name) for name in SAVED_OPTIONS}, "model": model}
-    state["video"] = video.state_dict()
-    with whole_or_absent(cfg.save_state) as part:
-        try:
-            torch.save(state, part)
-        # torch does not say why it could not write
-        except RuntimeError:
-            raise OSError("is the disk full?") from None
-
-
-def hash_networks(networks):
-    """sha256 of all weights that make frames of latents and text features"""
-    digest = hashlib.sha256()
-    for tensor in chain(networks.dit.state_dict().values(), networks.vae.state_dict().values()):
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def describe(cfg, networks, dtype, done):
-    """What a picture depends on beside prompt, seed and weights"""
-    return {
-        **{name: getattr(cfg, name) for name in ("seconds", "memory", "positions", "teacher")},
-        "tau": networks.policy.tau,
-        "steps": networks.sampler.steps,
-        "size": f"{networks.width}x{networks.height}",
-        "vae": type(networks.vae).__name__,
-        "dtype": str(dtype),
-        "continue": hash_file(cfg.continue_) if cfg.continue_ else "",
-        "from": done,
-    }
+def read_all_prompts(cfg):
+    """-> prompts, of which some may stand there twice, and {prompt: its switches}"""
+    # a video whose state is saved may go on to a later switch
+    read = partial(read_switches, end=float("inf") if cfg.save_state else cfg.seconds)
+    prompts = read_prompts(cfg.prompts, read) if cfg.prompts else [cfg.prompt]
+    return prompts, {prompt: read(prompt) for prompt in prompts}
 
 
 def name_video(cfg, record, manifest, taken):
@@ -213,52 +183,25 @@ def name_video(cfg, record, manifest, taken):
     Where a video goes: its prompt's letters, of every script, its seed, eight digits of all that makes it. A
     number is added where a file stands that is not the same video: one of other content, or of this run.
     """
-    # letters, numbers and marks, as far as names of files can have them here
-    prompt = unicodedata.normalize("NFC", record["prompt"].lower())
-    spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in prompt)
+    # all but white space and ASCII's marks, as far as names of files can have it here
     code = sys.getfilesystemencoding()
-    name = "-".join(spaced.split()).encode(code, "ignore")[:120].decode(code, "ignore") or "video"
+    letters = re.sub(r"[\s!-/:-@[-`{-~]+", "-", record["prompt"].lower()).strip("-")
+    letters = letters.encode(code, "ignore")[:120].decode(code, "ignore") or "video"
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     done = f"-from-{record['options']['from']}" if record["options"]["from"] else ""
-    stem = f"{name}-{record['seed']}{done}-{key}"
     for number in count(1):
-        path = Path(cfg.out, f"{stem}-{number}.mp4" if number > 1 else f"{stem}.mp4")
-        is_free = cfg.overwrite or not (path.exists() or path.with_suffix(".png").is_dir())
+        again = f"-{number}" if number > 1 else ""
+        path = Path(cfg.out, f"{letters}-{record['seed']}{done}-{key}{again}.mp4")
         # the same video may be there, but one that may be stopped half-way does not take its place
-        if path.is_file() and not cfg.save_state:
-            made = manifest.get(path.name, {})
-            is_free |= made.items() >= record.items() and made["sha256"] == hash_file(path)
+        made = manifest.get(path.name, {})
+        is_same = made.items() >= record.items() and path.is_file() and made["sha256"] == hash_file(path)
+        is_free = cfg.overwrite or not path.exists() or is_same and not cfg.save_state
         if is_free and path not in taken:
             taken.add(path)
             return path
 
 
 # ---- videos -----------------------------------------------------------------------------------------------
-
-@dataclass
-class Video:
-    """A video under way: with the options, all that a saved state holds."""
-    rollout: Rollout
-    past: list = None  # what the autoencoder remembers of the frames before, from vae.decode()
-    frames: int = 0    # written so far, those of an earlier file included
-    surplus: torch.Tensor = torch.zeros(0)          # (f, h, w, 3) uint8 decoded beyond --seconds
-    thumbnails: dict = field(default_factory=dict)  # second -> frame (h, w, 3) uint8, for the memory picture
-
-    def state_dict(self):
-        """Noise is keyed by (seed, chunk, step), so the chunk's number is all the random state there is."""
-        return {**vars(self), "rollout": self.rollout.state_dict(), "past": list(self.past)}
-
-    def write(self, frames, total, file, bar):
-        """Decoded frames (f, h, w, 3) uint8 into the file, up to `total` in all; the rest is kept."""
-        if len(frames) and self.frames / total * THUMBNAILS >= len(self.thumbnails):
-            self.thumbnails[self.frames / FPS] = frames[0].clone()
-        room = total - self.frames
-        self.surplus = frames[room:].clone()
-        for frame in frames[:room]:
-            file.append_data(frame.cpu().numpy())
-            bar.update()
-            self.frames += 1
-
 
 def text_at(texts, chunk):
     """texts: chunk -> text that holds from there on; -> the one that holds at `chunk`"""
@@ -280,70 +223,99 @@ def extend_with_teacher(networks, texts, history, grid, seed):
         yield from new.split(CHUNK, dim=1)
 
 
-def encode_clip(cfg, networks, frames, device):
-    """The end of the clip that --continue names, which has fewer frames -> latents (1, 3m, c, h, w)"""
-    clip = torch.from_numpy(read_clip(cfg.continue_, networks.width, networks.height, frames))
-    return networks.vae.encode(clip.movedim(-1, -3)[None].to(device) / 127.5 - 1).float()
+def find_old_chunks(cfg, networks, latents, device):
+    """What is there by --continue, or in a state (its latents, or None) -> list of x0 (1, 3, c, h, w)"""
+    if cfg.continue_:
+        frames = read_clip(cfg.continue_, networks.width, networks.height, frames_in(cfg.seconds))
+        clip = torch.from_numpy(frames).movedim(-1, -3)[None].to(device)
+        latents = networks.vae.encode(clip / 127.5 - 1)
+    if latents is None:
+        return []
+    c, h, w = networks.latent
+    with in_one_line(f"cannot read {cfg.resume}", "give a file that --save-state wrote"):
+        chunks = rearrange(latents, "1 (m n) c h w -> m 1 n c h w", n=CHUNK, c=c, h=h, w=w)
+    return list(chunks.to(device).float())
 
 
-def render_video(cfg, networks, switches, seed, history, saved, stop, file, bar):
+def make_latents(cfg, networks, switches, seed, old, clip):
     """
-    One video, from its first frame, a clip or a saved state to its last.
+    The latents of a video, of which some may be there: a clip's, or a saved video's.
     switches  chunk -> the text that holds from there on
-    history   None, or the latents (1, 3m, c, h, w) of the clip to go on from
-    saved     None, or Video.state_dict() of the one to go on with
-    file      of video_writer()
-    returns   Video
+    old       list of x0 (1, 3, c, h, w); the first `clip` of them are a clip's
+    returns   the rollout; a generator of x0 (1, 3, c, h, w), one chunk after another, the old ones first
     """
-    total = frames_in(cfg.seconds)
-    # 1. the rollout: from nothing, or where a saved one stopped
-    begun = 0 if history is None else history.shape[1] // CHUNK
-    if saved is not None:
-        begun = saved["rollout"]["chunk"]
     texts = {chunk: networks.text(text) for chunk, text in switches.items()}
-    rollout = networks.rollout(text_at(texts, max(0, begun - 1)))
-    if saved is not None:
-        rollout.load_state_dict(saved["rollout"])
-    video = Video(**{**(saved or {}), "rollout": rollout})
-    # 2. latents, a chunk at a time; those of a clip come first
-    left = chunks_of(total) - begun
+    rollout = networks.rollout(text_at(texts, max(0, clip - 1)))
+    left = chunks_of(frames_in(cfg.seconds)) - len(old)
     if cfg.teacher:
-        chunks = islice(extend_with_teacher(networks, texts, history, rollout.grid, seed), left)
-    else:
-        uncond = networks.text("") if networks.sampler.guidance != 1 else None
-        del texts[0]  # the rollout has it
-        chunks = generate(rollout, [seed], left, networks.sampler, networks.latent, uncond, history, texts)
-    if history is not None:
-        chunks = chain(history.split(CHUNK, dim=1), chunks)
+        new = extend_with_teacher(networks, texts, torch.cat(old, dim=1), rollout.grid, seed)
+        return rollout, chain(old, islice(new, left))
+    # the clean passes of what is there, as when it was made
+    del texts[0]  # the rollout has it
+    for x0 in old:
+        if rollout.chunk >= clip and rollout.chunk in texts:
+            rollout.recache(texts[rollout.chunk])
+        rollout.read_context()
+        rollout.append(x0)
+    uncond = networks.text("") if networks.sampler.guidance != 1 else None
+    new = generate(rollout, [seed], left, networks.sampler, networks.latent, uncond, texts=texts)
+    return rollout, chain(old, new)
+
+
+def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
+    """
+    One video: its mp4, its line in the manifest, its state, its memory picture.
+    record    what makes it, for the manifest
+    switches  chunk -> the text that holds from there on
+    old       list of x0 (1, 3, c, h, w) that are there; the first `clip` of them are a clip's
+    """
+    prompt, seed, done = record["prompt"], record["seed"], record["options"]["from"]
+    rollout, chunks = make_latents(cfg, networks, switches, seed, old, clip)
+    kept, thumbnails, frames = [], {}, 0
+    total = frames_in(cfg.seconds)
 
     def until_signal():
-        for x0 in chunks:
+        for number, x0 in enumerate(chunks, 1):
+            if cfg.save_state:
+                kept.append(x0)
             yield x0
-            if stop.code and rollout.chunk:
+            if stop.code and number > len(old):
                 return
-    # 3. decode and write them one after another
-    video.write(video.surplus, total, file, bar)
-    for frames, is_finite, video.past in decode_beside(networks.vae, until_signal(), video.past):
-        if not is_finite:
-            raise BadInput(f"the chunk at {video.frames / FPS:g} s is not finite (NaN or infinity): "
-                           f"are these weights of {networks.name} damaged, or too large for --dtype?")
-        video.write(frames, total, file, bar)
-    return video
+    # 1. decode and write one chunk after another, but for what is in an earlier file
+    comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
+    with video_writer(path, json.dumps(comment), networks.scale) as file:
+        for decoded, is_finite in decode_beside(networks.vae, until_signal()):
+            if not is_finite:
+                raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "
+                               f"are these weights of {networks.name} damaged, or too large for --dtype?")
+            if frames / total * THUMBNAILS >= len(thumbnails):
+                thumbnails[frames / FPS] = decoded[0].clone()
+            for frame in decoded[max(0, done - frames):total - frames]:
+                file.append_data(frame.numpy())
+                bar.update()
+            frames = min(total, frames + len(decoded))
+    # 2. what was made, and the state, before a word that may find nobody
+    about = {"frames": frames - done, "sha256": hash_file(path)}
+    add_to_manifest(cfg.out, {"file": path.name, **record, **about})
+    told = f"wrote {path}"
+    if cfg.save_state:
+        saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}
+        about = {"options": saved, "model": record["model"], "frames": frames, "clip": clip}
+        write_safetensors(cfg.save_state, {"latents": torch.cat(kept, dim=1)}, about)
+        told += f", saved {cfg.save_state} at {frames / FPS:g} s"
+    bar.write(told)
+    # 3. what the memory holds now
+    if not cfg.teacher:
+        memory_picture(path.with_suffix(".png"), thumbnails, rollout, networks.vae, prompt)
 
 
 @torch.no_grad()
 def main():
     started = time.time()
     # 1. what is asked for
-    cfg = parse(Config)
+    cfg, saved, about = read_options()
     device = pick_device(cfg.device)
-    check(cfg)
-    saved, done = None, 0
-    if cfg.resume:
-        saved, model_of_saved = load_state(cfg, device)
-        check(cfg)
-        done = saved["frames"]
-    prompts, switches = read_all_switches(cfg)
+    prompts, switches = read_all_prompts(cfg)
     texts = sorted({text for by_chunk in switches.values() for text in by_chunk.values()})
     if not cfg.wan:
         use_one_thread()
@@ -351,48 +323,42 @@ def main():
     # 2. precision: weights of the raw folder are converted, the tiny ones autocast
     bf16 = cfg.dtype == "bf16" if cfg.dtype else device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    cfg.dtype = "bf16" if bf16 else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
     with autocast, fast_attention(device), StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
-        frames, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
+        total, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
         print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
               f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
             print(f"estimate: {memory_estimate(networks) / 1e9:.1f} GB at most")
         if cfg.bench:
             return bench(networks, texts[0])
-        model = hash_networks(networks)
-        if saved and model != model_of_saved:
+        # 4. the model
+        model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), "")
+        if cfg.resume and model != about["model"]:
             raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
                            "autoencoder or --dtype: give its own by --ckpt or --wan")
-        # 4. the clip to go on from
-        history = encode_clip(cfg, networks, frames, device) if cfg.continue_ else None
-        # 5. the videos; the bar is delayed, so that no error is told behind it
+        # 5. what is there of it
+        old = find_old_chunks(cfg, networks, saved, device)
+        clip = len(old) if cfg.continue_ else about["clip"]
+        # 6. what a video depends on
+        cfg.tau, cfg.steps = networks.policy.tau, networks.sampler.steps
+        options = {name: getattr(cfg, name) for name in (*OPTIONS[2:], "seconds", "teacher")}
+        options["continue"] = hash_file(cfg.continue_) if cfg.continue_ else ""
+        options["from"] = done = about["frames"]
+        # 7. the videos; the bar is delayed, so that no error is told behind it
         stop.patient = bool(cfg.save_state)
-        about = {"options": describe(cfg, networks, dtype, done), "model": model}
         manifest, taken = read_manifest(cfg.out), set()
-        with tqdm(total=frames * videos, initial=done, unit=" frames", delay=.01) as bar:
+        with tqdm(total=total * videos, initial=done, unit=" frames", delay=.01) as bar:
             for prompt, seed in product(prompts, range(cfg.seed, cfg.seed + cfg.seeds)):
-                record = {"prompt": prompt, "seed": seed, **about}
+                record = {"prompt": prompt, "seed": seed, "options": options, "model": model}
                 path = name_video(cfg, record, manifest, taken)
-                comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
-                with video_writer(path, json.dumps(comment), networks.scale) as file:
-                    video = render_video(cfg, networks, switches[prompt], seed, history, saved,
-                                         stop, file, bar)
-                made = {"frames": video.frames - done, "sha256": hash_file(path)}
-                add_to_manifest(cfg.out, {"file": path.name, **record, **made})
-                bar.write(f"wrote {path}")
-                # 6. the state, and what the memory holds now
-                if cfg.save_state:
-                    save_state(cfg, video, model)
-                    bar.write(f"saved {cfg.save_state} at {video.frames / FPS:g} s")
-                if not cfg.teacher:
-                    picture = path.with_suffix(".png")
-                    memory_picture(picture, video.thumbnails, video.rollout, networks.vae, prompt)
+                make_video(cfg, networks, path, record, switches[prompt], old, clip, stop, bar)
     if stop.code:
         sys.exit(stop.code)
-    wall, made = time.time() - started, frames * videos - done
+    wall, made = time.time() - started, total * videos - done
     print(f"{made} frames in {wall:.1f} s: {made / wall:.0f} frames/s, {peak_memory(device)}")
 
 

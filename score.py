@@ -24,69 +24,76 @@ FRAMES = 12         # of a chunk
 WINDOW = 180 * FPS  # frames in which returns are counted
 
 
-def world_of(caption):
-    """The World, houses unknown, that a caption of the small world tells of; None for any other text"""
+def motion_of(caption):
+    """The Motion that a caption of the small world tells of; None for any other text"""
     if not re.fullmatch(world.GRAMMAR, caption):
         return None
     # Snow. The camera looks from east 90 degrees to the left and back, every 8 seconds.
-    ground, point = re.match(r"(\w+).* from (\w+)", caption).groups()
     kind = "linger" if "lingering" in caption else "aside" if "looks" in caption else "turn"
     *degrees, seconds = map(int, re.findall(r"\d+", caption))
-    motion = world.Motion(kind, 1 if " right" in caption else -1, seconds, *degrees)
-    return world.World(world.GROUNDS.index(ground), (), 64 * world.POINTS.index(point), motion)
+    return world.Motion(kind, 1 if " right" in caption else -1, seconds, *degrees)
 
 
 class Score:
-    """Of one video, from its first chunk on. Keeps 16 bytes a frame."""
+    """Of one video, from its first chunk on. What it keeps does not grow: it ends at WINDOW frames."""
     def __init__(self):
         self.frames = np.zeros((0, 3, world.HEIGHT, world.WIDTH), np.uint8)  # of the last chunk
-        self.path = np.zeros(0)                          # as in judge.Reading, of all frames
-        self.landmark = np.zeros((0, SECTORS), np.int8)
-        self.ground = 0
+        self.end = 0       # how many came so far
+        # of the window, frame by frame; path and landmark as in judge.Reading
+        self.path = np.zeros(0)
+        self.landmark = np.zeros((0, SECTORS), int)
+        self.held = np.zeros((0, SECTORS), bool)  # did memory hold a latent that shows this sector?
+        self.views = {}    # latent -> (8,) bool: which sectors it shows; of those held, and of the newest
         self.motion = None
-        self.since = 0    # first frame under this motion
-        self.held = []    # of each chunk: the latents that it was made beside
-        self.events = {}  # (sector, frame in which it left) -> came back right?, did memory hold it?
+        self.since = 0     # first frame under this motion
+        self.events = {}   # (sector, frame in which it left) -> came back right?, did memory hold it?
         self.first = np.full(SECTORS, -1)  # what stood in each sector at first ...
         self.now = np.full(SECTORS, -1)    # ... and what stands there now
 
-    def read(self, frames, held, motion):
+    def read(self, frames, beside, caption):
         """
-        frames  (f, h, w, 3) uint8 of the next chunk
-        held    numbers of the latents that it was made beside
-        motion  the caption's Motion, None: not known, nothing is due
+        frames   (f, h, w, 3) uint8 of the next chunk
+        beside   numbers of the latents that it was made beside
+        caption  it was made under; where that is not the small world's, nothing is due
         """
+        motion = motion_of(caption)
         if motion != self.motion:
-            self.motion, self.since = motion, len(self.path)
+            self.motion, self.since = motion, self.end
         # 1. with the chunk before, which is read better now that it has neighbours on both sides
-        before = len(self.path) - len(self.frames)
+        older = len(self.path) - len(self.frames)
+        begin = self.end - len(self.frames)
         frames = rearrange(frames, "f h w c -> f c h w")
         reading = judge.read_video(np.concatenate([self.frames, frames]))
-        path = np.concatenate([self.path[:before], reading.path])
-        self.path = np.unwrap(path, period=COLUMNS)
-        self.landmark = np.concatenate([self.landmark[:before], reading.landmark.astype(np.int8)])
+        path = np.unwrap(np.concatenate([self.path[:older], reading.path]), period=COLUMNS)
+        landmark = np.concatenate([self.landmark[:older], reading.landmark])
         self.frames = frames
-        self.ground = int(reading.ground[-1])
-        # 2. what stands where
+        self.end += len(frames)
+        # 2. what a latent shows wholly: that of 4 frames, but the first latent is one frame
+        whole = np.abs(world.offsets(reading.path)) <= world.WHOLE
+        latents = (np.arange(begin, self.end) + 3) // 4
+        views = {latent: whole[latents == latent].any(0) for latent in latents.tolist()}
+        self.views = {latent: self.views.get(latent) for latent in beside} | views
+        held = np.any([self.views[latent] for latent in beside], axis=0)
+        # 3. what stands where
         for seen in reading.landmark:
             self.first = np.where(self.first < 0, seen, self.first)
             self.now = np.where(seen < 0, self.now, seen)
-        # 3. what came back in the last minutes
-        self.held.append(held)
-        start = max(0, len(path) - WINDOW)
-        self.events = {event: found for event, found in self.events.items() if event[1] >= start}
-        if motion:
-            self.find_returns(replace(reading, path=self.path[start:], landmark=self.landmark[start:]), start)
+        # 4. what came back in the last minutes
+        self.path, self.landmark = path[-WINDOW:], landmark[-WINDOW:]
+        self.held = np.concatenate([self.held, np.full((len(frames), SECTORS), held)])[-WINDOW:]
+        self.find_returns(replace(reading, path=self.path, landmark=self.landmark))
+        self.ground = int(reading.ground[-1])
 
-    def find_returns(self, window, start):
-        """window: judge.Reading from frame `start` on"""
-        for event in judge.reappearances(window, self.motion):
+    def find_returns(self, window):
+        """window: judge.Reading"""
+        start = self.end - len(window.path)
+        self.events = {event: found for event, found in self.events.items() if event[1] >= start}
+        for event in judge.reappearances(window, self.motion) if self.motion else []:
             left = start + event.left
             # what left under another motion is not missed, but counts where it is seen again
             if left >= self.since or event.shown >= 0:
-                chunk = min(judge.chunk_of(start + event.returned), len(self.held) - 1)
-                held = judge.is_in_memory(event, self, self.held[chunk])
-                self.events[event.sector, left] = event.right, held
+                returned = min(event.returned, len(self.held) - 1)
+                self.events[event.sector, left] = event.right, bool(self.held[returned, event.sector])
 
     def count(self):
         """-> dict: returns in the last minutes, and how each ended"""
@@ -98,15 +105,27 @@ class Score:
             "kept but not used": wrong.count(True),
         }
 
+    def told(self):
+        """-> dict of what a page shows: heading from 0 to 1, once round; colours of the houses by sector"""
+        houses = [[world.COLOURS[colour] for colour in pair] for pair in world.PAIRS] + [None]
+        return {
+            "count": self.count(),
+            "heading": self.path[-1] / COLUMNS % 1,
+            "ground": world.GROUNDS[self.ground],
+            "motion": self.motion and self.motion.kind,
+            "first": [houses[landmark] for landmark in self.first],
+            "now": [houses[landmark] for landmark in self.now],
+        }
+
 
 if __name__ == "__main__":
     spec = world.WorldSpec(0, "turn", 8)
     score = Score()
     for chunk in range(28):
-        # out of view, every landmark becomes another after 10 s; memory holds the last 21 latents
+        # out of view, every landmark becomes another after 10 s; memory holds the last 18 latents
         shown = replace(spec, counterfactual=chunk > 13)
         frames = world.clip(shown, max(0, FRAMES * chunk - 3), FRAMES if chunk else 9)
         frames = (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
-        score.read(frames, range(3 * chunk - 18, 3 * chunk), world.make_world(spec).motion)
+        score.read(frames, range(max(0, 3 * chunk - 18), 3 * chunk), world.make_world(spec).caption)
         if chunk in (13, 27):
-            print(f"after {len(score.path) / FPS:.1f} s:", score.count())
+            print(f"after {score.end / FPS:.1f} s:", score.count())

@@ -1,8 +1,9 @@
 """
-Files of tensors, in whatever container and under whatever names: read, checked, written; LoRAs.
+Files of tensors, in whatever container and under whatever names: read, checked, written; LoRAs; networks
+that are filled from them.
 
-A file is known by how it begins, not by its name: safetensors, a pickle of torch.save, new or old, or several
-files with an index.json. No pickle runs code. What is written here carries a sha256 of its content, pickles
+A file is known by how it begins, not by its name: safetensors, a pickle of torch.save, new or old; several
+named NAME-1-of-2 are one. No pickle runs code. What is written here carries a sha256 of its content, pickles
 the CRC-32 of their zip; both are verified when a file is read, so that one wrong bit is told.
 
     python weights.py weights/vae.safetensors    # writes a file of weights/ anew, with its checksum
@@ -14,39 +15,49 @@ import hashlib
 import json
 import re
 import zipfile
-from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from types import NoneType
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from config import BadInput, check_schema, whole_or_absent
+from config import BadInput, check_file, check_schema, in_one_line, whole_or_absent
 
-# how a file begins that is none of tensors: what it is, and what to do
-NOT_TENSORS = {
-    b"GGUF": "is GGUF, quantised for other programs: fetch the model as safetensors or .pth",
-    b"version https://git-lfs": "is only the pointer of git-lfs: git lfs pull",
-    b"<": "is a web page, not the file that was to be fetched: fetch it again",
-}
+# what is to be done about a file that cannot be read
+FETCH = ("check the path, or fetch it again; what --wan needs comes by hf download Wan-AI/Wan2.1-T2V-1.3B, "
+         "and taew2_1.pth from https://github.com/madebyollin/taehv/raw/main/")
+NO_TENSORS = ("neither safetensors nor of torch.save: is it empty, or a web page? GGUF is for others: fetch "
+              "the model as safetensors or .pth; a pointer becomes it by git lfs pull")
+
+SHARD = re.compile(r"-\d+-of-(\d+)\.\w+$")  # one of several files
 
 # where public checkpoints keep their weights: at the top level, or under the first of these, or under both
 LEVELS = ("generator_ema", "generator", "ema", "shadow", "model", "module", "state_dict", "generator_lora")
-LORA_LEVELS = ("generator_lora", "lora", "model", "state_dict")
+LORA_LEVELS = ("generator_lora", "lora", *LEVELS)
 
 # what training code leaves in names
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.|base_layer\.")
 PREFIXES = re.compile(r"^(((module|base_model|model|diffusion_model)\.)+|lora_unet_)")
 
-# what names of tensors tell that cannot be run
+# what names and types of tensors tell that cannot be run
+QUANTISED = "is quantised: fetch the model in bf16, fp16 or fp32"
 NOT_RUN = {
-    r"lora_|lokr_|loha_|hada_w|\.diff(_b)?$": "is a LoRA, not a whole model: give it by --lora",
-    r"scale_weight|scaled_fp8|absmax|qweight": "is quantised: fetch the model in bf16, fp16 or fp32",
+    r"lora_|lokr_|loha_|hada_w|\.diff(_b)? ": "is a LoRA, not a whole model: give it by --lora",
+    r"scale_weight|scaled_fp8|absmax|qweight|torch\.(?!bfloat16|float16|float32|float64)\w+":
+        QUANTISED,
     r"\.attn1\.": "is in the layout of diffusers: fetch the original files",
 }
 
 LORA_KEY = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up|alpha)(\.\w+)?")
 SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
+
+# stay float32: they are small, and what they do shows in bf16
+FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
+
+ANOTHER_KIND = ("is it another kind of network? Wan2.1-T2V-1.3B and its students need --wan, tiny ones run "
+                "without --wan, 14B and image-to-video models not at all")
 
 
 # ---- checksums ---------------------------------------------------------------------------------------------
@@ -66,29 +77,21 @@ def hash_content(tensors, about):
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
+        found.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
 # ---- one file ----------------------------------------------------------------------------------------------
 
-@contextmanager
-def in_one_line(path, remedy):
-    """Whatever a file makes its reading raise becomes one BadInput: what it is, and what to do."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        if "Weights only load failed" in why:
-            why = "it holds more than tensors, whose code is not run, or is damaged"
-        raise BadInput(f"cannot read {path} ({why}): {remedy}") from None
+def open_file(path):
+    """For its bytes; a pipe would be waited for, and a device may have no end."""
+    check_file(path)
+    return open(path, "rb")
 
 
 def read_json(path):
     """The object in a file of JSON, of 1 MB at most"""
-    with in_one_line(path, "fetch it again"), open(path, encoding="utf-8") as file:
+    with in_one_line(f"cannot read {path}", FETCH), open_file(path) as file:
         content = json.loads(file.read(1 << 20))
     check_schema(path, content, dict)
     return content
@@ -100,70 +103,50 @@ def write_safetensors(path, tensors, about=None):
     about = about or {}
     # one entry, because several would stand in the file in any order
     entry = json.dumps({**about, "sha256": hash_content(tensors, about)})
-    try:
-        with whole_or_absent(path) as part:
-            save_file(tensors, part, {"about": entry})
-    except SafetensorError as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-
-
-def read_about(path, file):
-    """What an open safetensors file of this project says of itself (else {})"""
-    about = json.loads((file.metadata() or {}).get("about", "{}"))
-    check_schema(path, about, dict, "metadata")
-    return about
-
-
-def read_head(path, remedy):
-    """Of a safetensors file of this project, without its values: name -> shape, and what it says of itself"""
-    with in_one_line(path, remedy), safe_open(path, "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}, read_about(path, file)
+    with whole_or_absent(path) as part, in_one_line(f"cannot write {path}", "is the disk full?"):
+        save_file(tensors, part, {"about": entry})
 
 
 def read_safetensors(path, verify):
     with safe_open(path, "pt") as file:
-        about = read_about(path, file)
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    check_schema(path, about, dict, "metadata")
     claimed = about.pop("sha256", None)
-    if verify and claimed and claimed != hash_content(tensors, about):
+    # files of others say nothing
+    if verify and (claimed or about) and claimed != hash_content(tensors, about):
         raise ValueError("damaged: its content is not what its sha256 says")
     return tensors, about
 
 
-def verify_zip(path):
-    with zipfile.ZipFile(path) as archive:
-        # torch.save compresses nothing, and a bomb would
-        is_compressed = any(entry.compress_type for entry in archive.infolist())
-        if is_compressed or archive.testzip():
-            raise ValueError("damaged: not what its CRC-32 says; --no-verify takes it as it is")
+def read_pickle(path, device, is_zip, verify):
+    if is_zip and verify:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing, and a bomb would
+            is_compressed = any(entry.compress_type for entry in archive.infolist())
+            if is_compressed or archive.testzip():
+                raise ValueError("damaged: not what its CRC-32 says; --no-verify takes it as it is")
+    # mapped from disk rather than read, unless torch would believe a name that is wrong
+    source = path if is_zip and path.suffix != ".safetensors" else BytesIO(path.read_bytes())
+    content = torch.load(source, map_location=device, weights_only=True, mmap=source is path)
+    check_schema(path, content, dict)
+    return content
 
 
 def read_one(path, device, verify):
-    with open(path, "rb") as file:
-        head = file.read(32)
-    for begin, what in NOT_TENSORS.items():
-        if head.startswith(begin):
-            raise BadInput(f"{path} {what}")
-    if head[8:9] == b"{":  # behind the length of a header of JSON
+    """One file -> its content, and what it says of itself"""
+    with open_file(path) as file:
+        head = file.read(9)
+    # behind the length of a header of JSON
+    if head.endswith(b"{"):
         return read_safetensors(path, verify)
-    is_zip = head.startswith(b"PK\3\4")
-    if not is_zip and not head.startswith(b"\x80"):  # as torch.save writes, and wrote before 1.6
-        raise ValueError("empty, or no file of tensors, neither safetensors nor torch.save's")
-    if is_zip and verify:
-        verify_zip(path)
-    # mapped from disk rather than read, unless torch would believe a name that is wrong
-    is_mapped = is_zip and path.suffix != ".safetensors"
-    with open(path, "rb") as file:
-        source = path if is_mapped else file
-        content = torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
-    return content, {}
+    # as torch.save writes, and wrote before 1.6
+    if not head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"it begins with {head}, {NO_TENSORS}")
+    return read_pickle(path, device, head.startswith(b"PK"), verify), {}
 
 
-# ---- a file, or several that belong together ---------------------------------------------------------------
-
-def read_file(path, device="cpu", verify=True, remedy="check the path, or fetch it again"):
+def read_file(path, device="cpu", verify=True, remedy=FETCH):
     """
     A file of tensors, or all that belong together: by their folder, its index.json, or one of them.
     verify   its checksum, where it has one
@@ -171,31 +154,33 @@ def read_file(path, device="cpu", verify=True, remedy="check the path, or fetch 
     returns  its content, and what a file of this project says about itself (else {})
     """
     path = Path(path)
-    is_one = not (path.is_dir() or re.search(r"-\d+-of-\d+\.|\.index\.json$", path.name))
-    if is_one:
-        with in_one_line(path, remedy):
-            return read_one(path, device, verify)
+    files = [path]
+    if path.is_dir() or SHARD.search(path.name) or path.name.endswith(".index.json"):
+        files = find_shards(path)
     merged = {}
-    for file in find_shards(path):
-        with in_one_line(file, remedy):
-            merged |= read_one(file, device, verify)[0]
-    return merged, {}
+    for file in files:
+        with in_one_line(f"cannot read {file}", remedy):
+            content, about = read_one(file, device, verify)
+            merged |= content
+    return merged, about
+
+
+def read_head(path, remedy):
+    """Of a safetensors file of this project, without its values: name -> shape, and what it says of itself"""
+    tensors, about = read_file(path, verify=False, remedy=remedy)
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}, about
 
 
 def find_shards(path):
-    """The files that the index.json names which is this path, or lies in it or beside it"""
+    """All files NAME-1-of-2 that lie in this folder, or beside this index.json or file"""
     folder = path if path.is_dir() else path.parent
-    if (folder / ".metadata").exists():
-        raise BadInput(f"{folder} is a checkpoint of torch.distributed: python -m "
-                       f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt, if you "
-                       "trust it (it is a pickle)")
-    indices = [path] if path.suffix == ".json" else list(folder.glob("*.index.json"))
-    if not indices:
-        raise BadInput(f"{folder} is a folder without an index.json: give the file in it")
-    told = read_json(indices[0])
-    check_schema(indices[0], told, {"weight_map": dict})
-    # by name alone: an index may say anything, but nothing outside its folder is read
-    return sorted({folder / Path(str(name)).name for name in told["weight_map"].values()})
+    shards = sorted(file for file in folder.glob("*") if SHARD.search(file.name))
+    if not shards or len(shards) != int(SHARD.search(shards[0].name)[1]):
+        raise BadInput(f"{folder} does not hold all files NAME-1-of-2, and these alone: give the one file in "
+                       "it, or fetch them again; a checkpoint of torch.distributed becomes one file, if you "
+                       "trust it (it is a pickle), by python -m torch.distributed.checkpoint.format_utils "
+                       f"dcp_to_torch {folder} FILE.pt")
+    return shards
 
 
 # ---- public checkpoints ------------------------------------------------------------------------------------
@@ -211,22 +196,25 @@ def bare(name):
     return PREFIXES.sub("", WRAPPERS.sub("", name), count=1)
 
 
+def is_whole(x):
+    """A tensor with all its numbers? One that is sparse, or as large as its shape says alone, is none."""
+    return torch.is_tensor(x) and x.layout == torch.strided and x.nbytes <= x.untyped_storage().nbytes()
+
+
 def read_public(path, verify=True):
     """-> state dict with bare names, and the facts of a file of this project (else {})"""
     state, about = read_file(path, verify=verify)
     state = go_down(state, LEVELS)
-    if not state or not all(torch.is_tensor(x) and x.layout == torch.strided for x in state.values()):
+    if not state or not all(map(is_whole, state.values())):
         raise BadInput(f"{path} holds no weights at top level nor under {', '.join(LEVELS)}")
     # what cannot be run is named
+    told = "\n".join(f"{name} {tensor.dtype}" for name, tensor in state.items())
     for pattern, what in NOT_RUN.items():
-        if any(re.search(pattern, name) for name in state):
-            raise BadInput(f"{path} {what}")
-    coarse = [x.dtype for x in state.values() if x.element_size() < 2 or not x.is_floating_point()]
-    if coarse:
-        raise BadInput(f"{path} is quantised ({coarse[0]}): fetch the model in bf16, fp16 or fp32")
-    renamed = {bare(name): tensor for name, tensor in state.items()}
+        if found := re.search(pattern, told):
+            raise BadInput(f"{path}, with {found[0]}, {what}")
+    renamed = {bare(str(name)): tensor for name, tensor in state.items()}
     if len(renamed) < len(state):
-        raise BadInput(f"{path} holds two tensors of one name, with and without a prefix")
+        raise BadInput(f"{path} holds two tensors of one name, with and without a prefix: give one of them")
     return renamed, about.get("facts", {})
 
 
@@ -241,7 +229,7 @@ def read_lora(path, names, verify=True):
     state, _ = read_file(path, verify=verify)
     config = Path(path).with_name("adapter_config.json")
     told = read_json(config) if config.exists() else {}
-    check_schema(config, told, {"lora_alpha": (float, None)})
+    check_schema(config, told, {"lora_alpha": (int, float, NoneType)})
     # kohya's names have _ for every dot
     places = {name.removesuffix(".weight").replace(".", "_"): name for name in names}
     found = {}
@@ -250,6 +238,9 @@ def read_lora(path, names, verify=True):
         name = match and places.get(bare(match[1]).replace(".", "_"))
         if not name or not torch.is_tensor(tensor):
             raise BadInput(f"--lora {path}: {key} has no place in the model")
+        # in 8 bits or fewer
+        if tensor.element_size() < 2:
+            raise BadInput(f"--lora {path}, with {tensor.dtype}, {QUANTISED}")
         found.setdefault(name, {"alpha": told.get("lora_alpha")})[SIDES[match[2]]] = tensor
     if not found:
         raise BadInput(f"--lora {path} holds no LoRA")
@@ -261,3 +252,50 @@ def merge_lora(weight, up, down, alpha):
     scale = 1. if alpha is None else float(alpha) / len(down)
     whole, up, down = (x.float().flatten(1) for x in (weight, up, down))
     return torch.addmm(whole, scale * up, down).view(weight.shape)
+
+
+# ---- networks of them -------------------------------------------------------------------------------------
+
+def load_state_dict_strict(net, state, name="weights"):
+    """
+    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ, or names a
+    tensor that is not finite. A net on the meta device takes the tensors themselves, types and all.
+    """
+    with in_one_line(f"cannot use {name}", ANOTHER_KIND):
+        net.load_state_dict(state, assign=next(net.parameters()).is_meta)
+    for key, tensor in net.state_dict().items():
+        # the least and the largest, which take no copy of a large tensor
+        if not tensor.is_meta and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise BadInput(f"{name}: {key} is not finite (NaN or infinity): damaged, or training went wrong")
+    return net.eval().requires_grad_(False)
+
+
+def empty_net(path, build, verify=True):
+    """build(state dict of a public file), which it fits, without values; and the file's facts"""
+    state, facts = read_public(path, verify)
+    with in_one_line(f"cannot read {path}", ANOTHER_KIND), torch.device("meta"):
+        net = build(state)
+        shapes = {name: tensor.to("meta") for name, tensor in state.items()}
+        net.load_state_dict(shapes, assign=True)
+    return net, facts
+
+
+def load_on_device(net, path, device, dtype, lora=None):
+    """
+    Fills a net on the meta device from a public file, each tensor in the type that it stays in.
+    lora  what read_lora() gives, merged into the weights
+    """
+    lora = lora or {}
+    ready = {}
+    for number, name in enumerate(net.state_dict()):
+        # mapped anew: pages that were read count as this process's memory until the file is closed
+        if number % 32 == 0:
+            state, _ = read_public(path, verify=False)
+        tensor = state[name]
+        if name in lora:
+            with in_one_line(f"cannot merge the LoRA of {name}", "lora_A and lora_B must fit the weight"):
+                tensor = merge_lora(tensor, **lora[name])
+        kept = torch.float32 if FLOAT32.match(name) else dtype
+        # a copy also of what has that type, where the rest is converted: it would keep the file open
+        ready[name] = tensor.to(device, kept, copy=tensor.dtype != dtype)
+    return load_state_dict_strict(net, ready, str(path))

@@ -15,17 +15,16 @@ import codecs
 import html
 import math
 import re
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from config import BadInput
+from config import BadInput, in_one_line, warn
 from model import RMSNorm
+from tensors import FETCH, open_file
 
 
 @dataclass
@@ -163,31 +162,26 @@ def bytes_to_ids(captions, length=96):
 
 def read_text(path):
     """What a file of UTF-8 or, with its mark, UTF-16 holds, without the mark"""
-    try:
-        content = Path(path).read_bytes()
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        return content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the text {path}: {error}: write UTF-8") from None
+    with in_one_line(f"cannot read the text {path}", "write UTF-8"), open_file(path) as file:
+        content = file.read()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def check_prompt(prompt):
     """Raises BadInput for what is no text to an encoder; tabs and ends of lines are white space."""
-    if not prompt.strip():
-        raise BadInput("the prompt is empty: give --prompt TEXT, or leave it out for the default one")
-    if len(prompt) > MOST_LETTERS:
-        raise BadInput(f"the prompt has {len(prompt)} letters: {MOST_LETTERS} at most")
     # also halves of surrogate pairs, what Python makes of bytes that are no UTF-8
-    if re.search("[\ud800-\udfff\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", prompt):
-        raise BadInput(f"the prompt has control characters, or is no UTF-8: {prompt[:60]!r}")
+    strange = re.search("[\ud800-\udfff\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", prompt)
+    if strange or not 0 < len(prompt.strip()) <= MOST_LETTERS:
+        raise BadInput(f"the prompt is empty, has control characters or more than {MOST_LETTERS} letters, "
+                       f"or is no UTF-8: {prompt[:60]!r}")
 
 
 def read_prompts(path, check=check_prompt):
     """A UTF-8 file, one prompt a line -> list of str; check(prompt) raises BadInput for a bad one."""
-    # not splitlines(), which ends lines at marks within them too
-    lines = re.split(r"\r\n|\r|\n", read_text(path))
     prompts = []
-    for number, line in enumerate(lines, 1):
+    # not splitlines(), which ends lines at marks within them too
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1):
         if line.strip():
             try:
                 check(line.strip())
@@ -203,23 +197,16 @@ def read_prompts(path, check=check_prompt):
 
 def clean(prompt):
     """Wan's cleaning: Unicode mended, full-width forms to ASCII, HTML entities twice, white space single."""
-    try:
-        import ftfy
-    except ImportError:
-        raise BadInput("ftfy is missing: pip install -r requirements-wan.txt") from None
+    import ftfy
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(text.split())
 
 
 def read_tokenizer(path):
     """The tokenizer of UMT5, from its tokenizer.json"""
-    try:
-        from tokenizers import Tokenizer
-        tokenizer = Tokenizer.from_file(str(path))
-    # the package raises bare Exceptions
-    except Exception as error:
-        raise BadInput(f"cannot read {path} ({str(error)[:100]}): fetch it again, "
-                       "or pip install -r requirements-wan.txt") from None
+    from tokenizers import Tokenizer
+    with in_one_line(f"cannot read {path}", FETCH), open_file(path) as file:
+        tokenizer = Tokenizer.from_buffer(file.read())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -229,7 +216,7 @@ def tokenise(tokenizer, prompt, length):
     """-> ids (1, m), m <= length: the cleaned prompt and an end mark. The DiT pads the features, not this."""
     ids = tokenizer.encode(clean(prompt), add_special_tokens=False).ids
     if len(ids) >= length:
-        print(f"warning: {len(ids) + 1} tokens, cut after {length}: {prompt[:60]!r}", file=sys.stderr)
+        warn(f"{len(ids) + 1} tokens, cut after {length}: {prompt[:60]!r}")
     return torch.tensor([ids[:length - 1] + [END]])
 
 

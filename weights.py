@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 import torch
 from einops import rearrange
@@ -24,12 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, check_schema, fast_layout, one_of, run, within
+from config import BadInput, check_schema, fast_layout, in_one_line, one_of, run, warn, within
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
-from tensors import (in_one_line, merge_lora, read_file, read_json, read_lora, read_public,
-                     write_safetensors)
+from tensors import (ANOTHER_KIND, FETCH, empty_net, load_on_device, load_state_dict_strict, read_file,
+                     read_json, read_lora, write_safetensors)
 from text import TextConfig, TextEncoder, bytes_to_ids, clean, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
@@ -49,13 +50,11 @@ WAN_SIZES = {"dim": "dim", "ffn_dim": "ffn_dim", "heads": "num_heads", "layers":
 
 TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
 
-# stay float32: they are small, and what they do shows in bf16
-FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
+# what a field may be that a file states, by its type
+SIZE = range(1, 2 ** 14)
+KINDS = {int: SIZE, tuple: [SIZE], bool: bool, float: float, str: {"mean", "token"}}
 
-MOST = 2 ** 14  # what a size is below, or a number of steps
-
-MADE_AGAIN = "delete it, and it is made again"
-ANOTHER_KIND = "another kind of network? Those of Wan's size need --wan, and tiny ones run without --wan"
+MADE_AGAIN = "it is made again"
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -72,45 +71,27 @@ def ship(file, folder=WEIGHTS):
     write_safetensors(Path(folder, Path(file).name), state, about)
 
 
-def load_state_dict_strict(net, state, name="weights"):
-    """
-    Fills the net, ready to run; raises BadInput that lists the first names and shapes that differ, or names a
-    tensor that is not finite. A net on the meta device takes the tensors themselves, types and all.
-    """
-    try:
-        net.load_state_dict(state, assign=next(net.parameters()).is_meta)
-    except RuntimeError as error:
-        faults = " ".join(str(error).split())
-        raise BadInput(f"{name} do not fit: {faults[:400]}") from None
-    for key, tensor in net.state_dict().items():
-        # the least and the largest, which take no copy of a large tensor
-        if not tensor.is_meta and not torch.stack([tensor.min(), tensor.max()]).isfinite().all():
-            raise BadInput(f"{name}: {key} is not finite (NaN or infinity): damaged, or training went wrong")
-    return net.eval().requires_grad_(False)
-
-
 def make_checked(cls, path, field, told, layers=0):
-    """cls(**told), a dataclass, of what a file says; of sizes that its tensors do not bound, nothing large"""
+    """cls(**told), a dataclass, of what a file says, which may be anything, but of `layers` layers at most"""
     check_schema(path, told, dict, field)
-    size = range(1, MOST)
-    kinds = {int: size, tuple: [size], bool: bool, float: float, str: {"mean", "token"}}
-    schema = {each.name: kinds[each.type] for each in fields(cls)} | {"layers": range(1, layers + 1)}
-    check_schema(path, told, {name: schema[name] for name in told if name in schema}, field)
-    return cls(**told)
+    schema = {each.name: KINDS[each.type] for each in fields(cls) if each.name in told}
+    check_schema(path, told, schema, field)
+    within(f"{path}: layers", told.get("layers"), 1, layers)
+    with in_one_line(f"cannot read {path}", ANOTHER_KIND):
+        return cls(**told)
 
 
 def make_sampler(path, facts):
     """The Sampler that a file's facts tell of"""
-    check_schema(path, facts, {"sampler": (dict, None), "stage": (str, None)}, "facts")
-    with in_one_line(path, ANOTHER_KIND):
-        return make_checked(Sampler, path, "sampler", facts.get("sampler") or {})
+    check_schema(path, facts, {"stage": (str, NoneType)}, "facts")
+    return make_checked(Sampler, path, "sampler", facts.get("sampler", {}))
 
 
 def load(path, build, make_config):
     """A network with its weights (float32), and its facts: build(make_config(**config)), filled by a file."""
     state, about = read_file(path)
     # on the meta device, so that wrong sizes cost nothing
-    with in_one_line(path, ANOTHER_KIND), torch.device("meta"):
+    with in_one_line(f"cannot read {path}", ANOTHER_KIND), torch.device("meta"):
         make_sampler(path, about["facts"])
         net = build(make_checked(make_config, path, "config", about["config"], len(state)))
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -119,20 +100,12 @@ def load(path, build, make_config):
 
 # ---- public files: the raw Wan folder and students trained from it -----------------------------------------
 
-def build_dit(state, path, config_file):
-    """The DiT, whose sizes Wan's config.json states; refuses other models by their shapes."""
-    dim, channels = state["patch_embedding.weight"].shape[:2]
-    if dim == 5120 or channels != 16:
-        raise BadInput(f"{path} is a 14B or image-to-video model (width {dim}, {channels} input channels): "
-                       "only Wan2.1-T2V-1.3B and students of it run here")
+def build_dit(state, config_file):
+    """The DiT, whose sizes Wan's config.json states"""
     told = read_json(config_file)
     sizes = {name: told.get(theirs) for name, theirs in WAN_SIZES.items()}
     sizes["text_dim"] = state["text_embedding.0.weight"].shape[1]
-    with in_one_line(config_file, "fetch it again"):
-        config = make_checked(DiTConfig, config_file, "content", sizes, len(state))
-    if dim != config.dim:
-        raise BadInput(f"{path} has width {dim}, {config_file} says {config.dim}: {ANOTHER_KIND}")
-    return DiT(config)
+    return DiT(make_checked(DiTConfig, config_file, "content", sizes, len(state)))
 
 
 def build_text(state):
@@ -158,35 +131,6 @@ def build_vae(state):
     return TAE(TAEConfig(len(state["encoder.0.weight"]), widths))
 
 
-def empty_net(path, build, verify=True):
-    """build(state dict of a public file), without values; and the file's facts"""
-    state, facts = read_public(path, verify)
-    with in_one_line(path, ANOTHER_KIND), torch.device("meta"):
-        return build(state), facts
-
-
-def load_on_device(net, path, device, dtype, lora=None):
-    """
-    Fills a net on the meta device from a public file, each tensor in the type that it stays in.
-    lora  what read_lora() gives, merged into the weights
-    """
-    names = list(read_public(path, verify=False)[0])
-    lora = lora or {}
-    ready = {}
-    for first in range(0, len(names), 32):
-        # mapped anew: pages that were read count as this process's memory until the file is closed
-        state, _ = read_public(path, verify=False)
-        for name in names[first:first + 32]:
-            tensor = state[name]
-            if name in lora:
-                with in_one_line(f"the LoRA of {name}", "lora_A and lora_B must fit the weight"):
-                    tensor = merge_lora(tensor, **lora[name])
-            kept = torch.float32 if FLOAT32.match(name) else dtype
-            # a copy also of what has that type, where the rest is converted: it would keep the file open
-            ready[name] = tensor.to(device, kept, copy=tensor.dtype != dtype)
-    return load_state_dict_strict(net, ready, str(path))
-
-
 # ---- text features of prompts, kept in files ---------------------------------------------------------------
 
 @torch.no_grad()
@@ -196,13 +140,17 @@ def encode_prompts(prompts, folder, cache, device, verify):
     missing. The encoder (11.4 GB) is loaded on the CPU where the device has no room for it, and then gone.
     """
     # named by a hash of the cleaned text and of what encodes it
-    encoder = (folder / T5).stat()
-    made_by = [(clean(prompt), encoder.st_size, encoder.st_mtime_ns) for prompt in prompts]
-    keys = [hashlib.sha256(repr(each).encode()).hexdigest()[:32] for each in made_by]
-    files = [cache / f"{key}.safetensors" for key in keys]
+    with in_one_line(f"cannot read {folder / T5}", FETCH):
+        encoder = (folder / T5).stat()
+    files = []
+    for prompt in prompts:
+        made_by = clean(prompt), encoder.st_size, encoder.st_mtime_ns
+        key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+        files.append(cache / f"{key}.safetensors")
     missing = {file: prompt for file, prompt in zip(files, prompts) if not file.exists()}
     if not missing:
         return files
+    # the encoder
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 16e9:
         device = torch.device("cpu")
     tokenizer = read_tokenizer(folder / TOKENIZER)
@@ -214,23 +162,32 @@ def encode_prompts(prompts, folder, cache, device, verify):
     return files
 
 
-def wan_text(wan, cache, prompts, device, verify=True):
+def read_features(file, dim):
+    with in_one_line(f"cannot read {file}", MADE_AGAIN):
+        content, _ = read_file(file, remedy=MADE_AGAIN)
+        return rearrange(content["features"], "m dim -> m dim", dim=dim)
+
+
+def wan_text(wan, cache, prompts, device, verify=True, dim=DiTConfig.text_dim):
     """
     Wan's text features, kept in the folder `cache`: those of `prompts` are made now where it lacks them, the
     others when they are asked for.
     wan      the raw folder | random...: all features are zero
+    dim      text_dim
     returns  function: list of texts -> (b, m, text_dim), zero where padded
     """
     if str(wan).startswith("random"):
-        return lambda texts: torch.zeros(len(texts), 1, DiTConfig.text_dim, device=device)
+        return lambda texts: torch.zeros(len(texts), 1, dim, device=device)
     find_files = partial(encode_prompts, folder=Path(wan), cache=cache, device=device, verify=verify)
 
     def features(texts):
-        rows = []
         for file in find_files(texts):
-            with in_one_line(file, MADE_AGAIN):
-                content, _ = read_file(file, remedy=MADE_AGAIN)
-                rows.append(rearrange(content["features"], "m dim -> m dim"))
+            try:
+                read_features(file, dim)
+            except BadInput as error:
+                warn(error)
+                file.unlink(missing_ok=True)
+        rows = [read_features(file, dim) for file in find_files(texts)]
         return pad_sequence(rows, batch_first=True).to(device)
     find_files(prompts)
     return features
@@ -320,19 +277,14 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), l
     # what is there, and does it fit?
     path = Path(ckpt or folder / DIT)
     vae_path = folder / VAES[vae_name]
-    files = (CONFIG, T5, TOKENIZER, VAES[vae_name], *([] if ckpt else [DIT]))
-    lacks = [name for name in files if not (folder / name).is_file()]
-    if lacks:
-        raise BadInput(f"{folder} lacks {', '.join(lacks)}: hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir "
-                       f"{folder}; taew2_1.pth lies at https://github.com/madebyollin/taehv/raw/main/")
-    dit, facts = empty_net(path, partial(build_dit, path=path, config_file=folder / CONFIG), verify)
+    dit, facts = empty_net(path, partial(build_dit, config_file=folder / CONFIG), verify)
     sampler = make_sampler(path, facts)
     adapters = read_lora(lora, dit.state_dict(), verify) if lora else {}
     if not lora and any("lora" in key for key in read_file(path, verify=False)[0]):
-        print(f"warning: {path} holds a LoRA too, which --lora {path} merges", file=sys.stderr)
+        warn(f"{path} holds a LoRA too, which --lora {path} merges")
     vae, _ = empty_net(vae_path, build_vae, verify)
     # the text encoder is larger than all the rest: it has come and gone before that is read
-    features = wan_text(folder, text_cache, prompts, device, verify)
+    features = wan_text(folder, text_cache, prompts, device, verify, dit.config.text_dim)
     torch.cuda.empty_cache()
     # the DiT and the autoencoder
     dit = load_on_device(dit, path, device, dtype, adapters)
@@ -381,36 +333,28 @@ def load_networks(cfg, shipped, texts, device, dtype):
         networks = load_tiny(cfg.ckpt or WEIGHTS / f"{shipped}.safetensors", device)
     warn_of_stage(cfg, networks, shipped)
     # 2. options in place of the weights' own
-    given = {name: getattr(cfg, name) for name in ("steps", "tau") if getattr(cfg, name) is not None}
-    sampler = replace(networks.sampler, **given)
-    policy = PRESETS[cfg.memory].calibrated(sampler.tau)
+    steps = cfg.steps or networks.sampler.steps
+    networks.policy = PRESETS[cfg.memory].calibrated(networks.sampler.tau)
     if cfg.tau is not None:
-        policy = replace(policy, tau=cfg.tau)
-    compiled = try_compiling(networks.dit, device) if cfg.compile else None
-    return replace(networks, sampler=sampler, policy=policy, positions=cfg.positions, compiled=compiled)
-
-
-def try_compiling(net, device):
-    """The compiled net; BadInput now, rather than in the middle of a video, where there is no compiler."""
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    # the backends raise errors of many kinds
-    except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise BadInput(f"--compile does not work here ({reason}): install a C++ compiler, "
-                       "or leave it out") from None
-    return torch.compile(net, dynamic=False)
+        networks.policy = replace(networks.policy, tau=cfg.tau)
+    networks.sampler = replace(networks.sampler, steps=steps, tau=networks.policy.tau)
+    networks.positions = cfg.positions
+    # 3. a compiler is needed now, rather than in the middle of a video
+    if cfg.compile:
+        with in_one_line("--compile does not work here", "install a C++ compiler, or leave it out"):
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        networks.compiled = torch.compile(networks.dit, dynamic=False)
+    return networks
 
 
 def warn_of_stage(cfg, networks, wanted):
     """Weights that run, but were not made for what they are used for"""
     if cfg.wan and not cfg.ckpt and not cfg.wan.startswith("random"):
-        print("warning: Wan's base model was not trained to work causally, nor in few steps: give a student "
-              "of it by --ckpt", file=sys.stderr)
+        warn("Wan's base model was not trained to work causally, nor in few steps: "
+             "give a student of it by --ckpt")
     bidirectional = ("base", "teacher")
     if networks.stage and (networks.stage in bidirectional) != (wanted in bidirectional):
-        print(f"warning: {networks.name} comes from stage {networks.stage}, where a {wanted} is wanted",
-              file=sys.stderr)
+        warn(f"{networks.name} comes from stage {networks.stage}, where a {wanted} is wanted")
 
 
 def check_options(cfg):
@@ -430,7 +374,7 @@ def main():
     for file in sys.argv[1:]:
         ship(file)
     for file in sorted(WEIGHTS.glob("*.safetensors")):
-        print(f"{file.name:26} {read_file(file)[1]['facts']}"[:110])
+        print(f"{file.name:26} {read_file(file)[1].get('facts')}"[:110])
 
 
 if __name__ == "__main__":
