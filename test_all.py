@@ -88,12 +88,12 @@ from judge import chance, is_in_memory, landmark_map, read_video, reappearances,
 from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
                     similarity)
 from model import DiT, DiTConfig, tiny_dit
-from probe import continue_student
 from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
+from tensors import read_public
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts
 from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device, load_state_dict_strict,
-                     load_tiny, load_wan, read_file, read_public, save_weights, wan_text,
+                     load_tiny, load_wan, read_file, save_weights, wan_text,
                      write_safetensors)
 from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
 from world import Motion, World, WorldSpec, clip, make_world, offsets, panorama, render, wrap
@@ -619,7 +619,7 @@ def test_noise_depends_on_seed_chunk_and_step_alone():
         assert not torch.equal(a[1:], draw_noise([seed], 3, 0, (4,)))
 
 
-def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_state_bit_for_bit():
+def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_own_latents_bit_for_bit():
     """Batch against single runs: to 1e-4 over 4 chunks in float32, with the same decisions."""
     net = random_dit()
     text = random_text(net, 2)
@@ -628,14 +628,14 @@ def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_state_bit_for
         own = [(k[rows], v[rows]) for k, v in text]
         return Rollout(net, own, PRESETS["slowfast"], (2, 4))
 
-    def made(roll, seeds, chunks):
-        return torch.cat(list(generate(roll, seeds, chunks, Sampler(), (16, 4, 8))), 1)
+    def made(roll, seeds, chunks, history=None):
+        return torch.cat(list(generate(roll, seeds, chunks, Sampler(), (16, 4, 8), history=history)), 1)
     both, alone, resumed = start(slice(2)), start(slice(1, 2)), start(slice(1, 2))
-    close(made(alone, [6], 4)[0], made(both, [5, 6], 4)[1], 1e-4)
+    begun = made(alone, [6], 4)
+    close(begun[0], made(both, [5, 6], 4)[1], 1e-4)
     assert torch.equal(torch.stack(both.kept)[:, 1:], torch.stack(alone.kept))
-    made(alone, [6], 9)
-    resumed.load_state_dict(alone.state_dict())  # slow memory is in use
-    assert torch.equal(made(alone, [6], 5), made(resumed, [6], 5))
+    begun = torch.cat([begun, made(alone, [6], 9)], 1)  # slow memory is in use
+    assert torch.equal(made(alone, [6], 5), made(resumed, [6], 5, begun))
     assert torch.equal(torch.stack(alone.similarities), torch.stack(resumed.similarities))
 
 
@@ -977,6 +977,23 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("renoise", [True, False])
+def test_a_teacher_goes_on_as_its_sampling_loop_written_out(renoise):
+    net, history = random_dit(), noise(2, 27, 16, 4, 8)
+    text, seeds = random_text(net, 2), [3, 4]
+    # what slow-fast memory holds after 9 chunks, every second of them kept
+    held = frames_in_memory(PRESETS["slowfast"], torch.arange(9)[None] % 2 == 0, evict_first=False)[-1]
+    x = draw_noise(seeds, 9, 0, (21, 16, 4, 8))
+    levels = flow.schedule(3, 3.)
+    for step, (t, below) in enumerate(zip(levels, [*levels[1:], 0.])):
+        v = erft.predict_velocity(net, history[:, held[0]], x, torch.full((2, 21), t), text, (2, 4))
+        x0 = x - t * v
+        fresh = draw_noise(seeds, 9, step + 1, (21, 16, 4, 8))
+        x = (1 - below) * x0 + below * fresh if renoise else x + (below - t) * v
+    made = erft.extend(net, history, text, (2, 4), Sampler(3, 3., renoise=renoise), seeds)
+    assert torch.allclose(made, x, atol=1e-5)
+
+
 # ---- the causal start model: packs see what a rollout sees, kinds of history hold what they say ------------
 
 CPU = torch.device("cpu")
@@ -1032,7 +1049,7 @@ def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_befo
 
 
 @pytest.mark.parametrize("kind", ["full", "lookup"])
-def test_a_history_is_all_that_memory_holds_and_of_lookup_what_followed_another_view_has_no_houses(kind, four_clips):
+def test_a_history_is_all_that_memory_holds_and_of_lookup_no_house_since_one_of_the_view_was_out_of_sight(kind, four_clips):
     clips = four_clips()
     history = clips.draw_history(np.random.default_rng(1), 96, lookup=True)
     pack = causal.history_pack(clips, history, kind)
@@ -1041,11 +1058,8 @@ def test_a_history_is_all_that_memory_holds_and_of_lookup_what_followed_another_
         held = history.frame[b][history.frame[b] >= 0].tolist()
         clip, frame, houses = pack.past[b, history.frame[b] >= 0, :, 0, 0].unbind(1)
         assert set(clip.tolist()) == {c} and frame.tolist() == held
-        # the last latent that shared nothing with the view
-        w = make_world(training_worlds(4, 0)[c])
-        turned = np.abs(wrap(w.motion.heading(w.start, 4 * np.arange(3 * chunk + 1)) - w.motion.heading(w.start, 12 * chunk)))
-        apart = np.flatnonzero(turned >= 64).max(initial=-1)
-        assert houses.tolist() == [kind == "full" or n <= apart for n in held]
+        apart = apart_and_houses(training_worlds(4, 0)[c], chunk)[0]
+        assert apart >= 0 and houses.tolist() == [kind == "full" or n <= apart for n in held]
     # four copies of the next chunk, with its houses
     clip, frame, houses = pack.target[..., 0, 0].unbind(2)
     assert (clip == history.clip[:, None]).all() and houses.all()
@@ -1170,19 +1184,40 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
 MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
 
 
-def test_a_view_comes_back_if_memory_holds_it_from_before_it_was_out_of_sight():
+def apart_and_houses(spec, chunk):
+    """
+    For the view at a chunk's end: the latent at which the house of it that was out of sight longest ago was so
+    for the last time (-1: none was), and the houses of the view as it was at each latent: a list of sets.
+    """
+    w = make_world(spec)
+    views, out_of_sight = [], []
+    for n in range(3 * chunk + 3):
+        heading = w.motion.heading(w.start, 4 * n)  # each latent's last frame
+        turned = {house: abs(wrap(32 * house + 16 - heading)) for house in range(8)}
+        views.append({house for house in range(8) if turned[house] < 32})
+        out_of_sight.append({house for house in range(8) if turned[house] > 46})
+    last = [max([n for n in range(3 * chunk) if house in out_of_sight[n]], default=-1) for house in views[-1]]
+    return min([n for n in last if n >= 0], default=-1), views
+
+
+def test_a_view_comes_back_if_memory_holds_its_houses_from_before_one_of_them_was_out_of_sight():
     histories = Histories(MOTIONS, 30)
     for b, spec in enumerate(MOTIONS):
         w = make_world(spec)
         path = w.motion.heading(w.start, np.arange(361))
         for i in range(30):
-            turned = np.abs(wrap(path[:12 * i:4] - path[12 * i]))  # of each latent's last frame
-            apart = np.flatnonzero(turned >= 64).max(initial=-1)
+            apart, views = apart_and_houses(spec, i)
             assert histories.apart[b, i] == apart
             for name, held in histories.held.items():
-                back = any(turned[n] < 32 for n in held[b, i].tolist() if 0 <= n <= apart)
-                assert histories.back[name][b, i] == back, (spec, name, i)
+                before = [views[n] for n in held[b, i].tolist() if 0 <= n <= apart]
+                assert histories.back[name][b, i] == (views[-1] <= set().union(*before)), (spec, name, i)
             assert abs(histories.moved[b, i] - abs(path[12 * i + 8] - path[max(0, 12 * i - 3)])) < 1e-9
+
+
+def test_most_of_what_a_look_aside_shows_again_comes_back():
+    """By houses: a look aside of 90 degrees shares a column with almost all that it has seen."""
+    histories = Histories([WorldSpec(seed, "aside") for seed in range(20)], 41)
+    assert histories.back["moving"][:, 20:].float().mean() > .8
 
 
 @pytest.mark.parametrize("given, least, most", [({"ahead": 7}, .65, .8), ({}, .65, .8), ({"lookup": True}, 1, 1)])
@@ -1398,6 +1433,17 @@ def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"step_000002", "step_000004"}
 
 
+def test_a_checkpoint_that_finds_no_room_is_told_and_the_one_before_and_copies_stay(tmp_path):
+    save_at(tmp_path, 2)
+    copies = [shutil.copytree(tmp_path / "step_000002", tmp_path / f"step_{name}") for name in ("kept", "000002.old")]
+    with full_disk(100), pytest.raises(BadInput, match="cannot write .*step_000004 .*: is the disk full"):
+        save_at(tmp_path, 4)
+    for step in (4, 6):
+        assert load_newest(tmp_path) == (step - 2, step - 2)
+        save_at(tmp_path, step)
+    assert all(copy.exists() for copy in copies)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_with_any_damage_is_named_and_passed_over(damage, checkpoints, capsys):
     DAMAGE[damage](checkpoints / "step_000006")
@@ -1470,6 +1516,18 @@ def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
         plain.step()
         assert norm == pytest.approx(gradient.norm().item()) and is_finite and weight.grad is None
         assert torch.allclose(weight, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (60, 24), (24, 60)])
+def test_muon_is_pytorchs_but_for_its_rounding_to_bfloat16(shape):
+    mine, plain = (torch.nn.Parameter(noise(*shape)) for _ in range(2))
+    optimizers = [optim.Muon([mine], .01, .1), torch.optim.Muon([plain], .01, .1, adjust_lr_fn="match_rms_adamw")]
+    for seed in range(1, 4):
+        mine.grad, plain.grad = noise(*shape, seed=seed), noise(*shape, seed=seed)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (plain - noise(*shape)).norm()
+    assert moved > .1 and (mine - plain).norm() < .02 * moved
 
 
 @pytest.mark.parametrize("gradient, loss", [(float("nan"), 1.), (1., float("inf")), (float("inf"), 0.)])
@@ -1703,7 +1761,7 @@ def test_stage_2_logs_what_its_steps_saw_and_found(stage, small_training, monkey
 
 def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(monkeypatch):
     teacher = load_tiny(WEIGHTS / "teacher.safetensors", torch.device("cpu"))
-    teacher.sampler = Sampler(steps=4, shift=3., renoise=False)
+    teacher.sampler = Sampler(steps=4, shift=3.)
 
     def check():
         return train.check_teacher_uses_context(teacher, probe.held_out(4))
@@ -1713,7 +1771,7 @@ def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(m
 
     def blind(self, x, t, text, rope, prefix=0, with_kv=True):
         """The target as if nothing had been before it; the context gets any velocity."""
-        rope = rope[:, -8 * (x.shape[1] - prefix):]
+        rope = [table[:, -8 * (x.shape[1] - prefix):] for table in rope]
         v, kv = forward(self, x[:, prefix:], t[:, prefix:], text, rope)
         return torch.cat([x[:, :prefix], v], 1), kv
     monkeypatch.setattr(DiT, "forward", blind)
@@ -1850,8 +1908,10 @@ def two_processes(tmp_path_factory):
             train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
             copy_without_step_2(out, stage, "one", "one_two")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        subprocess.run([*torchrun, script], check=True, timeout=900, env=os.environ | threads)
+        # a thread each: more wait for each other on two cores
+        run = subprocess.run([*torchrun, script], timeout=1800, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+        assert run.returncode == 0, run.stdout[-8000:]
         for stage in STAGES:
             copy_without_step_2(out, stage, "two", "two_one")
             train_small(out / "two_one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
@@ -1883,7 +1943,9 @@ def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes
     """In the form of the full size (stage1), where weights are sharded, and in the small world (stage2)."""
     one, other = (two_processes / name / folder / part for name in ("one", run))
     want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
-    assert all((p - got[name]).norm() <= most * p.norm() + 1e-9 for name, p in want.items())
+    # Adam makes a whole step of a gradient that is rounding alone: up to 4e-7 an element and update here
+    off = {name: ((p - got[name]).norm() / (most * p.norm() + 2e-7 * p.numel() ** .5)).item() for name, p in want.items()}
+    assert max(off.values()) <= 1, off
     # the weights hardly move, and Adam hides how long a gradient is
     lines, others = ([line for line in logged(path) if line["step"]] for path in (one, other))
     for line, same in ((lines[0], others[0]), (lines[-1], others[-1])):
@@ -2266,7 +2328,7 @@ def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_defa
 
 @pytest.mark.parametrize("error, told", [
     (KeyboardInterrupt(), "^$"),
-    (OSError(28, "No space left"), "cannot write .*file: No space left")])
+    (OSError(28, "No space left"), "cannot write .*file .*No space left.*is the disk full")])
 def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_path):
     path = tmp_path / "more" / "file"
     with config.whole_or_absent(path) as part:
@@ -2277,7 +2339,10 @@ def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_pat
             part.write_text("half")
             raise error
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    with pytest.raises(BadInput, match="it is a folder"), config.whole_or_absent(tmp_path):
+    with pytest.raises(BadInput, match="cannot write .*older .*that a folder"):
+        with config.whole_or_absent(tmp_path / "older"):
+            (tmp_path / "older").mkdir()
+    with pytest.raises(BadInput, match="is no file"), config.whole_or_absent(tmp_path):
         pass
 
 
@@ -2286,9 +2351,11 @@ def test_part_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp_path
     dead.wait()
     node = config.platform.node()
     parts = [f".{node}.{dead.pid}.0.part.mp4", f".{node}.{os.getppid()}.0.part.mp4"]
-    parts += [f".other.{dead.pid}.0.part", ".my.part.mp4"]
+    parts += [f".other.{dead.pid}.0.part", ".my.part.mp4", f".{node}.{10 ** 30}.0.part"]
     for name in parts:
         (tmp_path / name).touch()
+    parts.append(f".{node}.{dead.pid}.1.part")
+    (tmp_path / parts[-1]).mkdir()
     with config.whole_or_absent(tmp_path / "a") as part:
         assert config.PART.fullmatch(part.name)[2] == str(os.getpid())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*parts[1:], "a"])
@@ -2309,22 +2376,28 @@ def test_where_another_program_has_a_file_open_the_new_one_is_kept_beside_it(tmp
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["new", "old"]
 
 
+def lists_of_lists(depth):
+    """Ten times a list of ten times a list ...: small in memory, and without end where it is shown."""
+    return [lists_of_lists(depth - 1)] * 10 if depth else 0
+
+
 @pytest.mark.parametrize("schema, good, bad, told", [
-    ({"a": int}, {"a": 1, "b": 2}, {}, "content, a must be int, not NoneType"),
-    ([str], ["a"], ["a", 1], "content must be str, not int 1"),
-    ([(str, None)], [None, "a"], [2], "content must be str"),
-    ({"a": [int]}, {"a": []}, {"a": {}}, "content, a must be list, not dict"),
-    (range(1, 9), 8, 9, "must be range"), (range(1, 9), 1, True, "not bool True"),
-    ({"x", "y"}, "x", "z", "not str z"), (float, -1, math.nan, "float, not float nan"),
+    ({"a": int}, {"a": 1, "b": 2}, {}, "content, a cannot be None"),
+    ([str], ["a"], ["a", 1], "content cannot be 1"), ([(str, type(None))], [None, "a"], [2], "cannot be 2"),
+    ({"a": [int]}, {"a": []}, {"a": {}}, "content, a cannot be {}"),
+    (range(1, 9), 8, 9, "cannot be 9"), (range(1, 9), 1, True, "cannot be True"),
+    ({"x", "y"}, "x", "z", "cannot be 'z'"), (float, -1, math.nan, "cannot be nan"),
+    (str, "a", lists_of_lists(30), "cannot be .{40}$"),
 ])
 def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told):
     config.check_schema("file", good, schema)
-    with pytest.raises(BadInput, match=f"file is damaged: its .*{told}"):
+    with pytest.raises(BadInput, match=f"file is damaged, .* its .*{told}"):
         config.check_schema("file", bad, schema)
 
 
 @pytest.mark.parametrize("error, code, told", [
     (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
+    (OSError(28, "No space left", "log"), 2, "error: [Errno 28] No space left: 'log'\n"),
     (NotImplementedError("aten::x"), 2,
      "error: use --device cpu, as this device lacks an operation: aten::x\n")])
 def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
@@ -2333,6 +2406,12 @@ def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
     with pytest.raises(SystemExit) as stop:
         config.run(main)
     assert stop.value.code == code and capsys.readouterr().err == told
+
+
+def test_without_a_terminal_there_is_a_place_for_what_is_told(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    config.run(lambda: print("a", file=sys.stderr, flush=True))
 
 
 def in_a_fresh_python(code, *words, **env):
@@ -2428,7 +2507,8 @@ def test_colours_are_those_that_the_tags_promise_and_the_index_stands_in_front(t
     assert "yuv420p(tv, bt709" in facts_of(path)
     assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
     # the matrix of BT.709, by hand: Y of red is 16 + 219 * .2126
-    planes, _ = video.decode(path, "null", "-frames:v", "1", "-f", "rawvideo")
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-frames:v", "1", "-f", "rawvideo", "-"]
+    planes = subprocess.run(words, capture_output=True).stdout
     luma = np.frombuffer(planes, np.uint8)[:32 * 96].reshape(32, 96)
     want = 16 + 219 / 255 * colours @ [.2126, .7152, .0722]
     assert np.abs(luma[16, 8::16] - want).max() < 2.5
@@ -2533,7 +2613,7 @@ def test_a_damaged_video_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, cause", [
-    ("sound.mp4", "no video stream"), ("text.mp4", "moov atom"), ("list.mp4", "give a video file"),
+    ("sound.mp4", "matches no streams"), ("text.mp4", "moov atom"), ("list.mp4", "give a video file"),
     ("folder.mp4", "no such file"), ("gone.mp4", "no such file"), ("pipe.mp4", "no such file")])
 def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
     film(tmp_path / "sound.mp4", "sine=d=1")
@@ -2579,7 +2659,7 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path):
     (out / "a.mp4").write_text("good")
     frames = np.random.default_rng(0).integers(0, 256, (200, 32, 64, 3), np.uint8)
     size = write_video(tmp_path / "whole.mp4", frames).stat().st_size
-    told = pytest.raises(BadInput, match="could not write .*a.mp4: is the disk full")
+    told = pytest.raises(BadInput, match="could not write .*a.mp4 .*is the disk full")
     with full_disk(int(share * size) or size), told:
         write_video(out / "a.mp4", frames if share else [])
     assert (out / "a.mp4").read_text() == "good" and len(list(out.iterdir())) == 1
@@ -2605,7 +2685,7 @@ def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_recor
     assert len(told) == 4 and all(f"line {n}:" in line for n, line in enumerate(told, 2))
 
 
-PALE, CRIMSON, BLUE = (211, 211, 211), (220, 20, 60), (0, 0, 255)
+PALE, CRIMSON, BLUE = video.PALE, video.CRIMSON, video.BLUE
 
 
 def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
@@ -2625,7 +2705,7 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
     bars = page[:, 40::79][:, :20]
     assert [tuple(colour) for colour in bars[240]] == [CRIMSON if k else PALE for k in kept]
     pale, blue = (np.flatnonzero((bars[:, 13] == colour).all(-1)) for colour in (PALE, BLUE))
-    assert pale.min() == video.BARS and blue == [(video.BARS + video.BASE) // 2]
+    assert pale.min() == video.BARS and abs(blue - (video.BARS + video.BASE) // 2) <= 1
     held = memory.frames()[0]
     shown = page[400::90, 60::132, 0][:2].flatten()[:21]
     levels = video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))
@@ -2646,11 +2726,11 @@ def test_bars_of_a_long_video_stand_for_several_chunks_and_show_the_share_that_w
     assert (column == CRIMSON).all(-1).argmax() == pytest.approx(video.BASE - .3 * height, abs=12)
 
 
-def test_the_thumbnail_of_a_sliver_is_a_pixel_wide():
+def test_the_thumbnail_of_a_sliver_is_its_middle():
     page = video.Image.new("RGB", (200, 200), "white")
     video.paste_thumbnails(page, 0, [("", 0, torch.zeros(4096, 16, 3, dtype=torch.uint8))])
     dark = (np.array(page) == 0).all(-1)
-    assert dark[:64, 0].all() and not dark[:64, 1].any()
+    assert dark[:64, :128].all() and not dark[:64, 128:].any()
 
 
 def test_letters_that_no_font_here_has_are_told_by_their_codes():
@@ -2719,13 +2799,10 @@ def test_a_video_has_the_frames_asked_for_its_provenance_and_a_memory_picture(sa
     assert '"AI-generated": true' in facts and "Grass. The camera" in facts and config.STUDENT in facts
 
 
-def save_plain_state(path, frames=9, chunk=1, out="elsewhere", **options):
+def save_plain_state(path, frames=9, latents=torch.zeros(1, 3, 16, 4, 8), out="elsewhere", **options):
     """A state of the right form, with an option that is not the video's own."""
-    x = torch.zeros(1)
-    memory = {"pending": [], "sink": None, "slow": None, "fast": None}
-    rollout = {"chunk": chunk, "descriptor": x, "similarities": [x], "kept": [x], "memory": memory}
-    state = {"rollout": rollout, "past": [None, x], "frames": frames, "surplus": x, "thumbnails": {}}
-    torch.save({"options": {"out": out, **options}, "video": state, "model": "other"}, path)
+    about = {"options": {"out": out, **options}, "model": "other", "frames": frames, "clip": 0}
+    write_safetensors(path, {"latents": latents}, about)
 
 
 REFUSED = [
@@ -2734,20 +2811,23 @@ REFUSED = [
     ("--device mps", "not available"), ("--positions none", "unknown"), ("--dtype fp8", "unknown"),
     ("--positions unbounded --seconds 256", "bounded"), ("--ckpt nowhere", "check the path"),
     ("--prompts nowhere", "cannot read"), ("--continue empty.mp4", "clip"), ("--teacher", "give --continue"),
-    ("--resume nowhere", "check the path"), ("--resume empty.mp4", "cannot read"),
-    ("--resume other.pt", "not a state"), ("--resume state.pt", "20 s long already"),
+    ("--continue pipe.mp4", "pipe.mp4: there is no such file"),
+    ("--resume nowhere", "a file that --save-state wrote"), ("--resume empty.mp4", "cannot read"),
+    ("--resume other.pt", "not such a file"), ("--resume state.pt", "20 s long already"),
     ("--resume seed3.pt --seed 4", "made with --seed 3"), ("--resume seed3.pt", "made with other weights"),
     ("--resume memory9.pt", "memory9.pt is damaged: --memory '9' is unknown"),
-    ("--resume broken.pt", "broken.pt is damaged: its content, video, rollout, chunk must be int, not str"),
+    ("--resume broken.pt", "its content, frames cannot be '1'"),
     ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
-    ("--save-state folder", "folder is a folder"), ("--size 64x64", "need --wan"),
-    ("--prompts lines.txt", "lines.txt, line 2: the prompt has control"),
-    ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "two ways"),
+    ("--save-state folder", "folder is no file"), ("--out folder", "manifest.jsonl is no file"),
+    ("--save-state /dev/null", "null is no file"),
+    ("--seed 9223372036854775807 --seeds 2", "from 1 to 1, not 2"), ("--size 64x64", "need --wan"),
+    ("--prompts lines.txt", "lines.txt, line 2: the prompt is empty, has control"),
+    ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "--continue with --resume"),
     ("--wan nowhere", "download"), ("--wan random --size 100x100", "multiples of 16"),
     ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
     ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
-    ("a | b", "or \\| for a bar"), ("x" * 4001, "4001 letters: 4000 at most"),
+    ("a | b", "or \\| for a bar"), ("x" * 4001, "more than 4000 letters"),
     ("a \x1b[31m", "control characters"), ("a | 1: b \0", "control characters"),
     ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
 
@@ -2759,16 +2839,50 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
         pytest.skip("there is such a device here")
     monkeypatch.chdir(tmp_path)
     Path("empty.mp4").write_bytes(b"")
-    Path("folder").mkdir()
+    Path("folder/manifest.jsonl").mkdir(parents=True)
+    # it would be waited for; where there are no pipes, it is not there
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe.mp4")
     Path("lines.txt").write_text("a sea\na\x07 storm\n")
     torch.save({"other": 1}, "other.pt")
     save_plain_state("state.pt", 320)
     save_plain_state("seed3.pt", seed=3)
     save_plain_state("memory9.pt", memory=9)
-    save_plain_state("broken.pt", chunk="1")
+    save_plain_state("broken.pt", "1")
     before = sorted(tmp_path.rglob("*"))
     assert message in refused("--seconds", "20", *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def expanded(*shape, dtype=torch.float32):
+    return torch.zeros(1, dtype=dtype).expand(*shape)
+
+
+HARMFUL = [  # of a state of 8 frames (a chunk, three latents): what it says, its latents, what is told
+    ({"frames": 10}, {}, "no 2 chunks"), ({"frames": -1}, {}, "frames cannot be -1"),
+    ({"frames": 10 ** 12}, {}, "frames cannot be"), ({"clip": 2}, {}, "no 1 chunks"),
+    ({"clip": -1}, {}, "no 1 chunks"), ({"options": {"seed": 2 ** 63}}, {}, "--seed must lie"),
+    ({"options": {"steps": 10 ** 9}}, {}, "--steps must lie"), ({"model": 3}, {}, "model cannot be 3"),
+    ({}, {"latents": torch.zeros(3)}, "no 1 chunks"),
+    ({}, {"latents": torch.zeros(1, 0, 16, 4, 8)}, "no 1 chunks"),
+    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan)}, "finite numbers"),
+    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8, dtype=torch.int64)}, "finite numbers"),
+    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan).to(torch.float8_e4m3fn)}, "finite numbers"),
+    ({}, {"latents": torch.zeros(1, 3, 16, 9, 9)}, "shape"),
+    ({}, {"latents": torch.zeros(2, 3, 16, 4, 8)}, "shape")]
+
+
+def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refused, tmp_path, capsys):
+    path, words = tmp_path / "state", ["--seconds", ".5", "--steps", "1"]
+    sampled(tmp_path / "a", *words, "--save-state", path)
+    capsys.readouterr()
+    state, about = read_file(path)
+    for said, latents, told in HARMFUL:
+        write_safetensors(tmp_path / "harmful", {**state, **latents}, {**about, **said})
+        assert re.search(f"harmful .*{told}", refused("--seconds", "1", "--resume", tmp_path / "harmful"))
+    # a pickle is none, whatever it holds
+    torch.save({**state, **about}, tmp_path / "harmful")
+    assert "options cannot be None" in refused("--seconds", "1", "--resume", tmp_path / "harmful")
 
 
 def test_options_replace_what_the_weights_say_of_sampling():
@@ -2820,9 +2934,9 @@ def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the
         names.add(named(tmp_path, "Sand!", **other)[0].name)
     assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
     assert all(any(name.startswith(start) for name in names) for start in ("一只猫-0-", "कि-0-"))
-    form = re.compile(r"[\w\u0900-\u097f-]+-[01](-from-86)?-[0-9a-f]{8}\.mp4")
+    form = re.compile(r"[^\s!-,.-/:-@[-`{-~]+-[01](-from-86)?-[0-9a-f]{8}\.mp4")
     assert all(form.fullmatch(name) for name in names)
-    assert named(tmp_path, "cafe\u0301")[0].name.startswith("caf\u00e9-0-")
+    assert named(tmp_path, "../a: b*?")[0].name.startswith("a-b-0-")
 
 
 def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
@@ -2838,7 +2952,7 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     assert sample.name_video(stoppable, record, video.read_manifest(tmp_path), set()) == second
     first.write_text("something else by now")
     assert named(tmp_path, "a")[0] == second
-    second.with_suffix(".png").mkdir()
+    second.mkdir()
     assert named(tmp_path, "a")[0] == third
 
 
@@ -2895,7 +3009,7 @@ def test_head_and_tail_of_a_resumed_video_are_the_whole_one_bit_for_bit(kind, ra
     whole, _ = sampled(tmp_path / "whole", "--seconds", "7.2", *words)
     head, _ = sampled(out, "--seconds", "5.4", "--save-state", state, *words)
     tail, _ = sampled(out, "--seconds", "7.2", "--resume", state, "--save-state", state)
-    assert torch.load(state)["video"]["rollout"]["chunk"] == 10  # not one more than the 115 frames need
+    assert read_file(state)[0]["latents"].shape[1] == 30  # not one chunk more than the 115 frames need
     assert len(head) == 86 and np.array_equal(np.concatenate([head, tail]), whole)
     assert len(list(out.glob("*.mp4"))) == 2 and len(list(out.glob("*-from-86-*.mp4"))) == 1
 
@@ -2970,7 +3084,7 @@ def test_where_nothing_compiles_it_is_told_at_the_start(refused, monkeypatch):
     def failing(function):
         raise RuntimeError("No working C++ compiler found\nin 4 lines")
     monkeypatch.setattr(torch, "compile", failing)
-    assert "(No working C++ compiler found in 4 lines): install" in refused("--compile", "--seconds", "1")
+    assert "No working C++ compiler found in 4 lines): install" in refused("--compile", "--seconds", "1")
 
 
 @pytest.mark.parametrize("name, bias", [("dit", "blocks.2.ffn.0.bias"), ("vae", "decoder.1.bias")])
@@ -2983,15 +3097,25 @@ def test_a_chunk_that_is_not_finite_ends_the_run(name, bias, refused, monkeypatc
     assert "the chunk at 0 s is not finite" in refused("--seconds", "1")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
         sampled, tmp_path, monkeypatch, capsys):
-    state, save = tmp_path / "state", torch.save
+    state = tmp_path / "state"
     state.write_text("before")
-    monkeypatch.setattr(torch, "save", lambda content, path: save(content, open("/dev/full", "wb")))
+
+    def write_half(tensors, path, about):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+    save = tensors.save_file
+    monkeypatch.setattr(tensors, "save_file", write_half)
     assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
-    assert "state: is the disk full?" in capsys.readouterr().err
+    assert "No space left on device): is the disk full?" in capsys.readouterr().err
     assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    # where nobody reads what is told, nothing is lost
+    monkeypatch.setattr(tensors, "save_file", save)
+    monkeypatch.setattr(sample.tqdm, "write", lambda *about: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)
+    assert "latents" in read_file(state)[0]
 
 
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(
@@ -3075,15 +3199,14 @@ def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next
     monkeypatch.setattr(torch.Tensor, "record_stream", note("in use"))
     monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
     chunks = (note("made")() or x0 for x0 in latents)
-    for frames, is_finite, past in video.decode_beside(vae, chunks):
+    for frames, is_finite in video.decode_beside(vae, chunks):
         log.append("frames")
         made.append(frames)
         assert is_finite
     decode, get = ["made", "wait", "in use", "in", "out"], ["arrived", "frames"]
     assert log == [*decode, *decode, *get, *decode, *get, *get]
-    whole, state = vae.decode(torch.cat(latents, dim=1))
+    whole, _ = vae.decode(torch.cat(latents, dim=1))
     close(torch.cat(made).float(), video.to_uint8(whole)[0].float(), 1)
-    close(past[-1], state[-1], 1e-5)
 
 
 # ---- the live page: what is made, who may ask for what, and all of it in a real browser -----------
@@ -3098,76 +3221,81 @@ def session(tiny_networks):
     return live.Session(live.Config(seed=4), tiny_networks)
 
 
-def make(session):
-    """One chunk more -> what a page is told of it"""
-    return session.tell(session.make_chunk())
-
-
 def frames_of(told):
-    picture = iio.imread(base64.b64decode(told["strip"].partition(",")[2]))
-    return rearrange(picture, "(f h) w c -> f h w c", h=told["size"][1])
+    picture = iio.imread(base64.b64decode(told["strip"]))
+    return rearrange(picture, "(f h) w c -> f h w c", f=told["frames"])
+
+
+def segments_of(told):
+    return [*"s" * told["sizes"][0], *"K" * told["sizes"][1], *"f" * told["sizes"][2]]
 
 
 def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(session):
     networks, snow = session.networks, live.Config.prompt.replace("Grass", "Snow")
-    made = [make(session) for _ in range(3)]
-    session.ask({"ground": "Snow"})
+    made = [session.step() for _ in range(3)]
+    session.ask({"prompt": snow})
     session.ask({"paused": True})  # what was asked before still holds
-    made += [make(session) for _ in range(2)]
+    made += [session.step() for _ in range(2)]
     roll, texts = networks.rollout(networks.text(live.Config.prompt)), {3: networks.text(snow)}
-    latents = [*generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)]
-    decoded, _ = networks.vae.decode(torch.cat(latents, dim=1))
+    latents = torch.cat([*generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)], dim=1)
+    decoded, _ = networks.vae.decode(latents)
     shown = np.concatenate([frames_of(told) for told in made])
     # decoded chunk by chunk: at most a step of rounding apart
     assert np.abs(shown.astype(int) - video.to_uint8(decoded)[0].numpy()).max() <= 1
-    assert [told["prompt"] for told in made] == [live.Config.prompt] * 3 + [snow] * 2
-    assert [told["first"] for told in made] == [0, 9, 21, 33, 45]
+    assert [told["made"] for told in made] == [9, 21, 33, 45, 57]
+    # what is held, each latent decoded alone
+    for number, picture in made[-1]["held"]:
+        alone, _ = networks.vae.decode(latents[:, number:number + 1])
+        picture = iio.imread(base64.b64decode(picture)).astype(int)
+        assert np.abs(picture - video.to_uint8(alone)[0, -1].numpy()).max() <= 1
 
 
 def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made(session, monkeypatch):
-    shown, written, comments = [*session.make_chunk()], [], []
-    session.ask({"ground": "Snow"})
-    shown += [*session.make_chunk()]
+    shown, written, comments = [*frames_of(session.step())], [], []
+    session.ask({"tau": .5})
+    shown += [*frames_of(session.step())]
 
     @contextmanager
     def writer(path, comment, scale):
         comments.append(comment)
         yield SimpleNamespace(append_data=written.append)
+        path.write_bytes(b"an mp4")
     monkeypatch.setattr(live, "video_writer", writer)
-    session.save("live.mp4")
-    assert np.array_equal(written, shown)
+    assert session.save() == b"an mp4" and np.array_equal(written, shown)
     about = json.loads(comments[0])
-    assert about["AI-generated"] and (about["seed"], about["model"]) == (4, session.networks.name)
-    assert re.fullmatch(r"0: Grass.* \[slowfast.*\] \| 0.5625: Snow.* \[slowfast.*\]", about["prompt"])
-    session.over = True
-    with pytest.raises(BadInput, match="has stopped"):
-        session.save("live.mp4")
+    assert about["AI-generated"] and about["model"] == session.networks.name
+    told = {"seed": 4, "memory": "slowfast", "prompt": live.Config.prompt}
+    assert all(told.items() <= changes.items() for changes in about["settings"])
+    assert [changes["second"] for changes in about["settings"]] == [0, 9 / 16]
+    assert about["settings"][1]["tau"] == .5
 
 
 def test_memory_can_be_taken_away_and_each_latent_keeps_its_picture(session):
-    before = [make(session) for _ in range(9)][-1]["held"]
-    assert [name for _, name, *_ in before] == ["sink"] * 3 + ["slow"] * 12 + ["fast"] * 6
+    before = [session.step() for _ in range(9)][-1]
+    assert segments_of(before) == [*"sssKKKKKKKKKKKKffffff"]
     session.ask({"memory": "longlive", "tau": .5, "positions": "unbounded"})
-    after = make(session)["held"]
-    assert [number for number, *_ in after] == [0, 1, 2, *range(21, 30)]
-    assert [name for _, name, *_ in after] == ["sink"] * 3 + ["fast"] * 9
-    pictures = {number: picture for number, _, _, picture in before}
-    assert all(pictures.get(number, picture) == picture for number, _, _, picture in after)
+    after = session.step()
+    assert [number for number, _ in after["held"]] == [0, 1, 2, *range(21, 30)]
+    assert segments_of(after) == [*"sssfffffffff"]
+    pictures = dict(before["held"])
+    assert all(pictures.get(number, picture) == picture for number, picture in after["held"])
     assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5
-    # a new video, under the settings that hold; absolute positions end with Wan's table
-    session.ask({"seed": 7})
-    told = make(session)
-    assert (told["seed"], told["memory"], told["first"], len(told["held"])) == (7, "longlive", 0, 3)
+    # absolute positions end with Wan's table; a new video, with another prompt, under the settings that hold
     session.rollout.chunk = 341
-    session.make_chunk()
+    session.step()
     assert session.rollout.positions == "bounded"
+    session.ask({"video": 1, "seed": 7, "prompt": "a calm sea"})
+    told = session.step()
+    assert (told["made"], segments_of(told), session.rollout.memory.policy.fast) == (9, [*"fff"], 9)
+    fresh = live.Session(live.Config(seed=7, memory="longlive", prompt="a calm sea"), session.networks)
+    assert np.array_equal(frames_of(fresh.step()), frames_of(told))
 
 
 def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(session):
     bars = []
-    for tau in (-1., -1., -1., -1., 1., 1.):
+    for tau in (-1, -1., -1., -1., 1, 1.):
         session.ask({"tau": tau})
-        bars.append(make(session)["bars"][-1])
+        bars.append(session.step()["bars"][-1])
     assert [tested for _, tested, _ in bars] == [True, False] * 3
     assert [kept for *_, kept in bars] == [False] * 4 + [True, False]
     roll = session.networks.rollout(session.text)
@@ -3175,55 +3303,37 @@ def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(s
     close(torch.tensor([surprisal for surprisal, *_ in bars[:4]]), 1 - torch.cat(roll.similarities), 1e-5)
 
 
-@pytest.mark.parametrize("caption, order, wanted", [
-    # the camera looks nearly south
-    ("Grass. The camera turns left from east, one turn in 9 seconds.", {"ground": "Snow"},
-     "Snow. The camera turns left from east, one turn in 9 seconds."),
-    ("Snow. The camera turns left from east, one turn in 9 seconds.", {"motion": "look aside"},
-     "Snow. The camera looks from south 90 degrees to the left and back, every 8 seconds."),
-    ("a calm sea", {"motion": "lingering turn"},
-     "Stone. The camera turns right from south, lingering at compass points, one turn in 18 seconds."),
-    ("a calm sea", {"ground": "Sand"}, "Sand. The camera turns right from south, one turn in 12 seconds.")])
-def test_a_click_changes_the_newest_prompt_in_what_it_says(caption, order, wanted, session):
-    session.score.path, session.score.ground = np.array([256 + 120.]), world.GROUNDS.index("Stone")
-    session.ask({"prompt": caption})
-    session.ask(order)
-    assert session.orders["prompt"] == wanted
-
-
-@pytest.mark.parametrize("body, told", [
-    (b"", "JSON"), (b"[1]", "JSON"), (b"[" * 4000, "JSON"), (b"\xff", "JSON"), (b'{"tau": NaN}', "from -1"),
-    (b'{"memory": "slofast"}', "did you mean slowfast"), (b'{"ground": "Lava"}', "choose from Grass"),
-    (b'{"seed": -1}', "from 0"), (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"),
-    *[(body, "cannot be") for body in (
-        b'{"tau": true}', b'{"tau": "1"}', b'{"seed": 1.5}', b'{"prompt": 1}', b'{"paused": 1}',
-        b'{"text": "a"}', b'{"positions": []}')]])
-def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, session):
-    with pytest.raises(BadInput, match=told) as refusal:
-        session.read_order(body)
-    assert "\n" not in str(refusal.value)
-
-
 def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
-    monkeypatch.setattr(live, "BARS", 5)
-    for _ in range(12):
-        make(session)
-    rollout = session.rollout
-    kept = session.bars, session.pictures, rollout.similarities, rollout.kept, session.changes
-    assert [len(some) for some in kept] == [5, 21, 0, 0, 1]
+    monkeypatch.setattr(score, "WINDOW", 24)
+    session.step()
+    session.bars, session.changes = session.bars * 80, session.changes * 15
+    for i in range(8):
+        session.ask({"tau": i / 10, "unknown": "a"})
+        session.step()
+    roll, read = session.rollout, session.score
+    kept = session.bars, session.changes, session.pictures, read.path, read.landmark, read.held
+    assert [len(some) for some in kept] == [80, 15, 21, 24, 24, 24]
+    assert not roll.similarities and not roll.kept and len(read.views) <= 21 and "unknown" not in session.wanted
 
 
-def test_pictures_are_made_for_a_viewer_who_waits_and_for_nobody_else(session, monkeypatch):
-    chunks, awaited = itertools.count(1), iter([False, False, True, False])
+@pytest.mark.parametrize("cost, between", [(.1, .75), (1, 1)])
+def test_chunks_are_published_at_the_rate_of_the_video_and_begun_just_in_time(
+        cost, between, session, monkeypatch):
+    clock, costs, begun, published = SimpleNamespace(now=50.), iter([cost] * 6), [], []
 
-    def chunk():
-        session.is_awaited = next(awaited)  # at last: no more chunks
-        return [next(chunks)]
-    monkeypatch.setattr(session, "make_chunk", chunk)
-    monkeypatch.setattr(session, "tell", lambda frames: {"told": frames})
+    def step():
+        begun.append(clock.now)
+        clock.now += next(costs)  # at last: no more
+        return {"frames": 12}
+    monkeypatch.setattr(live, "time", SimpleNamespace(
+        monotonic=lambda: clock.now, time=lambda: clock.now,
+        sleep=lambda seconds: setattr(clock, "now", clock.now + seconds)))
+    monkeypatch.setattr(session, "step", step)
+    monkeypatch.setattr(session, "publish", lambda news: published.append(news["at"]))
     with pytest.raises(StopIteration):
         session.run()
-    assert session.message["told"] == [3] and session.number == 1
+    assert np.allclose(np.diff(published), between)
+    assert np.allclose(np.array(published)[1:] - begun[1:-1], min(2 * cost, between))
 
 
 def live_clip(spec, chunk):
@@ -3234,44 +3344,46 @@ def live_clip(spec, chunk):
 
 def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
     spec = WorldSpec(3, "turn", 8)
-    motion, lost, unused = make_world(spec).motion, score.Score(), score.Score()
+    made, lost, unused = make_world(spec), score.Score(), score.Score()
     chunks = [live_clip(spec, chunk) for chunk in range(40)]
     for i, frames in enumerate(chunks):
-        lost.read(frames, range(max(0, 3 * i - 21), 3 * i), motion)
-        unused.read(frames, range(3 * i), motion)
-    events = reappearances(read_video(rearrange(np.concatenate(chunks), "f h w c -> f c h w")), motion)
+        lost.read(frames, range(max(0, 3 * i - 21), 3 * i), made.caption)
+        unused.read(frames, range(3 * i), made.caption)
+    events = reappearances(read_video(rearrange(np.concatenate(chunks), "f h w c -> f c h w")), made.motion)
     wrong = sum(not event.right for event in events)
     same = {"returns": len(events), "right": len(events) - wrong}
     assert 5 < wrong < len(events)
     assert lost.count() == {**same, "not kept": wrong, "kept but not used": 0}
     assert unused.count() == {**same, "not kept": 0, "kept but not used": wrong}
     # the maps
-    assert lost.first.tolist() == [*make_world(spec).landmarks]
-    assert lost.now.tolist() == [*make_world(replace(spec, counterfactual=True)).landmarks]
+    told, others = lost.told(), make_world(replace(spec, counterfactual=True))
+    for houses, landmarks in ((told["first"], made.landmarks), (told["now"], others.landmarks)):
+        assert houses == [[world.COLOURS[colour] for colour in world.PAIRS[house]] for house in landmarks]
+    heading = made.motion.heading(made.start, 476) / 256
+    assert told["ground"] == world.GROUNDS[made.ground] and told["motion"] == "turn"
+    assert abs((told["heading"] - heading + .5) % 1 - .5) < 1 / 256
 
 
 def test_what_left_under_another_motion_is_not_missed_and_old_returns_no_longer_count(monkeypatch):
     spec, told = WorldSpec(3, "turn", 8), score.Score()
-    still, last = Motion("aside", 1, 16, 90), live_clip(spec, 15)[-1:].repeat(12, 0)
+    still, last = World(0, (), 0, Motion("aside", 1, 16, 90)), live_clip(spec, 15)[-1:].repeat(12, 0)
     for chunk in range(16):
-        told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).motion)
+        told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).caption)
     before = told.count()
     for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
-        told.read(last, range(3 * chunk), still)
+        told.read(last, range(3 * chunk), still.caption)
     assert told.count() == before and before["right"] > 0
     monkeypatch.setattr(score, "WINDOW", 12)
-    told.read(last, [], still)
+    told.read(last, [], still.caption)
     assert told.count()["returns"] == 0
 
 
 @pytest.mark.parametrize("kind", world.CAPTIONS)
-def test_captions_of_every_motion_are_read_back_and_the_page_has_a_button_for_it(kind):
+def test_captions_of_every_motion_are_read_back(kind):
     for seed in range(20):
         made = make_world(WorldSpec(seed, kind))
-        assert score.world_of(made.caption) == replace(made, landmarks=())
-    assert score.world_of("A calm sea.") is None
-    (motion,) = [motion for motion in live.MOTIONS.values() if motion.kind == kind]
-    assert re.fullmatch(world.GRAMMAR, World(0, (), 0, motion).caption)
+        assert score.motion_of(made.caption) == made.motion
+    assert score.motion_of("A calm sea.") is None
 
 
 @pytest.fixture
@@ -3306,20 +3418,31 @@ LONG = b'{"seed": 1, "prompt": "' + b"a" * 3970 + b'"}'
         "null", "http://evil.example", "https://127.0.0.1:{}", "http://127.0.0.1:1")],
     (403, "GET /events", None, {"Origin": "null"}), (404, "GET /live.py", None, {}),
     (404, "GET /../README.md", None, {}), (404, "POST /", b"{}", {}), (413, "POST /steer", b" " * 4097, {}),
-    (413, "POST /steer", b"", {"Content-Length": "9" * 5000}),
-    (413, "POST /steer", None, {"Content-Length": "x"}), (400, "POST /steer", b'{"tau": 2}', {}),
-    (400, "POST /steer", '{"memory": "\\u732b"}'.encode(), {}), (204, "POST /steer", LONG, {}),
-    (204, "POST /steer", SEED, {"Origin": "http://localhost:{}"})])
+    (413, "POST /steer", b"", {"Content-Length": "9" * 50}), (413, "POST /steer", b"", {"Content-Length": "-1"}),
+    (400, "POST /steer", None, {"Content-Length": "x"}), (200, "POST /steer", LONG, {}),
+    (200, "POST /steer", SEED, {"Origin": "http://localhost:{}"})])
 def test_the_server_answers_its_own_page_alone(status, request_line, body, headers, served, session):
     got, text, sent = served(*request_line.split(), body, **headers)
     assert got == status and (status < 400 or len(text.splitlines()) == 1)
-    assert "script-src 'self'" in sent["Content-Security-Policy"]
-    assert ("seed" in session.orders) == (status == 204)
+    assert sent["X-Frame-Options"] == "DENY"
+    assert (session.wanted["seed"] == 1) == (status == 200 and "POST" in request_line)
+
+
+@pytest.mark.parametrize("body, told", [
+    (b"", "Expecting value"), (b"[1]", "content cannot be [1]"), (b"[" * 4000, "recursion"), (b"\xff", "utf-8"),
+    (b'{"tau": 2}', "from -1"), (b'{"tau": NaN}', "tau cannot be nan"), (b'{"tau": true}', "tau cannot be"),
+    (b'{"tau": "1"}', "tau cannot be"), (b'{"memory": "slof\\nast"}', "memory cannot be"), (b'{"seed": -1}', "seed cannot be"),
+    (b'{"memory": "\\u732b"}', "memory cannot be"), (b'{"seed": 1.5}', "seed cannot be"), (b'{"prompt": 1}', "prompt cannot be"),
+    (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"), (b'{"paused": 1}', "paused cannot be"),
+    (b'{"positions": []}', "positions cannot be"), (b'{"video": null}', "video cannot be")])
+def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, served, session):
+    before = session.wanted
+    status, text, _ = served("POST", "/steer", body)
+    assert status == 400 and told in text and len(text.splitlines()) == 1 and session.wanted is before
 
 
 def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(served, session, monkeypatch):
     monkeypatch.setattr(live.Handler, "timeout", 1)
-    monkeypatch.setattr(live, "STALL", .4)
     threads = threading.active_count()
     stalled, reading = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
     for viewer in (stalled, reading):
@@ -3327,20 +3450,19 @@ def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(se
     stream = reading.makefile("r")
     for i in range(40):
         started = time.monotonic()
-        session.publish(i=i, strip="x" * 300_000)  # more than the sockets of one that does not read hold
+        session.publish({"i": i, "strip": "x" * 300_000})  # more than the sockets of one that does not read hold
         assert time.monotonic() - started < 1
         while f'"i": {i},' not in stream.readline():
             pass
     reading.close(), stream.close(), stalled.close()
     deadline = time.monotonic() + 20
     while threading.active_count() > threads and time.monotonic() < deadline:
-        session.publish()
         time.sleep(.1)
     assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--port 70000", "to 65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "from -1"),
+    ("--port 70000", "0-65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "from -1"),
     ("--port {}", "another --port")])
 def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, capsys):
     monkeypatch.setattr(live, "load_networks", None)  # refused before anything is loaded
@@ -3367,40 +3489,53 @@ def running_live(*words):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
 def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
-    with running_live() as (process, _):
-        time.sleep(1)
+    with running_live() as (process, url):
+        viewers = [http.client.HTTPConnection(url.removeprefix("http://"), timeout=60) for _ in range(2)]
+        for viewer, path in zip(viewers, ("/events", "/video.mp4")):
+            viewer.request("GET", path)
+        assert viewers[0].getresponse().readline().startswith(b"data: ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130 and process.stderr.read() == ""
+        assert process.wait(20) == 130 and process.stderr.read() == ""
 
 
 def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path):
     cfg = live.Config(wan=str(raw), out=str(tmp_path / "o"), size="32x32", prompt="a calm sea")
     networks = weights.load_networks(cfg, "", [cfg.prompt], torch.device("cpu"), torch.float32)
     full = live.Session(cfg, networks)
-    make(full)
-    full.ask(full.read_order(b'{"prompt": "a storm rises"}'))  # encoded now
-    told = make(full)
-    assert told["strip"].startswith("data:image/jpeg") and frames_of(told).shape == (12, 32, 32, 3)
-    assert told["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
-    with pytest.raises(BadInput, match="cannot be"):
-        full.read_order(b'{"ground": "Snow"}')
-    full.save(tmp_path / "full.mp4")
-    assert iio.imread(tmp_path / "full.mp4", plugin="FFMPEG").shape == (21, 32, 32, 3)
+    full.step()
+    full.ask({"prompt": "a storm rises"})  # encoded now
+    told = full.step()
+    assert full.message["kind"] == "jpeg" and base64.b64decode(told["strip"])[:2] == b"\xff\xd8"
+    assert frames_of(told).shape == (12, 32, 32, 3)
+    assert full.settings["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
+    assert iio.imread(full.save(), plugin="FFMPEG", extension=".mp4").shape == (21, 32, 32, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.speed
-def test_an_hour_of_the_live_page_takes_no_more_memory_than_its_first_minutes(tiny_networks):
-    import resource
-    networks, peak = replace(tiny_networks, sampler=replace(tiny_networks.sampler, steps=1)), []
-    hour = live.Session(live.Config(), networks)
-    for chunk in range(3000):
-        frames = hour.make_chunk()
-        if chunk % 30 == 0:  # somebody looks in, now and then
-            hour.publish(**hour.tell(frames))
-        if chunk in (300, 2999):
-            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
-    assert peak[1] - peak[0] < 10, peak  # MiB
+def test_an_hour_of_the_live_page_takes_no_more_memory_nor_time_than_its_first_minutes(tiny_networks):
+    """Of all that the page does; the network is small, and the frames are drawn, so that it takes minutes."""
+    import psutil
+    made, pano = make_world(WorldSpec(3, "turn", 44)), panorama(0, SET)
+
+    def decode(latents, past=None):
+        b, n = latents.shape[:2]
+        frames = np.arange(4 * n - 3) if past is None else past[-1] + np.arange(1, 4 * n + 1)
+        drawn = torch.from_numpy(render(pano, made.motion.heading(0, frames)))
+        return (2 * drawn - 1).expand(b, -1, -1, -1, -1), frames
+    small = replace(tiny_networks.dit.config, dim=32, ffn_dim=32, heads=1, layers=1)
+    networks = replace(tiny_networks, dit=DiT(small).requires_grad_(False), vae=SimpleNamespace(decode=decode),
+                       sampler=Sampler(steps=1))
+    hour, memory, seconds = live.Session(live.Config(prompt=made.caption), networks), {}, {}
+    for chunk in range(3001):
+        hour.publish(hour.step())
+        if chunk in (300, 600, 2700, 3000):
+            memory[chunk] = psutil.Process().memory_info().rss / 2 ** 20
+            seconds[chunk] = time.process_time()
+    told = hour.message["score"]["count"]
+    assert told["returns"] == told["right"] > 20
+    assert memory[3000] - memory[300] < 10, memory  # MiB
+    assert seconds[3000] - seconds[2700] < 2 * (seconds[600] - seconds[300]), seconds
 
 
 # What a page shows, read back from its canvas: number of the frame, a fingerprint, its ground's colour
@@ -3485,6 +3620,29 @@ def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
     until(tabs[1], lambda: pressed.count() == 1)
 
 
+@pytest.mark.parametrize("prompt, order, wanted", [
+    # the camera looks nearly south, at stone
+    ("Grass. The camera turns left from east, one turn in 9 seconds.", {"ground": "Snow"},
+     "Snow. The camera turns left from east, one turn in 9 seconds."),
+    ("Snow. The camera turns left from east, one turn in 9 seconds.", {"motion": "aside"},
+     "Snow. The camera looks from south 90 degrees to the left and back, every 8 seconds."),
+    ("a calm sea", {"motion": "linger"},
+     "Stone. The camera turns right from south, lingering at compass points, one turn in 18 seconds."),
+    ("a calm sea", {"ground": "Sand"}, "Sand. The camera turns right from south, one turn in 12 seconds.")])
+def test_in_a_browser_a_click_changes_the_prompt_in_what_it_says(prompt, order, wanted, tabs):
+    made = tabs[0].evaluate("""([prompt, order]) => {
+      const kept = shown;
+      shown = {score: {heading: .47, ground: "Stone"}};
+      settings.prompt = prompt;
+      const made = caption(order);
+      shown = kept;
+      return made;
+    }""", [prompt, order])
+    assert made == wanted and re.fullmatch(world.GRAMMAR, made)
+    buttons = tabs[0].locator("#motion button, #ground button").evaluate_all("all => all.map(b => b.value)")
+    assert buttons == [*world.GROUNDS, *world.CAPTIONS]
+
+
 @pytest.mark.speed
 def test_in_a_browser_12_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
     frames = watched(tabs[0], 3)
@@ -3521,8 +3679,9 @@ def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_i
         stranger = browser.new_page()
         stranger.goto(f"http://127.0.0.1:{server.server_address[1]}/")
         order = "{method: 'POST', mode: 'no-cors', body: '{\"seed\": 99}'}"
-        said = stranger.evaluate(f"url => fetch(url, {order}).catch(String)", tabs[0].url + "steer")
-        assert "Failed to fetch" in said
+        with stranger.expect_response("**/steer") as answer:
+            stranger.evaluate(f"url => fetch(url, {order}).then(String, String)", tabs[0].url + "steer")
+        assert answer.value.status == 403
         tabs[0].wait_for_timeout(2000)
         stranger.close()
         server.shutdown()
@@ -3794,7 +3953,7 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 60_500)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 57_500)], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
     assert sum(tokens_by_line(source).total() for source in sources) <= most
@@ -3812,7 +3971,7 @@ DEMOS = {  # something true that each demo says
     "vae": "497,664 numbers -> 10,752 -> 497,664 at ",
     "wan_vae": "latent 4 -> frames 13..16, 0.00000 from those decoded at once",
     "world": "Snow. The camera turns right from south, one turn in 22 seconds.",
-    "judge": "magenta over blue   5.1 s away, now blue over red       WRONG",
+    "judge": "5.1 s away, comes back as",
     "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
     "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
@@ -4102,8 +4261,8 @@ def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
     found = returns_of(headings)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
     assert all(abs(e.absence - 164 / 32) <= 2 / 16 for e in found)
-    # Sector 7 leaves at frame 16, is due 97.5 frames later, and missed after 16 + 1.25 * 97.5 + 16 = 153.9.
-    assert [len(returns_of(headings[:frames])) for frames in (153, 154)] == [0, 1]
+    # Sector 7 leaves at frame 16, is due 98 frames later, and missed at frame 155: 16 + 1.25 * 98 + 16 = 154.5.
+    assert [len(returns_of(headings[:frames])) for frames in (155, 156)] == [0, 1]
     looks = {e.sector: e.absence for e in reversed(returns_of(LOOK, LOOKING))}  # each sector's first absence
     stays = returns_of(LOOK[np.minimum(np.arange(400), 128)], LOOKING)
     assert all(abs(e.absence - looks[e.sector]) < .2 for e in stays)
@@ -4159,37 +4318,30 @@ def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_r
 
 # ---- the miniature's numbers: what an evaluation tells is what the judge read ------------------------------
 
-FIRST = report.EvalSet("student")
+FIRST = dict(zip(report.ROW, ("student", "slowfast", "bounded", "text", None, None)))
 
 
-def video_row(returns, seed=0, memory="slowfast", worlds="text", kind=None, weights="student", **measured):
-    """A line of evaluate.jsonl; returns: (absence, right, held) of each landmark that was due back."""
-    events = [{"absence": absence, "right": right, "held": held, "sector": 0, "shown": 0, "left": 100}
-              for absence, right, held in returns]
-    plain = {"caption": "Sand.", "made_by": "w p", "cost": 1., "psnr": [27.] * 4, "landmarks": [seed] * 8,
-             "reappearances": events, "turning": 1., "jumps": 0, "minutes": 1.}
-    eval_set = report.EvalSet(weights, memory, worlds=worlds)
-    return report.Video(eval_set, WorldSpec(world.HELD_OUT + seed, kind), **plain | measured)
-
-
-def by_set(videos):
-    """-> EvalSet -> videos"""
-    rows = {}
-    for video in videos:
-        rows.setdefault(video.eval_set, []).append(video)
-    return rows
+def video_row(returns, seed=0, motion="turn", row=FIRST, **measured):
+    """A video of evaluate.jsonl; returns: (absence, right, held) of each landmark that was due back."""
+    events = [{"absence": absence, "right": right, "held": held, "follows": right, "sector": 0, "shown": 0,
+               "left": 100} for absence, right, held in returns]
+    world = {"seed": seed, "motion": motion, "landmarks": [seed] * 8}
+    plain = {"validity": 27., "last": 27., "drift": 0., "steady": 100, "jumps": 0., "returns": events}
+    return row | world | plain | measured
 
 
 def targets_of(videos):
-    return {row["target"]: row for row in report.targets(by_set(videos), FIRST)}
+    return {f"{row['videos']}: {row['target']}": row for row in report.targets(videos, FIRST)}
 
 
 def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_memory_does_not_bridge():
     videos = [video_row([(6., True, True), (6.7, True, True), (1.9, True, True)]),
               video_row([(5.5, False, True), (6.5, True, False), (2., False, True)])]
-    assert report.recall(videos, 6) == [(1, 1), (1, 2)]
-    assert report.ceiling(videos, 6) == [(1, 1), (1, 2)]
-    assert report.recall(videos) == [(2, 2), (1, 3)]
+    assert report.counts(videos, "right", 6).tolist() == [[100, 1], [100, 2]]
+    assert report.counts(videos, "held", 6).tolist() == [[100, 1], [100, 2]]
+    assert report.counts(videos, "right").tolist() == [[200, 2], [100, 3]]
+    videos[0]["drift"] = math.nan  # of a short video
+    assert report.counts(videos, "drift").tolist() == [[0, 0], [0, 1]]
 
 
 def test_whatever_the_motions_bring_back_falls_into_an_absence():
@@ -4201,20 +4353,13 @@ def test_whatever_the_motions_bring_back_falls_into_an_absence():
     assert absences[-1] * .9 < longest < absences[-1] * 1.1
 
 
-def test_drift_is_that_of_the_last_ten_seconds_from_the_first_ten():
-    long, short = [30., 28., 7., 7., 26., 25.], [1., 2., 3.]
-    videos = [video_row([], psnr=psnr) for psnr in (long, short)]
-    assert report.drift(videos) == [(-3.5, 1)]  # no video of 15 s
-    assert report.last_validity(videos) == [(25., 1), (3., 1)]
-
-
 def test_intervals_are_over_videos():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
-    middle, low, high = report.estimate([(1, 1), (1, 2)] * 2)
+    middle, low, high = report.estimate(np.array([(1, 1), (1, 2)] * 2))
     assert middle == pytest.approx(4 / 6) and low == .5 and high == 1
-    assert np.isnan(report.estimate([(0, 0)])).all()
+    assert np.isnan(report.estimate(np.zeros((1, 2)))).all()
     normal = [(x, 1) for x in np.random.default_rng(0).standard_normal(400)]
-    assert np.diff(report.estimate(normal)[[1, 2]]) == pytest.approx(2 * 1.96 / 20, rel=.1)
+    assert np.diff(report.estimate(np.array(normal))[1:]) == pytest.approx(2 * 1.96 / 20, rel=.1)
 
 
 @pytest.mark.parametrize("gain, spread, verdict", [
@@ -4223,112 +4368,110 @@ def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
     """Videos differ far more than the two rows do, and stand in any order."""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
-    theirs = [video_row([], i, jumps=x) for i, x in enumerate(hard)]
-    ours = [video_row([], i, jumps=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
-    strangers = [video_row([], 100 + i, jumps=9 * gain) for i in range(64)]
-    assert report.compare(ours, strangers + theirs[::-1], report.jumps) == verdict
-    for some, others, measure in ((ours, strangers, report.jumps), (ours[:7], theirs, report.jumps),
-                                  (ours, theirs, report.recall)):
-        assert report.compare(some, others, measure) == "no data"
+    theirs = [video_row([], i, last=x) for i, x in enumerate(hard)]
+    ours = [video_row([], i, last=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
+    strangers = [video_row([], 100 + i, last=9 * gain) for i in range(64)]
+    assert report.compare(ours, strangers + theirs[::-1], "last") == verdict
+    for some, others, what in (
+            (ours, strangers, "last"), (ours[:7], theirs, "last"), (ours, theirs, "right")):
+        assert report.compare(some, others, what) == "no data"
 
 
-def test_half_way_is_where_recall_that_can_only_fall_is_half_way_to_chance():
-    """Recall 1 after 6 s, 0 after 8.7, 1 after 12.5: the last two are one level."""
-    returns = [(6., True, True), (8.7, False, True), (12.5, True, True)]
-    videos = [video_row(returns, i) for i in range(20)]
-    assert report.falling(videos, report.recall) == [(6, 1), (8.7, .5), (12.5, .5)]
-    assert report.half_way(videos) == report.half_way(videos, report.ceiling) == math.inf
-    for video in videos[::2]:
-        video.reappearances[2]["right"] = False
-    assert report.falling(videos, report.recall) == [(6, 1), (8.7, .25), (12.5, .25)]
-    assert report.half_way(videos) == pytest.approx(6 + 2.7 * .5 / .75)
-    # chance of 4 / 19 raises the level that is half-way; where it is near recall nothing can fall
-    some = [replace(video, landmarks=[i % 4] * 8) for i, video in enumerate(videos)]
-    assert report.half_way(some) == pytest.approx(6 + 2.7 * (.5 - 2 / 19) / .75)
-    alike = [replace(video, landmarks=[i < 19] * 8) for i, video in enumerate(videos)]
-    assert np.isnan(report.half_way(alike)) and np.isnan(report.half_way(videos[:9]))  # nine returns a point
+def test_half_way_is_where_returns_stop_being_right_more_often_than_half_way_to_chance():
+    """Right up to 6 s, of 8.7 s a third; 12 videos, so that chance is 0."""
+    videos = [video_row([(5., True, True), (6., True, True), (8.7, i < 4, True), (12.5, False, True)], i)
+              for i in range(12)]
+    assert report.half_way(videos) == 6 and report.half_way(videos, "held") == math.inf
+    # one that comes back by luck after that is not reach; half and more are
+    videos[0]["returns"][3]["right"] = True
+    assert report.half_way(videos) == 6
+    for video in videos[:8]:
+        video["returns"][2]["right"] = True
+    assert report.half_way(videos) == 8.7
+    # chance of 1 makes all returns luck; nine returns tell nothing
+    assert np.isnan(report.half_way([video | {"landmarks": [1] * 8} for video in videos]))
+    assert np.isnan(report.half_way(videos[:3]))
 
 
-@pytest.mark.parametrize("text, real, met", [
-    (8_999, 9_000, "no"), (9_000, 8_999, "no"), (9_000, 9_000, "yes")])
-def test_a_target_is_met_from_both_starts_and_by_the_number_not_its_rounding(text, real, met):
+@pytest.mark.parametrize("right, met", [(8_999, "no"), (9_000, "yes")])
+def test_a_target_is_met_by_the_number_and_not_by_its_rounding(right, met):
     """8,999 of 10,000 returns are 89.99 %, which the table shows as 90.0."""
-    starts = [video_row([(6., i < right, True) for i in range(10_000)], worlds=worlds)
-              for worlds, right in (("text", text), ("real", real))]
-    table = report.markdown("", report.targets(by_set(starts), FIRST))
-    assert f"| recall after 6 s, % | at least 90 | 90.0 | 90.0 | {met} |" in table
-    assert "| recall after 15 s, % | at least 80 | - | - | no data |" in table
-    assert targets_of(starts[:1])["recall after 6 s, %"]["met"] == "no data"
+    table = report.targets([video_row([(6., i < right, True) for i in range(10_000)])], FIRST)
+    text = report.markdown({"Targets": table})
+    assert f"| text | recall after 6 s, % | at least 90 | 90.0 | {met} |" in text
+    assert "| text | recall after 15 s, % | at least 80 | - | no data |" in text
+    assert "| real | recall after 6 s, % | at least 90 | - | no data |" in text
 
 
-def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_jumps_are_to_be_few():
-    kinds = [("turn", 1.), ("linger", 1.), ("aside", 1.2), ("aside", 1.)]
-    table = targets_of(video_row([], i, worlds=worlds, kind=kind, turning=rate, jumps=2, minutes=2.)
-                       for worlds in ("text", "real") for i, (kind, rate) in enumerate(kinds))
-    found = [table[name] for name in ("steady turns, %", "steady looks aside, %", "jumps a minute")]
-    assert [row["from text"] for row in found] == [100, 50, 1]
-    assert [row["met"] for row in found] == ["yes", "no", "yes"]
+def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_validity_and_jumps_to_what_they_were():
+    kinds = [("turn", 100), ("linger", 100), ("aside", 0), ("aside", 100)]
+    table = targets_of([video_row([], i, kind, FIRST | {"worlds": "real"}, steady=rate, jumps=1., last=27.39)
+                        for i, (kind, rate) in enumerate(kinds)])
+    wanted = {"steady turns, %": (100, "yes"), "steady looks aside, %": (50, "no"),
+              "jumps a minute": (1, "yes"), "last 5 s, dB": (27.39, "no")}
+    for name, (number, met) in wanted.items():
+        row = table[f"real: {name}"]
+        assert (row["found"], row["met"]) == (pytest.approx(number), met)
 
 
 @pytest.mark.parametrize("theirs, met", [(0, "yes"), (6, "no"), (8, "no")])
 def test_the_student_must_be_better_than_its_start_by_intervals_that_do_not_touch(theirs, met):
     right = {"student": 8, "stage1": theirs}
-    table = targets_of(video_row([(6., i < right[weights], True)] * 9, i, worlds=worlds, weights=weights)
-                       for worlds in ("text", "real") for weights in right for i in range(9))
-    assert table["recall: from the interval of stage1 up to ours, points"]["met"] == met
-    assert table["recall: from the interval of init_ar up to ours, points"]["met"] == "no data"
-    assert table["steady: from the interval of stage1 up to ours, points"]["met"] == "no"  # they touch
+    table = targets_of([video_row([(6., i < right[weights], True)] * 9, i, row=FIRST | {"weights": weights})
+                        for weights in right for i in range(9)])
+    assert table["text: recall, points above stage1"]["met"] == met
+    assert table["text: recall, points above init_ar"]["met"] == "no data"
+    assert table["text: steady, points above stage1"]["met"] == "no"  # they touch
 
 
-def test_lines_give_back_what_was_written_and_a_bad_one_is_named(tmp_path):
-    rows = [video_row([(6., True, False)], i) for i in range(3)]
-    rows[0].eval_set = replace(rows[0].eval_set, tau=.9, steps=2)
-    rows[1].world = WorldSpec(world.HELD_OUT, "turn", 8, counterfactual=True)
+def test_returns_that_follow_exchanged_memories_are_those_of_the_exchange():
+    swapped = FIRST | {"worlds": "swapped", "memory": "uniform2"}
+    videos = [video_row([(5., i < 9, True)], i, row=swapped) for i in range(10)]
+    videos.append(video_row([(5., True, True)]))
+    row = targets_of(videos)["real: follow exchanged memories, %"]
+    assert (row["found"], row["met"]) == (90, "yes")
+
+
+def test_lines_give_back_what_was_written_a_bad_one_is_named_and_a_cut_one_dropped(tmp_path, capsys):
+    lines = [{"key": key, "videos": [video_row([(6., True, False)], i, drift=math.inf) for i in range(3)]}
+             for key in "abc"]
+    made = {line["key"]: line["videos"] for line in lines}
     path = tmp_path / "a.jsonl"
-    report.append_videos(path, rows[:1])
-    report.append_videos(path, rows[1:])
-    assert report.read_videos(path) == rows
-    lines = path.read_text().splitlines()
-    for line in (lines[1][:-9], "[1, 2]", "{}", lines[1][:-1] + ', "more": 1}', "[" * 100_000):
-        path.write_text("\n".join([lines[0], line, lines[2]]))
+    assert report.read_lines(path) == {}
+    for line in lines:
+        report.append_line(path, line)
+    assert report.read_lines(path) == made
+    first, second, third = path.read_text().splitlines()
+    for line in (second[:-9], "[1, 2]", "{}", "[" * 100_000):
+        path.write_text("\n".join([first, line, third, ""]))
         with pytest.raises(BadInput, match="a.jsonl, line 2: .*take the line out"):
-            report.read_videos(path)
+            report.read_lines(path)
+    path.write_text("\n".join([first, second, third])[:-9])
+    assert list(report.read_lines(path)) == ["a", "b"]
+    assert capsys.readouterr().err == f"warning: the last line of {path} is cut short, and dropped\n"
+    report.append_line(path, lines[2])
+    assert report.read_lines(path) == made
 
 
-def test_tables_hold_numbers_and_show_each_row_beside_the_first_of_its_worlds(tmp_path):
-    good = [video_row([(6., True, True)], i) for i in range(9)]
-    psnr = [25., 29., 28., 28.5]
-    bad = [video_row([(6., False, True)], i, "window", psnr=psnr) for i in range(9)]
-    tables = report.all_tables(by_set(good + bad), FIRST)
-    first, second = tables[report.ALL]
-    assert first["recall, %"].tolist() == [100, 100, 100] and first["returns"] == 9
-    assert first[report.BESIDE] == ""
-    assert second["drift"] == pytest.approx([1.25] * 3) and second["recall, %"][0] == 0
-    assert second[report.BESIDE] == "lower"
-    report.write(tables, "student", tmp_path / "tables.md")
-    text = (tmp_path / "tables.md").read_text("utf-8")
-    assert "| student | slowfast | bounded | text | all | 100.0 [100.0, 100.0] | 9 | 100.0 [" in text
+def test_tables_hold_numbers_a_row_what_was_asked_for_and_the_kind_of_motion():
+    returns = FIRST | {"worlds": "returns"}
+    videos = [video_row([(6., kind == "turn", True), (22., False, True)], i, kind, returns)
+              for kind in ("turn", "aside") for i in range(12)]
+    others = FIRST | {"tau": .9, "steps": 2}
+    videos += [video_row([(6., False, True)], i, row=others, drift=1.25) for i in range(9)]
+    tables = report.all_tables(videos, FIRST)
+    whole, turn, linger, aside, other = tables["All rows"]
+    assert [row["motion"] for row in (whole, turn, linger, aside)] == ["all", *report.KINDS]
+    assert turn["detail, %"].tolist() == [100] * 3 and turn["half-way, s"] == 6
+    assert whole["detail, %"][0] == 50
+    assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"]) and turn["ceiling's"] == math.inf
+    assert whole["recall, %"][0] == 25 and whole["returns"] == 48 and linger["videos"] == 0
+    assert (other["memory"], other["drift"][0]) == ("slowfast, tau 0.9, 2 steps", 1.25)
+    text = report.markdown(tables)
+    assert "| student | slowfast | bounded | returns | turn | 50.0 [50.0, 50.0] | 24 | 100.0 [" in text
+    assert "| student | slowfast | bounded | returns | linger | - | 0 | - |" in text
     parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert len(parts) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in parts)
-
-
-def test_reach_and_detail_are_told_by_the_kind_of_motion():
-    rows = [video_row([(6., kind == "turn", True), (22., False, True)], i, worlds="returns", kind=kind)
-            for kind in ("turn", "aside") for i in range(12)]
-    whole, turn, aside = report.all_tables(by_set(rows), FIRST)[report.ALL]
-    assert [row["motion"] for row in (whole, turn, aside)] == ["all", "turn", "aside"]
-    assert turn["detail, %"][0] == 100 and turn["half-way, s"] == 14 and whole["detail, %"][0] == 50
-    assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"])
-
-
-def test_of_an_hour_the_entropy_of_landmarks_and_their_agreement_with_the_first_minute_are_told():
-    first, second, third = [*range(8)], [*range(4)] * 2, [0, 1] + [-1] * 6
-    maps = [first, second, third, [9] * 8]
-    rows = by_set([video_row([], worlds="hour", psnr=[27., 26., 25., 24.], landmarks=maps)])
-    row, = report.all_tables(rows, FIRST)[report.HOUR]
-    wanted = zip((1, 5, 15, 60), ([27, 3, 100], [26, 2, 50], [25, 1, 100], [24, 0, 0]))
-    for minute, numbers in wanted:
-        assert [row[f"{minute} min: {what}"][0] for what in report.IN_A_MINUTE] == numbers
 
 
 # ---- the paper's tables beside ours ------------------------------------------------------------------------
@@ -4343,11 +4486,11 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
                        "Infinity-RoPE", "FramePack-F1"}
     first, second, third = (table[-1] for table in tables.values())
     assert {first["dino_60"], first["clip_t_10"], first["subject"], third["background"]} == {12.34}
-    assert second["60s_subject"] == 12.34 and np.isnan([second["5s_subject"], third["total"]]).all()
+    assert second["60s_subject"] == 12.34 and second["5s_subject"] is third["total"] is None
     longlive = tables["table1"][1]
     assert (longlive["dino_60"], longlive["context_length"]) == (86.26, "3.0 s")
     short = paper.beside(scores | {"dino_10": math.nan, "dino_60": math.nan})["table2"][-1]
-    assert short["5s_subject"] == 12.34 and math.isnan(short["60s_subject"])
+    assert short["5s_subject"] == 12.34 and short["60s_subject"] is None
     assert all(len({tuple(row) for row in table}) == 1 for table in tables.values())
 
 
@@ -4355,12 +4498,16 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
     (9, 0, "agrees"), (0, 9, "does not"), (5, 5, "not significant"), (9, None, None)])
 def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ours, theirs, word):
     """In the paper LongLive is less consistent than its method, of higher quality over 60 s."""
-    rows = []
+    videos = []
     for memory, right in (("slowfast", ours), ("longlive", theirs)):
         for i in range(9 if right is not None else 0):
             event = 6., (5 * i + right) % 9 < right, True
-            rows.append(video_row([event], i, memory, "returns", psnr=[right] * 4))
-    table = paper.orderings(by_set(rows), FIRST)
+            noise = 99 * math.sin(i * right) if ours == theirs else 0
+            row = FIRST | {"memory": memory, "worlds": "returns"}
+            videos.append(video_row([event], i, row=row, last=right + noise))
+    if ours == theirs:
+        videos[9]["last"] = -99
+    table = paper.orderings(videos, FIRST)
     found = {(row["against"], row["score"]): row["the ordering"] for row in table}
     other = {"agrees": "does not", "does not": "agrees"}.get(word, word)
     words = {"dino_60": word, "subject": word, "60s_subject": word, "60s_quality": other}
@@ -4373,48 +4520,46 @@ def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ou
 def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_frontier(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     rules = [*PRESETS, "uniform3", "uniform6"]
-    rows = by_set(video_row([(6., i > 3, 1), (22., i > 6, 1)], i, memory, "returns", kind)
-                  for kind in report.KINDS for memory in rules for i in range(12))
-    figures.draw_forgetting(figure, rows, FIRST)
+    rows = [FIRST | {"memory": memory, "worlds": "returns"} for memory in rules]
+    videos = [video_row([(6., i > 3, 1), (22., i > 6, 1)], i, kind, row)
+              for row in rows for kind in report.KINDS for i in range(12)]
+    figures.draw_forgetting(figure, videos, FIRST)
     shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     assert all(len(names) <= 5 and names[0] == "slowfast" for names in shown)
     assert sorted({name for names in shown for name in names}) == sorted(PRESETS)
     figure.clear()
-    figures.draw_frontier(figure, rows, FIRST)
-    # the last line is chance
-    shown = [sorted(line.get_label() for line in axes.lines[:-1]) for axes in figure.axes[:3]]
+    figures.draw_frontier(figure, videos, FIRST)
+    shown = [sorted(line.get_label() for line in axes.lines) for axes in figure.axes[:3]]
     assert shown == [["slowfast", "uniform1", "uniform2", "uniform3", "uniform6"]] * 3
-    hour = video_row([], worlds="hour", landmarks=[[1] * 8] * 4)
-    figures.draw_all(rows | by_set([hour]), FIRST, tmp_path)
+    hour = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
+    figures.draw_all(videos + [video_row([], row=FIRST | {"worlds": "hour"}, **hour)], FIRST, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "frontier.png", "drifting.png"}
 
 
 def test_the_strip_is_of_a_landmark_that_one_policy_brings_back_and_the_other_does_not():
-    def real(memory, seed, right, kind="turn", left=100, absence=7., shown=3):
-        event = {"sector": 2, "left": left, "absence": absence, "shown": shown, "right": right}
-        return video_row([], seed, memory, "real", kind, reappearances=[event])
+    def real(memory, seed, right, motion="turn", left=100, shown=3):
+        event = {"sector": 2, "left": left, "absence": 7., "shown": shown, "right": right}
+        row = FIRST | {"memory": memory, "worlds": "real"}
+        return video_row([], seed, motion, row) | {"returns": [event]}
 
     # only the last will do
-    others = [{"absence": 5.}, {"shown": -1}, {"kind": "aside"}, {"left": 165}, {}]
-    videos = [real("slowfast", i, True, **other) for i, other in enumerate(others)]
+    others = [{"shown": -1}, {"motion": "aside"}, {"left": 165}, {}]
+    videos = [real(memory, 9, True) for memory in ("slowfast", "longlive")]
+    videos += [real("slowfast", i, True, **other) for i, other in enumerate(others)]
     videos += [real("longlive", i, False, **other) for i, other in enumerate(others)]
-    both = [real(memory, 9, True) for memory in ("slowfast", "longlive")]
-    spec, events = evaluate.forgotten(by_set(both + videos), FIRST)
-    assert spec == WorldSpec(world.HELD_OUT + 4, "turn") and list(events) == ["slowfast", "longlive"]
+    both = evaluate.forgotten(videos, FIRST)
+    assert [video["seed"] for video, _ in both] == [3, 3]
+    assert [video["memory"] for video, _ in both] == ["slowfast", "longlive"]
+    assert evaluate.forgotten(videos[:-1], FIRST) == []
 
 
-def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view(monkeypatch):
-    """Frames that are their numbers, of a turn whose path is known."""
+def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view():
     spec = WorldSpec(world.HELD_OUT, "turn", 9)
     drawn = make_world(spec)
     event = next(e for e in reappearances(read_video(clip(spec, 0, 400)), drawn.motion) if not e.in_sink)
-    rows = []
-    monkeypatch.setattr(evaluate, "make_videos", lambda batch: (np.arange(400)[None], None))
-    monkeypatch.setattr(figures, "draw_strip", lambda *given: rows.extend(given[0]))
-    evaluate.make_strip(spec, {"slowfast": vars(event) | {"right": True}}, {}, FIRST, None, None)
-    (moments, right), = rows
+    moments = evaluate.moments(vars(event))
     far = np.abs(offsets(drawn.motion.heading(drawn.start, moments))[:, event.sector])
-    assert right and len(moments) == 7 and far[[0, 6]].max() < 3 and far[3] > 60
+    assert len(moments) == 7 and far[[0, 6]].max() < 3 and far[3] > 60
 
 
 def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path):
@@ -4423,7 +4568,7 @@ def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path)
     picture = iio.imread(tmp_path / "strip.png")
     height, width = picture.shape[0] // 2, picture.shape[1] // 3
     assert picture[height // 2::height, width // 2::width, 0].tolist() == [[5, 7, 9]] * 2
-    right, wrong, plain = figures.RIGHT, figures.WRONG, figures.PLAIN
+    right, wrong, plain = figures.RIGHT, figures.WRONG, (255, 255, 255)
     wanted = np.array([[right, plain, right], [right, plain, wrong]])
     assert (picture[::height, ::width] == wanted).all()
 
@@ -4438,21 +4583,35 @@ def drawn_frames(spec, frames):
     return (clip(spec, 0, frames) * 255).round().astype(np.uint8)
 
 
+def drawn_world(landmarks, frames):
+    return (draw_video(steady(frames), landmarks) * 255).round().astype(np.uint8)
+
+
 def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
     spec = WorldSpec(world.HELD_OUT + 3, "turn", 12)
 
     def measured(frames):
         keep = torch.ones(84, dtype=torch.bool)
-        return probe.measure(frames, make_world(spec).motion, keep, PRESETS["slowfast"], 0)
+        return probe.measure(frames, spec, keep, PRESETS["slowfast"], 0)
 
     frames = drawn_frames(spec, 1005)
     good = measured(frames)
-    assert len(good["psnr"]) == 12 and min(good["psnr"]) > 40
-    assert good["jumps"] == 0 and abs(good["turning"] - 1) < .01 and good["minutes"] == 1005 / 960
+    assert min(good["validity"], good["last"]) > 40 and abs(good["drift"]) < 1
+    assert good["jumps"] == 0 and good["steady"] == 100
     assert good["landmarks"] == list(make_world(spec).landmarks)
-    assert good["reappearances"] and all(event["right"] for event in good["reappearances"])
-    assert measured(np.concatenate([frames[:500], frames[:505]]))["jumps"] == 1  # it snaps to the first view
-    assert max(measured((frames[:505] * .8).astype(np.uint8))["psnr"]) < 30
+    assert good["returns"] and all(event["right"] for event in good["returns"])
+    assert not any(event["follows"] for event in good["returns"])
+    # it snaps to the first view; grey at the end; too short to drift; the other houses
+    snaps = measured(np.concatenate([frames[:500], frames[:461]]))
+    assert snaps["jumps"] == pytest.approx(1) and snaps["steady"] == 100
+    frames[-80:] = frames[-80:] * .8
+    spoilt = measured(frames)
+    assert spoilt["last"] < 30 < spoilt["validity"] and spoilt["drift"] < -5
+    assert np.isnan(measured(frames[:200])["drift"]) and measured(frames[:400:2])["steady"] == 0
+    other = drawn_frames(replace(spec, counterfactual=True), 600)
+    other[:100] = frames[:100]
+    left_before = [event for event in measured(other)["returns"] if event["left"] < 100]
+    assert left_before and all(event["follows"] for event in left_before)
 
 
 @pytest.mark.parametrize("shuffle, whose", [(False, [0, 1, 2]), (True, [1, 2, 0])])
@@ -4500,9 +4659,9 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_or_the_row_names_one
     monkeypatch.setattr(evaluate, "decode_frames", lambda *given: None)
     if tau:
         monkeypatch.setitem(PRESETS, "uniform2", replace(PRESETS["uniform2"], tau=tau))
-    eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
-    for row in (eval_set, replace(eval_set, tau=.7, steps=2)):
-        evaluate.make_videos(evaluate.Batch(row, [], FILES_OF_WEIGHTS, "", CPU))
+    row = FIRST | {"weights": "stage2", "memory": "uniform2", "worlds": "swapped"}
+    for each in (row, row | {"tau": .7, "steps": 2}):
+        evaluate.make_videos(each, [], FILES_OF_WEIGHTS, CPU)
     (networks, _, *lengths, policy, positions, swap), (fewer, *_, other, _, _) = asked
     assert policy == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
     assert (lengths, positions, swap) == ([14, 5], "bounded", True)
@@ -4519,14 +4678,15 @@ def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
 
 def test_the_shipped_student_is_evaluated_from_its_file():
     """The path from a preset's name to a line, with networks: 4 s after real video."""
-    eval_set = report.EvalSet("stage2", "uniform2", worlds="swapped")
+    row = FIRST | {"weights": "stage2", "memory": "uniform2", "worlds": "swapped"}
     specs = evaluate.worlds_of("swapped", 8, 0)
-    videos = evaluate.run_batch(evaluate.Batch(eval_set, specs, FILES_OF_WEIGHTS, "w p", CPU))
-    assert [video.world for video in videos] == specs
-    assert len(videos[0].psnr) == 1 and videos[0].cost > 0
-    pairs = report.follows(videos)
-    assert report.number(pairs) >= 12 and report.mean(pairs) > .6  # returns show the other world's landmarks
-    assert report.mean(report.recall(videos)) < .2
+    videos = evaluate.run_batch((row, specs, FILES_OF_WEIGHTS, CPU))
+    assert [video["seed"] for video in videos] == [spec.seed for spec in specs]
+    assert report.pick(videos, row | {"motion": "turn"}) == videos
+    # returns show the other world's landmarks
+    follows = report.counts(videos, "follows")
+    assert follows.sum(0)[1] >= 12 and report.estimate(follows)[0] > 60
+    assert report.estimate(report.counts(videos, "right"))[0] < 20
 
 
 def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late():
@@ -4542,8 +4702,8 @@ def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late()
 
 
 def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slots():
-    sets = [s for s in evaluate.eval_sets(FIRST, (.9, .97)) if s.worlds == "returns"]
-    policies = [evaluate.policy_of(s, .94) for s in sets]
+    rows = report.pick(evaluate.all_rows(FIRST, (.9, .97)), {"worlds": "returns"})
+    policies = {evaluate.policy_of(row, .94) for row in rows}
     slots = [p for p in policies if (p.sink, p.slow, p.fast) == (3, 12, 6)]
     assert sorted(p.interval for p in slots if p.keep == "uniform") == [1, 2, 3, 4, 5, 6]
     assert sorted(p.tau for p in slots if p.keep == "surprisal") == [.9, .94, .97]
@@ -4556,37 +4716,39 @@ def test_of_an_hour_four_minutes_are_decoded_and_measured(monkeypatch):
     assert frames.shape == (1, 3840)
     assert frames[0, 959::960] == pytest.approx([960 * minute for minute in report.MINUTES], abs=12)
     spec = WorldSpec(world.HELD_OUT, "turn", 12)
-    first, other = drawn_frames(spec, 960), drawn_frames(replace(spec, counterfactual=True), 960)
-    minutes = np.concatenate([first, other, first, first[:1].repeat(960, 0)])
-    keep = torch.ones(4801, dtype=torch.bool)
-    found = probe.measure_minutes(minutes, make_world(spec).motion, keep, PRESETS["window"])
-    seen = [minute == list(make_world(spec).landmarks) for minute in found["landmarks"]]
-    assert seen == [True, False, True, False] and found["turning"] == pytest.approx(1, abs=.01)
-    assert min(found["psnr"]) > 40 and len(found["psnr"]) == 4
-
-
-def test_a_teacher_goes_on_from_a_students_video():
-    eval_set = report.EvalSet("teacher", "uniform2", worlds="after stage1", teacher=True)
-    frames, _ = evaluate.make_videos(evaluate.Batch(eval_set, probe.held_out(1), FILES_OF_WEIGHTS, "", CPU))
-    student = load_tiny(FILES_OF_WEIGHTS["stage1"], CPU)
-    own, _ = continue_student(student, probe.held_out(1), 0, 14, probe.PROBED)
-    own = probe.decode_frames(student.vae, own)
-    assert frames.shape == (1, 249, 3, 32, 64)
-    assert np.abs(frames[:, :165].astype(int) - own).max() <= 1
+    first = drawn_frames(spec, 192)
+    one_kind = drawn_world((3,) * 8, 192)
+    empty = drawn_world((), 192)
+    minutes = np.concatenate([frames.repeat(5, 0) for frames in (first, one_kind, first, empty)])
+    found = probe.measure_minutes(minutes)
+    landmarks = make_world(spec).landmarks
+    share = np.unique(landmarks, return_counts=True)[1] / 8
+    entropy, same = -(share * np.log2(share)).sum(), 100 * landmarks.count(3) / 8
+    for minute, bits, agree in ((1, entropy, 100), (5, 0, same), (15, entropy, 100), (60, 0, 0)):
+        validity, *others = [found[f"{minute} min: {name}"] for name in report.HOUR]
+        assert others == pytest.approx([bits, agree]) and (validity > 40) == (minute < 60)
 
 
 def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
-    """Other weights, the student before a teacher, another preset, other code."""
-    files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "stage1", "other")}
+    """What was asked for, the world, networks, the preset's sizes, the code."""
+    files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "other")}
     for name, path in files.items():
         path.write_text(name)
-    rows = [report.EvalSet(name, "window") for name in ("one", "two")]
-    after = report.EvalSet("one", "uniform2", worlds="after stage1")
-    found = [evaluate.made_by(row, files) for row in (*rows, after)]
-    assert len(set(found)) == 3 and found[0].endswith(" " + repr(PRESETS["window"]))
-    assert evaluate.made_by(after, files | {"stage1": files["other"]}) != found[2]
+    one = FIRST | {"weights": "one", "memory": "window"}
+    specs = [WorldSpec(1)]
+    found = [evaluate.key_of(one, specs, files, CPU)]
+    for other in ({"weights": "two"}, {"memory": "longlive"}, {"steps": 2}, {"tau": .5}, {"worlds": "real"}):
+        found.append(evaluate.key_of(one | other, specs, files, CPU))
+    found.append(evaluate.key_of(one, [WorldSpec(2)], files, CPU))
+    found.append(evaluate.key_of(one, specs, files | {"vae": files["other"]}, CPU))
+    found.append(evaluate.key_of(one, specs, files | {"one": files["other"]}, CPU))
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "window", replace(PRESETS["window"], fast=18))
+        found.append(evaluate.key_of(one, specs, files, CPU))
+    assert evaluate.key_of(one, specs, files, CPU) == found[0]
     monkeypatch.setattr(evaluate, "CODE", evaluate.CODE[1:])
-    assert evaluate.made_by(after, files) != found[2]
+    found.append(evaluate.key_of(one, specs, files, CPU))
+    assert len(set(found)) == len(found)
     # comments and layout of code do not count
     texts = ["a = 1", "a  =  1  # one", "a = 2"]
     for i, text in enumerate(texts):
@@ -4609,16 +4771,15 @@ def run_evaluate(tmp_path, monkeypatch):
     """Words -> the tables, of a student whose videos are real ones, and how many were made"""
     made = []
 
-    def real_videos(batch):
-        frames = data.frames_of(evaluate.LENGTHS[batch.eval_set.worlds].chunks * CHUNK)
-        made.extend(batch.specs)
-        keep = torch.arange(84) % PRESETS[batch.eval_set.memory].interval == 0
-        videos = np.stack([drawn_frames(spec, frames) for spec in batch.specs])
+    def real_videos(row, specs, files, device):
+        frames = data.frames_of(evaluate.LENGTHS[row["worlds"]][1] * CHUNK)
+        made.extend(specs)
+        keep = torch.arange(84) % PRESETS[row["memory"]].interval == 0
+        videos = np.stack([drawn_frames(spec, frames) for spec in specs])
         return videos, keep.expand(len(videos), -1)
 
     monkeypatch.setattr(evaluate, "make_videos", real_videos)
     monkeypatch.setattr(figures, "draw_all", lambda *given: None)
-    monkeypatch.setattr(evaluate, "make_strip", lambda *given: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
 
     def run(words):
@@ -4667,7 +4828,7 @@ def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
 
 
 def test_worlds_in_which_nothing_comes_back_are_told_in_one_line(run_evaluate, monkeypatch):
-    monkeypatch.setitem(evaluate.LENGTHS, "returns", evaluate.Length(0, 2))  # 1.3 s
+    monkeypatch.setitem(evaluate.LENGTHS, "returns", (0, 2))  # 1.3 s
     with pytest.raises(BadInput, match="no landmark is due back"):
         run_evaluate("--quick --memory infinity --worlds 3")
 
@@ -4676,19 +4837,18 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_ev
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 6, 12, "uniform", interval=3))
 
     def run_batch(batch):
-        maps = {"landmarks": [[1] * 8] * 4} if batch.eval_set.worlds == "hour" else {}
-        rows = [video_row([(6., True, True)], **maps) for _ in batch.specs]
-        return [replace(row, eval_set=batch.eval_set, world=spec, made_by=batch.made_by)
-                for row, spec in zip(rows, batch.specs)]
+        hour = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
+        return [video_row([(6., True, True)], i, "turn", batch[0], **hour) for i, _ in enumerate(batch[1])]
 
     monkeypatch.setattr(evaluate, "run_batch", run_batch)
     text, _ = run_evaluate("--worlds 9 --steps 2")
     titles = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
-    assert titles == ["Targets", report.ALL, report.CURVES, report.HOUR, "The paper's orderings"]
+    assert titles == ["Targets", "All rows", "Recall by seconds out of view, %", "Drifting over an hour",
+                      "The paper's orderings"]
     rows = re.findall(r"\| mine, 2 steps \| bounded \| (\w+ \| \w+)", text)
     kinds = ["all", "turn", "linger", "aside"]
-    assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | all"])
-    assert text.count("uniform6, 2 steps") == 8 and text.count("| teacher | uniform2 |") == 6
+    assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | 1"])
+    assert text.count("uniform6, 2 steps") == 8 and text.count("| teacher | uniform2 |") == 4
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
@@ -4710,7 +4870,8 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     # the first latent, of 8 tokens, from memory
     memory = [LayerCache(apply_rope(k, rope)[:, :8], v[:, :8], 8) for k, v in kv]
     t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
-    later, _ = net(x[:, 1:], t, text, rope[:, 8:], memory, mask=mask)
+    rope = [table[:, 8:] for table in rope]
+    later, _ = net(x[:, 1:], t, text, rope, memory, mask=mask)
     close(later, whole[:, 1:], 1e-5)
 
 
@@ -4757,10 +4918,14 @@ def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
     (" a calm\u2028sea \n\nein B\xe4r\n".encode("utf-8"), ["a calm\u2028sea", "ein B\xe4r"]),
     (" a calm sea \r\rein B\xe4r".encode("utf-16"), ["a calm sea", "ein B\xe4r"]),
     (b"\xef\xbb\xbf a calm sea \r\n\r\n", ["a calm sea"]),
-    (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts"), (b"a\n\0", "line 2: the prompt has control")])
+    (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts"), (b"a\n\0", "line 2: .*control characters"),
+    (None, "is no file")])
 def test_a_file_of_prompts_has_one_a_line_in_utf_8_or_16(content, want, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
+    if content is None:  # a pipe to which nobody writes, where there are pipes
+        getattr(os, "mkfifo", Path.mkdir)(file)
+    else:
+        file.write_bytes(content)
     if isinstance(want, list):
         assert read_prompts(file) == want
     else:
@@ -4778,7 +4943,7 @@ def test_prompts_are_cleaned_like_wans():
 def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeypatch, capsys):
     """The official code pads prompts to 512 tokens; ours encodes each as long as it is."""
     prompts = ["a calm  sea", "storm", "a " * 600]
-    features = wan_text(raw, tmp_path, prompts, CPU)
+    features = wan_text(raw, tmp_path, prompts, CPU, dim=48)
     assert "601 tokens, cut after 512" in capsys.readouterr().err
     encoder = TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)).bfloat16()
     encoder = load_state_dict_strict(encoder, torch.load(raw / T5, weights_only=True))
@@ -4797,10 +4962,14 @@ def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeyp
     features(["storm"])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     # one that is damaged, or something else
-    for file in tmp_path.glob("*.safetensors"):
-        save_file({"features": torch.zeros(3)}, file)
-    with pytest.raises(BadInput, match="cannot read .*delete it, and it is made again"):
-        features(["storm"])
+    def cut_short(file):
+        file.write_bytes(file.read_bytes()[:99])
+    for harm in (flip_bit, cut_short, lambda file: save_file({"features": torch.zeros(3, 4)}, file)):
+        before = features(["storm"])
+        for file in tmp_path.glob("*.safetensors"):
+            harm(file)
+        assert torch.equal(features(["storm"]), before)
+        assert re.fullmatch("warning: cannot read .*: it is made again\n", capsys.readouterr().err)
 
 
 # ---- weights: own files, the raw folder, public students ---------------------------------------------------
@@ -4879,7 +5048,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkey
         raise SafetensorError("disk full")
     write_safetensors(tmp_path / "a", {"x": torch.ones(3)})
     monkeypatch.setattr(tensors, "save_file", write_half)
-    with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a: .*disk full"):
+    with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a .*is the disk full"):
         write_safetensors(tmp_path / "a", {"x": torch.zeros(3)})
     assert torch.equal(read_file(tmp_path / "a")[0]["x"], torch.ones(3))
 
@@ -4961,17 +5130,19 @@ def patches(*shape):
 
 FOREIGN = {
     "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "step": 1},
-    "is a 14B": patches(5120, 16),
-    "image-to-video": patches(64, 36),
-    "has width 128, .*config.json says 64: .*without --wan": patches(128, 16),
-    "KeyError: 'patch_embedding.weight'.*another kind": lambda s: {"conv.weight": torch.zeros(3)},
+    "size mismatch for patch_embedding.*5120.*14B": patches(5120, 16),
+    "size mismatch for patch_embedding.*36.*image-to-video": patches(64, 36),
+    "size mismatch.*128.*another kind.*without --wan": patches(128, 16),
+    "KeyError: 'text_embedding.0.weight'.*another kind": lambda s: {"conv.weight": torch.zeros(3)},
     "holds no weights": lambda s: {"step": 3},
+    "holds no weights ": lambda s: s | {"head.head.weight": expanded(10 ** 6, 10 ** 6)},
     "Unexpected key.*extra": lambda s: s | {"extra": torch.zeros(1)},
-    "is quantised .torch.int8": lambda s: {k: v.to(torch.int8) for k, v in s.items()},
-    "is quantised .torch.float8": lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
+    "torch.int8, is quantised": lambda s: {k: v.to(torch.int8) for k, v in s.items()},
+    "torch.float8.*, is quantised": lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
     "is quantised: fetch": lambda s: s | {"scaled_fp8": torch.zeros(1)},
     "layout of diffusers": lambda s: {k.replace("self_attn", "attn1"): v for k, v in s.items()},
-    "holds a list": lambda s: [1, 2],
+    "content cannot be .1, 2.": lambda s: [1, 2],
+    "are no weights|no weights": lambda s: {3: torch.zeros(3), 4: 5},
     "two tensors of one name": lambda s: s | prefixed("module.", s),
     "ffn.0.bias is not finite": lambda s: s | {"blocks.1.ffn.0.bias": torch.full((96,), math.inf)},
 }
@@ -4987,24 +5158,25 @@ def test_foreign_weights_are_refused_by_name(told, raw):
 
 
 @pytest.mark.parametrize("name, content, told", [
-    ("a.pth", b"GGUF" + bytes(99), "GGUF"), ("a", b"<!doctype html><html>Entry not found", "web page"),
+    ("a.pth", b"GGUF" + bytes(99), "begins with b'GGUF.*fetch the model as safetensors"),
+    ("a", b"<!doctype html><html>Entry not found", "begins with b'<!doc.*web page"),
     ("a", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "git lfs pull"),
-    ("a", b"hello", "no file of tensors"), ("a", b"", "empty.*fetch it again"),
-    ("a-1-of-2.pth", b"", "without an index.json"), (".metadata", b"", "dcp_to_torch"),
-    ("a.index.json", b'{"weight_map": []}', "a.index.json .*weight_map must be dict"),
-    ("a.index.json", b'{"weight_map": {"x": "/../../secret"}}', "cannot read .*/of/secret .*No such file")])
+    ("a", b"hello", "neither safetensors nor"), ("a", b"", "empty.*fetch it again"), ("a", b"", "is no file"),
+    ("a-1-of-2.pth", b"", "not hold all files NAME-1-of-2"), (".metadata", b"", "dcp_to_torch"),
+    ("a.index.json", b"{}", "not hold all files NAME-1-of-2")])
 def test_what_is_no_file_of_weights_is_named_for_what_it_is(name, content, told, tmp_path):
-    (tmp_path / "of").mkdir()
-    (tmp_path / "secret").write_bytes(b"hello")
-    file = tmp_path / "of" / name
-    file.write_bytes(content)
+    file = tmp_path / name
+    if told == "is no file":
+        getattr(os, "mkfifo", lambda file: pytest.skip("there are no pipes here"))(file)
+    else:
+        file.write_bytes(content)
     with pytest.raises(BadInput, match=told):
         read_file(file.parent if name == ".metadata" else file)
 
 
-def flip_bit(path, share=.7):
+def flip_bit(path, share=.7, place=None):
     content = bytearray(path.read_bytes())
-    content[int(len(content) * share)] ^= 1
+    content[place or int(len(content) * share)] ^= 1
     path.write_bytes(content)
 
 
@@ -5022,6 +5194,15 @@ def test_one_wrong_bit_in_any_file_is_told_and_no_verify_takes_it(name, share, s
         read_file(path)
     if share == .7:
         assert len(read_file(path, verify=False)[0]) == len(state)
+
+
+@pytest.mark.parametrize("word", ["sha256", "about"])
+def test_a_wrong_bit_in_the_name_of_the_checksum_is_told(word, small_net, tmp_path):
+    save_weights(tmp_path / "a", small_net.state_dict(), small_net.config, {"stage": "x"})
+    place = (tmp_path / "a").read_bytes().index(word.encode())
+    flip_bit(tmp_path / "a", place=place)
+    with pytest.raises(BadInput, match=f"cannot read {tmp_path}/a "):
+        load(tmp_path / "a", DiT, DiTConfig)
 
 
 def test_the_raw_folder_is_verified_unless_no_verify_says_otherwise(raw):
@@ -5051,7 +5232,7 @@ def test_what_weights_say_of_themselves_has_bounds(field, value, small_net, tmp_
     about = {"config": asdict(small_net.config), "facts": {}}
     places = {"sampler": about["facts"], "facts": about}
     places.get(field, about["config"])[field] = value
-    save_file(small_net.state_dict(), tmp_path / "a", {"about": json.dumps(about)})
+    write_safetensors(tmp_path / "a", small_net.state_dict(), about)
     with pytest.raises(BadInput, match=f"{field}|size mismatch") as refused:
         load(tmp_path / "a", DiT, DiTConfig)
     assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
@@ -5060,13 +5241,13 @@ def test_what_weights_say_of_themselves_has_bounds(field, value, small_net, tmp_
 @pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3, "facts": {}}', "{}", "9" * 10 ** 5])
 def test_metadata_that_is_no_object_is_told(about, tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "a", {"about": about})
-    with pytest.raises(BadInput, match="cannot read|must be dict"):
+    with pytest.raises(BadInput, match="cannot (read|be)"):
         load(tmp_path / "a", DiT, DiTConfig)
 
 
 @pytest.mark.parametrize("sizes, told", [
     ({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
-    ({"text_len": None}, "text_len"), ([], "must be dict")])
+    ({"text_len": None}, "text_len"), ([], "content cannot be")])
 def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
     stated = json.loads((raw / "config.json").read_text())
     (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
@@ -5114,6 +5295,7 @@ def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     ({f"{Q}.lora_A.weight": torch.zeros(4, 63)}, "lora_A and lora_B must fit"),
     ({f"{Q}.lora_A.weight": torch.zeros(0, 64)}, "lora_A and lora_B must fit"),
     ({f"{Q}.lora_magnitude_vector": torch.zeros(64)}, "no place"),
+    ({f"{Q}.lora_A.weight": torch.zeros(4, 64, dtype=torch.int8)}, "torch.int8, is quantised"),
     ({f"{Q}.alpha": torch.tensor(math.nan)}, "not finite")])
 def test_a_lora_that_does_not_fit_wholly_is_refused(change, told, raw, tmp_path):
     pair = {f"{Q}.lora_A.weight": torch.zeros(4, 64), f"{Q}.lora_B.weight": torch.zeros(64, 4)}
@@ -5148,8 +5330,8 @@ def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
         with pytest.raises(BadInput, match=f"cannot read .*{name}.* fetch it again"):
             load_raw(raw, vae=vae, prompts=["a calm sea"])
     (raw / name).unlink()
-    with pytest.raises(BadInput, match=f"lacks {name}: hf download .*taehv"):
-        load_raw(raw, vae=vae)
+    with pytest.raises(BadInput, match=f"cannot read .*{name}.* hf download .*taehv"):
+        load_raw(raw, vae=vae, prompts=["storm"])
 
 
 def test_no_code_of_a_pickle_is_run(tmp_path):
@@ -5164,11 +5346,11 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
 
 @pytest.mark.parametrize("package, size, told", [
     ("", "100x100", "multiples of 16"), ("", "big", "multiples of 16"), ("", "0x32", "multiples of 16"),
-    ("ftfy", "32x32", "requirements-wan.txt"), ("tokenizers", "32x32", "requirements-wan.txt")])
+    ("ftfy", "32x32", "ftfy"), ("tokenizers", "32x32", "tokenizers")])
 def test_sizes_that_do_not_fit_and_missing_packages_are_told(package, size, told, raw, monkeypatch):
     if package:
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises((BadInput, ModuleNotFoundError), match=told):
         load_raw(raw, size=size, prompts=["c"])
 
 
