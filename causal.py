@@ -42,8 +42,8 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 HISTORIES = {
     "prefix": .50,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .30,    # all that a memory policy holds
-    # the same, but since the view was last another one there were no houses: they must be looked up, drawing
-    # on is no answer
+    # the same, but without houses since one of those in view was last out of it: they must be looked up,
+    # drawing on is no answer
     "lookup": .20,
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos

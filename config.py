@@ -43,12 +43,13 @@ def end_quietly(kind, error, trace):
 sys.excepthook = end_quietly
 
 # torch's import swallows a KeyboardInterrupt here and there: until it is over Ctrl-C ends the process
-is_interrupted_as_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if is_interrupted_as_usual and threading.current_thread() is threading.main_thread():
+is_main = threading.current_thread() is threading.main_thread()
+is_usual = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if is_usual:
     signal.signal(signal.SIGINT, lambda *about: os._exit(130))
-    import torch
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
+if is_usual:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STUDENT = "stage2"  # the weights that sample.py and evaluate.py take unless told otherwise
 

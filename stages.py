@@ -45,6 +45,7 @@ CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the st
 NO_TEXT = .1      # teacher: share of the samples without text,
 NO_CONTEXT = .25  # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
+TEACHER_STEPS = 16  # of the small world's teacher
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
             "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -300,7 +301,7 @@ def make_stage(cfg, part, preset, inputs):
     bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
     clips = load_clips(cfg, inputs, for_student=False)
     # the small one recalls more with fresh noise between its steps than along the ODE
-    sampler = Sampler(50, preset.shift, renoise=False) if cfg.wan else Sampler(16, preset.shift)
+    sampler = Sampler(50, preset.shift, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS, preset.shift)
     run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
     return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
 

@@ -3692,9 +3692,12 @@ def test_in_a_browser_pause_restart_and_a_narrow_page(tabs):
     tabs[0].get_by_role("button", name="Pause").press("Enter")  # by keyboard
     tabs[0].wait_for_timeout(1500)
     assert len(watched(tabs[1], 1)) <= 1
+    first = tabs[1].locator("#sink img").first.get_attribute("src")
     tabs[0].get_by_label("seed").fill("5")
     tabs[0].get_by_role("button", name="Restart").click()
     until(tabs[1], lambda: float(tabs[1].locator("#made").inner_text()) < 3)
+    # the other video's latents have its pictures, under the same numbers
+    assert tabs[1].locator("#sink li:not(.dropped) img").first.get_attribute("src") != first
     assert tabs[1].get_by_label("seed").input_value() == "5"
     tabs[1].set_viewport_size({"width": 400, "height": 800})
     assert tabs[1].evaluate("document.documentElement.scrollWidth") == 400

@@ -66,7 +66,7 @@ from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from recipe import PARTS, TINY, WAN
-from stages import TARGET_CHUNKS, encode_text, hash_starts, load_inputs, make_stage
+from stages import TARGET_CHUNKS, TEACHER_STEPS, encode_text, hash_starts, load_inputs, make_stage
 from video import to_uint8
 from weights import save_weights
 from world import WorldSpec
@@ -251,7 +251,7 @@ def write_log(out, numbers):
 
 def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
-    sampler = Sampler(16, TINY["teacher"].shift)
+    sampler = Sampler(TEACHER_STEPS, TINY["teacher"].shift)
     found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBED))
     write_log(out, {"step": 0, **found})
     print(f"does the teacher use its context? {found}")
