@@ -22,6 +22,11 @@ difference is the gradient of a KL divergence, and moves the student's videos to
     instead of how the student makes them. (Printed is a loss inside the loop over chunks, and some of the
     context left noisy; the text is followed: losses after the loop, all of the context denoised in full.)
 
+    The small world can afford more: all of its rollout is denoised in full, and the gradient passes through
+    every step of a target chunk (all_steps). Then the critic learns from each 21 latents of a rollout that
+    have a context, targets_of(), and for some updates it learns alone: as long as it is no more than a copy
+    of the teacher, fake - real says nothing, and an optimizer makes whole steps of it.
+
 A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
 exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one
 chunk's graph whatever the length; the gradient is the same. (Self-Forcing's checkpointed code lets part of
@@ -41,7 +46,7 @@ from einops import rearrange
 
 from erft import predict_velocity
 from flow import Rollout, add_noise, denoise, flow_matching_loss, guide, shifted, x0_from_v
-from memory import CHUNK, PRESETS, Entries
+from memory import CHUNK, PRESETS, Entries, frames_in_memory
 
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
 
@@ -94,17 +99,19 @@ def keyframe_histogram(shortest, longest, ramp, target):
 
 @dataclass
 class Exit:
-    """The exit step of one target chunk: all that backward() needs to run it again."""
-    xt: torch.Tensor    # (b, 3, c, h, w) its input
-    t: torch.Tensor     # (b, 3) noise level
-    held: torch.Tensor  # (b, m) numbers of the frames that the KV cache held; None = none
+    """The exit step of one target chunk, or all of its steps: what backward() needs to run them again."""
+    xt: torch.Tensor     # (b, 3, c, h, w) input of the first of them
+    levels: list         # their noise levels
+    fresh_noise: object  # step -> noise between them
+    held: torch.Tensor   # (b, m) numbers of the frames that the KV cache held; None = none
 
 
 @dataclass
 class RolloutTrace:
     """What a rollout leaves behind: a video for the scores, and all that backward() needs."""
     context: torch.Tensor  # (b, n, c, h, w): what the memory held when the target began; n = 0 in Stage 1
-    x: torch.Tensor        # (b, f, c, h, w): the target
+    video: torch.Tensor    # (b, 3 chunks, c, h, w): all of it
+    x: torch.Tensor        # (b, f, c, h, w): the target, its end
     rollout: Rollout       # its memory knows frames and latents, but no keys any more
     exits: list            # an Exit for each target chunk
     entries: list          # Entries that hold, each once, all that the target's chunks saw
@@ -116,7 +123,8 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
     The student's own video, its target stopped early.
     roll          a fresh Rollout
     levels        noise levels of the student's steps
-    exit_step     the target's chunks are denoised up to this step (0-based), those before it in full
+    exit_step     the target's chunks are denoised up to this step (0-based), those before it in full; None =
+                  the target too, and backward() passes through all of its steps
     fresh_noise   (chunk, step) -> noise (b, 3, c, h, w)
     chunks        length of the rollout; the last `target` of them are the target
     for_backward  False: exits and entries stay empty, all that a critic needs
@@ -126,31 +134,54 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
         return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
 
     # every chunk before the target is denoised in full
+    video = []
     for i in range(chunks - target):
         roll.read_context()
         x0, _ = denoise(predict, fresh_noise(i, 0), levels, partial(fresh_noise, i))
         roll.append(x0)
+        video.append(x0)
     # what the memory holds now, before room is made for the target, is the context of teacher and critic
     held = roll.memory.segments()
     context = [segment.latent for segment in held]
     entries = [segment[:] for segment in held] if for_backward else []
-    xs, exits = [], []
+    exits = []
     # the target's chunks leave at the exit step, and enter the KV cache as they are then
+    last = len(levels) if exit_step is None else exit_step + 1
     for i in range(chunks - target, chunks):
         roll.read_context()
-        x0, xt = denoise(predict, fresh_noise(i, 0), levels[:exit_step + 1], partial(fresh_noise, i))
+        noise, more_noise = fresh_noise(i, 0), partial(fresh_noise, i)
+        x0, xt = denoise(predict, noise, levels[:last], more_noise)
         if for_backward:
-            t = torch.full(xt.shape[:2], levels[exit_step], device=xt.device)
-            exits.append(Exit(xt, t, roll.memory.frames()))
+            begin = (noise, levels) if exit_step is None else (xt, levels[exit_step:last])
+            exits.append(Exit(*begin, more_noise, roll.memory.frames()))
         made = roll.append(x0)
         if for_backward:
             entries.append(made)
-        xs.append(x0)
+        video.append(x0)
     # 21 latents of keys and values at full size are 6 GB: nobody reads these again
     roll.context = None
     roll.memory.drop_keys()
-    x = torch.cat(xs, dim=1)
-    return RolloutTrace(torch.cat([x[:, :0], *context], dim=1), x, roll, exits, entries)
+    video = torch.cat(video, dim=1)
+    context = torch.cat([video[:, :0], *context], dim=1)
+    return RolloutTrace(context, video, video[:, -CHUNK * target:], roll, exits, entries)
+
+
+def targets_of(latents, keep, policy, target):
+    """
+    The critic's share of a video that is denoised in full: the last `target` chunks, those before them, and
+    so on, as long as 21 latents of context are left; all of the first chunks where nothing lies before.
+    latents  (b, f, c, h, w); keep (b, chunks) bool: which of its chunks memory kept
+    returns  context (n b, m, c, h, w), x (n b, 3 target, c, h, w)
+    """
+    last = keep.shape[1] - target
+    full = (policy.sink + policy.slow + policy.fast) // CHUNK
+    held = frames_in_memory(policy, keep.cpu(), evict_first=False)
+    videos = torch.arange(len(latents))[:, None]
+    contexts, xs = [], []
+    for first in range(last, min(last, full) - 1, -target):
+        contexts.append(latents[videos, held[first]])
+        xs.append(latents[:, CHUNK * first:CHUNK * (first + target)])
+    return torch.cat(contexts), torch.cat(xs)
 
 
 def entries_of(entries, frame):
@@ -184,9 +215,14 @@ def exit_x0(trace, exit, features):
     segments = [] if exit.held is None else [entries_of(trace.entries, exit.held)]
     memory, rope = trace.rollout.rotated(segments)
     del segments  # 5 GB at full size
-    # the same input
-    v, _ = net(exit.xt, exit.t, net.text(features), rope, memory, with_kv=False)
-    return x0_from_v(exit.xt, v, exit.t)
+    text = net.text(features)
+
+    def predict(x, level):
+        t = torch.full(x.shape[:2], level, device=x.device)
+        return net(x, t, text, rope, memory, with_kv=False)[0]
+
+    # the same input, the same noise
+    return denoise(predict, exit.xt, exit.levels, exit.fresh_noise)[0]
 
 
 # ---- the updates: each adds to .grad, and leaves the step to the optimizer ---------------------------------

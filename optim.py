@@ -32,7 +32,8 @@ def make_optimizers(cfg, preset, nets):
     matrices, others = [], []
     for name, net in nets.items():
         if name == "critic":
-            groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=.01)]
+            critic_betas = (preset.critic_beta1, preset.beta2)
+            groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=critic_betas, weight_decay=.01)]
             continue
         # Muon for the transformers' matrices; the same lr means the same size of step
         for path, p in net.named_parameters():

@@ -43,29 +43,34 @@ class Preset:
     shortest: int = 7           # chunks of a rollout: at least,
     longest: int = 7            # at most,
     ramp: float = 1.            # from this share of the updates on
-    critic_lr: float = 2.       # times lr
-    beta2: float = .99          # of AdamW
+    critic_lr: float = 6.       # times lr
+    critic_beta1: float = .9    # of the critic's AdamW; the student's is 0
+    beta2: float = .99          # of both
+    critic_passes: int = 2      # updates of the critic before each of the student's
+    critic_alone: int = 0       # updates at first in which only the critic moves: it starts as the teacher
+    all_steps: bool = True      # the gradient goes through all steps of a chunk, not through one exit step
     clip: float = 1.            # most gradient norm
     guidance: float = 1.        # of the real score
     sees_context: bool = True   # stage 2: do teacher and critic see what the student's memory held?
 
 
-DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.95, strip_every=100, probe_every=50)
+DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_every=20, save_every=20)
 TINY = {
     "vae": Preset(2000, 2e-3, seconds=.75, batch=8, ema_decay=.99, probe_every=0),
     "init_ar": Preset(4500, 1.5e-3, seconds=.9),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., warmup=50, ema_decay=.99),
     "teacher": Preset(2600, 7e-4, "init_ar", seconds=1.),
-    # straight from init_ar, which is better at four steps than init_ode; few and small: more was worse
-    "stage1": replace(DISTIL, updates=12, lr=1e-5, start="init_ar", seconds=12., teacher="teacher"),
-    "stage2": replace(DISTIL, updates=10, lr=2e-6, start="stage1", seconds=30., teacher="teacher", batch=12,
-                      shortest=14, longest=40, ramp=.5),
+    # straight from init_ar, which is better at four steps than init_ode
+    "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
+                      critic_alone=60, critic_lr=12.),
+    "stage2": replace(DISTIL, updates=120, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
+                      critic_alone=80, shortest=14, longest=34, ramp=.25),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
 FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
 FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
-                      critic_lr=.2, beta2=.999, clip=2.)
+                      critic_lr=.2, critic_beta1=0., beta2=.999, critic_passes=5, all_steps=False, clip=2.)
 WAN = {
     "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
     "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),

@@ -41,7 +41,6 @@ from vae import TAE, TAEConfig, tiny_tae
 from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
-CRITIC_PASSES = 5  # stages 1 and 2: updates of the critic before each of the student's
 NO_TEXT = .1      # teacher: share of the samples without text,
 NO_CONTEXT = .25  # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
@@ -355,14 +354,17 @@ class Distillation:
 
     def stage(self):
         nets = {self.part: self.inputs.dit, "critic": self.critic}
-        passes = [*[("critic", self.critic_pass)] * CRITIC_PASSES, ("net", self.student_pass)]
+        passes = [*[("critic", self.critic_pass)] * self.preset.critic_passes, ("net", self.student_pass)]
         return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
 
     def draw(self, rng, done):
-        """r: exit step; L: chunks of the rollout"""
+        """r: exit step, unless there is none; L: chunks of the rollout"""
         r = int(rng.integers(len(self.levels)))
         longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
-        return {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
+        drawn = {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
+        if self.preset.all_steps:
+            del drawn["r"]
+        return drawn
 
     def rollout(self, rng, drawn, for_backward):
         """A batch of the student's own -> dmd.RolloutTrace, text features, kinds of motion, one a video"""
@@ -385,8 +387,12 @@ class Distillation:
         # Algorithm 1; the target is the last 21 latents
         with torch.no_grad(), inputs.autocast:
             roll = inputs.rollout(inputs.dit.text(features))
-            trace = dmd.rollout(roll, self.levels, drawn["r"], fresh_noise, drawn["L"], TARGET_CHUNKS,
+            trace = dmd.rollout(roll, self.levels, drawn.get("r"), fresh_noise, drawn["L"], TARGET_CHUNKS,
                                 for_backward)
+        if self.preset.all_steps and not for_backward:
+            keep = torch.stack(roll.kept, dim=1)
+            trace.context, trace.x = dmd.targets_of(trace.video, keep, roll.memory.policy, TARGET_CHUNKS)
+            features = features.repeat(len(trace.x) // batch, 1, 1)
         if not self.preset.sees_context:
             trace.context = trace.context[:, :0]
         return trace, features, kinds

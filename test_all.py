@@ -717,21 +717,26 @@ def fresh_noise(chunk, step):
     return draw_noise([1, 2], chunk, step, (3, 16, 4, 4))
 
 
-def student_video(net, text, chunks=9, policy=PRESETS["slowfast"], for_backward=True):
+def student_video(net, text, chunks=9, policy=PRESETS["slowfast"], for_backward=True, exit_step=1):
     """A rollout of two videos, its last four chunks the target, stopped at the second of four steps."""
-    return dmd.rollout(Rollout(net, text, policy, (2, 2)), LEVELS, 1, fresh_noise, chunks, 4, for_backward)
+    roll = Rollout(net, text, policy, (2, 2))
+    return dmd.rollout(roll, LEVELS, exit_step, fresh_noise, chunks, 4, for_backward)
 
 
-def student_video_in_one_graph(net, features, chunks):
-    """The same written plainly, with a graph through each target chunk's exit step -> (b, f, c, h, w)"""
+def student_video_in_one_graph(net, features, chunks, exit_step=1):
+    """
+    The same written plainly, with a graph through each target chunk's exit step, or (None) all its steps ->
+    (b, f, c, h, w)
+    """
+    stop = 4 if exit_step is None else exit_step + 1
     text, xs = net.text(features), []
     roll = Rollout(net, [(k.detach(), v.detach()) for k, v in text], EVERY_CHUNK, (2, 2))
     for i in range(chunks):
         memory, rope = roll.read_context()
-        x, levels = fresh_noise(i, 0), LEVELS if i < chunks - 4 else LEVELS[:2]
+        x, levels = fresh_noise(i, 0), LEVELS if i < chunks - 4 else LEVELS[:stop]
         for step, level in enumerate(levels):
             t = torch.full(x.shape[:2], level)
-            with torch.set_grad_enabled(i >= chunks - 4 and step == 1):
+            with torch.set_grad_enabled(i >= chunks - 4 and exit_step in (None, step)):
                 x0 = x - level * net(x, t, text, rope, memory)[0]
             if step + 1 < len(levels):
                 x = flow.add_noise(x0, fresh_noise(i, step + 1), torch.full_like(t, levels[step + 1]))
@@ -781,7 +786,7 @@ def test_rollout_follows_algorithm_1():
     latents = torch.cat([some.latent for some in trace.entries], 1)
     assert torch.equal(frames[:, :21], held) and trace.context.shape[1] == 21
     assert torch.equal(trace.context, latents[:, :21]) and torch.equal(trace.x, latents[:, 21:])
-    assert [exit.t.unique().item() for exit in trace.exits] == pytest.approx([LEVELS[1]] * 4)
+    assert [exit.levels for exit in trace.exits] == [[LEVELS[1]]] * 4
     # what the backward pass needs does not grow with the length, and the memory drops its keys
     assert sum(map(len, student_video(net, random_text(net, 2), 20).entries)) == 21 + 12
     assert not any(segment.keys or segment.values for segment in trace.rollout.memory.segments())
@@ -796,14 +801,30 @@ def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
     assert not for_critic.exits and not for_critic.entries and for_critic.rollout.context is None
 
 
+def test_the_critic_learns_all_21_latents_of_a_whole_video_that_have_a_context():
+    net = random_dit()
+    text = random_text(net, 2)
+    video = student_video(net, text, 15, for_backward=False, exit_step=None)
+    keep = torch.stack(video.rollout.kept, 1)
+    contexts, xs = dmd.targets_of(video.video, keep, PRESETS["slowfast"], 4)
+    # what ends at chunks 15 and 11; before that memory is not full
+    assert len(xs) == 4 and torch.equal(xs[:2], video.x) and torch.equal(contexts[:2], video.context)
+    shorter = student_video(net, text, 11, for_backward=False, exit_step=None)
+    close(xs[2:], shorter.x, 1e-6)
+    close(contexts[2:], shorter.context, 1e-6)
+    contexts, xs = dmd.targets_of(shorter.video[:, :12], keep[:, :4], PRESETS["slowfast"], 4)
+    assert contexts.shape[1] == 0 and torch.equal(xs, shorter.video[:, :12])
+
+
+@pytest.mark.parametrize("exit_step", [1, None])
 @pytest.mark.parametrize("chunks", [4, 9, 13])
-def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks):
+def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks, exit_step):
     net, features = random_dit().requires_grad_(), noise(2, 20, 64)
-    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK)
+    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK, exit_step=exit_step)
     gradient = noise(*trace.x.shape, seed=3)
     dmd.backward(trace, features, gradient)
     two_passes = gradients(net)
-    x = student_video_in_one_graph(net, features, chunks)
+    x = student_video_in_one_graph(net, features, chunks, exit_step)
     close(x.detach(), trace.x, 1e-5)
     x.backward(gradient)
     same_gradients(two_passes, gradients(net), 1e-5)
@@ -1266,7 +1287,8 @@ STAGES = ["vae", "init", "teacher", "1", "2"]
 
 def small_preset(preset):
     lengths = {"shortest": 8, "longest": 10, "ramp": .6} if preset.longest > 7 else {}
-    return replace(preset, save_every=2, probe_every=0, **lengths)
+    full_size = {"critic_passes": 2, "critic_alone": 0, "all_steps": False}
+    return replace(preset, save_every=2, probe_every=0, **lengths, **full_size)
 
 
 def with_presets(**fields):
@@ -1277,7 +1299,7 @@ def with_presets(**fields):
 AS_SMALL = {  # module: what a small training run sets there
     train: {"PROBED": 2,
             "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
-    stages: {"tiny_dit": SMALL, "CRITIC_PASSES": 2},
+    stages: {"tiny_dit": SMALL},
     data: {"CLIPS": 2, "EMPTY_CLIPS": 2},
     causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9,
              "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
@@ -1739,7 +1761,7 @@ def test_stage_2_logs_what_its_steps_saw_and_found(stage, small_training, monkey
     assert trace.context.shape[1] == (held if stage == "2" else 0)
     # the numbers
     assert last["L"] == trace.rollout.chunk and 8 <= last["L"] <= 10
-    assert trace.exits[0].t[0, 0].item() == pytest.approx(flow.schedule(4, 5.)[last["r"]])
+    assert trace.exits[0].levels == [flow.schedule(4, 5.)[last["r"]]]
     assert last["critic_loss"] == pytest.approx(found["critic"][-1][1][0], abs=1e-5)
     assert last["norm"] == pytest.approx(norm.mean().item(), abs=1e-5)
     assert last["std"] == pytest.approx(trace.x.std().item(), abs=1e-5)
@@ -1757,6 +1779,25 @@ def test_stage_2_logs_what_its_steps_saw_and_found(stage, small_training, monkey
     # what the judge says now and then stays in the progress line
     assert {"recall", "ceiling", "chance", "returns", "validity"} <= second.keys()
     assert "validity" not in last and "validity=" in capsys.readouterr().err.split("\r")[-1]
+
+
+@pytest.mark.parametrize("stage", ["2", "2_none"])
+def test_in_the_small_world_the_critic_is_alone_at_first_and_learns_whole_videos(stage, small_training, monkeypatch):
+    go, out = small_training
+    presets = with_presets(critic_alone=1, critic_passes=1, all_steps=True, shortest=21, longest=21)
+    monkeypatch.setattr(train, "TINY", presets)
+    batches, critic_step = [], dmd.critic_step
+
+    def recorded(critic, features, trace, *others):
+        batches.append((len(features), len(trace.x), trace.context.shape[1]))
+        return critic_step(critic, features, trace, *others)
+    monkeypatch.setattr(dmd, "critic_step", recorded)
+    go("--stage", stage, "--updates", "2")
+    first, second = logged(out / f"stage{stage}")[-2:]
+    # two videos of 21 chunks: their last 7, and the 7 before
+    assert batches == [(4, 4, 21 if stage == "2" else 0)] * 2
+    assert first["critic_grad"] > 0 and "grad" not in first and "L" not in first
+    assert second["critic_grad"] > 0 and second["grad"] > 0 and second["L"] == 21 and "r" not in second
 
 
 def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(monkeypatch):

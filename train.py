@@ -134,6 +134,9 @@ def make_update(cfg, preset, stage, optimizers, step):
     """-> numbers to log, was all finite?"""
     metrics, all_finite = {}, True
     for number, (which, run_pass) in enumerate(stage.passes):
+        # at first the critic is alone
+        if which == "net" and step < preset.critic_alone:
+            continue
         total = 0.
         for micro in range(cfg.accumulate):
             alike, own = seed_pass(cfg, step, number, micro)
