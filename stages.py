@@ -42,7 +42,7 @@ from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
 
 NO_TEXT = .1      # teacher: share of the samples without text,
-NO_CONTEXT = .25  # and without context: Stage 1's real score has none
+NO_CONTEXT = .4  # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
 TEACHER_STEPS = 16  # of the small world's teacher
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
