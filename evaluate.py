@@ -31,7 +31,8 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from config import STUDENT, BadInput, check_writable, one_of, parse, pick_device, run, within  # first
+from config import (STUDENT, BadInput, append_line, check_writable, one_of, parse, pick_device, run,  # first
+                    within)
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from memory import CHUNK, PRESETS, Policy
 from paper import orderings
 from probe import (CHUNKS, GIVEN, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher, decode_frames,
                    decode_minutes, first_own_frame, held_out, measure, measure_minutes)
-from report import KINDS, ROW, all_tables, append_line, markdown, pick, read_lines
+from report import KINDS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
@@ -288,10 +289,10 @@ def main():
             batches[key_of(*batch)] = batch
     # videos that were not made yet, then all that are there
     path = Path(cfg.out, "evaluate.jsonl")
-    made = read_lines(path)
+    made = read_videos(path)
     missing = [key for key, (row, *_) in batches.items() if row in asked and key not in made]
     make_all({key: batches[key] for key in missing}, path, device)
-    made = read_lines(path)
+    made = read_videos(path)
     videos = [video for key in batches for video in made.get(key, [])]
     if not any(video.get("returns") for video in videos):
         raise BadInput("no landmark is due back in any of these videos: ask for more --worlds, or longer "

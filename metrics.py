@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from config import BadInput, check_writable, parse, pick_device, run, whole_or_absent  # first
+from config import BadInput, check_writable, parse, pick_device, run, tell, whole_or_absent  # first
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def match_prompts(folder, lines):
         if path.name in manifest:
             prompt = manifest[path.name]["prompt"]
         if lines and prompt not in lines:
-            print(f"skipped: {path}: no line of --prompts made it")
+            tell(f"skipped: {path}: no line of --prompts made it")
         else:
             prompts[path] = prompt
     if not prompts:
@@ -185,7 +185,7 @@ def main():
         try:
             rows.append(score_video(path, prompt, dino.to(device), clip.to(device), words))
         except BadInput as reason:
-            tqdm.write(f"skipped: {reason}")
+            tell(f"skipped: {reason}")
     if not rows:
         raise BadInput(f"no video in --videos {cfg.videos} can be read")
     # a name that is no text, as Linux allows, is written with \\ in it

@@ -44,7 +44,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run,  # first
+from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run, tell,  # first
                     whole_or_absent, within)
 
 import imageio.v3 as iio
@@ -220,7 +220,7 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
             path = Path(cfg.out, part, f"{name}.safetensors")
             save_weights(path, net.state_dict(), net.config, facts)
-            print(f"wrote {path}")
+            tell(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
 
 

@@ -165,6 +165,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
 def read_features(file, dim):
     with in_one_line(f"cannot read {file}", MADE_AGAIN):
         content, _ = read_file(file, remedy=MADE_AGAIN)
+        check_schema(file, content, {"features": torch.bfloat16})
         return rearrange(content["features"], "m dim -> m dim", dim=dim)
 
 
