@@ -112,7 +112,8 @@ def parse(cls, argv=None):
     for field in fields(cls):
         option = "--" + field.name.strip("_").replace("_", "-")
         options.append(option)
-        about = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        default = "" if field.default in ("", None) else f" [{field.default}]"
+        about = (comments.get(field.name, "") + default).replace("%", "%%")
         if field.type is bool:
             parser.add_argument(option, dest=field.name, action="store_true", help=about)
         else:

@@ -60,7 +60,7 @@ class Config:
     tau: float = None    # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None    # denoising steps of the students (default: the weights' own)
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
-    ckpt: str = ""       # the student (default: config.STUDENT)
+    ckpt: str = ""       # the student (default: weights/stage2.safetensors)
     out: str = "out"     # folder for lines, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)

@@ -28,7 +28,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from config import (STUDENT, BadInput, check_schema, one_line, parse, pick_device, run,  # first
+from config import (STUDENT, check_schema, in_one_line, one_line, parse, pick_device, run,  # first
                     use_one_thread, warn, within)
 
 import imageio.v3 as iio
@@ -274,10 +274,8 @@ def main():
     check_options(cfg)
     check_prompt(cfg.prompt)
     device = pick_device(cfg.device)
-    try:
+    with in_one_line(f"cannot listen on {cfg.host}:{cfg.port}", "give another --port"):
         server = Server((cfg.host, cfg.port), Handler)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise BadInput(f"cannot listen on {cfg.host}:{cfg.port} ({error}): give another --port") from None
     # 2. networks
     if not cfg.wan:
         use_one_thread()

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from config import BadInput, check_writable, parse, pick_device, run, tell, whole_or_absent  # first
+from config import (BadInput, check_writable, in_one_line, parse, pick_device, run, tell,  # first
+                    whole_or_absent)
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ class Config:
 
 def load_network(option, folder, kinds):
     """-> network, tokenizer or None. What a damaged folder makes transformers raise becomes one line."""
-    try:
+    remedy = "see the head of metrics.py, and pip install -r requirements-eval.txt"
+    with in_one_line(f"cannot use {option} {folder}", remedy):
         from transformers import AutoModel, AutoTokenizer
         path = Path(folder).resolve(strict=True)
         network, info = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
@@ -67,10 +69,6 @@ def load_network(option, folder, kinds):
             raise ValueError(f"{network.config.model_type}: {len(missing)} weights are missing")
         words = AutoTokenizer.from_pretrained(path, local_files_only=True) if "clip" in kinds else None
         return network.eval(), words
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise BadInput(f"cannot use {option} {folder} ({reason}): see the head of metrics.py, and "
-                       "pip install -r requirements-eval.txt") from None
 
 
 def prepare(frames, side, mode, colours, device):

@@ -83,7 +83,7 @@ class Config:
     init: str = ""        # weights to start from (default: of the stage before, of this --out or shipped)
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
     teacher_context: str = "memory"  # stage 2: memory | none, which is stage 2_none
-    data: str = ""        # teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    data: str = ""        # teacher, init: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
     wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
