@@ -285,6 +285,12 @@ def whole_or_absent(path):
             part.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """A file of UTF-8, whole or absent"""
+    with whole_or_absent(path) as part:
+        part.write_text(text, "utf-8")
+
+
 def read_lines(path, schema):
     """
     A file of JSON, an object a line -> list of those that are as check_schema() wants them; the others are
@@ -292,15 +298,14 @@ def read_lines(path, schema):
     """
     check_file(path)
     read = []
-    lines = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                record = json.loads(line)
-                check_schema(path, record, schema, f"line {number}")
-                read.append(record)
-            except (ValueError, RecursionError) as error:  # BadInput, too
-                warn(f"passed over: {path}, line {number}: {error}")
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            check_schema(path, record, schema, f"line {number}")
+            read.append(record)
+        except (ValueError, RecursionError) as error:  # BadInput, too
+            warn(f"passed over: {path}, line {number}: {error}")
     return read
 
 
@@ -359,10 +364,14 @@ def run(main):
         with StopSignals():
             main()
     # a full disk, a folder in a file's place and the like, wherever they are met
-    except (BadInput, NotImplementedError, OSError) as error:
+    except (BadInput, OSError, RuntimeError) as error:
         told = str(error)
         if isinstance(error, NotImplementedError):
             told = f"use --device cpu, as this device lacks an operation: {told:.200}"
+        elif re.search("out of memory|allocate memory", told):
+            told = f"too little memory here: ask for smaller networks or videos: {told:.200}"
+        elif isinstance(error, RuntimeError):
+            raise
         tell(f"error: {told}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

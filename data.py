@@ -277,12 +277,12 @@ def read_captions(folder):
             continue
         text = file.with_suffix(".txt")
         try:
-            captions[file] = read_text(text).strip()
-            if not captions[file]:
+            caption = read_text(text).strip()
+            if not caption:
                 raise BadInput(f"{text} is empty")
+            captions[file] = caption
         except BadInput as reason:
             tell(f"skipped: {file}: {reason}")
-            captions.pop(file, None)
     if not captions:
         raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
     return captions

@@ -32,7 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from config import (STUDENT, BadInput, append_line, check_writable, one_of, parse, pick_device, run,  # first
-                    within)
+                    within, write_text)
 
 import numpy as np
 import torch
@@ -300,7 +300,7 @@ def main():
     tables = all_tables(videos, first) | {"The paper's orderings": orderings(videos, first)}
     text = f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py.\n"
     text += markdown(tables)
-    path.with_suffix(".md").write_text(text, "utf-8")
+    write_text(path.with_suffix(".md"), text)
     print(text)
     figures.draw_all(videos, first, path.parent)
     make_strip(forgotten(videos, first), files, device, path.with_name("strip.png"))

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from config import (BadInput, check_writable, in_one_line, parse, pick_device, run, tell,  # first
-                    whole_or_absent)
+                    whole_or_absent, write_text)
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from paper import beside
 from report import counts, estimate, markdown
 from text import read_prompts
-from video import open_clip, read_manifest
+from video import find_ffmpeg, open_clip, read_manifest
 
 BATCH = 16  # frames
 SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
@@ -174,6 +174,7 @@ def match_prompts(folder, lines):
 def main():
     cfg = parse(Config)
     check_writable(cfg.out)
+    find_ffmpeg()
     prompts = match_prompts(cfg.videos, read_prompts(cfg.prompts) if cfg.prompts else [])
     device = pick_device(cfg.device)
     dino, _ = load_network("--dino", cfg.dino, ("vit", "dinov2"))
@@ -200,7 +201,7 @@ def main():
         scores.append({"score": name, "mean": 100 * estimate(found), "videos": int(found.sum(0)[1])})
     means = {row["score"]: row["mean"][0] for row in scores}
     text = markdown({"Scores, times 100": scores} | beside(means), 2)
-    path.with_suffix(".md").write_text(text, "utf-8")
+    write_text(path.with_suffix(".md"), text)
     print(text)
 
 

@@ -98,7 +98,7 @@ def check(cfg):
     # what would be found out after the work
     if cfg.save_state:
         check_file(cfg.save_state)
-    check_writable(Path(cfg.save_state).parent)
+        check_writable(Path(cfg.save_state).parent)
     if not cfg.bench:
         check_writable(cfg.out)
         check_file(Path(cfg.out, MANIFEST))

@@ -2051,11 +2051,12 @@ def run_script(script, monkeypatch, *words):
     config.run(script.main)
 
 
-def test_without_ffmpeg_no_clip_is_called_unreadable(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("script", [data, metrics])
+def test_without_ffmpeg_no_clip_is_called_unreadable(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
     for out, told in ((tmp_path, "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")):
         with pytest.raises(SystemExit, match="2"):
-            run_script(data, monkeypatch, "--videos", tmp_path, "--out", out)
+            run_script(script, monkeypatch, "--videos", tmp_path, "--out", out)
         assert told in capsys.readouterr().err
 
 
@@ -2326,7 +2327,7 @@ def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_defa
         config.parse(Options, ["--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "One test per claim" in told
-    assert "--count INT how many, 5 % at most [3]" in told and "--go-on or stop [False]" in told
+    assert "--count INT how many, 5 % at most [3] --share FLOAT of all --go-on or stop [False]" in told
     assert "--from STR where it starts [here]" in told
 
 
@@ -2405,13 +2406,21 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told
     (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
     (OSError(28, "No space left", "log"), 2, "error: [Errno 28] No space left: 'log'\n"),
     (NotImplementedError("aten::x"), 2,
-     "error: use --device cpu, as this device lacks an operation: aten::x\n")])
+     "error: use --device cpu, as this device lacks an operation: aten::x\n"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2,
+     "error: too little memory here: ask for smaller networks or videos: CUDA out of memory.\n")])
 def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as stop:
         config.run(main)
     assert stop.value.code == code and capsys.readouterr().err == told
+
+
+def test_a_fault_of_ones_own_keeps_its_traceback_and_a_network_too_large_does_not(refused):
+    with pytest.raises(RuntimeError, match="shapes"):
+        config.run(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    assert "too little memory here" in refused("--wan", "random:1048576x1", "--seconds", "1")
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -2911,6 +2920,17 @@ def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refus
     # a pickle is none, whatever it holds
     torch.save({**state, **about}, tmp_path / "harmful")
     assert "options cannot be None" in refused("--seconds", "1", "--resume", tmp_path / "harmful")
+
+
+def test_only_where_something_will_be_written_it_must_be_possible(monkeypatch, tmp_path):
+    checked = []
+    monkeypatch.setattr(sample, "check_writable", checked.append)
+    sample.check(sample.Config(out="a"))
+    assert checked == ["a"]
+    sample.check(sample.Config(out="b", save_state="c/d"))
+    assert checked == ["a", Path("c"), "b"]
+    with pytest.raises(BadInput, match="cannot write to"):  # before the text encoder is read
+        weights.load_networks(live.Config(wan="x", out=f"{__file__}/o"), "stage2", [], CPU, torch.float32)
 
 
 def test_options_replace_what_the_weights_say_of_sampling():

@@ -169,7 +169,7 @@ def open_text(path):
 
 def read_text(path):
     """What a file of UTF-8 or, with its mark, UTF-16 holds, without the mark; read once"""
-    with in_one_line(f"cannot read the text {path}", "write UTF-8"), open_text(path) as file:
+    with in_one_line(f"cannot read the text {path}", "write it in UTF-8"), open_text(path) as file:
         content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")

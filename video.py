@@ -197,8 +197,9 @@ def look_through(path, *options):
     words = decoding(path, f"{SHOWN},showinfo", "-f", "null", *options)
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True)
     log = done.stderr.decode("utf-8", "replace")
-    seconds = [float(second) for second, _ in FRAME.findall(log)]
-    sizes = [size for _, size in FRAME.findall(log)] or ["0x0"]
+    found = FRAME.findall(log)
+    seconds = [float(second) for second, _ in found]
+    sizes = [size for _, size in found] or ["0x0"]
     damage = BROKEN.findall(log)
     if len(set(sizes)) > 1:
         damage.append("its frames change their size")
