@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import BadInput, check_schema, warn, whole_or_absent
+from config import BadInput, check_schema, warn, write_text
 from tensors import hash_file, read_json
 
 # one process may use torch.distributed.checkpoint, too
@@ -152,6 +152,5 @@ def keep_settings(folder, settings, passes):
     if passes not in saved["passes"]:
         saved["passes"].append(passes)
         if get_rank() == 0:
-            with whole_or_absent(file) as part:
-                part.write_text(json.dumps(saved, indent=1))
+            write_text(file, json.dumps(saved, indent=1))
     return saved

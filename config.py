@@ -14,6 +14,7 @@ import argparse
 import difflib
 import inspect
 import itertools
+import json
 import os
 import platform
 import re
@@ -50,6 +51,7 @@ if is_usual:
 import torch
 if is_usual:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+from tqdm import tqdm
 
 STUDENT = "stage2"  # the weights that sample.py and evaluate.py take unless told otherwise
 
@@ -66,15 +68,26 @@ def in_one_line(what, remedy, kind=Exception):
     except kind as error:
         if isinstance(error, BadInput):
             raise
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = one_line(f"{type(error).__name__}: {error}")
         # torch's own advice is to run the code
         if "Weights only load failed" in cause:
             cause = "it holds more than tensors, whose code is not run, or is damaged"
         raise BadInput(f"{what} ({cause:.300}): {remedy}") from None
 
 
+def one_line(text):
+    """White space, ends of lines too, becomes one space; what a terminal would obey is told by its code."""
+    line = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+def tell(text, file=None):
+    """One line, whatever names of files are in it, above any bar; on stdout"""
+    tqdm.write(one_line(text), file)
+
+
 def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+    tell(f"warning: {text}", sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +112,8 @@ def parse(cls, argv=None):
     for field in fields(cls):
         option = "--" + field.name.strip("_").replace("_", "-")
         options.append(option)
-        about = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        default = "" if field.default in ("", None) else f" [{field.default}]"
+        about = (comments.get(field.name, "") + default).replace("%", "%%")
         if field.type is bool:
             parser.add_argument(option, dest=field.name, action="store_true", help=about)
         else:
@@ -129,13 +143,16 @@ def within(name, value, low, high):
 def check_schema(path, value, schema, field="content", fault="is damaged, or not such a file"):
     """
     Raises BadInput that names file and field unless a value that was read is what the schema says: a type, or
-    several, of which float must be finite; a range of whole numbers, or a set of words; {name: schema}, a
-    dict with at least these; [schema], a list of such.
+    several, of which float must be finite; a range of whole numbers, or a set of words; the dtype of a tensor
+    of finite numbers; {name: schema}, a dict with at least these; [schema], a list of such.
     """
     if isinstance(schema, (range, set)):
         fits = type(value) in (int, str) and value in schema
     elif schema is float:
         fits = type(value) in (int, float) and abs(value) < 1e9
+    elif isinstance(schema, torch.dtype):
+        fits = torch.is_tensor(value) and value.dtype == schema and value.isfinite().all()
+        field += f" (finite, {schema})"
     else:
         fits = isinstance(value, type(schema) if isinstance(schema, (dict, list)) else schema)
     if not fits:
@@ -268,6 +285,38 @@ def whole_or_absent(path):
             part.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """A file of UTF-8, whole or absent"""
+    with whole_or_absent(path) as part:
+        part.write_text(text, "utf-8")
+
+
+def read_lines(path, schema):
+    """
+    A file of JSON, an object a line -> list of those that are as check_schema() wants them; the others are
+    warned about. Where there is no file: an empty list.
+    """
+    check_file(path)
+    read = []
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            check_schema(path, record, schema, f"line {number}")
+            read.append(record)
+        except (ValueError, RecursionError) as error:  # BadInput, too
+            warn(f"passed over: {path}, line {number}: {error}")
+    return read
+
+
+def append_line(path, record):
+    """One line more, or the file as it was"""
+    with whole_or_absent(path) as part:
+        before = path.read_bytes() if path.exists() else b""
+        line = json.dumps(record, ensure_ascii=False).encode()
+        part.write_bytes(b"\n".join([*before.splitlines(), line, b""]))
+
+
 # ---- the end of a run --------------------------------------------------------------------------------------
 
 class StopSignals:
@@ -315,11 +364,15 @@ def run(main):
         with StopSignals():
             main()
     # a full disk, a folder in a file's place and the like, wherever they are met
-    except (BadInput, NotImplementedError, OSError) as error:
-        told = " ".join(str(error).split())
+    except (BadInput, OSError, RuntimeError) as error:
+        told = str(error)
         if isinstance(error, NotImplementedError):
             told = f"use --device cpu, as this device lacks an operation: {told:.200}"
-        print(f"error: {told}", file=sys.stderr)
+        elif re.search("out of memory|allocate memory", told):
+            told = f"too little memory here: ask for smaller networks or videos: {told:.200}"
+        elif isinstance(error, RuntimeError):
+            raise
+        tell(f"error: {told}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

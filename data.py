@@ -19,7 +19,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import STUDENT, BadInput, check_writable, fast_autocast, parse, pick_device, run  # first
+from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, parse,  # first
+                    pick_device, run, tell)
 
 import numpy as np
 import torch
@@ -276,12 +277,12 @@ def read_captions(folder):
             continue
         text = file.with_suffix(".txt")
         try:
-            captions[file] = read_text(text).strip()
-            if not captions[file]:
+            caption = read_text(text).strip()
+            if not caption:
                 raise BadInput(f"{text} is empty")
+            captions[file] = caption
         except BadInput as reason:
-            print(f"skipped: {file}: {reason}")
-            captions.pop(file, None)
+            tell(f"skipped: {file}: {reason}")
     if not captions:
         raise BadInput(f"--videos {folder} holds no video with a caption in a .txt of the same name")
     return captions
@@ -314,7 +315,7 @@ def encode_videos(cfg, device):
     for file in list(captions)[rank::processes]:
         shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
         if len(os.fsencode(shard.name)) > LONGEST_NAME:
-            print(f"skipped: {file}: its name is too long")
+            tell(f"skipped: {file}: its name is too long")
         elif not shard.exists():
             new[file] = shard
     # the autoencoder, and text features of the captions
@@ -327,7 +328,7 @@ def encode_videos(cfg, device):
         try:
             frames = read_whole_chunks(file, networks.width, networks.height)
         except BadInput as reason:
-            tqdm.write(f"skipped: {reason}")
+            tell(f"skipped: {reason}")
             continue
         # encode, write
         video = torch.from_numpy(frames).to(device).movedim(-1, 1)[None]
@@ -380,10 +381,9 @@ class ClipFolder:
 
     def read(self, clip, name):
         """Latents or text of one clip"""
-        tensor = read_file(self.files[clip], remedy=ENCODE_AGAIN)[0][name]
-        if not tensor.isfinite().all():
-            raise BadInput(f"{self.files[clip]}: its {name} are not finite: {ENCODE_AGAIN}")
-        return tensor
+        content, _ = read_file(self.files[clip], remedy=ENCODE_AGAIN)
+        check_schema(self.files[clip], content, {name: torch.bfloat16}, fault=f"is damaged, {ENCODE_AGAIN}")
+        return content[name]
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""

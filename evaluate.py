@@ -31,7 +31,8 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from config import STUDENT, BadInput, check_writable, one_of, parse, pick_device, run, within  # first
+from config import (STUDENT, BadInput, append_line, check_writable, one_of, parse, pick_device, run,  # first
+                    within, write_text)
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from memory import CHUNK, PRESETS, Policy
 from paper import orderings
 from probe import (CHUNKS, GIVEN, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher, decode_frames,
                    decode_minutes, first_own_frame, held_out, measure, measure_minutes)
-from report import KINDS, ROW, all_tables, append_line, markdown, pick, read_lines
+from report import KINDS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
@@ -59,7 +60,7 @@ class Config:
     tau: float = None    # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None    # denoising steps of the students (default: the weights' own)
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
-    ckpt: str = ""       # the student (default: config.STUDENT)
+    ckpt: str = ""       # the student (default: weights/stage2.safetensors)
     out: str = "out"     # folder for lines, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
@@ -288,10 +289,10 @@ def main():
             batches[key_of(*batch)] = batch
     # videos that were not made yet, then all that are there
     path = Path(cfg.out, "evaluate.jsonl")
-    made = read_lines(path)
+    made = read_videos(path)
     missing = [key for key, (row, *_) in batches.items() if row in asked and key not in made]
     make_all({key: batches[key] for key in missing}, path, device)
-    made = read_lines(path)
+    made = read_videos(path)
     videos = [video for key in batches for video in made.get(key, [])]
     if not any(video.get("returns") for video in videos):
         raise BadInput("no landmark is due back in any of these videos: ask for more --worlds, or longer "
@@ -299,7 +300,7 @@ def main():
     tables = all_tables(videos, first) | {"The paper's orderings": orderings(videos, first)}
     text = f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py.\n"
     text += markdown(tables)
-    path.with_suffix(".md").write_text(text, "utf-8")
+    write_text(path.with_suffix(".md"), text)
     print(text)
     figures.draw_all(videos, first, path.parent)
     make_strip(forgotten(videos, first), files, device, path.with_name("strip.png"))

@@ -28,7 +28,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from config import STUDENT, BadInput, check_schema, parse, pick_device, run, use_one_thread, within  # first
+from config import (STUDENT, check_schema, in_one_line, one_line, parse, pick_device, run,  # first
+                    use_one_thread, warn, within)
 
 import imageio.v3 as iio
 import numpy as np
@@ -193,11 +194,11 @@ class Session:
         folder, chunks = self.folder, chunks_of(self.frames)
         about = {"AI-generated": True, "model": self.networks.name, "settings": self.changes}
         path = Path(folder.name, "live.mp4")
-        with video_writer(path, json.dumps(about), self.networks.scale) as file:
+        with video_writer(path, json.dumps(about), self.networks.scale) as write:
             for chunk in range(chunks):
                 strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
                 for frame in np.split(strip, len(strip) // self.networks.height):
-                    file.append_data(frame)
+                    write(frame)
         return path.read_bytes()
 
 
@@ -218,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 super().handle()
             except (ValueError, RecursionError) as error:  # BadInput, too
-                self.reply(" ".join(str(error).split()), status=400)
+                self.reply(one_line(error), status=400)
 
     def reply(self, text="", kind="text/plain; charset=utf-8", status=200):
         self.send_response(status)
@@ -273,10 +274,8 @@ def main():
     check_options(cfg)
     check_prompt(cfg.prompt)
     device = pick_device(cfg.device)
-    try:
+    with in_one_line(f"cannot listen on {cfg.host}:{cfg.port}", "give another --port"):
         server = Server((cfg.host, cfg.port), Handler)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise BadInput(f"cannot listen on {cfg.host}:{cfg.port} ({error}): give another --port") from None
     # 2. networks
     if not cfg.wan:
         use_one_thread()
@@ -288,7 +287,7 @@ def main():
     host, port = server.server_address
     print(f"http://{host}:{port}", flush=True)
     if not host.startswith("127."):
-        print(f"warning: whoever reaches {host} can watch and steer", file=sys.stderr)
+        warn(f"whoever reaches {host} can watch and steer")
     if not cfg.no_browser:
         webbrowser.open(f"http://{host}:{port}")
     # 4. the video, until Ctrl-C; then no viewer's thread may be within a network

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from config import BadInput, check_writable, parse, pick_device, run, whole_or_absent  # first
+from config import (BadInput, check_writable, in_one_line, parse, pick_device, run, tell,  # first
+                    whole_or_absent, write_text)
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from paper import beside
 from report import counts, estimate, markdown
 from text import read_prompts
-from video import open_clip, read_manifest
+from video import find_ffmpeg, open_clip, read_manifest
 
 BATCH = 16  # frames
 SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
@@ -57,7 +58,8 @@ class Config:
 
 def load_network(option, folder, kinds):
     """-> network, tokenizer or None. What a damaged folder makes transformers raise becomes one line."""
-    try:
+    remedy = "see the head of metrics.py, and pip install -r requirements-eval.txt"
+    with in_one_line(f"cannot use {option} {folder}", remedy):
         from transformers import AutoModel, AutoTokenizer
         path = Path(folder).resolve(strict=True)
         network, info = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
@@ -67,10 +69,6 @@ def load_network(option, folder, kinds):
             raise ValueError(f"{network.config.model_type}: {len(missing)} weights are missing")
         words = AutoTokenizer.from_pretrained(path, local_files_only=True) if "clip" in kinds else None
         return network.eval(), words
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise BadInput(f"cannot use {option} {folder} ({reason}): see the head of metrics.py, and "
-                       "pip install -r requirements-eval.txt") from None
 
 
 def prepare(frames, side, mode, colours, device):
@@ -164,7 +162,7 @@ def match_prompts(folder, lines):
         if path.name in manifest:
             prompt = manifest[path.name]["prompt"]
         if lines and prompt not in lines:
-            print(f"skipped: {path}: no line of --prompts made it")
+            tell(f"skipped: {path}: no line of --prompts made it")
         else:
             prompts[path] = prompt
     if not prompts:
@@ -176,6 +174,7 @@ def match_prompts(folder, lines):
 def main():
     cfg = parse(Config)
     check_writable(cfg.out)
+    find_ffmpeg()
     prompts = match_prompts(cfg.videos, read_prompts(cfg.prompts) if cfg.prompts else [])
     device = pick_device(cfg.device)
     dino, _ = load_network("--dino", cfg.dino, ("vit", "dinov2"))
@@ -185,7 +184,7 @@ def main():
         try:
             rows.append(score_video(path, prompt, dino.to(device), clip.to(device), words))
         except BadInput as reason:
-            tqdm.write(f"skipped: {reason}")
+            tell(f"skipped: {reason}")
     if not rows:
         raise BadInput(f"no video in --videos {cfg.videos} can be read")
     # a name that is no text, as Linux allows, is written with \\ in it
@@ -202,7 +201,7 @@ def main():
         scores.append({"score": name, "mean": 100 * estimate(found), "videos": int(found.sum(0)[1])})
     means = {row["score"]: row["mean"][0] for row in scores}
     text = markdown({"Scores, times 100": scores} | beside(means), 2)
-    path.with_suffix(".md").write_text(text, "utf-8")
+    write_text(path.with_suffix(".md"), text)
     print(text)
 
 

@@ -20,14 +20,13 @@ seed a row: intervals do not tell what another training would give.
 References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8.
 Leaves out: what another training seed would give; assumptions 1 and 2.
 """
-import json
 import math
 import operator
 from itertools import product
 
 import numpy as np
 
-from config import BadInput, warn, whole_or_absent
+from config import read_lines
 from judge import chance
 from probe import HOUR, MINUTES
 
@@ -41,32 +40,10 @@ ROW = ("weights", "memory", "positions", "worlds", "tau", "steps")  # of a video
 
 # ---- a line 16 videos --------------------------------------------------------------------------------------
 
-def whole_lines(path):
-    """The text of a file of lines, '' if there is none yet; a last line that was cut short is dropped."""
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    whole, end, rest = text.rpartition("\n")
-    if rest:
-        warn(f"the last line of {path} is cut short, and dropped")
-    return whole + end
-
-
-def read_lines(path):
+def read_videos(path):
     """-> key -> list of videos; none if there is no file yet"""
-    made = {}
-    for number, line in enumerate(whole_lines(path).splitlines(), 1):
-        try:
-            line = json.loads(line)
-            made[line["key"]] = line["videos"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise BadInput(f"{path}, line {number}: {error!r}: take the line out, "
-                           "or give another --out") from None
-    return made
-
-
-def append_line(path, line):
-    """The whole of it, or nothing"""
-    with whole_or_absent(path) as part:
-        part.write_text(whole_lines(path) + json.dumps(line) + "\n", "utf-8")
+    lines = read_lines(path, {"key": str, "videos": [dict]})
+    return {line["key"]: line["videos"] for line in lines}
 
 
 def pick(videos, wanted):

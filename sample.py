@@ -23,8 +23,8 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, check_writable, fast_attention,
-                    in_one_line, parse, pick_device, run, use_one_thread, warn, within)
+from config import (STUDENT, BadInput, StopSignals, append_line, check_file, check_schema, check_writable,
+                    fast_attention, in_one_line, parse, pick_device, run, tell, use_one_thread, warn, within)
 
 import torch
 from einops import rearrange
@@ -36,8 +36,8 @@ from flow import generate
 from memory import CHUNK
 from tensors import hash_content, hash_file, read_file, write_safetensors
 from text import check_prompt, read_prompts
-from video import (FPS, MANIFEST, THUMBNAILS, add_to_manifest, chunks_of, find_ffmpeg, frames_in,
-                   decode_beside, memory_picture, read_clip, read_manifest, video_writer)
+from video import (FPS, MANIFEST, THUMBNAILS, chunks_of, decode_beside, find_ffmpeg, frames_in,
+                   memory_picture, read_clip, read_manifest, video_writer)
 from weights import check_options, load_networks
 from world import GRAMMAR
 
@@ -46,14 +46,14 @@ OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "size", "vae
 FILES = ["ckpt", "lora", "wan"]
 LONGEST = 86400  # seconds
 # what a state says beside its latents; also frames that are written, and how many chunks are a clip's
-STATE = {"latents": torch.Tensor, "options": dict, "model": str, "clip": int,
+STATE = {"latents": torch.float32, "options": dict, "model": str, "clip": int,
          "frames": range(1, LONGEST * FPS)}
 
 
 @dataclass
 class Config:
     prompt: str = "Grass. The camera turns right from north, one turn in 12 seconds."  # what to show
-    prompts: str = ""          # a UTF-8 file with one prompt a line, instead of --prompt
+    prompts: str = ""          # a UTF-8 file, a prompt a line, instead of --prompt; - or <(command), too
     seeds: int = 1             # videos a prompt, from seed, seed + 1, ...
     seconds: float = 60.0      # length, up to 86,400
     seed: int = 0              # of the noise
@@ -98,7 +98,7 @@ def check(cfg):
     # what would be found out after the work
     if cfg.save_state:
         check_file(cfg.save_state)
-    check_writable(Path(cfg.save_state).parent)
+        check_writable(Path(cfg.save_state).parent)
     if not cfg.bench:
         check_writable(cfg.out)
         check_file(Path(cfg.out, MANIFEST))
@@ -164,9 +164,8 @@ def read_options():
         raise BadInput(f"{cfg.resume} is {about['frames'] / FPS:g} s long already: give --seconds above that")
     # a copy: the file is mapped, and may be replaced
     latents, chunks = state["latents"].clone(), chunks_of(about["frames"])
-    if not (latents.shape[1:2] == (CHUNK * chunks,) and 0 <= about["clip"] <= chunks
-            and latents.is_floating_point() and latents.float().isfinite().all()):
-        raise BadInput(f"{cfg.resume} is damaged: its latents are no {chunks} chunks of finite numbers")
+    if latents.shape[1:2] != (CHUNK * chunks,) or not 0 <= about["clip"] <= chunks:
+        raise BadInput(f"{cfg.resume} is damaged: its latents are no {chunks} chunks")
     return cfg, latents, about
 
 
@@ -283,7 +282,7 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
                 return
     # 1. decode and write one chunk after another, but for what is in an earlier file
     comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
-    with video_writer(path, json.dumps(comment), networks.scale) as file:
+    with video_writer(path, json.dumps(comment), networks.scale) as write:
         for decoded, is_finite in decode_beside(networks.vae, until_signal()):
             if not is_finite:
                 raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "
@@ -291,19 +290,21 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
             if frames / total * THUMBNAILS >= len(thumbnails):
                 thumbnails[frames / FPS] = decoded[0].clone()
             for frame in decoded[max(0, done - frames):total - frames]:
-                file.append_data(frame.numpy())
+                write(frame.numpy())
                 bar.update()
             frames = min(total, frames + len(decoded))
-    # 2. what was made, and the state, before a word that may find nobody
-    about = {"frames": frames - done, "sha256": hash_file(path)}
-    add_to_manifest(cfg.out, {"file": path.name, **record, **about})
+    # 2. what was made, and the state whatever became of that, before a word that may find nobody
     told = f"wrote {path}"
-    if cfg.save_state:
-        saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}
-        about = {"options": saved, "model": record["model"], "frames": frames, "clip": clip}
-        write_safetensors(cfg.save_state, {"latents": torch.cat(kept, dim=1)}, about)
-        told += f", saved {cfg.save_state} at {frames / FPS:g} s"
-    bar.write(told)
+    about = {"frames": frames - done, "sha256": hash_file(path)}
+    try:
+        append_line(Path(cfg.out, MANIFEST), {"file": path.name, **record, **about})
+    finally:
+        if cfg.save_state:
+            saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}
+            about = {"options": saved, "model": record["model"], "frames": frames, "clip": clip}
+            write_safetensors(cfg.save_state, {"latents": torch.cat(kept, dim=1)}, about)
+            told += f", saved {cfg.save_state} at {frames / FPS:g} s"
+        tell(told)
     # 3. what the memory holds now
     if not cfg.teacher:
         memory_picture(path.with_suffix(".png"), thumbnails, rollout, networks.vae, prompt)
@@ -329,8 +330,8 @@ def main():
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
         total, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds
-        print(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
-              f"{networks.sampler.steps} steps, memory {cfg.memory}")
+        tell(f"{videos} video(s) of {cfg.seconds:g} s, seed {cfg.seed}, model {networks.name}, "
+             f"{networks.sampler.steps} steps, memory {cfg.memory}")
         if cfg.wan:
             print(f"estimate: {memory_estimate(networks) / 1e9:.1f} GB at most")
         if cfg.bench:

@@ -2082,6 +2082,8 @@ def videos(tmp_path):
         (folder / f"{name}.txt").write_text("a calm sea")
     (folder / "latin.txt").write_bytes(b"M\xe4rz")
     (folder / "empty.txt").write_text("\ufeff \n", "utf-8")
+    if os.name == "posix":  # a name of two lines, the second in red
+        (folder / "two\n\x1b[31mlines.mp4").write_bytes(good)
     return folder
 
 
@@ -2090,11 +2092,12 @@ def run_script(script, monkeypatch, *words):
     config.run(script.main)
 
 
-def test_without_ffmpeg_no_clip_is_called_unreadable(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("script", [data, metrics])
+def test_without_ffmpeg_no_clip_is_called_unreadable(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
     for out, told in ((tmp_path, "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")):
         with pytest.raises(SystemExit, match="2"):
-            run_script(data, monkeypatch, "--videos", tmp_path, "--out", out)
+            run_script(script, monkeypatch, "--videos", tmp_path, "--out", out)
         assert told in capsys.readouterr().err
 
 
@@ -2114,6 +2117,7 @@ def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, mon
     for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: cannot read the text", "noise.mp4 is damaged (",
                  "turned.mp4: 32x64", "latin.mp4: cannot read the text", "empty.mp4: ", "empty.txt is empty"):
         assert line in printed
+    assert all(line.startswith("skipped: ") for line in printed.splitlines()) and "\x1b" not in printed
 
 
 def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enough_behind(videos, monkeypatch, tmp_path):
@@ -2147,7 +2151,7 @@ def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enou
 def test_a_clips_file_that_cannot_be_right_is_named(tmp_path):
     """Cut, with one wrong bit, of another form, or not finite."""
     path, latents = tmp_path / "clips" / "a.safetensors", torch.zeros(42, 16, 4, 8, dtype=torch.bfloat16)
-    good = {"latents": latents, "text": torch.zeros(3, 64)}
+    good = {"latents": latents, "text": torch.zeros(3, 64).bfloat16()}
 
     def drawn(content, about, harm=lambda path: None):
         write_safetensors(path, content, about)
@@ -2159,7 +2163,8 @@ def test_a_clips_file_that_cannot_be_right_is_named(tmp_path):
             (good, {"caption": "a"}, flip_bit, "damaged"), (good, {"caption": "a"}, cut, "cannot read"),
             (good, {}, str, "lacks a caption"), (good, {"caption": [3]}, str, "lacks a caption"), ({}, {"caption": "a"}, str, "needed are"),
             (good | {"latents": latents[:10]}, {"caption": "a"}, str, "it has 10"), ({"latents": latents}, {"caption": "a"}, str, "its text"),
-            (good | {"latents": latents / 0}, {"caption": "a"}, str, "latents are not finite")):
+            (good | {"latents": latents / 0}, {"caption": "a"}, str, r"latents \(finite, torch.bfloat16\)"),
+            (good | {"latents": latents.int()}, {"caption": "a"}, str, r"latents \(finite, torch.bfloat16\)")):
         with pytest.raises(BadInput, match=told) as refused:
             drawn(content, about, harm)
         assert str(path) in str(refused.value) and "\n" not in str(refused.value)
@@ -2363,7 +2368,7 @@ def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_defa
         config.parse(Options, ["--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "One test per claim" in told
-    assert "--count INT how many, 5 % at most [3]" in told and "--go-on or stop [False]" in told
+    assert "--count INT how many, 5 % at most [3] --share FLOAT of all --go-on or stop [False]" in told
     assert "--from STR where it starts [here]" in told
 
 
@@ -2429,6 +2434,8 @@ def lists_of_lists(depth):
     (range(1, 9), 8, 9, "cannot be 9"), (range(1, 9), 1, True, "cannot be True"),
     ({"x", "y"}, "x", "z", "cannot be 'z'"), (float, -1, math.nan, "cannot be nan"),
     (str, "a", lists_of_lists(30), "cannot be .{40}$"),
+    (torch.float32, torch.ones(2), torch.ones(2) / 0, r"\(finite, torch.float32\) cannot be tensor\(\[inf"),
+    ({"a": torch.bfloat16}, {"a": torch.ones(2).bfloat16()}, {"a": torch.ones(2)}, "torch.bfloat16"),
 ])
 def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told):
     config.check_schema("file", good, schema)
@@ -2440,13 +2447,30 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told
     (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
     (OSError(28, "No space left", "log"), 2, "error: [Errno 28] No space left: 'log'\n"),
     (NotImplementedError("aten::x"), 2,
-     "error: use --device cpu, as this device lacks an operation: aten::x\n")])
+     "error: use --device cpu, as this device lacks an operation: aten::x\n"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2,
+     "error: too little memory here: ask for smaller networks or videos: CUDA out of memory.\n")])
 def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as stop:
         config.run(main)
     assert stop.value.code == code and capsys.readouterr().err == told
+
+
+def test_a_fault_of_ones_own_keeps_its_traceback_and_a_network_too_large_does_not(refused):
+    with pytest.raises(RuntimeError, match="shapes"):
+        config.run(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    assert "too little memory here" in refused("--wan", "random:1048576x1", "--seconds", "1")
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\nb\r\t c", "a b c"), ("\x1b[31m\x07", r"\x1b[31m\x07"), ("\u202e猫é", r"\u202e猫é"), ("\udce9", r"\udce9")])
+def test_what_is_told_is_one_line_that_no_terminal_obeys(text, shown, capsys):
+    """Whatever names of files are in it."""
+    config.tell(text)
+    config.warn(text)
+    assert capsys.readouterr() == (f"{shown}\n", f"warning: {shown}\n")
 
 
 def test_without_a_terminal_there_is_a_place_for_what_is_told(monkeypatch):
@@ -2516,9 +2540,9 @@ def ramp(frames, width=64):
 
 
 def write_video(path, frames, *more):
-    with video.video_writer(path, *more) as file:
+    with video.video_writer(path, *more) as write:
         for frame in frames:
-            file.append_data(frame)
+            write(frame)
     return path
 
 
@@ -2693,8 +2717,8 @@ def full_disk(size):
 
 
 @pytest.mark.parametrize("share", [0, .5, .99])
-def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path):
-    """The disk is full half-way, or at the very end; or there are no frames."""
+def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path, capfd):
+    """The disk is full half-way, or at the very end; or there are no frames. What ffmpeg says is not shown."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.mp4").write_text("good")
@@ -2704,6 +2728,21 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path):
     with full_disk(int(share * size) or size), told:
         write_video(out / "a.mp4", frames if share else [])
     assert (out / "a.mp4").read_text() == "good" and len(list(out.iterdir())) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no sh")
+@pytest.mark.parametrize("end", ["exit 1", "cat > /dev/null", "kill -9 $$"])
+def test_what_ffmpeg_died_of_is_told_in_its_own_words(end, monkeypatch, tmp_path, capfd):
+    """A broken pipe; with exit code 0, as of old ones; or killed, without a word."""
+    said = "" if "kill" in end else "echo '[mp4 @ 0x1] [error] No space left on device' >&2\n"
+    script = f"#!/bin/sh\n[ $1 = -version ] && echo ffmpeg version 4 && exit\n{said}{end}\n"
+    (tmp_path / "ffmpeg").write_text(script)
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(BadInput, match=r"\(No space left on device\)" if said else "ended with -9|Broken pipe"):
+        write_video(tmp_path / "o" / "a.mp4", ramp(99))
+    assert not list((tmp_path / "o").iterdir()) and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("folder", ["12:30", "-x", "100%", "file:x", "it's \"so\"", "%03d", "猫", "~", "a b"])
@@ -2716,11 +2755,11 @@ def test_folders_may_have_any_name(folder, tmp_path, monkeypatch):
 
 def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_record(tmp_path, capsys):
     record = {"file": "猫-0.mp4", "prompt": "猫", "seed": 0, "options": {}, "model": "a", "sha256": "c"}
-    video.add_to_manifest(tmp_path, record)
+    config.append_line(tmp_path / "manifest.jsonl", record)
     with open(tmp_path / "manifest.jsonl", "a") as file:
         file.write('{"file": 3}\n[[[\n' + "[" * 100_000 + '\n{"file": "half')
     later = {**record, "seed": 1}
-    video.add_to_manifest(tmp_path, later)
+    config.append_line(tmp_path / "manifest.jsonl", later)
     assert video.read_manifest(tmp_path) == {"猫-0.mp4": later} and not video.read_manifest(tmp_path / "x")
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 4 and all(f"line {n}:" in line for n, line in enumerate(told, 2))
@@ -2790,10 +2829,8 @@ def spy_on(frames):
     """video.video_writer, which also appends each frame to the list"""
     @contextmanager
     def spy(*about):
-        with video.video_writer(*about) as file:
-            append = file.append_data
-            file.append_data = lambda frame: (frames.append(frame.copy()), append(frame))
-            yield file
+        with video.video_writer(*about) as write:
+            yield lambda frame: (frames.append(frame.copy()), write(frame))
     return spy
 
 
@@ -2906,9 +2943,9 @@ HARMFUL = [  # of a state of 8 frames (a chunk, three latents): what it says, it
     ({"options": {"steps": 10 ** 9}}, {}, "--steps must lie"), ({"model": 3}, {}, "model cannot be 3"),
     ({}, {"latents": torch.zeros(3)}, "no 1 chunks"),
     ({}, {"latents": torch.zeros(1, 0, 16, 4, 8)}, "no 1 chunks"),
-    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan)}, "finite numbers"),
-    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8, dtype=torch.int64)}, "finite numbers"),
-    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan).to(torch.float8_e4m3fn)}, "finite numbers"),
+    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan)}, r"latents \(finite, torch.float32\) cannot"),
+    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8, dtype=torch.int64)}, r"\(finite, torch.float32\) cannot"),
+    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8).to(torch.float8_e4m3fn)}, r"torch.float32\) cannot be"),
     ({}, {"latents": torch.zeros(1, 3, 16, 9, 9)}, "shape"),
     ({}, {"latents": torch.zeros(2, 3, 16, 4, 8)}, "shape")]
 
@@ -2924,6 +2961,17 @@ def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refus
     # a pickle is none, whatever it holds
     torch.save({**state, **about}, tmp_path / "harmful")
     assert "options cannot be None" in refused("--seconds", "1", "--resume", tmp_path / "harmful")
+
+
+def test_only_where_something_will_be_written_it_must_be_possible(monkeypatch, tmp_path):
+    checked = []
+    monkeypatch.setattr(sample, "check_writable", checked.append)
+    sample.check(sample.Config(out="a"))
+    assert checked == ["a"]
+    sample.check(sample.Config(out="b", save_state="c/d"))
+    assert checked == ["a", Path("c"), "b"]
+    with pytest.raises(BadInput, match="cannot write to"):  # before the text encoder is read
+        weights.load_networks(live.Config(wan="x", out=f"{__file__}/o"), "stage2", [], CPU, torch.float32)
 
 
 def test_options_replace_what_the_weights_say_of_sampling():
@@ -2987,7 +3035,7 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     first.write_text("video")
     assert named(tmp_path, "a")[0] == second and named(tmp_path, "a", overwrite=True)[0] == first
     sha256 = hashlib.sha256(b"video").hexdigest()
-    video.add_to_manifest(tmp_path, {**record, "file": first.name, "sha256": sha256})
+    config.append_line(tmp_path / "manifest.jsonl", {**record, "file": first.name, "sha256": sha256})
     assert named(tmp_path, "a")[0] == first
     stoppable = sample.Config(out=tmp_path, save_state="state")
     assert sample.name_video(stoppable, record, video.read_manifest(tmp_path), set()) == second
@@ -3151,9 +3199,15 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
     assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
     assert "No space left on device): is the disk full?" in capsys.readouterr().err
     assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
-    # where nobody reads what is told, nothing is lost
+    # nor is it where the manifest finds no room, or where nobody reads what is told
     monkeypatch.setattr(tensors, "save_file", save)
-    monkeypatch.setattr(sample.tqdm, "write", lambda *about: 1 / 0)
+    with monkeypatch.context() as full:
+        full.setattr(sample, "append_line", lambda path, record: write_half({}, path, ""))
+        with pytest.raises(SafetensorError):
+            sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)
+    assert "latents" in read_file(state)[0] and f"saved {state} at" in capsys.readouterr().out
+    state.unlink()
+    monkeypatch.setattr(sample, "tell", lambda told: told.startswith("wrote") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)
     assert "latents" in read_file(state)[0]
@@ -3299,7 +3353,7 @@ def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made
     @contextmanager
     def writer(path, comment, scale):
         comments.append(comment)
-        yield SimpleNamespace(append_data=written.append)
+        yield written.append
         path.write_bytes(b"an mp4")
     monkeypatch.setattr(live, "video_writer", writer)
     assert session.save() == b"an mp4" and np.array_equal(written, shown)
@@ -4476,25 +4530,24 @@ def test_returns_that_follow_exchanged_memories_are_those_of_the_exchange():
     assert (row["found"], row["met"]) == (90, "yes")
 
 
-def test_lines_give_back_what_was_written_a_bad_one_is_named_and_a_cut_one_dropped(tmp_path, capsys):
+def test_lines_give_back_what_was_written_and_bad_ones_are_named_and_made_again(tmp_path, capsys):
     lines = [{"key": key, "videos": [video_row([(6., True, False)], i, drift=math.inf) for i in range(3)]}
              for key in "abc"]
     made = {line["key"]: line["videos"] for line in lines}
     path = tmp_path / "a.jsonl"
-    assert report.read_lines(path) == {}
+    assert report.read_videos(path) == {}
     for line in lines:
-        report.append_line(path, line)
-    assert report.read_lines(path) == made
+        config.append_line(path, line)
+    assert report.read_videos(path) == made
     first, second, third = path.read_text().splitlines()
-    for line in (second[:-9], "[1, 2]", "{}", "[" * 100_000):
+    for line in (second[:-9], "[1, 2]", "{}", '{"key": "b", "videos": [3]}', "[" * 100_000):
         path.write_text("\n".join([first, line, third, ""]))
-        with pytest.raises(BadInput, match="a.jsonl, line 2: .*take the line out"):
-            report.read_lines(path)
-    path.write_text("\n".join([first, second, third])[:-9])
-    assert list(report.read_lines(path)) == ["a", "b"]
-    assert capsys.readouterr().err == f"warning: the last line of {path} is cut short, and dropped\n"
-    report.append_line(path, lines[2])
-    assert report.read_lines(path) == made
+        assert list(report.read_videos(path)) == ["a", "c"]
+        assert re.fullmatch("warning: passed over: .*a.jsonl, line 2: .*\n", capsys.readouterr().err)
+    # a last line that was cut short
+    path.write_text("\n".join([first, third, second])[:-9])
+    config.append_line(path, lines[1])
+    assert report.read_videos(path) == made
 
 
 def test_tables_hold_numbers_a_row_what_was_asked_for_and_the_kind_of_motion():
@@ -4972,9 +5025,33 @@ def test_a_file_of_prompts_has_one_a_line_in_utf_8_or_16(content, want, tmp_path
         file.write_bytes(content)
     if isinstance(want, list):
         assert read_prompts(file) == want
+        with open(file) as opened:  # as the shell gives it, also in place of a pipe
+            assert os.name == "nt" or read_prompts(f"/dev/fd/{opened.fileno()}") == want
     else:
         with pytest.raises(BadInput, match=want):
             read_prompts(file)
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "-"])
+def test_prompts_come_through_a_pipe_that_the_shell_holds_open_but_not_without_end(name, monkeypatch):
+    if os.name == "nt":
+        pytest.skip("there are no such names")
+    for content in (b"a sea\n", b"a sea\n" * 9):
+        out, into = os.pipe()
+        stdin = os.dup(0)
+        os.dup2(out, 0)
+        os.write(into, content)
+        os.close(into)
+        if len(content) < 9:
+            assert read_prompts(name.format(out)) == ["a sea"]
+        else:
+            monkeypatch.setattr("text.MOST_BYTES", 9)
+            with pytest.raises(BadInput, match="more than"):
+                read_prompts(name.format(out))
+        os.dup2(stdin, 0)
+        os.close(stdin), os.close(out)
+    with pytest.raises(BadInput, match="cannot read the text /dev/fd/99"):
+        read_prompts("/dev/fd/99")
 
 
 def test_prompts_are_cleaned_like_wans():

@@ -44,6 +44,7 @@ class TextConfig:  # the defaults are UMT5-XXL
 
 END = 1  # the id of the mark that ends a text; 0 pads
 MOST_LETTERS = 4000  # of a prompt
+MOST_BYTES = 2 ** 28  # of a text: a pipe may have no end
 
 tiny_text = TextConfig(vocab=258, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
@@ -160,10 +161,18 @@ def bytes_to_ids(captions, length=96):
     return ids, (ids > 0).long()
 
 
+def open_text(path):
+    """A file; -, standard input; /dev/fd/N, which is <(command). Other pipes may be waited for in vain"""
+    match = re.fullmatch(r"/dev/fd/(\d+)", "/dev/fd/0" if str(path) == "-" else str(path))
+    return open(int(match[1]), "rb", closefd=False) if match else open_file(path)
+
+
 def read_text(path):
-    """What a file of UTF-8 or, with its mark, UTF-16 holds, without the mark"""
-    with in_one_line(f"cannot read the text {path}", "write UTF-8"), open_file(path) as file:
-        content = file.read()
+    """What a file of UTF-8 or, with its mark, UTF-16 holds, without the mark; read once"""
+    with in_one_line(f"cannot read the text {path}", "write it in UTF-8"), open_text(path) as file:
+        content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 

@@ -44,7 +44,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run,  # first
+from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run, tell,  # first
                     whole_or_absent, within)
 
 import imageio.v3 as iio
@@ -83,7 +83,7 @@ class Config:
     init: str = ""        # weights to start from (default: of the stage before, of this --out or shipped)
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
     teacher_context: str = "memory"  # stage 2: memory | none, which is stage 2_none
-    data: str = ""        # teacher: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    data: str = ""        # teacher, init: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
     wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
@@ -223,7 +223,7 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
             path = Path(cfg.out, part, f"{name}.safetensors")
             save_weights(path, net.state_dict(), net.config, facts)
-            print(f"wrote {path}")
+            tell(f"wrote {path}")
     barrier()  # the next part reads what the first process wrote
 
 

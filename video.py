@@ -10,26 +10,29 @@ All videos are read by one reader, which lets ffmpeg decode whatever it can.
 References: imageio's ffmpeg plugin; Wan's autoencoder (1 + 4 (n - 1) frames <-> n latents).
 Leaves out: sound, writing other rates than 16 frames a second.
 """
-import json
 import math
 import re
 import subprocess
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # comes with imageio
 
-from config import BadInput, check_schema, in_one_line, warn, whole_or_absent
+from config import BadInput, in_one_line, read_lines, warn, whole_or_absent
 from memory import CHUNK
 
 FPS = 16
-TAGS = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
+# Ctrl-C in the terminal is for us alone: Windows' word for a new session
+NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+TAGS = "-color_range tv -colorspace bt709 -x264-params colorprim=bt709:transfer=bt709"
 FRAMES = 4 * CHUNK  # of a chunk
 THUMBNAILS = 12     # in a row of the memory picture
 SIZE = 128, 64      # pixels of a thumbnail
@@ -111,26 +114,35 @@ def find_ffmpeg():
 @contextmanager
 def video_writer(path, comment="", scale=1):
     """
-    with video_writer(path) as file: file.append_data(frame), (h, w, 3) uint8. An mp4, whole or absent.
+    with video_writer(path) as write: write(frame), (h, w, 3) uint8. An mp4, whole or absent.
     comment  its metadata
     scale    each pixel becomes a square of so many
     """
-    find_ffmpeg()
-    from imageio.v2 import get_writer
     # squares of pixels, then the colours that the tags promise
     enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor,format=rgb24"
     convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
-    words = f"-vf {enlarge},{convert},format=yuv420p -crf 16 -preset veryfast -movflags +faststart " + TAGS
-    words = [*words.split(), "-metadata", f"comment={comment}"]
-    with whole_or_absent(path) as part:
-        # a broken pipe: ffmpeg has ended. Nor does imageio ask how: the file must be readable to its end
-        with in_one_line(f"ffmpeg could not write {path}", "is the disk full?", OSError):
-            with get_writer(part.absolute(), "FFMPEG", fps=FPS, codec="libx264", quality=None,
-                            macro_block_size=1, output_params=words) as file:
-                yield file
-            written = look_through(part)
-            if written.damage or not written.seconds:
-                raise OSError(written.damage)
+    words = f"-loglevel level+error -f ppm_pipe -framerate {FPS} -i - -c:v libx264 -crf 16 -preset veryfast"
+    words += f" -vf {enlarge},{convert},format=yuv420p -movflags +faststart {TAGS} -y -metadata"
+    words = [find_ffmpeg(), *words.split(), f"comment={comment}"]
+    with whole_or_absent(path) as part, TemporaryFile() as log:
+        try:
+            with subprocess.Popen([*words, f"file:{part.absolute()}"], stdin=subprocess.PIPE, stderr=log,
+                                  start_new_session=True, creationflags=NEW_GROUP) as ffmpeg:
+                yield partial(write_ppm, ffmpeg.stdin)
+            # older ones end with 0 on a full disk, but not without a word
+            if ffmpeg.returncode or log.tell():
+                raise OSError(f"ended with {ffmpeg.returncode}")
+        # a broken pipe, or that: its own words tell more
+        except OSError as error:
+            log.seek(0)
+            told = BROKEN.findall(log.read().decode("utf-8", "replace")) or [error]
+            raise BadInput(f"ffmpeg could not write {path} ({told[0]}): is the disk full?") from None
+
+
+def write_ppm(file, frame):
+    """A frame (h, w, 3) uint8 as a file of PPM, which brings its size along"""
+    height, width, _ = frame.shape
+    file.write(f"P6 {width} {height} 255\n".encode() + frame.tobytes())
 
 
 def read_manifest(folder):
@@ -138,27 +150,8 @@ def read_manifest(folder):
     What sample.py has made in a folder: {file name: record}, a record being a dict of file, prompt, seed,
     options, model (sha256 of the networks) and sha256 (of the file). Of two for one file the later counts.
     """
-    path = Path(folder, MANIFEST)
-    lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
-    records = {}
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                record = json.loads(line)
-                check_schema(path, record, RECORD, f"line {number}")
-                records[record["file"]] = record
-            except (ValueError, RecursionError) as error:  # BadInput, too
-                warn(f"passed over: {path}, line {number}: {error}")
-    return records
-
-
-def add_to_manifest(folder, record):
-    """One line more, or the manifest as it was"""
-    path = Path(folder, MANIFEST)
-    with whole_or_absent(path) as part:
-        before = path.read_bytes() if path.exists() else b""
-        line = json.dumps(record, ensure_ascii=False).encode()
-        part.write_bytes(b"\n".join([*before.splitlines(), line, b""]))
+    records = read_lines(Path(folder, MANIFEST), RECORD)
+    return {record["file"]: record for record in records}
 
 
 # ---- files: in ---------------------------------------------------------------------------------------------
@@ -204,8 +197,9 @@ def look_through(path, *options):
     words = decoding(path, f"{SHOWN},showinfo", "-f", "null", *options)
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True)
     log = done.stderr.decode("utf-8", "replace")
-    seconds = [float(second) for second, _ in FRAME.findall(log)]
-    sizes = [size for _, size in FRAME.findall(log)] or ["0x0"]
+    found = FRAME.findall(log)
+    seconds = [float(second) for second, _ in found]
+    sizes = [size for _, size in found] or ["0x0"]
     damage = BROKEN.findall(log)
     if len(set(sizes)) > 1:
         damage.append("its frames change their size")

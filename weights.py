@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import BadInput, check_schema, fast_layout, in_one_line, one_of, run, warn, within
+from config import (BadInput, check_schema, check_writable, fast_layout, in_one_line, one_of, run, warn,
+                    within)
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -165,6 +166,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
 def read_features(file, dim):
     with in_one_line(f"cannot read {file}", MADE_AGAIN):
         content, _ = read_file(file, remedy=MADE_AGAIN)
+        check_schema(file, content, {"features": torch.bfloat16})
         return rearrange(content["features"], "m dim -> m dim", dim=dim)
 
 
@@ -326,7 +328,8 @@ def load_networks(cfg, shipped, texts, device, dtype):
     """
     # 1. those of the small world, or of Wan's form
     if cfg.wan:
-        cache = Path(cfg.out) / "text"
+        cache = Path(cfg.out, "text")
+        check_writable(cache)
         networks = load_wan(cfg.wan, cfg.ckpt, cfg.size, cfg.vae or "wan", device, dtype, cache,
                             [*texts, ""], cfg.lora, not cfg.no_verify)
     else:
