@@ -175,9 +175,11 @@ def targets_of(latents, keep, policy, target):
     """
     last = keep.shape[1] - target
     full = (policy.sink + policy.slow + policy.fast) // CHUNK
+    # what a student's memory would hold at each chunk
     held = frames_in_memory(policy, keep.cpu(), evict_first=False)
     videos = torch.arange(len(latents))[:, None]
     contexts, xs = [], []
+    # from the end of the video backwards
     for first in range(last, min(last, full) - 1, -target):
         contexts.append(latents[videos, held[first]])
         xs.append(latents[:, CHUNK * first:CHUNK * (first + target)])

@@ -36,7 +36,7 @@ from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK, PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from tensors import hash_file
-from text import TextConfig, TextEncoder, bytes_to_ids, read_prompts, tiny_text
+from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
 from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
 from world import WorldSpec
@@ -80,11 +80,6 @@ def hash_starts(cfg, part, preset):
     return {f"sha256 of {name}": hash_file(file) for name, file in files.items() if file.is_file()}
 
 
-def encode_text(encoder, device, captions):
-    ids, mask = bytes_to_ids(captions, tiny_dit.text_len)
-    return encoder(ids.to(device), mask.to(device))
-
-
 def tiny_inputs(cfg, part, preset, device):
     """The small world: networks of the part before it, or new ones."""
     torch.manual_seed(cfg.seed)
@@ -101,7 +96,7 @@ def tiny_inputs(cfg, part, preset, device):
     # the autoencoder
     vae = TAE(tiny_tae).initialise() if part == "vae" else load(find_weights(cfg, "vae"), TAE, TAEConfig)[0]
     vae.to(device, memory_format=fast_layout(device))
-    return Inputs(net, vae, partial(encode_text, encoder, device), sampler, part, encoder=encoder)
+    return Inputs(net, vae, partial(encode_captions, encoder, device), sampler, part, encoder=encoder)
 
 
 def load_part(cfg, name, given, device):

@@ -161,6 +161,12 @@ def bytes_to_ids(captions, length=96):
     return ids, (ids > 0).long()
 
 
+def encode_captions(encoder, device, captions):
+    """List of str -> what the small world's encoder makes of them, (b, 96, dim)"""
+    ids, mask = bytes_to_ids(captions)
+    return encoder(ids.to(device), mask.to(device))
+
+
 def open_text(path):
     """A file; -, standard input; /dev/fd/N, which is <(command). Other pipes may be waited for in vain"""
     match = re.fullmatch(r"/dev/fd/(\d+)", "/dev/fd/0" if str(path) == "-" else str(path))

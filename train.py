@@ -66,7 +66,8 @@ from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from recipe import PARTS, TINY, WAN
-from stages import TARGET_CHUNKS, TEACHER_STEPS, encode_text, hash_starts, load_inputs, make_stage
+from stages import TARGET_CHUNKS, TEACHER_STEPS, hash_starts, load_inputs, make_stage
+from text import encode_captions
 from video import to_uint8
 from weights import save_weights
 from world import WorldSpec
@@ -159,7 +160,7 @@ def averaged(part, inputs, nets, sampler):
     """weights.Networks with the averaged networks in them."""
     m = replace(inputs, dit=nets[part], sampler=sampler, policy=replace(inputs.policy, tau=sampler.tau))
     if "text" in nets:
-        m.features = partial(encode_text, nets["text"], inputs.device)
+        m.features = partial(encode_captions, nets["text"], inputs.device)
     return m
 
 

@@ -13,8 +13,7 @@ its last input frames:
     it sees                              [a b] c d e f                    [e f] g h i j
     its output                     of abc, bcd, cde, def          of efg, fgh, ghi, hij
 
-What all of them remember is the state: a list in which each convolution has its slot, None where a video
-starts.
+What all of them remember is the state: convolution -> its last input frames, empty where a video starts.
 
     python wan_vae.py          # decodes one latent after another, beside decoding at once
 
@@ -59,16 +58,14 @@ class CausalConv(nn.Conv3d):
         padding = (0, space // 2, space // 2)
         super().__init__(c_in, c_out, (3, space, space), stride=(stride, 1, 1), padding=padding)
         self.keep = 3 - stride  # frames to remember
-        self.slot = None        # its place in the state, from number_slots()
 
     def forward(self, x, state):
-        past = state[self.slot]
-        if past is None:
-            x = F.pad(x, (0, 0, 0, 0, self.keep, 0))
+        if self in state:
+            x = torch.cat([state[self], x], dim=2)
         else:
-            x = torch.cat([past, x], dim=2)
+            x = F.pad(x, (0, 0, 0, 0, self.keep, 0))
         # a copy, because a view would hold all of x
-        state[self.slot] = x[:, :, -self.keep:].clone()
+        state[self] = x[:, :, -self.keep:].clone()
         return super().forward(x)
 
 
@@ -135,9 +132,9 @@ class Downsample(nn.Module):
         conv = self.time_conv
         if conv is None:
             return x
-        if state[conv.slot] is None:
+        if conv not in state:
             # the first frame passes time by, and is remembered
-            state[conv.slot] = x
+            state[conv] = x
             return x
         return conv(x, state)
 
@@ -151,9 +148,9 @@ class Upsample(nn.Module):
 
     def forward(self, x, state):
         conv = self.time_conv
-        if conv is not None and state[conv.slot] is None:
+        if conv is not None and conv not in state:
             # the first frame passes time by, and is not even remembered: two frames of zeros are
-            state[conv.slot] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
+            state[conv] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
         elif conv is not None:
             x = rearrange(conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
         return each_frame(self.resample, x)
@@ -215,14 +212,6 @@ def decoder(config):
         head=head(widths[-1], 3)))
 
 
-def number_slots(coder):
-    """Gives each convolution over time its place in the state -> how many there are"""
-    convs = [module for module in coder.modules() if isinstance(module, CausalConv)]
-    for slot, conv in enumerate(convs):
-        conv.slot = slot
-    return len(convs)
-
-
 class WanVAE(nn.Module):
     """Encodes and decodes as vae.TAE does, with Wan's own weights."""
     def __init__(self, config: WanVAEConfig):
@@ -230,8 +219,6 @@ class WanVAE(nn.Module):
         self.config = config
         self.encoder = encoder(config)
         self.decoder = decoder(config)
-        self.encoder_slots = number_slots(self.encoder)
-        self.decoder_slots = number_slots(self.decoder)
         self.conv1 = nn.Conv3d(2 * config.channels, 2 * config.channels, 1)
         self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
@@ -241,11 +228,9 @@ class WanVAE(nn.Module):
         returns  (b, n, 16, h / 8, w / 8) latents of about zero mean and unit variance, float32
         """
         f = video.shape[1]
-        if f % 4 != 1:
-            raise ValueError(f"{f} frames: give 1 + 4n")
         # piece by piece
         x = rearrange(video, "b f c h w -> b c f h w").to(self.conv1.weight.dtype)
-        state = [None] * self.encoder_slots
+        state = {}
         pieces = x.split([1] + [4] * (f // 4), dim=2)
         coded = torch.cat([self.encoder(piece, state) for piece in pieces], dim=2)
         # the mean, normalised
@@ -259,7 +244,7 @@ class WanVAE(nn.Module):
         past     None at the start of a video, else the state that was returned before, which is overwritten
         returns  video (b, 4n - 3 or 4n, 3, 8h, 8w) in [-1, 1] float32, and the state to go on with
         """
-        state = [None] * self.decoder_slots if past is None else past
+        state = {} if past is None else past
         # back from normalised latents
         latents = latents * STD.to(latents.device) + MEAN.to(latents.device)
         x = self.conv2(rearrange(latents, "b f c h w -> b c f h w").to(self.conv2.weight.dtype))

@@ -32,7 +32,7 @@ from memory import PRESETS, Policy
 from model import DiT, DiTConfig
 from tensors import (ANOTHER_KIND, FETCH, empty_net, load_on_device, load_state_dict_strict, read_file,
                      read_json, read_lora, write_safetensors)
-from text import TextConfig, TextEncoder, bytes_to_ids, clean, read_tokenizer, tokenise
+from text import TextConfig, TextEncoder, clean, encode_captions, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
 
@@ -244,10 +244,7 @@ def load_tiny(ckpt, device):
     dit.to(device)
     encoder.to(device)
     tae.to(device, memory_format=fast_layout(device))
-
-    def features(texts):
-        ids, mask = bytes_to_ids(texts, dit.config.text_len)
-        return encoder(ids.to(device), mask.to(device))
+    features = partial(encode_captions, encoder, device)
     return Networks(dit, tae, features, make_sampler(ckpt, facts), Path(ckpt).name,
                     stage=facts.get("stage", ""))
 
