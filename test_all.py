@@ -176,7 +176,8 @@ def test_golden_bidirectional_dit_and_its_inner_taps():
     close(whole_clip(net, given), want["pred"], 2e-5)
     assert len(taps) == 7
     for name, got in taps.items():
-        close(got[:, 0] if name.startswith("time") else got.flatten(1, -2), want[name], 2e-5)
+        got = got[:, 0] if name.startswith("time") else got.flatten(1, -2)
+        close(got, want[name], 2e-5)
 
 
 @pytest.mark.parametrize("which", ["global", "local", "sink"])
@@ -184,8 +185,10 @@ def test_golden_causal_dit_with_cache(which):
     """The official caches are our Memory with sizes from the file; a chunk run again replaces itself."""
     c, net, given, want = golden_dit("wan_causal")
     window, sink = c["sets"][which]
-    memory = Memory(Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink))
-    text, starts = net.text(given["context"]), c["start_frames"]
+    sizes = (0, 0, 10 ** 6) if window == -1 else (sink, 0, window - sink)
+    memory = Memory(Policy(*sizes))
+    text = net.text(given["context"])
+    starts = c["start_frames"]
     for i, start in enumerate(starts):
         x = frames_first(given[f"x{i}"])
         b, f = x.shape[:2]
@@ -218,9 +221,11 @@ def test_golden_blockwise_and_teacher_forcing_passes():
     distinct = [i for i, start in enumerate(starts) if i == starts.index(start)]
     x = torch.cat([frames_first(given[f"x{i}"]) for i in distinct], 1)
     t = torch.cat([given[f"t{i}"] for i in distinct], 1) / 1000
-    text, frame = net.text(given["context"]), torch.arange(x.shape[1])
+    text = net.text(given["context"])
+    frame = torch.arange(x.shape[1])
     block = frame // c["num_frame_per_block"]
-    older, own = block[:, None] > block, block[:, None] == block
+    older = block[:, None] > block
+    own = block[:, None] == block
     v, _ = net(x, t, text, rope_of(net, frame, x), mask=(older | own)[None])
     close(frames_first(v), want["blockwise"], 2e-5)
     # teacher forcing: the clean frames and the noisy ones in one pass
@@ -236,13 +241,15 @@ def test_golden_blockwise_and_teacher_forcing_passes():
 def test_golden_text_encoder_and_position_buckets():
     c, weights, given, want = golden("umt5")
     names = "vocab dim dim_attn dim_ffn num_heads num_layers num_buckets"
-    config, taps = TextConfig(*[c[key] for key in names.split()]), {}
+    config = TextConfig(*[c[key] for key in names.split()])
+    taps = {}
     net = load_state_dict_strict(TextEncoder(config), weights)
     net.blocks[0].register_forward_hook(lambda module, args, out: taps.update(block0=out))
     close(net(given["ids"].long(), given["mask"].long()), want["context"], 2e-5)
     real = given["mask"].bool()
     close(taps["block0"][real], want["block0"][real], 2e-5)
-    assert torch.equal(bucket(given["rel_offset"].long(), c["num_buckets"]), want["rel_bucket"].long())
+    buckets = bucket(given["rel_offset"].long(), c["num_buckets"])
+    assert torch.equal(buckets, want["rel_bucket"].long())
 
 
 def in_pieces(decode, latents, size):
@@ -284,7 +291,8 @@ def test_golden_wan_autoencoder_encodes_decodes_and_streams():
 def test_golden_schedule_noise_and_velocity():
     """The official scheduler snaps t to a table of 1,000 levels; ours does not, so the test snaps first."""
     c, _, given, want = golden("flow")
-    shift, n = c["shift"], int(c["num_train_timesteps"])
+    shift = c["shift"]
+    n = int(c["num_train_timesteps"])
     sigmas = torch.tensor(flow.schedule(n, shift))
     close(sigmas, want["sigmas"], 2e-5)
     close(sigmas * 1000, want["timesteps"], 2e-2)  # timesteps reach 1000: 2e-5 relative
@@ -330,15 +338,18 @@ def test_the_tiny_autoencoder_repeats_the_last_frame_until_4_divides_their_numbe
     video = torch.rand(2, 9, 3, 16, 24)
     latents = tae.encode_frames(video)
     assert latents.shape == (2, 3, 16, 2, 3)
-    assert torch.equal(latents, tae.encode_frames(video[:, [*range(9), 8, 8, 8]]))
+    longer = video[:, [*range(9), 8, 8, 8]]
+    assert torch.equal(latents, tae.encode_frames(longer))
 
 
 def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypatch):
-    video, tae = torch.rand(1, 45, 3, 16, 24) * 2 - 1, small_tae()
+    video = torch.rand(1, 45, 3, 16, 24) * 2 - 1
+    tae = small_tae()
     whole = tae.encode(video)
     assert whole.shape[1] == 12
     # the first latent is of four copies of the first frame
-    close(tae.encode_frames(video[:, [0] * 4] * .5 + .5), whole[:, :1], 1e-6)
+    copies = video[:, [0] * 4] * .5 + .5
+    close(tae.encode_frames(copies), whole[:, :1], 1e-6)
     # later frames change no earlier latent
     close(tae.encode(video[:, :13]), whole[:, :4], 1e-6)
     monkeypatch.setattr("vae.PIECE", 0)
@@ -349,7 +360,8 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
 def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
     torch.manual_seed(0)
     tae = TAE(tiny_tae).initialise()
-    latents = tae.encode(torch.from_numpy(clip(WorldSpec(1), 0, 17))[None] * 2 - 1)
+    frames = torch.from_numpy(clip(WorldSpec(1), 0, 17))[None]
+    latents = tae.encode(frames * 2 - 1)
     decoded = tae.decode(torch.randn_like(latents))[0]
     assert .3 < latents.std() < 3  # from torch's own start: .03
     assert .3 < decoded.std() < 3  # and .06
@@ -358,7 +370,8 @@ def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_wans_autoencoder_goes_on_from_what_it_remembers_or_from_a_copy_of_it(blocks):
-    vae, latents = WanVAE(WanVAEConfig(4, blocks=blocks)), torch.randn(1, 5, 16, 2, 2)
+    vae = WanVAE(WanVAEConfig(4, blocks=blocks))
+    latents = torch.randn(1, 5, 16, 2, 2)
     assert len(vae.encoder.downsamples) == 4 * blocks + 3
     assert len(vae.decoder.upsamples) == 4 * (blocks + 1) + 3
     whole, _ = vae.decode(latents)
@@ -376,7 +389,8 @@ def test_wans_autoencoder_refuses_frames_that_fill_no_latent():
 
 def random_dit(seed=0, **small):
     torch.manual_seed(seed)
-    net = DiT(replace(tiny_dit, **(small or dict(dim=64, ffn_dim=96, heads=2, layers=2))))
+    small = small or dict(dim=64, ffn_dim=96, heads=2, layers=2)
+    net = DiT(replace(tiny_dit, **small))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=.15)  # no parameter is zero, so nothing can be dropped unseen
     return net.eval().requires_grad_(False)
@@ -410,9 +424,11 @@ def random_keep(b, chunks):
 
 
 def test_rope_turns_pairs_by_time_row_and_column_like_complex_numbers_in_float64():
-    time, x = torch.tensor([[5, 20], [0, 3]]), noise(2, 12, 2, 44)
+    time = torch.tensor([[5, 20], [0, 3]])
+    x = noise(2, 12, 2, 44)
     got = apply_rope(x, rope_cos_sin(time, 2, 3, 44)).double()
-    by_time, by_place = (10000. ** (-torch.arange(0, n, 2).double() / n) for n in (16, 14))
+    exponents = [torch.arange(0, n, 2).double() / n for n in (16, 14)]
+    by_time, by_place = (10000. ** -exponent for exponent in exponents)
     places = [*enumerate(np.ndindex(2, 2, 3))]
     for b, (n, (f, h, w)) in itertools.product(range(2), places):
         angles = torch.cat([time[b, f] * by_time, h * by_place, w * by_place])
@@ -423,7 +439,8 @@ def test_rope_turns_pairs_by_time_row_and_column_like_complex_numbers_in_float64
 
 def test_unbounded_positions_end_at_1024():
     held = torch.zeros(1, 18)
-    assert absolute_positions(held, torch.tensor([[1022, 1023]]))[1].tolist() == [[1022, 1023]]
+    last = torch.tensor([[1022, 1023]])
+    assert torch.equal(absolute_positions(held, last)[1], last)
     with pytest.raises(ValueError, match="latent 1025 asked for: use bounded positions"):
         absolute_positions(held, torch.tensor([[1023, 1024]]))
 
@@ -467,21 +484,25 @@ def remember(memory, policy, keep):
 @pytest.mark.parametrize("old", ["slowfast", "window", "longlive"])
 @pytest.mark.parametrize("new", ["slowfast", "window", "infinity"])
 def test_another_policy_keeps_what_it_has_room_for_and_goes_on_as_if_that_had_been_its_own(old, new, chunks):
-    memory, policy = Memory(PRESETS["slowfast"]), PRESETS[new]
+    memory = Memory(PRESETS["slowfast"])
+    policy = PRESETS[new]
     held = remember(memory, PRESETS[old], [i % 3 == 0 for i in range(chunks)])
     room = policy.sink + policy.slow + policy.fast
     fits = held if len(held) <= room else held[:policy.sink] + held[policy.sink - room:]
     assert remember(memory, policy, []) == fits
     # seven chunks later all of fast memory is new; the sink has been filled from what was there
-    now, made = remember(memory, policy, [False] * 7), [*range(3 * chunks, 3 * chunks + 21)]
+    now = remember(memory, policy, [False] * 7)
+    made = [*range(3 * chunks, 3 * chunks + 21)]
     assert now[:policy.sink] == [*fits, *made][:policy.sink]
     assert now[-policy.fast:] == made[-policy.fast:]
-    assert len(now) == min(room, len(fits) + 21) and now == sorted(set(now))
+    assert len(now) == min(room, len(fits) + 21)
+    assert now == sorted(set(now))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was_not_dropped(name):
-    keep, policy = random_keep(1, 60), PRESETS[name]
+    keep = random_keep(1, 60)
+    policy = PRESETS[name]
     memory = Memory(policy)
     plain = frames_in_memory(policy, keep, evict_first=False)[1:]
     for kept, context in zip(keep[0].tolist(), plain):
@@ -504,7 +525,8 @@ def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was
 def test_a_chunk_is_kept_where_it_is_tested_and_less_similar_than_tau(keep, interval, tau, kept):
     policy = Policy(3, 12, 6, keep, interval, tau)
     similar = torch.tensor([.99, .90, .95, .97, -.5])
-    assert [i for i in range(5) if policy.should_keep(i, similar[i:i + 1]).item()] == kept
+    found = [i for i in range(5) if policy.should_keep(i, similar[i:i + 1])]
+    assert found == kept
 
 
 class Echo:
@@ -518,14 +540,15 @@ class Echo:
 
 def test_keyframes_are_the_surprising_chunks_of_each_video_by_itself():
     # the axis that all keys of a chunk lie along: equal axes are alike, others are not
-    restless = [*range(8), 7, 7, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15]
+    restless = [*range(8), 7, 7, 7, *range(8, 11), *range(10, 16)]
     axes = torch.tensor([[0] * 20, restless]).repeat_interleave(CHUNK, dim=1)
     keys = F.one_hot(axes, 16).float()
     text = [(torch.zeros(1, 1, 1, 16),) * 2]
     roll = Rollout(Echo(), text, PRESETS["slowfast"], (1, 1))
     append_all(roll, keys[..., None, None])
     kept = [i for i in range(2, 20, 2) if restless[i] != restless[i - 1]]
-    assert [decision.tolist() for decision in roll.kept] == [[False, i in kept] for i in range(20)]
+    decisions = [decision.tolist() for decision in roll.kept]
+    assert decisions == [[False, i in kept] for i in range(20)]
     roll.read_context()  # chunk 20 is to be made: chunks up to 18 have left fast memory
     # latents 3..14 fill slow memory, then the first latents of kept chunks push the oldest out
     first = [*range(3, 15)]
@@ -556,10 +579,12 @@ def test_7_chunks_through_the_cache_equal_one_causal_forward_and_later_ones_forg
     """To 1e-5 in float32. The chunk at hand is noised, those before it are clean."""
     net = random_dit()
     x0, xt = noise(2, 2, 33, 16, 4, 8)
-    text, t = random_text(net, 2), torch.rand(2, 33)
+    text = random_text(net, 2)
+    t = torch.rand(2, 33)
     roll = Rollout(net, text, PRESETS[preset], (2, 4))
     for i in range(11):
-        past, at = slice(CHUNK * i), slice(CHUNK * i, CHUNK * (i + 1))
+        past = slice(CHUNK * i)
+        at = slice(CHUNK * i, CHUNK * (i + 1))
         roll.read_context()
         v, _ = roll.predict(xt[:, at], t[:, at])
         level = torch.cat([0 * t[:, past], t[:, at]], dim=1)
@@ -571,7 +596,9 @@ def test_7_chunks_through_the_cache_equal_one_causal_forward_and_later_ones_forg
 
 
 def test_what_is_held_are_the_keys_of_the_clean_pass_and_neither_reading_nor_a_pass_changes_it():
-    net, x0, clean = random_dit(), noise(2, 27, 16, 4, 8), []
+    net = random_dit()
+    x0 = noise(2, 27, 16, 4, 8)
+    clean = []
     net.register_forward_hook(lambda module, args, made: clean.append(made[1]))
     policy = replace(PRESETS["slowfast"], tau=1.)
     roll = append_all(Rollout(net, random_text(net, 2), policy, (2, 4)), x0)
@@ -599,8 +626,8 @@ def plain_video(net, text, uncond, seed, chunks, sampler):
         for step, (level, following) in enumerate(itertools.pairwise(levels), 1):
             video = torch.cat([past, x], dim=1)
             t = level * (torch.arange(video.shape[1]) >= past.shape[1])[None]
-            v, v_uncond = (block_causal(net, c, video, t)[0][:, -3:] for c in (text, uncond))
-            v = v_uncond + sampler.guidance * (v - v_uncond)
+            v, away = (block_causal(net, c, video, t)[0][:, -3:] for c in (text, uncond))
+            v = away + sampler.guidance * (v - away)
             if sampler.renoise and step < 4:
                 fresh = draw_noise([seed], chunk, step, (3, 16, 4, 8))
                 x = (1 - following) * (x - level * v) + following * fresh
@@ -610,12 +637,16 @@ def plain_video(net, text, uncond, seed, chunks, sampler):
     return past
 
 
-@pytest.mark.parametrize("guidance, renoise, layers", [(1., True, 2), (3., True, 1), (1., False, 2)])
+@pytest.mark.parametrize("guidance, renoise, layers", [
+    (1., True, 2),
+    (3., True, 1),
+    (1., False, 2)])
 def test_a_generated_video_is_the_sampling_loop_written_out(guidance, renoise, layers):
     """With guidance one layer: its keys do not see the text, so that the past of both texts is the same."""
     net = random_dit(dim=64, ffn_dim=96, heads=2, layers=layers)
     sampler = Sampler(guidance=guidance, renoise=renoise)
-    text, uncond = random_text(net), random_text(net, seed=6)
+    text = random_text(net)
+    uncond = random_text(net, seed=6)
     want = plain_video(net, text, uncond, 3, 4, sampler)
     roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
     made = generate(roll, [3], 3, sampler, (16, 4, 8), uncond, history=want[:, :3])
@@ -641,8 +672,11 @@ def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_own_latents_b
         return Rollout(net, own, PRESETS["slowfast"], (2, 4))
 
     def made(roll, seeds, chunks, history=None):
-        return torch.cat([*generate(roll, seeds, chunks, Sampler(), (16, 4, 8), history=history)], 1)
-    both, alone, resumed = start(slice(2)), start(slice(1, 2)), start(slice(1, 2))
+        new = generate(roll, seeds, chunks, Sampler(), (16, 4, 8), history=history)
+        return torch.cat([*new], 1)
+    both = start(slice(2))
+    alone = start(slice(1, 2))
+    resumed = start(slice(1, 2))
     begun = made(alone, [6], 4)
     close(begun[0], made(both, [5, 6], 4)[1], 1e-4)
     assert torch.equal(torch.stack(both.kept)[:, 1:], torch.stack(alone.kept))
@@ -653,18 +687,21 @@ def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_own_latents_b
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy, positions, chunks, first", [
-    (PRESETS["uniform2"], "bounded", 13, 3), (PRESETS["uniform2"], "unbounded", 13, 3),
+    (PRESETS["uniform2"], "bounded", 13, 3),
+    (PRESETS["uniform2"], "unbounded", 13, 3),
     (Policy(1, 0, 6), "bounded", 4, 1)])
 def test_recaching_is_a_clean_pass_over_what_is_held_under_the_new_text(policy, positions, chunks, first):
     """To 1e-5: in one block-causal forward, of groups of three with what is left over in front."""
     net = random_dit()
-    old, new = random_text(net, 2), random_text(net, 2, seed=6)
+    old = random_text(net, 2)
+    new = random_text(net, 2, seed=6)
     roll = Rollout(net, old, policy, (2, 4), positions)
     append_all(roll, noise(2, 3 * chunks, 16, 4, 8))
     before = roll.memory.read()
     roll.recache(new)
     after = roll.memory.read()
-    assert torch.equal(before.frame, after.frame) and torch.equal(before.latent, after.latent)
+    assert torch.equal(before.frame, after.frame)
+    assert torch.equal(before.latent, after.latent)
     place = torch.arange(len(after))
     time = after.frame[0] if positions == "unbounded" else place
     t = torch.zeros(2, len(after))
@@ -716,7 +753,8 @@ def fresh_noise(chunk, step):
 
 def student_video(net, text, chunks=9, policy=PRESETS["slowfast"], for_backward=True):
     """A rollout of two videos, its last four chunks the target, stopped at the second of four steps."""
-    return dmd.rollout(Rollout(net, text, policy, (2, 2)), LEVELS, 1, fresh_noise, chunks, 4, for_backward)
+    roll = Rollout(net, text, policy, (2, 2))
+    return dmd.rollout(roll, LEVELS, 1, fresh_noise, chunks, 4, for_backward)
 
 
 def student_video_in_one_graph(net, features, chunks):
@@ -726,13 +764,15 @@ def student_video_in_one_graph(net, features, chunks):
     roll = Rollout(net, detached, EVERY_CHUNK, (2, 2))
     for i in range(chunks):
         memory, rope = roll.read_context()
-        x, levels = fresh_noise(i, 0), LEVELS if i < chunks - 4 else LEVELS[:2]
+        x = fresh_noise(i, 0)
+        levels = LEVELS if i < chunks - 4 else LEVELS[:2]
         for step, level in enumerate(levels):
             t = torch.full(x.shape[:2], level)
             with torch.set_grad_enabled(i >= chunks - 4 and step == 1):
                 x0 = x - level * net(x, t, text, rope, memory)[0]
             if step + 1 < len(levels):
-                x = flow.add_noise(x0, fresh_noise(i, step + 1), torch.full_like(t, levels[step + 1]))
+                below = torch.full_like(t, levels[step + 1])
+                x = flow.add_noise(x0, fresh_noise(i, step + 1), below)
         roll.append(x0.detach())
         xs.append(x0)
     return torch.cat(xs[-4:], dim=1)
@@ -740,7 +780,8 @@ def student_video_in_one_graph(net, features, chunks):
 
 def plain_velocity(net, features, context, xt, t):
     """v of the target with an attention mask in full: context sees context, the target sees all."""
-    n, f = context.shape[1], xt.shape[1]
+    n = context.shape[1]
+    f = xt.shape[1]
     mask = torch.ones(len(xt), n + f, n + f, dtype=torch.bool)
     mask[:, :n, n:] = False
     rope = rope_of_grid(net, torch.arange(n + f), (2, 2))
@@ -771,9 +812,11 @@ def test_rollout_follows_algorithm_1():
     net.register_forward_pre_hook(hook)
     trace = student_video(net, random_text(net, 2), 13)
     # every chunk before the target in full, then up to the exit step; a clean pass after each
-    before, target = [*LEVELS, 0.], [*LEVELS[:2], 0.]
+    before = [*LEVELS, 0.]
+    target = [*LEVELS[:2], 0.]
     assert calls == pytest.approx(before * 9 + target * 4)
-    assert [exit.t.unique().item() for exit in trace.exits] == pytest.approx([LEVELS[1]] * 4)
+    exits = [exit.t.unique().item() for exit in trace.exits]
+    assert exits == pytest.approx([LEVELS[1]] * 4)
     # the context is what a full memory holds before room is made for the target
     keep = torch.stack(trace.rollout.kept, 1)
     held = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[9]
@@ -792,8 +835,10 @@ def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
     text = random_text(net, 2)
     trace = student_video(net, text, 9)
     for_critic = student_video(net, text, 9, for_backward=False)
-    assert torch.equal(trace.x, for_critic.x) and torch.equal(trace.context, for_critic.context)
-    assert not for_critic.exits and not for_critic.entries and for_critic.rollout.context is None
+    assert torch.equal(trace.x, for_critic.x)
+    assert torch.equal(trace.context, for_critic.context)
+    assert not for_critic.exits and not for_critic.entries
+    assert for_critic.rollout.context is None
 
 
 def test_rollouts_grow_linearly():
@@ -826,10 +871,12 @@ def over_pixels(x):
 
 
 def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context():
-    student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
+    student = random_dit().requires_grad_()
+    critic = random_dit(1).requires_grad_()
     features, trace, t, eps = score_inputs(student)
     loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2))
-    got, at = gradients(critic), t[:, None, None, None, None]
+    got = gradients(critic)
+    at = t[:, None, None, None, None]
     assert not gradients(student)
     v = plain_velocity(critic, features, trace.context, (1 - at) * trace.x + at * eps, t)
     off = v - (eps - trace.x)
@@ -848,7 +895,8 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
     other = noise(2, 20, 64, seed=9)
     norm, error = dmd.student_step(
         student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other)
-    got, at = gradients(student), t[:, None, None, None, None]
+    got = gradients(student)
+    at = t[:, None, None, None, None]
     assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
         xt = (1 - at) * trace.x + at * eps
@@ -872,7 +920,8 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
 def batch_of_errors(samples=1, t=.5, injected=True, value=1., seed=0):
     """Residuals of one chunk a sample, all of one value: that of noise is the negative."""
     error = torch.full((samples, 3, 16, 4, 4), value)
-    level, chosen = torch.full((samples,), t), torch.full((samples,), injected)
+    level = torch.full((samples,), t)
+    chosen = torch.full((samples,), injected)
     return erft.Residuals(seed, level, error, -error, chosen)
 
 
@@ -889,7 +938,8 @@ def test_the_bank_sorts_errors_by_the_nearest_noise_level():
     assert bank.errors[erft.OF_NOISE, 37, 0].unique().item() == -2
     again = small_bank()
     again.load_state_dict(bank.state_dict())
-    assert torch.equal(again.errors, bank.errors) and torch.equal(again.count, bank.count)
+    assert torch.equal(again.errors, bank.errors)
+    assert torch.equal(again.count, bank.count)
 
 
 def test_a_full_bank_stays_as_large_as_it_is_and_replaces_at_random():
@@ -924,18 +974,21 @@ def share_changed(x):
 
 
 def test_errors_go_into_half_of_the_samples_and_seldom_into_the_sink_or_the_noise():
-    bank, x = small_bank(), torch.zeros(512, 21, 16, 4, 4)
+    bank = small_bank()
+    x = torch.zeros(512, 21, 16, 4, 4)
     bank.push(batch_of_errors())
     context, latents, eps, chosen = injected(bank, x, .5)
     assert abs(chosen.float().mean() - .5) < .07
-    assert not (context[~chosen].any() or latents[~chosen].any() or eps[~chosen].any())
+    assert not any(some[~chosen].any() for some in (context, latents, eps))
     sink, later = share_changed(context[chosen]).mean(0)
-    assert abs(later - .9) < .05 and abs(sink - .45) < .07
+    assert abs(later - .9) < .05
+    assert abs(sink - .45) < .07
     assert abs(share_changed(latents[chosen]).mean() - .9) < .05
     assert 0 < share_changed(eps).mean() < .03
     # each error scaled a little; what came in stays as it was
     scales = context[context != 0]
-    assert .7 <= scales.min() < .75 and 1.25 < scales.max() <= 1.31
+    assert .7 <= scales.min() < .75
+    assert 1.25 < scales.max() <= 1.31
     assert not x.any()
 
 
@@ -943,7 +996,8 @@ def test_errors_go_into_half_of_the_samples_and_seldom_into_the_sink_or_the_nois
 def test_latents_and_noise_get_errors_of_their_own_level_and_the_context_of_any(
         level, any_in_latents, monkeypatch):
     monkeypatch.setattr(erft, "NOISE_CHANCE", 1.)
-    bank, x = small_bank(), torch.zeros(64, 6, 16, 4, 4)
+    bank = small_bank()
+    x = torch.zeros(64, 6, 16, 4, 4)
     bank.push(batch_of_errors(t=.9))
     context, latents, eps, _ = injected(bank, x, level, p=1)
     assert context.max() > 0
@@ -956,7 +1010,8 @@ def teacher_inputs():
     """-> net, bank, and what teacher_step takes: context, x0, noise, t, features"""
     net = random_dit().requires_grad_()
     context, x0, eps = (noise(2, 6, 16, 4, 4, seed=i) for i in (0, 2, 3))
-    return net, small_bank(), (context, x0, eps, torch.tensor([.5, .9]), noise(2, 20, 64))
+    given = context, x0, eps, torch.tensor([.5, .9]), noise(2, 20, 64)
+    return net, small_bank(), given
 
 
 def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatch, teacher_inputs):
@@ -966,7 +1021,8 @@ def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatc
     for level in (.5, .9):
         bank.push(batch_of_errors(t=level))
     loss = erft.teacher_step(net, bank, 7, *given, (2, 2), 1.)
-    got, at = gradients(net), t[:, None, None, None, None]
+    got = gradients(net)
+    at = t[:, None, None, None, None]
     rng = np.random.default_rng([7, 0])
     seen, x0_seen, eps_seen, injected = bank.inject(rng, context, x0, eps, t, p=1)
     for with_errors, clean_one in ((seen, context), (x0_seen, x0), (eps_seen, eps)):
@@ -991,7 +1047,8 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
     if filled:
         bank.push(batch_of_errors())
     erft.teacher_step(net, bank, 7, *given, (2, 2), p)
-    got, level = gradients(net), t[:, None].expand(2, 6)
+    got = gradients(net)
+    level = t[:, None].expand(2, 6)
     xt = flow.add_noise(x0, eps, level)
     v = erft.predict_velocity(net, context, xt, level, net.text(features), (2, 2))
     flow.flow_matching_loss(v, eps - x0).mean().backward()
@@ -1001,8 +1058,10 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
 
 @pytest.mark.parametrize("renoise", [True, False])
 def test_a_teacher_goes_on_as_its_sampling_loop_written_out(renoise):
-    net, history = random_dit(), noise(2, 27, 16, 4, 8)
-    text, seeds = random_text(net, 2), [3, 4]
+    net = random_dit()
+    history = noise(2, 27, 16, 4, 8)
+    text = random_text(net, 2)
+    seeds = [3, 4]
     # what slow-fast memory holds after 9 chunks, every second of them kept
     even = torch.arange(9)[None] % 2 == 0
     held = frames_in_memory(PRESETS["slowfast"], even, evict_first=False)[-1][0]
@@ -1014,7 +1073,8 @@ def test_a_teacher_goes_on_as_its_sampling_loop_written_out(renoise):
         x0 = x - t * v
         fresh = draw_noise(seeds, 9, step, (21, 16, 4, 8))
         x = (1 - below) * x0 + below * fresh if renoise else x + (below - t) * v
-    made = erft.extend(net, history, text, (2, 4), Sampler(3, 3., renoise=renoise), seeds)
+    sampler = Sampler(3, 3., renoise=renoise)
+    made = erft.extend(net, history, text, (2, 4), sampler, seeds)
     assert torch.allclose(made, x, atol=1e-5)
 
 
@@ -1037,7 +1097,8 @@ def four_clips(monkeypatch):
 
 def causal_predictions(net, text, x0, xt, t, first=0):
     """Real clips x0 through the KV cache -> velocities of xt (b, f, c, h, w), from chunk `first` on"""
-    roll, found = Rollout(net, text, PRESETS["slowfast"], (2, 4)), []
+    roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
+    found = []
     for i, chunk in enumerate(x0.split(CHUNK, dim=1), -first):
         roll.read_context()
         if i >= 0:
@@ -1048,9 +1109,11 @@ def causal_predictions(net, text, x0, xt, t, first=0):
 
 
 def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind_to_each_other():
-    net, x0 = random_dit(), noise(1, 18, 16, 4, 8)
+    net = random_dit()
+    x0 = noise(1, 18, 16, 4, 8)
     text = random_text(net)
-    xt, t = noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6)
+    xt = noise(1, 6, 16, 4, 8, seed=3)
+    t = torch.rand(1, 6)
     # 15 latents, three empty places and what stands there; two copies of the next chunk
     past_frame = F.pad(torch.arange(15), (0, 3), value=-1)[None]
     past = F.pad(x0[:, :15], (0, 0) * 3 + (0, 3), value=9.)
@@ -1063,12 +1126,16 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
 
 
 def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it(four_clips):
-    net, x0 = random_dit(), noise(1, 123, 16, 4, 8)
+    net = random_dit()
+    x0 = noise(1, 123, 16, 4, 8)
     clips = four_clips(lambda worlds, latents: x0.expand(4, -1, -1, -1, -1))
     pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
     x0 = x0[:, :21]
-    assert torch.equal(pack.target, x0) and torch.equal(pack.past, x0)
-    text, xt, t = random_text(net), noise(*x0.shape, seed=3), torch.rand(1, 21)
+    assert torch.equal(pack.target, x0)
+    assert torch.equal(pack.past, x0)
+    text = random_text(net)
+    xt = noise(*x0.shape, seed=3)
+    t = torch.rand(1, 21)
     v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
     close(v, causal_predictions(net, text, x0, xt, t), 1e-5)
 
@@ -1084,13 +1151,15 @@ def test_a_history_is_what_memory_holds_and_of_lookup_no_house_since_one_of_the_
         is_there = history.frame[b] >= 0
         held = history.frame[b][is_there].tolist()
         clip, frame, houses = pack.past[b, is_there, :, 0, 0].unbind(1)
-        assert set(clip.tolist()) == {c} and frame.tolist() == held
+        assert set(clip.tolist()) == {c}
+        assert frame.tolist() == held
         apart = apart_and_houses(training_worlds(4, 0)[c], chunk)[0]
         assert apart >= 0
         assert houses.tolist() == [kind == "full" or n <= apart for n in held]
     # four copies of the next chunk, with its houses
     clip, frame, houses = pack.target[..., 0, 0].unbind(2)
-    assert (clip == history.clip[:, None]).all() and houses.all()
+    assert (clip == history.clip[:, None]).all()
+    assert houses.all()
     next_chunk = 3 * history.chunk[:, None] + torch.arange(3)
     assert torch.equal(pack.target_frame, next_chunk.repeat(1, 4))
     assert torch.equal(frame, pack.target_frame.float())
@@ -1107,13 +1176,16 @@ def test_lookup_is_drawn_from_the_clips_that_are_also_encoded_without_houses(kin
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
-    xt, t, v = causal.stratified_noise(torch.full((64, 12, 2, 2, 2), 5.), 3.)
+    fives = torch.full((64, 12, 2, 2, 2), 5.)
+    xt, t, v = causal.stratified_noise(fives, 3.)
     u = (t / (3 - 2 * t))[:, ::3]  # the shift undone, a number for each copy
     strata = (4 * u).long().sort(1).values
     assert torch.equal(strata, torch.arange(4).expand(64, 4))
-    assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1)) and len(t.unique()) == 256
+    assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1))
+    assert len(t.unique()) == 256
     close(xt - 5, flow.over_frames(t) * v, 1e-5)
-    assert len(v.unique()) > .99 * v.numel() and abs(v.mean() + 5) < .1
+    assert len(v.unique()) > .99 * v.numel()
+    assert abs(v.mean() + 5) < .1
 
 
 @pytest.fixture
@@ -1143,7 +1215,8 @@ def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_h
     x = noise(2, 27, 5, 16, 4, 8).bfloat16()
     made = causal.Trajectories(x, torch.arange(18).expand(2, 9, 18))
     text = [(torch.zeros(1), None)]
-    clip, chunk = torch.tensor([1, 0]), torch.tensor([8, 3])
+    clip = torch.tensor([1, 0])
+    chunk = torch.tensor([8, 3])
     loss = causal.trajectory_loss(None, text, made, clip, chunk, levels, (2, 4))
     assert torch.allclose(loss, levels.square().mean(), rtol=1e-3)
     pack, xt, t = one_too_high[0]
@@ -1160,11 +1233,14 @@ def test_each_kind_of_history_is_drawn_as_often_as_the_table_says(histories):
     rng = np.random.default_rng(0)
     drawn = Counter(causal.draw_kind(histories, rng, 0.) for _ in range(4000))
     assert all(abs(drawn[kind] / 4000 - share) < .03 for kind, share in histories.items())
-    assert sum(histories.values()) == 1 and "lookup" not in causal.FOLDER_HISTORIES
+    assert sum(histories.values()) == 1
+    assert "lookup" not in causal.FOLDER_HISTORIES
 
 
 def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path, monkeypatch):
-    net, latent, captions = random_dit(), (16, 4, 8), ["a", "b", "c"]
+    net = random_dit()
+    latent = (16, 4, 8)
+    captions = ["a", "b", "c"]
 
     def rollout_of(some):
         return Rollout(net, random_text(net, len(some)), PRESETS["slowfast"], (2, 4))
@@ -1172,10 +1248,12 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
     def trajectories():
         return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, Sampler(4, 3.), latent, 2)
     made = trajectories()
-    assert made.x.shape == (3, 27, 5, *latent) and made.past_frame.shape == (3, 9, 18)
+    assert made.x.shape == (3, 27, 5, *latent)
+    assert made.past_frame.shape == (3, 9, 18)
     for seeds in ([0, 1], [2]):
         roll = rollout_of(seeds)
-        x0 = torch.cat([*generate(roll, seeds, 9, Sampler(16, 3., renoise=False), latent)], dim=1)
+        ode = Sampler(16, 3., renoise=False)
+        x0 = torch.cat([*generate(roll, seeds, 9, ode, latent)], dim=1)
         assert torch.equal(made.x[seeds, :, -1], x0.bfloat16())
         start = draw_noise(seeds, 0, 0, (3, *latent))
         assert torch.equal(made.x[seeds, :3, 0], start.bfloat16())
@@ -1192,7 +1270,8 @@ def padded(held, places):
 
 
 def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keeps_less_lingering():
-    is_turn, moved = torch.arange(16) < 8, torch.where(noise(16, 41).abs() > .5, 5., 1.)
+    is_turn = torch.arange(16) < 8
+    moved = torch.where(noise(16, 41).abs() > .5, 5., 1.)
     # keys that do not tell what moves, and keys that do
     blind = 1 - .1 * noise(16, 41, seed=2).abs()
     tells = is_turn[:, None] | (moved > 3.5)
@@ -1200,9 +1279,11 @@ def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keep
     blind[:, :2] = sharp[:, :2] = -1  # what comes before is not tested
     sharp[:, 1::2] = 5                # nor is every other chunk
     found = causal.choose_tau({"mean": blind, "token": sharp}, moved, is_turn)
-    assert found["pool"] == "token" and found["tau"] == sharp[:8, 2::2].quantile(.95).item()
+    assert found["pool"] == "token"
+    assert found["tau"] == sharp[:8, 2::2].quantile(.95).item()
     assert abs(found["kept"]["slow turns"] - .95) < .01
-    assert found["kept"]["lingering"] == 0 and found["kept"]["between"] > .8
+    assert found["kept"]["lingering"] == 0
+    assert found["kept"]["between"] > .8
 
 
 # ---- training clips: never held-out worlds, with the pasts that memory would hold --------------------------
@@ -1298,7 +1379,9 @@ def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison(
 
 def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(
         tmp_path, monkeypatch):
-    tae, worlds, encoded = TAE(tiny_tae).initialise(), training_worlds(3, 0), []
+    tae = TAE(tiny_tae).initialise()
+    worlds = training_worlds(3, 0)
+    encoded = []
 
     def counted(tae, spec, latents, device):
         encoded.append(spec)
@@ -1309,9 +1392,11 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
         encoded.clear()
         return data.latent_cache(tmp_path, tae, worlds, 6, CPU)
     want = torch.cat([encode_world(tae, spec, 6, CPU) for spec in worlds]).bfloat16()
-    assert torch.equal(cached(worlds), want) and encoded == worlds
+    assert torch.equal(cached(worlds), want)
+    assert encoded == worlds
     next(tmp_path.rglob("00002.safetensors")).unlink()  # as if stopped after two clips
-    assert torch.equal(cached(worlds), want) and encoded == worlds[2:]
+    assert torch.equal(cached(worlds), want)
+    assert encoded == worlds[2:]
     for others in (worlds[:2], [replace(spec, empty=True) for spec in worlds]):
         cached(others)
         assert encoded == others
@@ -1580,7 +1665,8 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     for more, told in other.items():
         with pytest.raises(BadInput, match=f"{out / 'teacher'} was trained with {told}") as refused:
             again(*more.split())
-        assert "\n" not in str(refused.value) and results(out, "teacher") == want
+        assert "\n" not in str(refused.value)
+        assert results(out, "teacher") == want
     (out / "teacher" / "settings.json").write_text('{"passes": 3}')
     with pytest.raises(BadInput, match="settings.json is damaged"):
         again()
@@ -1617,7 +1703,8 @@ def test_muon_is_pytorchs_but_for_its_rounding_to_bfloat16(shape):
             weight.grad = noise(*shape, seed=seed)
             optimizer.step()
     moved = (plain - noise(*shape)).norm()
-    assert moved > .1 and (mine - plain).norm() < .02 * moved
+    assert moved > .1
+    assert (mine - plain).norm() < .02 * moved
 
 
 @pytest.mark.parametrize("gradient, loss", [
@@ -1629,7 +1716,9 @@ def test_an_update_that_is_not_finite_changes_no_weight(gradient, loss):
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.tensor([1., gradient, 1.])
     _, is_finite = optim.optimizer_step([optimizer], .1, loss, 1, 1.)
-    assert not is_finite and torch.equal(weight, torch.ones(3)) and not optimizer.state
+    assert not is_finite
+    assert torch.equal(weight, torch.ones(3))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("which", ["critic", "student", "teacher"])
@@ -1684,8 +1773,8 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
 
 def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
     preset = replace(train.TINY["teacher"], lr=2., warmup=4, updates=100)
-    assert [train.get_lr(preset, step) for step in (0, 1)] == pytest.approx([.5, 1.], rel=1e-3)
-    assert [train.get_lr(preset, step) for step in (50, 100)] == pytest.approx([2 * .55, 2 * .1])
+    rates = [train.get_lr(preset, step) for step in (0, 1, 50, 100)]
+    assert rates == pytest.approx([.5, 1., 2 * .55, 2 * .1], rel=1e-3)
     preset = replace(train.TINY["stage1"], lr=2., warmup=4, updates=100)
     assert [train.get_lr(preset, step) for step in (0, 3, 99)] == [.5, 2., 2.]
 
@@ -1731,7 +1820,8 @@ def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_
         resumed.load_state_dict(prompts.state_dict())
         taken.append(mine + [resumed.take(2) for _ in range(3)])
     order = [item for both in zip(*taken) for two in both for item in two]
-    first, second = order[:10], order[10:]
+    first = order[:10]
+    second = order[10:]
     assert sorted(first) == sorted(second) == items
     assert len({*map(str, (first, second, items))}) == 3
     as_process(monkeypatch, 0, 1)
@@ -1746,7 +1836,8 @@ def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covaria
     found = stages.vae_pass(inputs, 2, np.random.default_rng(0), 0.)
     got = gradients(tae)
     # the same written plainly
-    rng, clips = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    clips = []
     for _ in range(2):
         spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
         clips.append(torch.from_numpy(clip(spec, int(rng.integers(480)), 17)))
@@ -1757,7 +1848,8 @@ def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covaria
     changes = [video[:, 1:] - video[:, :-1] for video in (made, real)]
     speeds = [x.square().flatten(2).mean(2).sqrt() for x in changes]
     latents = z.movedim(2, 0).flatten(1)
-    mean, deviation = latents.mean(1), latents.std(1)
+    mean = latents.mean(1)
+    deviation = latents.std(1)
     off = torch.cov(latents) - torch.diag(deviation ** 2)
     mse = F.mse_loss(made, real)
     want = {
@@ -1774,7 +1866,9 @@ def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covaria
 
 def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypatch):
     go, out = small_training
-    step, seen, texts = erft.teacher_step, [], []
+    step = erft.teacher_step
+    seen = []
+    texts = []
 
     def recorded(*about):
         context, features, errors, share = about[3], about[7], *about[-2:]
@@ -1788,14 +1882,17 @@ def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypat
     monkeypatch.setattr(stages, "NO_TEXT", .5)
     go("--stage", "teacher", "--updates", "2", "--batch", "8")
     assert [has_context for has_context, _ in seen] == [True, False] * 2
-    assert seen[0][1] + seen[1][1] == seen[2][1] + seen[3][1] == 8
+    shares = [share for _, share in seen]
+    assert sum(shares[:2]) == sum(shares[2:]) == 8
     nothing = min(texts, key=lambda text: text.abs().sum())
     assert 4 <= sum(torch.equal(text, nothing) for text in texts) <= 12
 
 
 def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training, monkeypatch):
     go, out = small_training
-    step, seen, known = torch.optim.AdamW.step, [], set()
+    step = torch.optim.AdamW.step
+    seen = []
+    known = set()
 
     def watched(self, *about):
         mine = {p for group in self.param_groups for p in group["params"]}
@@ -1807,7 +1904,8 @@ def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training,
         seen.append((mine, self.param_groups[0]["lr"]))
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     go("--stage", "1", "--updates", "2", "--lr", "1e-4")
-    critic, student = seen[0][0], seen[2][0]
+    critic = seen[0][0]
+    student = seen[2][0]
     assert not critic & student
     assert [mine == critic for mine, _ in seen] == [True, True, False] * 2
     assert [lr for _, lr in seen] == pytest.approx([2e-4, 2e-4, 1e-4] * 2)
@@ -1845,14 +1943,16 @@ def test_stage_2_logs_what_its_steps_saw_and_found(stage_2):
     saved = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[0]
     assert torch.equal(saved.head.head.weight, teacher.head.head.weight)
     assert not next(teacher.parameters()).requires_grad
-    assert critic is found["critic"][-1][0][0] and student is trace.rollout.net
+    assert critic is found["critic"][-1][0][0]
+    assert student is trace.rollout.net
     # a rollout for every pass, of which the critic's keep no keys; the scores see what its memory held
     traces = [given[2] for given, _ in found["critic"]] + [given[4] for given, _ in found["student"]]
     assert len({each.x.sum().item() for each in traces}) == 9
     assert {each.rollout.chunk for each in traces} == {8, 9}
     assert [bool(each.entries) for each in traces] == [False] * 6 + [True] * 3
     levels = {str(given[3].tolist()) for given, _ in found["critic"]}
-    assert len(levels) == 6 and str(t.tolist()) not in levels
+    assert len(levels) == 6
+    assert str(t.tolist()) not in levels
     last = lines[-1]
     assert trace.context.shape[1] == min(21, 3 * (last["L"] - 7))
     # the numbers
@@ -1875,7 +1975,9 @@ def test_stage_2_logs_what_its_steps_saw_and_found(stage_2):
     assert {name: last[name] for name in want} == pytest.approx(want, abs=1e-5)
     assert trace.exits[0].t[0, 0].item() == pytest.approx(schedule[last["r"]])
     assert last["lr"] == train.TINY["stage2"].lr
-    assert last["seconds"] > 0 and last["grad"] > 0 and last["critic_grad"] > 0
+    assert last["seconds"] > 0
+    assert last["grad"] > 0
+    assert last["critic_grad"] > 0
     assert any(name.startswith("fake_") for name in last)
     # what the judge says now and then stays in the progress line
     judged = {"recall", "ceiling", "chance", "returns", "validity"}
@@ -1925,7 +2027,9 @@ def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(
         device, backend, monkeypatch):
     """As torchrun starts it where GPUs are, with a backend in the place of NCCL that knows only cuda."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers "fake"
-    dist, calls, init = torch.distributed, [], torch.distributed.init_process_group
+    dist = torch.distributed
+    calls = []
+    init = torch.distributed.init_process_group
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *a: torch.device("cuda"))
@@ -1955,7 +2059,9 @@ RESUMED = ["teacher", "1"]  # the stages that keep more than networks: errors, a
 def in_each_of_two_processes(out):
     """What both processes of the fixture below run, for all stages one after another."""
     set_small(setattr)
-    rank, destroy, dist = int(os.environ["RANK"]), torch.distributed.destroy_process_group, torch.distributed
+    rank = int(os.environ["RANK"])
+    destroy = torch.distributed.destroy_process_group
+    dist = torch.distributed
     dist.destroy_process_group = lambda: None
 
     def go(run, stage, updates="2"):
@@ -2146,7 +2252,8 @@ def test_one_command_makes_all_that_ships_and_goes_on_where_it_was(small_trainin
     train_all(stopped)
     told = capsys.readouterr().out
     assert re.search(r"part 4 of 8: teacher\nteacher: 2 updates, about \d+ min .*; writes [\d.]+ MB", told)
-    assert "\nvae: " not in told and (stopped / "vae" / "log.jsonl").read_bytes() == made
+    assert "\nvae: " not in told
+    assert (stopped / "vae" / "log.jsonl").read_bytes() == made
     want = results(whole, "all")
     assert results(stopped, "all") == want
     assert set(want) == {f"{name}.safetensors" for name in [*FILES_OF_WEIGHTS, "teacher_plain"]}
@@ -2179,7 +2286,8 @@ uses_videos = pytest.mark.xdist_group("videos")
 def test_the_ablations_differ_in_one_thing_each():
     for presets in (train.TINY, train.WAN):
         assert presets["teacher_plain"] == replace(presets["teacher"], errors=0.)
-        assert presets["teacher"].errors == .5 and presets["stage2"].sees_context
+        assert presets["teacher"].errors == .5
+        assert presets["stage2"].sees_context
         assert presets["stage2_none"] == replace(presets["stage2"], sees_context=False)
 
 
@@ -2280,7 +2388,7 @@ def test_clips_of_a_folder_are_drawn_with_seven_chunks_of_past_or_more_and_enoug
     assert [len(load_file(file)["latents"]) for file in clips.files] == [42, 51]  # whole chunks
     history = clips.draw_history(np.random.default_rng(0), 64, 7)
     drawn = {*zip(history.clip.tolist(), history.chunk.tolist())}
-    assert drawn == {(0, 7), (1, 7), (1, 8), (1, 9), (1, 10)}
+    assert drawn == {(0, 7), *((1, chunk) for chunk in range(7, 11))}
     assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
 
@@ -2312,7 +2420,8 @@ def test_latents_of_a_folders_clips_are_those_of_the_file_and_close_to_those_of_
     frames = torch.tensor([[4, 2], [-1, 41]])
     latents = clips.frames(torch.tensor([1, 0]), frames)
     stored = load_file(clips.files[1])["latents"].float()
-    assert torch.equal(latents[0], stored[[4, 2]]) and latents.dtype == torch.float32
+    assert torch.equal(latents[0], stored[[4, 2]])
+    assert latents.dtype == torch.float32
     # h264 came between
     real = encode_world(shipped_vae(), WorldSpec(0), 42, CPU)[0]
     mine = clips.frames(torch.tensor([0]), torch.arange(42)[None])[0]
@@ -2342,7 +2451,8 @@ def test_a_clips_file_that_cannot_be_right_is_named(content, caption, told, tmp_
     write_safetensors(path, content, {"caption": caption} if caption else {})
     with pytest.raises(BadInput, match=told) as refused:
         read_all(tmp_path)
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("harm, told", [(flip_bit, "damaged"), (cut, "cannot read")])
@@ -2353,7 +2463,8 @@ def test_a_damaged_clips_file_is_named(harm, told, tmp_path):
     harm(path)
     with pytest.raises(BadInput, match=told) as refused:
         read_all(tmp_path)
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @uses_videos
@@ -2371,7 +2482,9 @@ def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_
 def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(
         raw, videos, small_training, monkeypatch):
     """All stages on a small directory of Wan's form; what is guided and how; text is encoded once."""
-    out, prompts, clips = raw.parent / "out", raw.parent / "prompts.txt", raw.parent / "data"
+    out = raw.parent / "out"
+    prompts = raw.parent / "prompts.txt"
+    clips = raw.parent / "data"
     prompts.write_text("a calm sea\n\na storm rises\n")
     small = ["--size", "32x32", "--out"]
     texts = []
@@ -2387,8 +2500,11 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(
         words = ["--stage", stage, "--updates", "2", "--data", source, *more]
         run_script(train, monkeypatch, "--wan", wan, *small, out, *words)
         return results(out, stage)
-    monkeypatch.setattr(train, "WAN", {part: replace(p, save_every=1) for part, p in train.WAN.items()})
-    guide, decode, guidances = dmd.guide, WanVAE.decode, []
+    presets = {part: replace(preset, save_every=1) for part, preset in train.WAN.items()}
+    monkeypatch.setattr(train, "WAN", presets)
+    guide = dmd.guide
+    decode = WanVAE.decode
+    guidances = []
     monkeypatch.setattr(dmd, "guide", lambda cond, uncond, w: guidances.append(w) or guide(cond, uncond, w))
     # strips take half the time
     monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))
@@ -2409,8 +2525,10 @@ def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(
     assert guidances == [4.] * 3 + [6.] * 2
     files = [out / part / f"{part}.safetensors" for part in ("init_ode", "stage2")]
     before, now = (load(file, DiT, DiTConfig) for file in files)
-    assert now[0].config == before[0].config and now[0].config.dim == 64
-    assert now[1]["sampler"]["shift"] == 5 and now[1]["lr"] == 2e-6
+    assert now[0].config == before[0].config
+    assert now[0].config.dim == 64
+    assert now[1]["sampler"]["shift"] == 5
+    assert now[1]["lr"] == 2e-6
     assert all(v.isfinite().all() for v in now[0].parameters())
     assert [*(out / "stage2").glob("strip_*.png")]
     assert hashlib.sha256(stages.NEGATIVE.encode()).hexdigest().startswith("ce96e0324e4b54ce")
@@ -2502,7 +2620,8 @@ def test_sampling_needs_no_float64_and_no_complex_numbers_on_the_device(more, sa
     here, _ = sampled(tmp_path, *words)
     request.getfixturevalue("other_device")
     there, code = sampled(tmp_path, *words)
-    assert not code and np.abs(here.astype(float) - there).mean() < .5
+    assert not code
+    assert np.abs(here.astype(float) - there).mean() < .5
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -2530,7 +2649,8 @@ def through_autoencoder(frames):
 def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
     """Headings: 99.5 % within a column; the autoencoder shifts the rest, where the speed changes."""
     right, wrong_by, ground, psnr = judge_errors(through_autoencoder, 161)
-    assert right >= .99 and ground == 1 and np.quantile(wrong_by, .995) <= 1
+    assert right >= .99 and ground == 1
+    assert np.quantile(wrong_by, .995) <= 1
     assert psnr > 28  # the ceiling that validity is compared with
 
 
@@ -2560,7 +2680,8 @@ def test_the_fields_of_a_dataclass_become_options():
 def test_wrong_options_are_refused_and_the_nearest_right_one_is_named(words, message):
     with pytest.raises(BadInput) as told:
         config.parse(Options, words.split())
-    assert message in str(told.value) and "\n" not in str(told.value)
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_default(capsys):
@@ -2584,7 +2705,8 @@ def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_pat
         with config.whole_or_absent(path) as part:
             part.write_text("half")
             raise error
-    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
     with pytest.raises(BadInput, match="cannot write .*older .*that a folder"):
         with config.whole_or_absent(tmp_path / "older"):
             (tmp_path / "older").mkdir()
@@ -2645,7 +2767,8 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told
 
 
 @pytest.mark.parametrize("error, code, told", [
-    (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
+    (BadInput("too\nmany"), 2, "error: too many\n"),
+    (KeyboardInterrupt(), 130, ""),
     (OSError(28, "No space left", "log"), 2, "error: [Errno 28] No space left: 'log'\n"),
     (NotImplementedError("aten::x"), 2,
      "error: use --device cpu, as this device lacks an operation: aten::x\n")])
@@ -2654,7 +2777,8 @@ def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
         raise error
     with pytest.raises(SystemExit) as stop:
         config.run(main)
-    assert stop.value.code == code and capsys.readouterr().err == told
+    assert stop.value.code == code
+    assert capsys.readouterr().err == told
 
 
 def test_without_a_terminal_there_is_a_place_for_what_is_told(monkeypatch):
@@ -2677,11 +2801,13 @@ HIDE = "import sys; sys.path.insert(0, ''); sys.modules[{!r}] = None"
 
 
 @pytest.mark.parametrize("before, code, told", [
-    (INTERRUPT, 130, ""), (HIDE.format("einops"), 2, "einops.*pip install -r requirements.txt"),
+    (INTERRUPT, 130, ""),
+    (HIDE.format("einops"), 2, "einops.*pip install -r requirements.txt"),
     (HIDE.format("imageio_ffmpeg"), 2, "ffmpeg is missing")])
 def test_ctrl_c_during_the_imports_is_quiet_and_a_missing_package_is_told(before, code, told, tmp_path):
     ended, _, error = in_a_fresh_python(before, "--out", tmp_path / "o")
-    assert ended == code and re.fullmatch(f"error: .*{told}.*\\n" if told else "", error)
+    assert ended == code
+    assert re.fullmatch(f"error: .*{told}.*\\n" if told else "", error)
 
 
 WINDOWS = """
@@ -2706,8 +2832,10 @@ def test_sampling_runs_without_the_modules_that_windows_lacks_in_a_terminal_of_a
 
 
 def test_frames_and_chunks_of_seconds_and_bytes_of_pixels():
-    assert [video.frames_in(s) for s in (.01, .05, 1, 60)] == [1, 1, 16, 960]
-    assert [video.chunks_of(n) for n in (1, 9, 10, 21, 960)] == [1, 1, 2, 2, 81]
+    frames = [video.frames_in(s) for s in (.01, .05, 1, 60)]
+    chunks = [video.chunks_of(n) for n in (1, 9, 10, 21, 960)]
+    assert frames == [1, 1, 16, 960]
+    assert chunks == [1, 1, 2, 2, 81]
     levels = torch.tensor([-2., -1, 0, .5, 2]).view(5, 1, 1, 1)
     pixels = video.to_uint8(levels.expand(5, 3, 2, 4))
     assert pixels.shape == (5, 2, 4, 3)
@@ -2739,7 +2867,8 @@ def test_a_written_video_has_its_frames_scale_comment_and_rate(tmp_path):
     path = write_video(tmp_path / "a.mp4", made, "a comment", 3)
     large = made.repeat(3, axis=1).repeat(3, axis=2).astype(float)
     frames = iio.imread(path, plugin="FFMPEG")
-    assert frames.shape == (30, 96, 192, 3) and np.abs(frames - large).max() < 5
+    assert frames.shape == (30, 96, 192, 3)
+    assert np.abs(frames - large).max() < 5
     facts = facts_of(path)
     assert "comment         : a comment" in facts and "h264" in facts and "16 fps" in facts
 
@@ -2771,7 +2900,8 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
     wrong = np.abs(frames - ramp(40)[7:].astype(float))
     assert wrong[:, :, 4:-4].max() < 4
     few, source = video.read_frames(path, 32, 16, 5)
-    assert len(few) == 5 and (source.width, source.height) == (96, 32)
+    assert len(few) == 5
+    assert (source.width, source.height) == (96, 32)
     with pytest.raises(BadInput, match="from 9 to 39 frames"):
         video.read_clip(path, 64, 32, 40)
 
@@ -2814,7 +2944,9 @@ def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
     frames, _ = video.read_frames(path, 64, 32, 999)
     level = frames.mean((1, 2, 3)) / 255 * 219 / 50  # seconds
     late = np.abs(level - np.arange(len(level)) / 16)
-    assert len(frames) >= 61 and late[:32].max() < .06 and late.max() < .23
+    assert len(frames) >= 61
+    assert late[:32].max() < .06
+    assert late.max() < .23
     source = video.open_clip(path)
     once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
     assert len(once) == 60
@@ -2827,8 +2959,10 @@ def test_fields_of_different_times_show_no_comb(tmp_path):
     path = film(tmp_path / "a.mpg", f"{bar},tinterlace=4,setfield=tff", *coded)
     shown, _ = video.read_frames(path, 64, 32, 99)
     raw = iio.imread(path, plugin="FFMPEG")
-    with_comb, without = (np.abs(np.diff(frames * 1., axis=1)).mean() for frames in (raw, shown))
-    assert without < .3 * with_comb
+
+    def comb(frames):
+        return np.abs(np.diff(frames * 1., axis=1)).mean()
+    assert comb(shown) < .3 * comb(raw)
 
 
 PLAIN = torch.zeros(1, 3, 16, 4, 8)
@@ -2840,7 +2974,8 @@ def test_white_paper_of_an_hdr_video_is_not_the_dull_grey_of_its_code(tmp_path):
     tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
     coded = ["-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags]
     white, _ = video.read_frames(film(tmp_path / "a.mp4", grey, *coded), 64, 64, 9)
-    assert white.mean() > 170 and np.ptp(white[0, 16, 32].astype(int)) < 4
+    assert white.mean() > 170
+    assert np.ptp(white[0, 16, 32].astype(int)) < 4
 
 
 def test_a_damaged_video_says_so(tmp_path, capsys):
@@ -2848,22 +2983,29 @@ def test_a_damaged_video_says_so(tmp_path, capsys):
         return video.read_frames(path, 64, 32, 99)[1].damage
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=4", "-movflags", "+faststart")
     title = ["-metadata", "title=[error] x\n[fatal] y"]
-    assert not damage(whole) and not damage(film(tmp_path / "b.mp4", whole, "-c", "copy", *title))
+    assert not damage(whole)
+    assert not damage(film(tmp_path / "b.mp4", whole, "-c", "copy", *title))
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 2 // 3])
-    assert damage(cut) and len(video.read_clip(cut, 64, 32, 99)) >= 9
+    assert damage(cut)
+    assert len(video.read_clip(cut, 64, 32, 99)) >= 9
     assert "cut.mp4 is damaged" in capsys.readouterr().err
     # two videos in one file
     sizes = [film(tmp_path / f"{size}.ts", f"testsrc2=s={size}:r=25:d=1", "-c:v", "mpeg2video")
              for size in ("64x32", "96x64")]
     (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in sizes))
     several = video.open_clip(tmp_path / "a.ts")
-    assert len(list(several.read(64, 32))) and "change their size" in several.damage
+    assert len(list(several.read(64, 32)))
+    assert "change their size" in several.damage
 
 
 @pytest.mark.parametrize("name, cause", [
-    ("sound.mp4", "matches no streams"), ("text.mp4", "moov atom"), ("list.mp4", "give a video file"),
-    ("folder.mp4", "no such file"), ("gone.mp4", "no such file"), ("pipe.mp4", "no such file")])
+    ("sound.mp4", "matches no streams"),
+    ("text.mp4", "moov atom"),
+    ("list.mp4", "give a video file"),
+    ("folder.mp4", "no such file"),
+    ("gone.mp4", "no such file"),
+    ("pipe.mp4", "no such file")])
 def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
     film(tmp_path / "sound.mp4", "sine=d=1")
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=1")
@@ -2879,7 +3021,8 @@ def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
 
 @pytest.mark.parametrize("exe, told", [
     ("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
-    ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
+    ("/bin/true", "it is no ffmpeg"),
+    (None, "ffmpeg is missing .*imageio_ffmpeg")])
 def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp_path):
     if exe:
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
@@ -2911,14 +3054,16 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path):
     told = pytest.raises(BadInput, match="could not write .*a.mp4 .*is the disk full")
     with full_disk(int(share * size) or size), told:
         write_video(out / "a.mp4", frames if share else [])
-    assert (out / "a.mp4").read_text() == "good" and len(list(out.iterdir())) == 1
+    assert (out / "a.mp4").read_text() == "good"
+    assert len(list(out.iterdir())) == 1
 
 
 @pytest.mark.parametrize("folder", ["12:30", "-x", "100%", "file:x", "it's \"so\"", "%03d", "猫", "~", "a b"])
 def test_folders_may_have_any_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_video(Path(folder, "-a.mp4"), ramp(3))
-    assert path.stat().st_size and list(Path(folder).iterdir()) == [path]
+    assert path.stat().st_size
+    assert list(Path(folder).iterdir()) == [path]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -2929,12 +3074,16 @@ def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_recor
         file.write('{"file": 3}\n[[[\n' + "[" * 100_000 + '\n{"file": "half')
     later = {**record, "seed": 1}
     video.add_to_manifest(tmp_path, later)
-    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later} and not video.read_manifest(tmp_path / "x")
+    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later}
+    assert not video.read_manifest(tmp_path / "x")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all(f"line {n}:" in line for n, line in enumerate(told, 2))
+    assert len(told) == 4
+    assert all(f"line {n}:" in line for n, line in enumerate(told, 2))
 
 
-PALE, CRIMSON, BLUE = video.PALE, video.CRIMSON, video.BLUE
+PALE = video.PALE
+CRIMSON = video.CRIMSON
+BLUE = video.BLUE
 
 
 def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
@@ -2950,15 +3099,17 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
     frames = {1.5 * i: torch.full((32, 64, 3), 10 * i).byte() for i in range(3)}
     video.memory_picture(tmp_path / "a.png", frames, rollout, decoder, "a prompt")
     page = iio.imread(tmp_path / "a.png")
-    assert [page[90, 60 + 132 * i, 0] for i in range(4)] == [0, 10, 20, 255]
+    assert page[90, 60::132, 0][:4].tolist() == [0, 10, 20, 255]
     bars = page[:, 40::79][:, :20]
     assert [tuple(colour) for colour in bars[240]] == [CRIMSON if k else PALE for k in kept]
     pale, blue = (np.flatnonzero((bars[:, 13] == colour).all(-1)) for colour in (PALE, BLUE))
-    assert pale.min() == video.BARS and abs(blue - (video.BARS + video.BASE) // 2) <= 1
+    assert pale.min() == video.BARS
+    assert abs(blue - (video.BARS + video.BASE) // 2) <= 1
     held = memory.frames()[0]
     shown = page[400::90, 60::132, 0][:2].flatten()[:21]
     levels = video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))
-    assert len(held) == 21 and shown.tolist() == levels[:, 0, 0, 0].tolist()
+    assert len(held) == 21
+    assert shown.tolist() == levels[:, 0, 0, 0].tolist()
 
 
 def test_bars_of_a_long_video_stand_for_several_chunks_and_show_the_share_that_was_kept():
@@ -2979,7 +3130,8 @@ def test_the_thumbnail_of_a_sliver_is_its_middle():
     page = video.Image.new("RGB", (200, 200), "white")
     video.paste_thumbnails(page, 0, [("", 0, torch.zeros(4096, 16, 3, dtype=torch.uint8))])
     dark = (np.array(page) == 0).all(-1)
-    assert dark[:64, :128].all() and not dark[:64, 128:].any()
+    assert dark[:64, :128].all()
+    assert not dark[:64, 128:].any()
 
 
 def test_letters_that_no_font_here_has_are_told_by_their_codes():
@@ -3028,7 +3180,8 @@ def refused(sampled, tmp_path, capsys):
     def run(*words):
         _, code = sampled(tmp_path / "o", *words)
         (line,) = capsys.readouterr().err.splitlines()
-        assert code == 2 and line.startswith("error: ") and not list((tmp_path / "o").glob("*.mp4"))
+        assert code == 2 and line.startswith("error: ")
+        assert not list((tmp_path / "o").glob("*.mp4"))
         return line
     return run
 
@@ -3055,18 +3208,29 @@ def save_plain_state(path, frames=9, latents=torch.zeros(1, 3, 16, 4, 8), out="e
 
 
 REFUSED = [
-    ("--seconds 0", "0.01"), ("--seconds nan", "0.01"), ("--seeds 0", "1"), ("--steps 0", "1"),
-    ("--tau 2", "-1"), ("--seed -1", "from 0"), ("--memory slofast", "did you mean slowfast"),
-    ("--device mps", "not available"), ("--positions none", "unknown"), ("--dtype fp8", "unknown"),
+    ("--seconds 0", "0.01"),
+    ("--seconds nan", "0.01"),
+    ("--seeds 0", "1"),
+    ("--steps 0", "1"),
+    ("--tau 2", "-1"),
+    ("--seed -1", "from 0"),
+    ("--memory slofast", "did you mean slowfast"),
+    ("--device mps", "not available"),
+    ("--positions none", "unknown"),
+    ("--dtype fp8", "unknown"),
     ("--positions unbounded --seconds 256", "bounded"), ("--ckpt nowhere", "check the path"),
-    ("--prompts nowhere", "cannot read"), ("--continue empty.mp4", "clip"), ("--teacher", "give --continue"),
+    ("--prompts nowhere", "cannot read"),
+    ("--continue empty.mp4", "clip"),
+    ("--teacher", "give --continue"),
     ("--continue pipe.mp4", "pipe.mp4: there is no such file"),
     ("--resume nowhere", "a file that --save-state wrote"), ("--resume empty.mp4", "cannot read"),
     ("--resume other.pt", "not such a file"), ("--resume state.pt", "20 s long already"),
     ("--resume seed3.pt --seed 4", "made with --seed 3"), ("--resume seed3.pt", "made with other weights"),
     ("--resume memory9.pt", "memory9.pt is damaged: --memory '9' is unknown"),
     ("--resume broken.pt", "its content, frames cannot be '1'"),
-    ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
+    ("--vae wan", "need --wan"),
+    ("--save-state empty.mp4/s", "write"),
+    ("--out empty.mp4/o", "write"),
     ("--save-state folder", "folder is no file"), ("--out folder", "manifest.jsonl is no file"),
     ("--save-state /dev/null", "null is no file"),
     ("--seed 9223372036854775807 --seeds 2", "from 1 to 1, not 2"), ("--size 64x64", "need --wan"),
@@ -3075,10 +3239,15 @@ REFUSED = [
     ("--wan nowhere", "download"), ("--wan random --size 100x100", "multiples of 16"),
     ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
-    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
-    ("a | b", "or \\| for a bar"), ("x" * 4001, "more than 4000 letters"),
+    ("", "prompt is empty"),
+    ("a | 1:", "prompt is empty"),
+    ("a \udcff b", "no UTF-8"),
+    ("a | b", "or \\| for a bar"),
+    ("x" * 4001, "more than 4000 letters"),
     ("a \x1b[31m", "control characters"), ("a | 1: b \0", "control characters"),
-    ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
+    ("a | 9: b | 9: c", "one after"),
+    ("a | 20: b", "before the end"),
+    ("a | nan: b", "one after")]
 
 
 @pytest.mark.parametrize("words, message", [(words.split(), message) for words, message in REFUSED]
@@ -3126,7 +3295,8 @@ HARMFUL = [  # of a state of 8 frames (a chunk, three latents): what it says, it
 
 
 def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refused, tmp_path, capsys):
-    path, words = tmp_path / "state", ["--seconds", ".5", "--steps", "1"]
+    path = tmp_path / "state"
+    words = ["--seconds", ".5", "--steps", "1"]
     sampled(tmp_path / "a", *words, "--save-state", path)
     capsys.readouterr()
     state, about = read_file(path)
@@ -3142,8 +3312,10 @@ def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refus
 def test_options_replace_what_the_weights_say_of_sampling():
     def loaded(**options):
         return weights.load_networks(sample.Config(**options), "stage2", [], CPU, torch.float32)
-    plain, asked = loaded(), loaded(memory="uniform1", tau=.5, steps=2)
-    assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau) and plain.sampler.tau != .95
+    plain = loaded()
+    asked = loaded(memory="uniform1", tau=.5, steps=2)
+    assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau)
+    assert plain.sampler.tau != .95
     assert asked.policy == replace(PRESETS["uniform1"], tau=.5)
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
@@ -3186,7 +3358,8 @@ def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the
     names = {named(tmp_path, prompt)[0].name for prompt in prompts}
     for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86}):
         names.add(named(tmp_path, "Sand!", **other)[0].name)
-    assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
+    assert len(names) == 15
+    assert all(len(name.encode()) < 200 for name in names)
     assert all(any(name.startswith(start) for name in names) for start in ("一只猫-0-", "कि-0-"))
     form = re.compile(r"[^\s!-,.-/:-@[-`{-~]+-[01](-from-86)?-[0-9a-f]{8}\.mp4")
     assert all(form.fullmatch(name) for name in names)
@@ -3198,7 +3371,8 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     second, third = (tmp_path / f"{first.stem}-{number}.mp4" for number in (2, 3))
     assert named(tmp_path, "a", taken=[first])[0] == second  # twice in a list of prompts
     first.write_text("video")
-    assert named(tmp_path, "a")[0] == second and named(tmp_path, "a", overwrite=True)[0] == first
+    assert named(tmp_path, "a")[0] == second
+    assert named(tmp_path, "a", overwrite=True)[0] == first
     sha256 = hashlib.sha256(b"video").hexdigest()
     video.add_to_manifest(tmp_path, {**record, "file": first.name, "sha256": sha256})
     assert named(tmp_path, "a")[0] == first
@@ -3211,23 +3385,29 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
 
 
 def test_a_list_of_prompts_gives_a_video_each_and_a_manifest_that_tells_which(sampled, tmp_path):
-    lines, out = ["一只猫", "a sea \\| a storm", "一只猫"], tmp_path / "o"
+    lines = ["一只猫", "a sea \\| a storm", "一只猫"]
+    out = tmp_path / "o"
     (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
     words = ["--prompts", tmp_path / "lines.txt", "--seeds", "2", "--seed", "5"]
     for _ in range(2):  # again: the same names
         assert not sampled(out, *words, "--seconds", ".3", "--steps", "1")[1]
         records = list(video.read_manifest(out).values())
-        assert sorted((r["prompt"], r["seed"]) for r in records) == sorted(itertools.product(lines, (5, 6)))
+        made = [(record["prompt"], record["seed"]) for record in records]
+        assert sorted(made) == sorted(itertools.product(lines, (5, 6)))
         files = sorted(out.glob("*.mp4"))
-        assert sorted(r["file"] for r in records) == [file.name for file in files] and len(files) == 6
+        assert sorted(r["file"] for r in records) == [file.name for file in files]
+        assert len(files) == 6
     hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert {r["sha256"] for r in records} == hashes and len({r["model"] for r in records}) == 1
+    assert {r["sha256"] for r in records} == hashes
+    assert len({r["model"] for r in records}) == 1
     assert records[0]["options"]["steps"] == 1
 
 
 @pytest.mark.parametrize("prompt, switches", [
-    (r"a \| b", {0: "a | b"}), (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}),
-    ("a\t|\n1 : b", {0: "a", 2: "b"}), ("a: b | .5625: c | 0.563: d: e", {0: "a: b", 1: "c", 2: "d: e"})])
+    (r"a \| b", {0: "a | b"}),
+    (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}),
+    ("a\t|\n1 : b", {0: "a", 2: "b"}),
+    ("a: b | .5625: c | 0.563: d: e", {0: "a: b", 1: "c", 2: "d: e"})])
 def test_a_bar_is_a_switch_or_with_a_backslash_a_letter(prompt, switches):
     assert sample.read_switches(prompt, 9) == switches
 
@@ -3237,7 +3417,8 @@ def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_
     switched, plain = (sampled(tmp_path, "--seconds", "6", "--prompt", words)[0]
                        for words in (prompt, prompt.split(" |")[0]))
     first = 57  # chunk 5, the first that begins at 48 frames or later
-    assert len(switched) == len(plain) == 96 and np.array_equal(switched[:first], plain[:first])
+    assert len(switched) == len(plain) == 96
+    assert np.array_equal(switched[:first], plain[:first])
     assert not np.array_equal(switched[first], plain[first])
     grounds = read_video(switched.transpose(0, 3, 1, 2)).ground
     assert (grounds[:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
@@ -3248,9 +3429,12 @@ def test_a_raw_directory_goes_through_to_an_mp4(raw, sampled, tmp_path, capsys):
     made = {}
     for options in ("", "--vae tae", "--dtype bf16"):
         made[options], code = sampled(tmp_path / "o", *words, *options.split())
-        assert not code and made[options].shape == (24, 32, 32, 3) and made[options].std() > 1
+        assert not code
+        assert made[options].shape == (24, 32, 32, 3)
+        assert made[options].std() > 1
     assert "estimate" in capsys.readouterr().out.split("wrote")[0]
-    assert (made[""] != made["--vae tae"]).any() and (made[""] != made["--dtype bf16"]).any()
+    assert (made[""] != made["--vae tae"]).any()
+    assert (made[""] != made["--dtype bf16"]).any()
 
 
 @pytest.mark.parametrize("kind", ["tiny", "wan", "tae"])
@@ -3264,8 +3448,10 @@ def test_head_and_tail_of_a_resumed_video_are_the_whole_one_bit_for_bit(kind, ra
     head, _ = sampled(out, "--seconds", "5.4", "--save-state", state, *words)
     tail, _ = sampled(out, "--seconds", "7.2", "--resume", state, "--save-state", state)
     assert read_file(state)[0]["latents"].shape[1] == 30  # not one chunk more than the 115 frames need
-    assert len(head) == 86 and np.array_equal(np.concatenate([head, tail]), whole)
-    assert len(list(out.glob("*.mp4"))) == 2 and len(list(out.glob("*-from-86-*.mp4"))) == 1
+    assert len(head) == 86
+    assert np.array_equal(np.concatenate([head, tail]), whole)
+    assert len(list(out.glob("*.mp4"))) == 2
+    assert len(list(out.glob("*-from-86-*.mp4"))) == 1
 
 
 @pytest.fixture
@@ -3291,7 +3477,9 @@ def kill_at(call, name):
     return decode
 
 
-@pytest.mark.parametrize("name, code, at, count", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
+@pytest.mark.parametrize("name, code, at, count", [
+    ("SIGINT", 130, 3, 33),
+    ("SIGTERM", 143, 1, 45)])
 def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
     """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
     words, state = ["--seconds", "4"], tmp_path / "state"
@@ -3299,15 +3487,18 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
     whole, _ = sampled(tmp_path / "whole", *head_words)
     monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *head_words)
-    assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    assert stopped == code and len(head) == count
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", *words, "--resume", state)
-    assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob(".*"))
+    assert np.array_equal(np.concatenate([head, tail]), whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_where_no_state_is_saved_a_signal_leaves_nothing(name, code, sampled, monkeypatch, tmp_path):
     monkeypatch.setattr(video, "to_uint8", kill_at(1, name))
-    assert sampled(tmp_path, "--seconds", "1")[1] == code and not list(tmp_path.iterdir())
+    assert sampled(tmp_path, "--seconds", "1")[1] == code
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first, code", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
@@ -3323,7 +3514,8 @@ def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(firs
         assert stop.code == code
         with pytest.raises(SystemExit, match="130"):
             signal.raise_signal(signal.SIGINT)
-    assert stop.code == code and signal.signal(number, outside) == signal.SIG_DFL
+    assert stop.code == code
+    assert signal.signal(number, outside) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal here")
@@ -3363,7 +3555,8 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
     monkeypatch.setattr(tensors, "save_file", write_half)
     assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
     assert "No space left on device): is the disk full?" in capsys.readouterr().err
-    assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    assert state.read_text() == "before"
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     # where nobody reads what is told, nothing is lost
     monkeypatch.setattr(tensors, "save_file", save)
     monkeypatch.setattr(sample.tqdm, "write", lambda *about: 1 / 0)
@@ -3374,7 +3567,9 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
 
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(
         sampled, refused, tmp_path, capsys):
-    state, here, moved = tmp_path / "state", tmp_path / "here.safetensors", tmp_path / "moved.safetensors"
+    state = tmp_path / "state"
+    here = tmp_path / "here.safetensors"
+    moved = tmp_path / "moved.safetensors"
     shutil.copy(WEIGHTS / f"{config.STUDENT}.safetensors", here)
     sampled(tmp_path / "a", "--seconds", ".5", "--ckpt", here, "--save-state", state)
     here.rename(moved)
@@ -3391,12 +3586,14 @@ def test_a_clip_is_continued_without_a_jump_and_decides_what_comes(kind, raw, cl
     words = ["--seconds", seconds, *kind.replace("--wan", f"--wan {raw}").split()]
     words += SMALL_WAN if "--wan" in kind else []
     first, second = (sampled(tmp_path / "o", *words, "--continue", path)[0] for path in clips)
-    assert len(first) == 16 * seconds and not np.array_equal(first[40:], second[40:])
+    assert len(first) == 16 * seconds
+    assert not np.array_equal(first[40:], second[40:])
     if "--wan" not in kind:
         steps = np.diff(first.astype(float), axis=0).std((1, 2, 3))
         source = video.read_clip(clips[0], 64, 32, 64)
         assert (first[:33].astype(float) - source).std() < 16
-        assert steps[32] < 2 * np.median(steps) and steps[33:].min() > 0
+        assert steps[32] < 2 * np.median(steps)
+        assert steps[33:].min() > 0
     assert bool(list((tmp_path / "o").glob("*.png"))) == ("--teacher" not in kind)
 
 
@@ -3408,7 +3605,8 @@ def test_the_teacher_follows_prompt_switches_and_sees_all_that_is_there(monkeypa
         calls.append((history.shape[1], text))
         return torch.full((1, 21, 1, 1, 1), float(len(calls)))
     monkeypatch.setattr(sample, "extend", extend)
-    networks, history = SimpleNamespace(dit=None, sampler=None), torch.zeros(1, 9, 1, 1, 1)
+    networks = SimpleNamespace(dit=None, sampler=None)
+    history = torch.zeros(1, 9, 1, 1, 1)
     made = sample.extend_with_teacher(networks, {0: "a", 10: "b"}, history, (1, 1), 0)
     chunks = [next(made) for _ in range(15)]
     assert calls == [(9, "a"), (30, "b"), (51, "b")]
@@ -3437,7 +3635,9 @@ def test_the_order_of_attention_kernels_is_set_on_cuda_alone(device, set_by_us):
 
 
 def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next(monkeypatch):
-    vae, log, made = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False), [], []
+    vae = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False)
+    log = []
+    made = []
     latents = noise(1, 9, 16, 2, 2).split(CHUNK, dim=1)
 
     def note(word):
@@ -3458,7 +3658,8 @@ def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next
         log.append("frames")
         made.append(frames)
         assert is_finite
-    decode, get = ["made", "wait", "in use", "in", "out"], ["arrived", "frames"]
+    decode = ["made", "wait", "in use", "in", "out"]
+    get = ["arrived", "frames"]
     assert log == [*decode, *decode, *get, *decode, *get, *get]
     whole, _ = vae.decode(torch.cat(latents, dim=1))
     close(torch.cat(made).float(), video.to_uint8(whole)[0].float(), 1)
@@ -3482,16 +3683,19 @@ def frames_of(told):
 
 
 def segments_of(told):
-    return [*"s" * told["sizes"][0], *"K" * told["sizes"][1], *"f" * told["sizes"][2]]
+    sink, slow, fast = told["sizes"]
+    return [*"s" * sink, *"K" * slow, *"f" * fast]
 
 
 def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(session):
-    networks, snow = session.networks, live.Config.prompt.replace("Grass", "Snow")
+    networks = session.networks
+    snow = live.Config.prompt.replace("Grass", "Snow")
     made = [session.step() for _ in range(3)]
     session.ask({"prompt": snow})
     session.ask({"paused": True})  # what was asked before still holds
     made += [session.step() for _ in range(2)]
-    roll, texts = networks.rollout(networks.text(live.Config.prompt)), {3: networks.text(snow)}
+    roll = networks.rollout(networks.text(live.Config.prompt))
+    texts = {3: networks.text(snow)}
     whole = generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)
     latents = torch.cat([*whole], dim=1)
     decoded, _ = networks.vae.decode(latents)
@@ -3507,7 +3711,9 @@ def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(
 
 
 def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made(session, monkeypatch):
-    shown, written, comments = [*frames_of(session.step())], [], []
+    shown = [*frames_of(session.step())]
+    written = []
+    comments = []
     session.ask({"tau": .5})
     shown += [*frames_of(session.step())]
 
@@ -3517,9 +3723,11 @@ def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made
         yield SimpleNamespace(append_data=written.append)
         path.write_bytes(b"an mp4")
     monkeypatch.setattr(live, "video_writer", writer)
-    assert session.save() == b"an mp4" and np.array_equal(written, shown)
+    assert session.save() == b"an mp4"
+    assert np.array_equal(written, shown)
     about = json.loads(comments[0])
-    assert about["AI-generated"] and about["model"] == session.networks.name
+    assert about["AI-generated"]
+    assert about["model"] == session.networks.name
     told = {"seed": 4, "memory": "slowfast", "prompt": live.Config.prompt}
     assert all(told.items() <= changes.items() for changes in about["settings"])
     assert [changes["second"] for changes in about["settings"]] == [0, 9 / 16]
@@ -3535,14 +3743,16 @@ def test_memory_can_be_taken_away_and_each_latent_keeps_its_picture(session):
     assert segments_of(after) == [*"sssfffffffff"]
     pictures = dict(before["held"])
     assert all(pictures.get(number, picture) == picture for number, picture in after["held"])
-    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5
+    assert session.rollout.positions == "unbounded"
+    assert session.rollout.memory.policy.tau == .5
     # absolute positions end with Wan's table; a new video, with another prompt, under the settings that hold
     session.rollout.chunk = 341
     session.step()
     assert session.rollout.positions == "bounded"
     session.ask({"video": 1, "seed": 7, "prompt": "a calm sea"})
     told = session.step()
-    assert (told["made"], segments_of(told), session.rollout.memory.policy.fast) == (9, [*"fff"], 9)
+    assert told["made"] == 9 and segments_of(told) == [*"fff"]
+    assert session.rollout.memory.policy.fast == 9
     fresh = live.Session(live.Config(seed=7, memory="longlive", prompt="a calm sea"), session.networks)
     assert np.array_equal(frames_of(fresh.step()), frames_of(told))
 
@@ -3556,7 +3766,8 @@ def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(s
     assert [kept for *_, kept in bars] == [False] * 4 + [True, False]
     roll = session.networks.rollout(session.text)
     list(generate(roll, [4], 4, session.networks.sampler, session.networks.latent))
-    close(torch.tensor([surprisal for surprisal, *_ in bars[:4]]), 1 - torch.cat(roll.similarities), 1e-5)
+    shown = torch.tensor([surprisal for surprisal, *_ in bars[:4]])
+    close(shown, 1 - torch.cat(roll.similarities), 1e-5)
 
 
 def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
@@ -3570,13 +3781,17 @@ def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
     kept = session.bars, session.changes, session.pictures, read.path, read.landmark, read.held
     assert [len(some) for some in kept] == [80, 15, 21, 24, 24, 24]
     assert not roll.similarities and not roll.kept
-    assert len(read.views) <= 21 and "unknown" not in session.wanted
+    assert len(read.views) <= 21
+    assert "unknown" not in session.wanted
 
 
 @pytest.mark.parametrize("cost, between", [(.1, .75), (1, 1)])
 def test_chunks_are_published_at_the_rate_of_the_video_and_begun_just_in_time(
         cost, between, session, monkeypatch):
-    clock, costs, begun, published = SimpleNamespace(now=50.), iter([cost] * 6), [], []
+    clock = SimpleNamespace(now=50.)
+    costs = iter([cost] * 6)
+    begun = []
+    published = []
 
     def step():
         begun.append(clock.now)
@@ -3595,13 +3810,16 @@ def test_chunks_are_published_at_the_rate_of_the_video_and_begun_just_in_time(
 
 def live_clip(spec, chunk):
     """(f, h, w, 3) uint8; from chunk 20 on other landmarks stand there"""
-    frames = clip(replace(spec, counterfactual=chunk >= 20), max(0, 12 * chunk - 3), 12 if chunk else 9)
+    spec = replace(spec, counterfactual=chunk >= 20)
+    frames = clip(spec, max(0, 12 * chunk - 3), 12 if chunk else 9)
     return (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
 
 
 def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
     spec = WorldSpec(3, "turn", 8)
-    made, lost, unused = make_world(spec), score.Score(), score.Score()
+    made = make_world(spec)
+    lost = score.Score()
+    unused = score.Score()
     chunks = [live_clip(spec, chunk) for chunk in range(40)]
     for i, frames in enumerate(chunks):
         lost.read(frames, range(max(0, 3 * i - 21), 3 * i), made.caption)
@@ -3613,20 +3831,24 @@ def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unu
     assert lost.count() == {**same, "not kept": wrong, "kept but not used": 0}
     assert unused.count() == {**same, "not kept": 0, "kept but not used": wrong}
     # the maps
-    told, others = lost.told(), make_world(replace(spec, counterfactual=True))
+    told = lost.told()
+    others = make_world(replace(spec, counterfactual=True))
     for houses, landmarks in ((told["first"], made.landmarks), (told["now"], others.landmarks)):
         assert houses == [[world.COLOURS[colour] for colour in world.PAIRS[house]] for house in landmarks]
     heading = made.motion.heading(made.start, 476) / 256
-    assert told["ground"] == world.GROUNDS[made.ground] and told["motion"] == "turn"
+    assert told["ground"] == world.GROUNDS[made.ground]
+    assert told["motion"] == "turn"
     assert abs((told["heading"] - heading + .5) % 1 - .5) < 1 / 256
 
 
 def test_what_left_under_another_motion_is_not_missed_and_old_returns_no_longer_count(monkeypatch):
-    spec, told = WorldSpec(3, "turn", 8), score.Score()
+    spec = WorldSpec(3, "turn", 8)
+    told = score.Score()
     aside = World(0, (), 0, Motion("aside", 1, 16, 90)).caption
     for chunk in range(16):
         told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).caption)
-    before, still = told.count(), live_clip(spec, 15)[-1:].repeat(12, 0)
+    before = told.count()
+    still = live_clip(spec, 15)[-1:].repeat(12, 0)
     for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
         told.read(still, range(3 * chunk), aside)
     assert told.count() == before and before["right"] > 0
@@ -3730,7 +3952,8 @@ def test_an_order_that_makes_no_sense_is_refused_in_one_line(served, session):
     for body, told in ORDERS.items():
         status, text, _ = served("POST", "/steer", body)
         assert status == 400 and told in text, body
-        assert len(text.splitlines()) == 1 and session.wanted is before
+        assert len(text.splitlines()) == 1
+        assert session.wanted is before
 
 
 def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(served, session, monkeypatch):
@@ -3785,7 +4008,8 @@ def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
             viewer.request("GET", path)
         assert viewers[0].getresponse().readline().startswith(b"data: ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130 and process.stderr.read() == ""
+        assert process.wait(20) == 130
+        assert process.stderr.read() == ""
 
 
 def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path):
@@ -3795,9 +4019,12 @@ def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path
     full.step()
     full.ask({"prompt": "a storm rises"})  # encoded now
     told = full.step()
-    assert full.message["kind"] == "jpeg" and base64.b64decode(told["strip"])[:2] == b"\xff\xd8"
+    assert full.message["kind"] == "jpeg"
+    assert base64.b64decode(told["strip"])[:2] == b"\xff\xd8"
     assert frames_of(told).shape == (12, 32, 32, 3)
-    assert full.settings["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
+    assert full.settings["prompt"] == "a storm rises"
+    assert len(told["held"]) == 6
+    assert "score" not in told
     assert iio.imread(full.save(), plugin="FFMPEG", extension=".mp4").shape == (21, 32, 32, 3)
 
 
@@ -3806,7 +4033,8 @@ def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path
 def test_an_hour_of_the_live_page_takes_no_more_memory_nor_time_than_its_first_minutes(tiny_networks):
     """Of all that the page does; the network is small, and the frames are drawn, so that it takes minutes."""
     import psutil
-    made, pano = make_world(WorldSpec(3, "turn", 44)), panorama(0, SET)
+    made = make_world(WorldSpec(3, "turn", 44))
+    pano = panorama(0, SET)
 
     def decode(latents, past=None):
         b, n = latents.shape[:2]
@@ -3816,7 +4044,9 @@ def test_an_hour_of_the_live_page_takes_no_more_memory_nor_time_than_its_first_m
     small = replace(tiny_networks.dit.config, dim=32, ffn_dim=32, heads=1, layers=1)
     networks = replace(tiny_networks, dit=DiT(small).requires_grad_(False), sampler=Sampler(steps=1))
     networks.vae = SimpleNamespace(decode=decode)
-    hour, memory, seconds = live.Session(live.Config(prompt=made.caption), networks), {}, {}
+    hour = live.Session(live.Config(prompt=made.caption), networks)
+    memory = {}
+    seconds = {}
     for chunk in range(3001):
         hour.publish(hour.step())
         if chunk in (300, 600, 2700, 3000):
@@ -3858,7 +4088,8 @@ def browser():
 def tabs(browser):
     """Two tabs of one live page, once memory is full"""
     with running_live() as (_, url):
-        tabs, errors = [browser.new_page(reduced_motion="reduce") for _ in range(2)], []
+        tabs = [browser.new_page(reduced_motion="reduce") for _ in range(2)]
+        errors = []
         for tab in tabs:
             tab.on("pageerror", lambda error: errors.append(error))
             tab.goto(url, wait_until="domcontentloaded")
@@ -3899,7 +4130,8 @@ def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_s
         second |= {frame["frame"]: frame["hash"] for frame in tabs[1].evaluate("window.seen")}
     assert len({frame["hash"] for frame in first}) >= .9 * len(first)
     common = [frame for frame in first if frame["frame"] in second]
-    assert common and all(frame["hash"] == second[frame["frame"]] for frame in common)
+    assert common
+    assert all(frame["hash"] == second[frame["frame"]] for frame in common)
 
 
 def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
@@ -4037,7 +4269,8 @@ def test_the_estimate_of_sampling_is_what_fake_tensors_of_the_full_size_hold(mon
     monkeypatch.setattr(F, attention, lambda q, k, v, attn_mask=None: torch.empty_like(q))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         dit = bf16_net(DiT, DiTConfig())
-        roll = Rollout(dit, dit.text(torch.empty(1, 512, 4096)), PRESETS["slowfast"], (30, 52))
+        text = dit.text(torch.empty(1, 512, 4096))
+        roll = Rollout(dit, text, PRESETS["slowfast"], (30, 52))
         for _ in generate(roll, [0], 8, Sampler(steps=1), (16, 60, 104)):
             made, live.peak = live.peak, live.now
         before = live.now
@@ -4079,7 +4312,9 @@ def fused_attention(q, k, v, mask=None):
 
 def full_size_pass(part, nets, teacher):
     """The pass of a part that holds most, on clips of 832x480, behind a memory that is full."""
-    features, t, grid = torch.empty(1, 512, 4096), torch.empty(1), (30, 52)
+    features = torch.empty(1, 512, 4096)
+    t = torch.empty(1)
+    grid = (30, 52)
     net = nets[part]
 
     def frames(count):
@@ -4099,7 +4334,7 @@ def full_size_pass(part, nets, teacher):
         roll = Rollout(net, net.text(features), PRESETS["slowfast"], grid)
         for _ in range(7 if part == "stage2" else 0):
             roll.memory.evict()
-            kv = [torch.empty(2, 1, 4680, 12, 128, dtype=torch.bfloat16).unbind() for _ in net.blocks]
+            kv = [torch.empty(2, 1, 4680, 12, 128).bfloat16().unbind() for _ in net.blocks]
             entries = roll.entries(torch.arange(3)[None], frames(3), kv)
             roll.memory.push(entries, torch.ones(1) > 0)
             roll.chunk += 1
@@ -4169,7 +4404,8 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
     for (_, fps, share), whole in zip(rows, wholes, strict=True):
         assert float(fps) == pytest.approx(12_000 / whole, rel=.01)
         assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
-    assert [name for name, *_ in rows] == ["DiT only", "TAE"] and min(ms.values()) > 0
+    assert [name for name, *_ in rows] == ["DiT only", "TAE"]
+    assert min(ms.values()) > 0
     assert dict((name, times) for name, times, _ in parts)["a pass"] == "2"
 
 
@@ -4246,7 +4482,10 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 57_500)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [
+    (METHOD, 11_000),
+    (set(FILES), 57_500),
+], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
     assert sum(tokens_by_line(source).total() for source in sources) <= most
@@ -4360,7 +4599,8 @@ def test_a_frame_shows_the_house_ahead_below_the_sky_and_hills_of_every_world():
 
 
 def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
-    one = World(2, (29, 6, 8, 17, 14, 23, 13, 2), 128, Motion("turn", 1, 22))
+    landmarks = 29, 6, 8, 17, 14, 23, 13, 2
+    one = World(2, landmarks, 128, Motion("turn", 1, 22))
     other = replace(one, landmarks=(20, 13, 4, 11, 2, 27, 11, 18))
     empty = replace(one, landmarks=())
     for changes, w in (({}, one), ({"counterfactual": True}, other), ({"empty": True}, empty)):
@@ -4369,11 +4609,15 @@ def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
         heading = w.motion.heading(w.start, np.arange(7, 9))
         assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
     motions = [make_world(WorldSpec(seed)).motion for seed in (2, 1, 4)]
-    assert motions == [Motion("aside", 1, 10, 180), Motion("linger", 1, 31), Motion("turn", -1, 40)]
+    aside, linger, turn = motions
+    assert aside == Motion("aside", 1, 10, 180)
+    assert linger == Motion("linger", 1, 31)
+    assert turn == Motion("turn", -1, 40)
     # fixing the motion changes nothing else
     assert make_world(WorldSpec(0, "linger", 20)) == replace(one, motion=Motion("linger", 1, 20))
     # On each ground, how light frames are, and how sharp; between sub-columns, the mean of both.
-    drawn = np.stack([draw_video([0, 50.3, 128], SET, ground) for ground in range(4)]).astype(float)
+    drawn = [draw_video([0, 50.3, 128], SET, ground) for ground in range(4)]
+    drawn = np.stack(drawn).astype(float)
     light = drawn.mean((1, 2, 3, 4))
     sharp = np.abs(np.diff(drawn)).mean((1, 2, 3, 4))
     assert np.allclose(light, [.430164, .491101, .562312, .432507], atol=1e-5)
@@ -4388,8 +4632,12 @@ def test_motions_are_mixed_as_documented_and_looks_aside_go_from_one_compass_poi
     for w in worlds:
         periods.setdefault((w.motion.kind, w.motion.degrees), []).append(w.motion.seconds)
     # by kind and degrees: share, shortest and longest period
-    documented = {("turn", 0): (.5, 8, 44), ("linger", 0): (.3, 18, 44),
-                  ("aside", 90): (.1, 4, 12), ("aside", 180): (.1, 8, 16)}
+    documented = {
+        ("turn", 0): (.5, 8, 44),
+        ("linger", 0): (.3, 18, 44),
+        ("aside", 90): (.1, 4, 12),
+        ("aside", 180): (.1, 8, 16),
+    }
     for key, (share, shortest, longest) in documented.items():
         assert len(periods[key]) / 4000 == pytest.approx(share, abs=.03)
         assert (min(periods[key]), max(periods[key])) == (shortest, longest)
@@ -4427,7 +4675,10 @@ def judge_errors(damage, frames=160):
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
     returns  share of houses wholly in view that are right; heading errors; share of right grounds; PSNR
     """
-    right, wrong_by, grounds, psnr = [], [], [], []
+    right = []
+    wrong_by = []
+    grounds = []
+    psnr = []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
         w = make_world(WorldSpec(seed))
         heading = w.motion.heading(w.start, np.arange(frames))
@@ -4442,11 +4693,15 @@ def judge_errors(damage, frames=160):
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 50), (tinted, 23), (lambda frames: with_noise(blurred(frames)), 18),
+    (lambda frames: frames, 50),
+    (tinted, 23),
+    (lambda frames: with_noise(blurred(frames)), 18),
 ], ids=["none", "tinted", "blurred, 26 dB"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
     right, wrong_by, ground, psnr = judge_errors(damage)
-    assert right >= .99 and wrong_by.max() <= .5 and ground == 1 and psnr >= validity
+    assert right >= .99
+    assert wrong_by.max() <= .5
+    assert ground == 1 and psnr >= validity
 
 
 def test_a_house_is_read_while_it_is_wholly_in_view_softened_edges_included():
@@ -4479,7 +4734,8 @@ LEFT_HALF = np.arange(2048)[:, None, None] % 256 < 128
     lambda a, b, none: none,
 ], ids=["two halves", "morph", "grey", "nothing"])
 def test_what_is_no_house_is_not_readable(mix):
-    rng, read = np.random.default_rng(3), []
+    rng = np.random.default_rng(3)
+    read = []
     for ground, a in np.ndindex(3, 30):
         drawings = judge.landmark_drawings(ground)
         # of another roof, of another wall, or of both
@@ -4494,14 +4750,16 @@ def test_what_is_no_house_is_not_readable(mix):
 
 def test_validity_is_the_size_of_the_damage_wherever_it_is():
     for db in (30, 22):
-        assert np.abs(read_video(with_noise(clip(WorldSpec(4), 0, 40), db)).psnr - db).max() < .5
+        frames = with_noise(clip(WorldSpec(4), 0, 40), db)
+        assert np.abs(read_video(frames).psnr - db).max() < .5
     for first, rows, columns in ((0, 3, 64), (22, 4, 48), (29, 3, 64)):
         frames = draw_video([112] * 8)
         frames[:, :, first:first + rows, :columns] += .1
         error = .01 * rows * columns / (32 * 64)
         assert read_video(frames).psnr == pytest.approx(-10 * np.log10(error), abs=.5)
     nothing = read_video(np.random.default_rng(0).random((8, 3, 32, 64)))
-    assert nothing.psnr.max() < 12 and (nothing.landmark == -1).all()
+    assert nothing.psnr.max() < 12
+    assert (nothing.landmark == -1).all()
 
 
 # ---- reappearances: what left and came back, against what it was -------------------------------------------
@@ -4527,7 +4785,8 @@ def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(cha
 
 
 def test_what_comes_back_unreadable_is_wrong_and_the_next_return_is_held_against_what_was_read_before():
-    frames, other = draw_video(steady(400)), draw_video(steady(400), np.roll(SET, 1))
+    frames = draw_video(steady(400))
+    other = draw_video(steady(400), np.roll(SET, 1))
     frames[128:256] = (frames[128:256] + other[128:256]) / 2
     found = [e for e in reappearances(read_video(frames), TURNING) if e.sector == 4]
     assert [e.before for e in found] == [SET[4]] * 2
@@ -4553,7 +4812,8 @@ def test_in_drawn_worlds_all_returns_are_right(kind):
 ], ids=["a tenth slower", "far too slow", "stops", "does not look back"])
 def test_a_return_that_the_motion_makes_due_and_that_does_not_come_is_wrong(headings, motion, missed):
     found = returns_of(headings, motion)
-    assert found and all(e.shown == (-1 if missed else e.before) for e in found)
+    assert found
+    assert all(e.shown == (-1 if missed else e.before) for e in found)
 
 
 def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
@@ -4585,8 +4845,11 @@ def test_up_to_four_misread_headings_in_a_row_are_mended_and_turning_points_stay
 
 
 @pytest.mark.parametrize("path, motion, rate", [
-    (steady(200) * .5 + 9, TURNING, .5), (9 - steady(200), TURNING, -1),
-    (steady(200) * 0, TURNING, 0), (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1),
+    (steady(200) * .5 + 9, TURNING, .5),
+    (9 - steady(200), TURNING, -1),
+    (steady(200) * 0, TURNING, 0),
+    (LOOK, LOOKING, 1),
+    (80 - LOOK, LOOKING, -1),
 ])
 def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(path, motion, rate):
     assert turning_rate(path, motion) == pytest.approx(rate, abs=.02)
@@ -4612,7 +4875,8 @@ def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_r
         of_latent = [whole[max(0, 4 * j - 3):4 * j + 1] for j in range(76)]
         shows = np.flatnonzero([frames.any() for frames in of_latent]).tolist()
         assert [j for j in range(76) if is_in_memory(event, reading, [j])] == shows
-        assert is_in_memory(event, reading, [0, 1, shows[0]]) and not is_in_memory(event, reading, [])
+        assert is_in_memory(event, reading, [0, 1, shows[0]])
+        assert not is_in_memory(event, reading, [])
     chunks = [judge.chunk_of(frame) for frame in range(33)]
     assert chunks == [0] * 9 + [1] * 12 + [2] * 12
 
@@ -4647,7 +4911,8 @@ def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_me
 
 def test_whatever_the_motions_bring_back_falls_into_an_absence():
     absences = np.array(report.ABSENCES)
-    assert (absences[1:] * .9 <= absences[:-1] * 1.1).all() and {6, 15} <= set(absences)
+    assert (absences[1:] * .9 <= absences[:-1] * 1.1).all()
+    assert {6, 15} <= set(absences)
     slowest = WorldSpec(world.HELD_OUT, "linger", 44)
     ideal = read_video(clip(slowest, 0, 1005))
     longest = max(event.absence for event in reappearances(ideal, make_world(slowest).motion))
@@ -4657,7 +4922,8 @@ def test_whatever_the_motions_bring_back_falls_into_an_absence():
 def test_intervals_are_over_videos():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
     middle, low, high = report.estimate(np.array([(1, 1), (1, 2)] * 2))
-    assert middle == pytest.approx(4 / 6) and low == .5 and high == 1
+    assert middle == pytest.approx(4 / 6)
+    assert low == .5 and high == 1
     assert np.isnan(report.estimate(np.zeros((1, 2)))).all()
     normal = np.random.default_rng(0).standard_normal(400)
     _, low, high = report.estimate(np.stack([normal, np.ones(400)], 1))
@@ -4665,17 +4931,22 @@ def test_intervals_are_over_videos():
 
 
 @pytest.mark.parametrize("gain, spread, verdict", [
-    (.05, 0, "higher"), (-.05, 0, "lower"), (0, .1, "not significant")])
+    (.05, 0, "higher"),
+    (-.05, 0, "lower"),
+    (0, .1, "not significant")])
 def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
     """Videos differ far more than the two rows do, and stand in any order."""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
     theirs = [video_row([], i, last=x) for i, x in enumerate(hard)]
-    ours = [video_row([], i, last=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
+    other = hard + gain + spread * rng.standard_normal(64)
+    ours = [video_row([], i, last=x) for i, x in enumerate(other)]
     strangers = [video_row([], 100 + i, last=9 * gain) for i in range(64)]
     assert report.compare(ours, strangers + theirs[::-1], "last") == verdict
     for some, others, what in (
-            (ours, strangers, "last"), (ours[:7], theirs, "last"), (ours, theirs, "right")):
+            (ours, strangers, "last"),
+            (ours[:7], theirs, "last"),
+            (ours, theirs, "right")):
         assert report.compare(some, others, what) == "no data"
 
 
@@ -4685,7 +4956,8 @@ def test_half_way_is_where_returns_stop_being_right_more_often_than_half_way_to_
     for i in range(12):
         late = [(8.7, i < 4, True), (12.5, False, True)]
         videos.append(video_row([(5., True, True), (6., True, True), *late], i))
-    assert report.half_way(videos) == 6 and report.half_way(videos, "held") == math.inf
+    assert report.half_way(videos) == 6
+    assert report.half_way(videos, "held") == math.inf
     # one that comes back by luck after that is not reach; half and more are
     videos[0]["returns"][3]["right"] = True
     assert report.half_way(videos) == 6
@@ -4709,8 +4981,10 @@ def test_a_target_is_met_by_the_number_and_not_by_its_rounding(right, met):
 
 def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_validity_and_jumps_to_what_they_were():
     kinds = [("turn", 100), ("linger", 100), ("aside", 0), ("aside", 100)]
-    table = targets_of([video_row([], i, kind, FIRST | {"worlds": "real"}, steady=rate, jumps=1., last=27.39)
-                        for i, (kind, rate) in enumerate(kinds)])
+    real, videos = FIRST | {"worlds": "real"}, []
+    for i, (kind, rate) in enumerate(kinds):
+        videos.append(video_row([], i, kind, real, steady=rate, jumps=1., last=27.39))
+    table = targets_of(videos)
     wanted = {"steady turns, %": (100, "yes"), "steady looks aside, %": (50, "no"),
               "jumps a minute": (1, "yes"), "last 5 s, dB": (27.39, "no")}
     for name, (number, met) in wanted.items():
@@ -4768,16 +5042,22 @@ def test_tables_hold_numbers_a_row_what_was_asked_for_and_the_kind_of_motion():
     tables = report.all_tables(videos, FIRST)
     whole, turn, linger, aside, other = tables["All rows"]
     assert [row["motion"] for row in (whole, turn, linger, aside)] == ["all", *report.KINDS]
-    assert turn["detail, %"].tolist() == [100] * 3 and turn["half-way, s"] == 6
+    assert turn["detail, %"].tolist() == [100] * 3
+    assert turn["half-way, s"] == 6
     assert whole["detail, %"][0] == 50
-    assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"]) and turn["ceiling's"] == math.inf
-    assert whole["recall, %"][0] == 25 and whole["returns"] == 48 and linger["videos"] == 0
+    assert aside["detail, %"][0] == 0
+    assert np.isnan(aside["half-way, s"])
+    assert turn["ceiling's"] == math.inf
+    assert whole["recall, %"][0] == 25
+    assert whole["returns"] == 48
+    assert linger["videos"] == 0
     assert (other["memory"], other["drift"][0]) == ("slowfast, tau 0.9, 2 steps", 1.25)
     text = report.markdown(tables)
     assert "| student | slowfast | bounded | returns | turn | 50.0 [50.0, 50.0] | 24 | 100.0 [" in text
     assert "| student | slowfast | bounded | returns | linger | - | 0 | - |" in text
     parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(parts) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in parts)
+    assert len(parts) == 3
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in parts)
 
 
 # ---- the paper's tables beside ours ------------------------------------------------------------------------
@@ -4792,7 +5072,8 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
                        "Infinity-RoPE", "FramePack-F1"}
     first, second, third = (table[-1] for table in tables.values())
     assert {first["dino_60"], first["clip_t_10"], first["subject"], third["background"]} == {12.34}
-    assert second["60s_subject"] == 12.34 and second["5s_subject"] is third["total"] is None
+    assert second["60s_subject"] == 12.34
+    assert second["5s_subject"] is third["total"] is None
     longlive = tables["table1"][1]
     assert (longlive["dino_60"], longlive["context_length"]) == (86.26, "3.0 s")
     short = paper.beside(scores | {"dino_10": math.nan, "dino_60": math.nan})["table2"][-1]
@@ -4801,7 +5082,10 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
 
 
 @pytest.mark.parametrize("ours, theirs, word", [
-    (9, 0, "agrees"), (0, 9, "does not"), (5, 5, "not significant"), (9, None, None)])
+    (9, 0, "agrees"),
+    (0, 9, "does not"),
+    (5, 5, "not significant"),
+    (9, None, None)])
 def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ours, theirs, word):
     """In the paper LongLive is less consistent than its method, of higher quality over 60 s."""
     videos = []
@@ -4829,7 +5113,8 @@ def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_fronti
     for memory, kind in itertools.product([*PRESETS, "uniform3", "uniform6"], report.KINDS):
         row = FIRST | {"memory": memory, "worlds": "returns"}
         for i in range(12):
-            videos.append(video_row([(6., i > 3, 1), (22., i > 6, 1)], i, kind, row))
+            returns = [(6., i > 3, 1), (22., i > 6, 1)]
+            videos.append(video_row(returns, i, kind, row))
     figures.draw_forgetting(figure, videos, FIRST)
     shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     assert all(len(names) <= 5 and names[0] == "slowfast" for names in shown)
@@ -4873,10 +5158,13 @@ def test_the_strip_is_of_a_landmark_that_one_policy_brings_back_and_the_other_do
 def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view():
     spec = WorldSpec(world.HELD_OUT, "turn", 9)
     drawn = make_world(spec)
-    event = next(e for e in reappearances(read_video(clip(spec, 0, 400)), drawn.motion) if not e.in_sink)
+    found = reappearances(read_video(clip(spec, 0, 400)), drawn.motion)
+    event = next(event for event in found if not event.in_sink)
     moments = evaluate.moments(vars(event))
     far = np.abs(offsets(drawn.motion.heading(drawn.start, moments))[:, event.sector])
-    assert len(moments) == 7 and far[[0, 6]].max() < 3 and far[3] > 60
+    assert len(moments) == 7
+    assert far[[0, 6]].max() < 3
+    assert far[3] > 60
 
 
 def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path):
@@ -4884,9 +5172,13 @@ def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path)
     frames[:] = np.reshape([5, 7, 9], (3, 1, 1, 1))
     figures.draw_strip([(frames, True), (frames, False)], tmp_path / "strip.png")
     picture = iio.imread(tmp_path / "strip.png")
-    height, width = picture.shape[0] // 2, picture.shape[1] // 3
-    assert picture[height // 2::height, width // 2::width, 0].tolist() == [[5, 7, 9]] * 2
-    right, wrong, plain = figures.RIGHT, figures.WRONG, (255, 255, 255)
+    height = picture.shape[0] // 2
+    width = picture.shape[1] // 3
+    middles = picture[height // 2::height, width // 2::width, 0]
+    assert middles.tolist() == [[5, 7, 9]] * 2
+    right = figures.RIGHT
+    wrong = figures.WRONG
+    plain = (255, 255, 255)
     wanted = np.array([[right, plain, right], [right, plain, wrong]])
     assert (picture[::height, ::width] == wanted).all()
 
@@ -4896,7 +5188,8 @@ def test_of_an_hour_four_minutes_are_decoded_each_with_its_last_frame(monkeypatc
     monkeypatch.setattr(probe, "decode_frames", lambda vae, latents: 4 * latents.numpy().repeat(4, 1))
     frames = probe.decode_minutes(None, torch.arange(14_403)[None])
     assert frames.shape == (1, 3840)
-    assert frames[0, 959::960] == pytest.approx([960 * minute for minute in report.MINUTES], abs=12)
+    wanted = [960 * minute for minute in report.MINUTES]
+    assert frames[0, 959::960] == pytest.approx(wanted, abs=12)
 
 
 def test_of_each_minute_of_an_hour_validity_entropy_and_likeness_to_the_first_are_told():
@@ -4907,11 +5200,18 @@ def test_of_each_minute_of_an_hour_validity_entropy_and_likeness_to_the_first_ar
     found = probe.measure_minutes(np.concatenate([frames.repeat(5, 0) for frames in parts]))
     landmarks = make_world(spec).landmarks
     share = np.unique(landmarks, return_counts=True)[1] / 8
-    entropy, same = -(share * np.log2(share)).sum(), 100 * landmarks.count(3) / 8
-    wanted = {1: (entropy, 100), 5: (0, same), 15: (entropy, 100), 60: (0, 0)}
+    entropy = -(share * np.log2(share)).sum()
+    same = 100 * landmarks.count(3) / 8
+    wanted = {
+        1: (entropy, 100),
+        5: (0, same),
+        15: (entropy, 100),
+        60: (0, 0),
+    }
     for minute, numbers in wanted.items():
         validity, *others = [found[f"{minute} min: {name}"] for name in report.HOUR]
-        assert others == pytest.approx(numbers) and (validity > 40) == (minute < 60)
+        assert others == pytest.approx(numbers)
+        assert (validity > 40) == (minute < 60)
 
 
 # ---- videos of the small world are made, measured, and counted once ----------------------------------------
@@ -4940,18 +5240,23 @@ def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
 
     frames = drawn_frames(spec, 1005)
     good = measured(frames)
-    assert min(good["validity"], good["last"]) > 40 and abs(good["drift"]) < 1
+    assert min(good["validity"], good["last"]) > 40
+    assert abs(good["drift"]) < 1
     assert good["jumps"] == 0 and good["steady"] == 100
     assert good["landmarks"] == list(make_world(spec).landmarks)
-    assert good["returns"] and all(event["right"] for event in good["returns"])
+    assert good["returns"]
+    assert all(event["right"] for event in good["returns"])
     assert not any(event["follows"] for event in good["returns"])
     # it snaps to the first view; grey at the end; too short to drift; the other houses
     snaps = measured(np.concatenate([frames[:500], frames[:461]]))
-    assert snaps["jumps"] == pytest.approx(1) and snaps["steady"] == 100
+    assert snaps["jumps"] == pytest.approx(1)
+    assert snaps["steady"] == 100
     frames[-80:] = frames[-80:] * .8
     spoilt = measured(frames)
-    assert spoilt["last"] < 30 < spoilt["validity"] and spoilt["drift"] < -5
-    assert np.isnan(measured(frames[:200])["drift"]) and measured(frames[:400:2])["steady"] == 0
+    assert spoilt["last"] < 30 < spoilt["validity"]
+    assert spoilt["drift"] < -5
+    assert np.isnan(measured(frames[:200])["drift"])
+    assert measured(frames[:400:2])["steady"] == 0
     other = drawn_frames(replace(spec, counterfactual=True), 600)
     other[:100] = frames[:100]
     left_before = [event for event in measured(other)["returns"] if event["left"] < 100]
@@ -4971,9 +5276,11 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
     specs = probe.held_out(3)
     latents, keep = probe.continue_teacher(networks, specs, 1, 2, shuffle)
     real = probe.conditions(networks, specs, 1)[1]
-    assert torch.equal(pasts[0], real[whose]) and torch.equal(latents[:, :3], real)
+    assert torch.equal(pasts[0], real[whose])
+    assert torch.equal(latents[:, :3], real)
     assert [past.shape[1] for past in pasts] == [3, 24]
-    assert latents.shape[1] == 45 and keep.tolist() == [[True, False] * 7 + [True]] * 3
+    assert latents.shape[1] == 45
+    assert keep.tolist() == [[True, False] * 7 + [True]] * 3
 
 
 def test_a_probe_tells_what_came_back_right_and_what_memory_held():
@@ -4982,9 +5289,12 @@ def test_a_probe_tells_what_came_back_right_and_what_memory_held():
     frames = [drawn_frames(spec, 285) for spec in specs]
     none = torch.zeros(2, 24, dtype=torch.bool)
     found = probe.read_probe(specs, frames, none)
-    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 5
+    assert found["recall"] == 1
+    assert found["ceiling"] < .8
+    assert found["returns"] >= 5
     assert found["validity"] > 40
-    assert probe.read_probe(specs, frames, torch.arange(24).expand(2, -1) % 2 == 0)["ceiling"] == 1
+    every_second = torch.arange(24).expand(2, -1) % 2 == 0
+    assert probe.read_probe(specs, frames, every_second)["ceiling"] == 1
     frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
     assert probe.read_probe(specs, frames, none)["recall"] < .8
 
@@ -5009,14 +5319,16 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_or_the_row_names_one
     (networks, _, *lengths, policy, positions, swap), (fewer, *_, other, _, _) = asked
     assert policy == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
     assert (lengths, positions, swap) == ([14, 5], "bounded", True)
-    assert other.tau == .7 and fewer.sampler == replace(networks.sampler, steps=2)
+    assert other.tau == .7
+    assert fewer.sampler == replace(networks.sampler, steps=2)
 
 
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
     x = torch.arange(8).view(4, 2)
     assert torch.equal(probe.swap_neighbours(x), x[[1, 0, 3, 2]])
     first, second, *_ = specs = evaluate.worlds_of("swapped", 7, 5)
-    assert len(specs) == 6 and second == replace(first, counterfactual=True)
+    assert len(specs) == 6
+    assert second == replace(first, counterfactual=True)
     assert first.seed == evaluate.worlds_of("text", 2, 5)[0].seed == world.HELD_OUT + 5
 
 
@@ -5029,7 +5341,8 @@ def test_the_shipped_student_is_evaluated_from_its_file():
     assert report.pick(videos, row | {"motion": "turn"}) == videos
     # returns show the other world's landmarks
     follows = report.counts(videos, "follows")
-    assert follows.sum(0)[1] >= 12 and report.estimate(follows)[0] > 60
+    assert follows.sum(0)[1] >= 12
+    assert report.estimate(follows)[0] > 60
     assert report.estimate(report.counts(videos, "right"))[0] < 20
 
 
@@ -5037,9 +5350,11 @@ def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late()
     specs = evaluate.worlds_of("returns", 24, 0)
     motions = [make_world(spec).motion for spec in specs]
     seconds = {kind: [m.seconds for m in motions if m.kind == kind] for kind in report.KINDS}
-    assert len({spec.seed for spec in specs}) == 24 and {len(found) for found in seconds.values()} == {8}
+    assert len({spec.seed for spec in specs}) == 24
+    assert {len(found) for found in seconds.values()} == {8}
     for kind in ("turn", "linger"):
-        assert seconds[kind] == sorted(set(seconds[kind])) and seconds[kind][-1] == 44
+        assert seconds[kind] == sorted(set(seconds[kind]))
+        assert seconds[kind][-1] == 44
     assert (seconds["turn"][0], seconds["linger"][0]) == (8, 18)
     assert len(set(seconds["aside"])) > 3
     assert all(re.fullmatch(world.GRAMMAR, make_world(spec).caption) for spec in specs)
@@ -5061,8 +5376,9 @@ def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
     one = FIRST | {"weights": "one", "memory": "window"}
     specs = [WorldSpec(1)]
     found = [evaluate.key_of(one, specs, files, CPU)]
-    for other in ({"weights": "two"}, {"memory": "longlive"}, {"steps": 2}, {"tau": .5}, {"worlds": "real"}):
-        found.append(evaluate.key_of(one | other, specs, files, CPU))
+    others = {"weights": "two", "memory": "longlive", "steps": 2, "tau": .5, "worlds": "real"}
+    for name, value in others.items():
+        found.append(evaluate.key_of(one | {name: value}, specs, files, CPU))
     found.append(evaluate.key_of(one, [WorldSpec(2)], files, CPU))
     found.append(evaluate.key_of(one, specs, files | {"vae": files["other"]}, CPU))
     found.append(evaluate.key_of(one, specs, files | {"one": files["other"]}, CPU))
@@ -5124,7 +5440,8 @@ def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monke
     words = "--quick --memory infinity --worlds 3"
     text, made = run_evaluate(words)
     again, made_again = run_evaluate(words)
-    assert (made, made_again) == (3, 0) and again == text
+    assert (made, made_again) == (3, 0)
+    assert again == text
     monkeypatch.setitem(PRESETS, "infinity", Policy(0, 0, 15))
     edited, made = run_evaluate(words)
     row, edited_row = (re.search(r"\| stage2 \| infinity \| .*", x)[0].split("|") for x in (text, edited))
@@ -5148,7 +5465,9 @@ def test_a_policy_of_ones_own_gets_its_row_its_curve_and_its_reach_by_one_line(r
     text, _ = run_evaluate("--quick --memory mine --worlds 12")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| stage2 | mine |")]
     summary, curve = [row for row in rows if row[4] == "all"]
-    assert int(summary[6]) > 50 and summary[5] == "100.0 [100.0, 100.0]" and summary[10] == "beyond"
+    assert int(summary[6]) > 50
+    assert summary[5] == "100.0 [100.0, 100.0]"
+    assert summary[10] == "beyond"
     assert curve[-1] == "100.0 [100.0, 100.0] |"
 
 
@@ -5181,27 +5500,33 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_ev
     rows = re.findall(r"\| mine, 2 steps \| bounded \| (\w+ \| \w+)", text)
     kinds = ["all", "turn", "linger", "aside"]
     assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | 1"])
-    assert text.count("uniform6, 2 steps") == 8 and text.count("| teacher | uniform2 |") == 4
+    assert text.count("uniform6, 2 steps") == 8
+    assert text.count("| teacher | uniform2 |") == 4
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
 
 def test_prompts_are_padded_with_zeros_that_are_attended():
-    net, features = random_dit(), noise(2, 5, 64)
+    net = random_dit()
+    features = noise(2, 5, 64)
     padded = F.pad(features, (0, 0, 0, net.config.text_len - 5))
     for made, want in zip(net.text(features), net.text(padded), strict=True):
-        assert torch.equal(made[0], want[0]) and torch.equal(made[1], want[1])
+        assert torch.equal(made[0], want[0])
+        assert torch.equal(made[1], want[1])
         assert made[0].shape == (2, net.config.text_len, 2, 32)
         assert made[0][:, 5:].abs().min() > 0
 
 
 def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
-    net, x = random_dit(), noise(1, 3, 16, 4, 8)
-    text, rope = random_text(net), rope_cos_sin(torch.arange(3), 2, 4, 32)
+    net = random_dit()
+    x = noise(1, 3, 16, 4, 8)
+    text = random_text(net)
+    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     mask = torch.ones(1, 3, 3, dtype=torch.bool).tril()
     whole, kv = net(x, torch.zeros(1, 3), text, rope, mask=mask)
     # the first latent, of 8 tokens, from memory
-    memory = [LayerCache(apply_rope(k, rope)[:, :8], v[:, :8], 8) for k, v in kv]
+    first = [(apply_rope(k, rope)[:, :8], v[:, :8]) for k, v in kv]
+    memory = [LayerCache(k, v, 8) for k, v in first]
     t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
     rope = [table[:, 8:] for table in rope]
     later, _ = net(x[:, 1:], t, text, rope, memory, mask=mask)
@@ -5209,13 +5534,15 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
 
 
 def test_a_fresh_network_looks_sharply_predicts_zero_and_recomputing_changes_no_gradient():
-    x, t = noise(1, 3, 16, 4, 8), torch.rand(1, 3)
+    x = noise(1, 3, 16, 4, 8)
+    t = torch.rand(1, 3)
     rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     fresh = DiT(random_dit().config).initialise()
     assert not fresh(x, t, random_text(fresh), rope)[0].any()
     norms = [norm.weight for b in fresh.blocks for norm in (b.self_attn.norm_q, b.self_attn.norm_k)]
     assert torch.cat(norms).unique().tolist() == [2.]
-    net, gradients = random_dit().requires_grad_(True), []
+    net = random_dit().requires_grad_(True)
+    gradients = []
     for net.config.recompute in (False, True):
         loss = net(x, t, random_text(net), rope)[0].square().sum()
         gradients.append(torch.autograd.grad(loss, net.parameters()))
@@ -5227,14 +5554,16 @@ def test_weights_in_bf16_change_the_golden_by_less_than_two_percent_and_less_tha
     _, net, given, _ = golden_dit("wan_dit")
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     with torch.device("meta"):
-        mixed, all_bf16 = DiT(net.config), DiT(net.config)
+        mixed = DiT(net.config)
+        all_bf16 = DiT(net.config)
     mixed = load_on_device(mixed, tmp_path / "net.safetensors", "cpu", torch.bfloat16)
     load_state_dict_strict(all_bf16, {name: z.bfloat16() for name, z in net.state_dict().items()})
     for name, z in mixed.state_dict().items():
         small = name.startswith(("time_", "head.")) or "modulation" in name or "norm3" in name
         assert z.dtype == (torch.float32 if small else torch.bfloat16), name
     want, *others = (whole_clip(net, given) for net in (net, mixed, all_bf16))
-    ours, theirs = ((got - want).square().mean() / want.square().mean() for got in others)
+    power = want.square().mean()
+    ours, theirs = ((got - want).square().mean() / power for got in others)
     assert 0 < ours < theirs < .02 ** 2
 
 
@@ -5242,8 +5571,10 @@ def test_weights_in_bf16_change_the_golden_by_less_than_two_percent_and_less_tha
 
 def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
     ids, mask = bytes_to_ids(["Ab", "\u00e9", "x" * 200], length=5)
-    cut = [122, 122, 122, 122, 1]
-    assert ids.tolist() == [[67, 100, 1, 0, 0], [197, 171, 1, 0, 0], cut]
+    first, second, third = ids.tolist()
+    assert first == [67, 100, 1, 0, 0]
+    assert second == [197, 171, 1, 0, 0]
+    assert third == [122, 122, 122, 122, 1]
     assert torch.equal(mask, (ids > 0).long())
 
 
@@ -5251,7 +5582,9 @@ def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
     (" a calm\u2028sea \n\nein B\xe4r\n".encode("utf-8"), ["a calm\u2028sea", "ein B\xe4r"]),
     (" a calm sea \r\rein B\xe4r".encode("utf-16"), ["a calm sea", "ein B\xe4r"]),
     (b"\xef\xbb\xbf a calm sea \r\n\r\n", ["a calm sea"]),
-    (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts"), (b"a\n\0", "line 2: .*control characters"),
+    (b"M\xe4rz", "cannot read"),
+    (b" \n\n", "no prompts"),
+    (b"a\n\0", "line 2: .*control characters"),
     (None, "is no file")])
 def test_a_file_of_prompts_has_one_a_line_in_utf_8_or_16(content, want, tmp_path):
     file = tmp_path / "prompts.txt"
@@ -5330,7 +5663,8 @@ def raw(tmp_path):
     torch.save({k: v.bfloat16() for k, v in text.items()}, folder / T5)
     torch.save(vae, folder / VAES["wan"])
     torch.save(tae, folder / VAES["tae"])
-    sizes = dict(dim=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, in_dim=16, text_len=512)
+    sizes = dict(dim=64, ffn_dim=96, num_heads=2, num_layers=2)
+    sizes |= dict(freq_dim=32, in_dim=16, text_len=512)
     (folder / "config.json").write_text(json.dumps(sizes))
 
     def wrapped(key):
@@ -5352,11 +5686,14 @@ def small_net():
 
 
 def test_saved_weights_come_back_with_what_made_them(small_net, tmp_path):
-    facts, file = {"sampler": {"steps": 4}}, tmp_path / "net.safetensors"
+    facts = {"sampler": {"steps": 4}}
+    file = tmp_path / "net.safetensors"
     save_weights(file, small_net.state_dict(), small_net.config, facts)  # float32, for the next stage
     got, told = load(file, DiT, DiTConfig)
-    assert told == facts and replace(got.config, patch=tuple(got.config.patch)) == small_net.config
-    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), small_net.parameters(), strict=True))
+    assert told == facts
+    assert replace(got.config, patch=tuple(got.config.patch)) == small_net.config
+    pairs = zip(got.parameters(), small_net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(BadInput, match="give --wan"):
         load_tiny(file, "cpu")
     weights.ship(file, tmp_path / "shipped")
@@ -5428,7 +5765,8 @@ def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path
     path = tmp_path / (name if name in CONTAINERS else "form.pt")
     CONTAINERS.get(name, torch.save)(WRAPPINGS.get(name, dict)(want), path)
     got, _ = read_public(path)
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k]) for k in want)
     for file in path.glob("*-of-*"):  # one of several stands for all
         assert read_public(file)[0].keys() == want.keys()
 
@@ -5437,15 +5775,22 @@ def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
     own = raw.parent / "own.safetensors"
     save_weights(own, read_public(raw / DIT)[0], tiny_dit, {"sampler": {"steps": 2}})
     m = load_raw(raw, own, "64x32", "tae", torch.bfloat16)
-    assert m.sampler.steps == 2 and m.name == "own.safetensors" and isinstance(m.vae, TAE)
-    assert m.latent == (16, 4, 8) and m.grid == (2, 4) and m.dit.config.heads == 2
+    assert m.sampler.steps == 2
+    assert m.name == "own.safetensors"
+    assert isinstance(m.vae, TAE)
+    assert m.latent == (16, 4, 8)
+    assert m.grid == (2, 4)
+    assert m.dit.config.heads == 2
     assert m.dit.patch_embedding.weight.dtype == torch.bfloat16
     assert m.dit.blocks[0].modulation.dtype == torch.float32
-    assert not any(p.requires_grad or p.is_meta for p in [*m.dit.parameters(), *m.vae.parameters()])
+    parameters = [*m.dit.parameters(), *m.vae.parameters()]
+    assert not any(p.requires_grad or p.is_meta for p in parameters)
     m = load_raw(raw, raw.parent / "student.pt")
-    assert m.sampler == Sampler() and isinstance(m.vae, WanVAE)
+    assert m.sampler == Sampler()
+    assert isinstance(m.vae, WanVAE)
     # averages before raw weights
-    got, want = m.dit.state_dict(), read_public(raw / DIT)[0]
+    got = m.dit.state_dict()
+    want = read_public(raw / DIT)[0]
     assert all(torch.equal(got[name], want[name] + .01) for name in want)
 
 
@@ -5487,15 +5832,19 @@ def test_foreign_weights_are_refused_by_name(told, raw):
     torch.save(FOREIGN[told](read_public(raw / DIT)[0]), file)
     with pytest.raises(BadInput, match=told) as refused:
         load_raw(raw, file)
-    assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name, content, told", [
     ("a.pth", b"GGUF" + bytes(99), "begins with b'GGUF.*fetch the model as safetensors"),
     ("a", b"<!doctype html><html>Entry not found", "begins with b'<!doc.*web page"),
     ("a", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "git lfs pull"),
-    ("a", b"hello", "neither safetensors nor"), ("a", b"", "empty.*fetch it again"), ("a", b"", "is no file"),
-    ("a-1-of-2.pth", b"", "not hold all files NAME-1-of-2"), (".metadata", b"", "dcp_to_torch"),
+    ("a", b"hello", "neither safetensors nor"),
+    ("a", b"", "empty.*fetch it again"),
+    ("a", b"", "is no file"),
+    ("a-1-of-2.pth", b"", "not hold all files NAME-1-of-2"),
+    (".metadata", b"", "dcp_to_torch"),
     ("a.index.json", b"{}", "not hold all files NAME-1-of-2")])
 def test_what_is_no_file_of_weights_is_named_for_what_it_is(name, content, told, tmp_path):
     file = tmp_path / name
@@ -5562,7 +5911,8 @@ def test_what_weights_say_of_themselves_has_bounds(field, value, small_net, tmp_
     write_safetensors(tmp_path / "a", small_net.state_dict(), about)
     with pytest.raises(BadInput, match=f"{field}|size mismatch") as refused:
         load(tmp_path / "a", DiT, DiTConfig)
-    assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path / "a") in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3, "facts": {}}', "{}", "9" * 10 ** 5])
@@ -5573,8 +5923,11 @@ def test_metadata_that_is_no_object_is_told(about, tmp_path):
 
 
 @pytest.mark.parametrize("sizes, told", [
-    ({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
-    ({"text_len": None}, "text_len"), ([], "content cannot be")])
+    ({"num_layers": 10 ** 9}, "layers"),
+    ({"dim": "64"}, "dim"),
+    ({"num_heads": 7}, "heads"),
+    ({"text_len": None}, "text_len"),
+    ([], "content cannot be")])
 def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
     stated = json.loads((raw / "config.json").read_text())
     (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
@@ -5595,7 +5948,9 @@ LORAS = {  # a pair for one weight under the names that programs give it, and wh
 @pytest.mark.parametrize("config", [False, True])
 def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     """alpha: 2 in the file, 3 in peft's adapter_config.json, else the rank, 4"""
-    up, down, path = noise(64, 4), noise(4, 64, seed=1), tmp_path / "lora.pt"
+    up = noise(64, 4)
+    down = noise(4, 64, seed=1)
+    path = tmp_path / "lora.pt"
     layer = Q.replace(".", "_") if form == "kohya" else Q
     names = [name.format(layer) for name in LORAS[form]]
     content = dict(zip(names, (down, up, torch.tensor(2.))))
@@ -5610,7 +5965,8 @@ def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     m = load_raw(raw, ckpt, lora=path)
     got, name = m.dit.state_dict(), f"{Q}.weight"
     close(got[name], whole[name] + alpha / 4 * up @ down, 1e-5)
-    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name) and "lora.pt" in m.name
+    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name)
+    assert "lora.pt" in m.name
     if ckpt:
         assert torch.equal(load_raw(raw, ckpt).dit.state_dict()[name], whole[name])
         assert "holds a LoRA too" in capsys.readouterr().err
@@ -5644,7 +6000,8 @@ def test_weights_that_are_not_for_this_use_are_told(words, told, raw, sampled, t
     words = [str(word).replace("RAW/", f"{raw.parent}/").replace("RAW", str(raw)) for word in words]
     code = sampled(tmp_path / "o", "--seconds", ".1", *words)[1]
     error = capsys.readouterr().err
-    assert re.search(told, error, re.S) and code == (2 if error.startswith("error: ") else 0)
+    assert re.search(told, error, re.S)
+    assert code == (2 if error.startswith("error: ") else 0)
     assert ("need --wan" in told or "without" in told) == (code == 2)
 
 
@@ -5672,8 +6029,11 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("package, size, told", [
-    ("", "100x100", "multiples of 16"), ("", "big", "multiples of 16"), ("", "0x32", "multiples of 16"),
-    ("ftfy", "32x32", "ftfy"), ("tokenizers", "32x32", "tokenizers")])
+    ("", "100x100", "multiples of 16"),
+    ("", "big", "multiples of 16"),
+    ("", "0x32", "multiples of 16"),
+    ("ftfy", "32x32", "ftfy"),
+    ("tokenizers", "32x32", "tokenizers")])
 def test_sizes_that_do_not_fit_and_missing_packages_are_told(package, size, told, raw, monkeypatch):
     if package:
         monkeypatch.setitem(sys.modules, package, None)
@@ -5718,15 +6078,18 @@ def test_a_full_size_chunk_has_constant_shapes_and_no_step_that_waits_for_data()
     def note(module, args):
         latents, memory = args[0], args[4]
         if memory is not None:
-            shapes.append([tuple(z.shape) for z in (latents, memory[0].keys, memory[0].values)])
+            seen = latents, memory[0].keys, memory[0].values
+            shapes.append([tuple(z.shape) for z in seen])
     with torch.device("meta"), torch.no_grad():
         net = DiT(replace(DiTConfig(), layers=1))
         net.register_forward_pre_hook(note)
-        roll = Rollout(net, net.text(torch.empty(1, 7, 4096)), PRESETS["slowfast"], (30, 52))
+        text = net.text(torch.empty(1, 7, 4096))
+        roll = Rollout(net, text, PRESETS["slowfast"], (30, 52))
         made = [x0.shape for x0 in generate(roll, [0], 10, Sampler(), (16, 60, 104))]
     assert made == [(1, 3, 16, 60, 104)] * 10
     full = shapes[-20:]  # of 5 passes in each of the last 4 chunks
-    assert all(found == full[0] for found in full) and full[0][1] == (1, 21 * 1560, 12, 128)
+    assert all(found == full[0] for found in full)
+    assert full[0][1] == (1, 21 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
         roll.similarities[-1].item()  # what this test would have caught
 
@@ -5734,8 +6097,10 @@ def test_a_full_size_chunk_has_constant_shapes_and_no_step_that_waits_for_data()
 def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
     """On the meta device, where tensors have no values, from Algorithm 1 to the gradients of every weight."""
     with torch.device("meta"):
-        student, teacher, critic = (DiT(DiTConfig(256, 512, 2, 2, recompute=True)) for _ in range(3))
-        features, t = torch.empty(1, 7, 4096), torch.empty(1)
+        small = DiTConfig(256, 512, 2, 2, recompute=True)
+        student, teacher, critic = (DiT(small) for _ in range(3))
+        features = torch.empty(1, 7, 4096)
+        t = torch.empty(1)
         eps = torch.empty(1, 21, 16, 8, 8)
         with torch.no_grad():
             roll = Rollout(student, student.text(features), PRESETS["slowfast"], (4, 4))
@@ -5743,11 +6108,13 @@ def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
         draw = lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta")
         trace = dmd.rollout(roll, LEVELS, 1, draw, 14, 7)
     dmd.student_step(student, teacher, critic, features, trace, t, eps, (4, 4), 3., features)
-    assert trace.context.shape[1] == 21 and all(p.grad is not None for p in student.parameters())
+    assert trace.context.shape[1] == 21
+    assert all(p.grad is not None for p in student.parameters())
 
 
 def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
-    net, graphs = random_dit(dim=32, ffn_dim=64, heads=1, layers=1), []
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1)
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -5787,7 +6154,8 @@ def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, clips, samp
     if "--bench" in words:
         assert "frames/s" in capsys.readouterr().out
     else:
-        assert len(frames) == 16 * int(words[words.index("--seconds") + 1]) and frames.std() > 1
+        assert len(frames) == 16 * int(words[words.index("--seconds") + 1])
+        assert frames.std() > 1
     with capsys.disabled():
         print("\n", torch.cuda.get_device_name(), *words, bench.peak_memory(gpu))
 
@@ -5818,7 +6186,8 @@ def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage,
     for _ in range(2):
         go("--stage", stage, "--updates", "4", "--device", "cuda")
         forget(out, stage, 4)
-    assert hosted and all(tensor.device.type == "cpu" for tensor in hosted)
+    assert hosted
+    assert all(tensor.device.type == "cpu" for tensor in hosted)
     for part in train.PARTS[stage]:
         lines = [line for line in logged(out / part) if line["step"]]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 3, 4]
@@ -5829,7 +6198,8 @@ def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage,
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_on_a_gpu_training_at_832x480_takes_the_memory_of_its_estimate(stage, gpu, tmp_path, capsys):
     """Four layers of Wan's thirty, under torchrun on as many GPUs as there are, two at most."""
-    prompts, processes = tmp_path / "prompts.txt", min(2, torch.cuda.device_count())
+    prompts = tmp_path / "prompts.txt"
+    processes = min(2, torch.cuda.device_count())
     prompts.write_text("a calm sea\na storm rises\n")
     script = tmp_path / "one.py"
     script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\n"
@@ -5864,7 +6234,11 @@ def by_hand(features, other, fps):
 
 
 @pytest.mark.parametrize("n, fps", [
-    (960, 16), (153, 16), (152, 16), (1, 16), (63, 6.25)])
+    (960, 16),
+    (153, 16),
+    (152, 16),
+    (1, 16),
+    (63, 6.25)])
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
@@ -5947,7 +6321,8 @@ def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
         names = [whole, *(f"{windows}_{t}" for t in metrics.SECONDS)]
         scores = [float(moves[name]) for name in names]
         np.testing.assert_allclose(scores, by_hand(features, other, 2), atol=1e-4)
-        assert float(stands[whole]) == pytest.approx(1, abs=1e-3) and dog[whole] == "nan"
+        assert float(stands[whole]) == pytest.approx(1, abs=1e-3)
+        assert dog[whole] == "nan"
     assert dog["prompt"] == "A dog."
     # the means of videos so long, under the paper's
     lines = Path("out/videos.md").read_text().splitlines()
@@ -6003,10 +6378,12 @@ def test_videos_that_cannot_be_read_are_listed_and_the_list_that_made_a_set_scor
     assert "in/noise-0.mp4 is damaged" in told.out
     escaped = strange.encode("utf-8", "backslashreplace").decode()
     assert set(rows) == {"a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", escaped}
-    assert rows["a-dog-0.mp4"]["prompt"] == prompt and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
+    assert rows["a-dog-0.mp4"]["prompt"] == prompt
+    assert rows["a-cat-0.mp4"]["prompt"] == "a-cat"
     Path("list").write_text(f"{prompt}\nA cat!\n", "utf-8-sig")
     rows = score_videos("--videos in --prompts list")
-    assert {row["prompt"] for row in rows.values()} == {prompt, "A cat!"} and len(rows) == 3
+    assert {row["prompt"] for row in rows.values()} == {prompt, "A cat!"}
+    assert len(rows) == 3
 
 
 @uses_transformers
