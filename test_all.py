@@ -724,6 +724,8 @@ def test_golden_dmd_gradient_loss_and_critic():
     t = flow.shifted(u, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
     close((t * n).float(), want["t"].float(), 2e-2)
     assert torch.equal(dmd.score_level(u, c["timestep_shift"]), t)
+    ends = dmd.score_level(torch.tensor([0., 1.]), c["timestep_shift"])
+    assert ends.tolist() == pytest.approx([c["min_step"] / n, c["max_step"] / n])
     sigmas = torch.tensor(flow.schedule(int(n), c["shift"]), dtype=torch.float64).float()
     t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]
     close(flow.add_noise(x, given["noise"], t), want["noisy"], 2e-5)
@@ -1768,7 +1770,7 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
     for p, a in zip(saved, average, strict=True):
         assert torch.allclose(p, a, rtol=1e-5, atol=1e-7)  # float32: a bf16 file would be off by 1e-3
     off = [(a - p).norm() / p.norm() for a, p in zip(average, weights[-1])]
-    assert max(off) > .01  # not the weights themselves
+    assert max(off) > 1e-4  # not the weights themselves
 
 
 def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
