@@ -2298,12 +2298,13 @@ def videos(tmp_path_factory):
     """A folder of two good clips of 32 frames a second, and of all that must be skipped."""
     folder = tmp_path_factory.mktemp("videos")
     (folder / "more").mkdir()
-    captions = [make_world(WorldSpec(i)).caption for i in range(2)]
+    captions = [make_world(WorldSpec(i)).caption for i in range(3)]
     write_film(folder / "good.mp4", WorldSpec(0), 10.7)
     write_film(folder / "more" / "good.mp4", WorldSpec(1), 13.2, 2)
     write_film(folder / "short.mp4", WorldSpec(2), 9)
     write_film(folder / "mute.mp4", WorldSpec(3), 1)
     (folder / "good.txt").write_text(captions[0])
+    (folder / "short.txt").write_text(captions[2])
     (folder / "more" / "good.txt").write_text(captions[1], "utf-8-sig")
     good = (folder / "good.mp4").read_bytes()
     film(folder / "turned.mp4", folder / "good.mp4", "-c", "copy", before=["-display_rotation", "90"])
@@ -2311,7 +2312,7 @@ def videos(tmp_path_factory):
     (folder / "noise.mp4").write_bytes(good[:5000] + bytes(range(250)) * 12 + good[8000:])
     for name in ("latin", "empty"):
         (folder / f"{name}.mp4").write_bytes(good)
-    for name in ("broken", "noise", "turned", "short"):
+    for name in ("broken", "noise", "turned"):
         (folder / f"{name}.txt").write_text("a calm sea")
     (folder / "latin.txt").write_bytes(b"M\xe4rz")
     (folder / "empty.txt").write_text("\ufeff \n", "utf-8")
