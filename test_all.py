@@ -1,11 +1,13 @@
 """
 One test per claim, on the CPU, with the shipped weights and the golden vectors of the official code.
 
-    python -m pytest test_all.py                  # all but those that measure time or resident memory
-    python -m pytest test_all.py -m "not slow"    # without the long ones
-    python -m pytest test_all.py -m speed         # time and resident memory, on an idle machine
-    python -m pytest test_all.py -m cuda -s       # on a GPU, which none of the others needs
+    python -m pytest test_all.py                    # side by side on two cores: see pytest.ini
+    python -m pytest test_all.py -m "not slow"      # without the long ones
+    python -m pytest test_all.py -m speed -n 0      # time and resident memory, on an idle machine
+    python -m pytest test_all.py -m cuda -n 0 -s    # on a GPU, which none of the others needs
     GOLDEN=DIR python -m pytest test_all.py -k golden    # other vectors of the same format
+
+Tests that share something expensive are of one xdist_group: one process makes it, and only once.
 """
 import ast
 import base64
@@ -32,12 +34,13 @@ import time
 import tokenize
 import weakref
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: nets are so small here that threads would only wait for each other
+# before torch: nets are so small here that threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -92,14 +95,15 @@ from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 from tensors import read_public
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts
 from vae import TAE, TAEConfig, tiny_tae
-from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device, load_state_dict_strict,
-                     load_tiny, load_wan, read_file, save_weights, wan_text,
+from weights import (DIT, T5, TOKENIZER, VAES, WEIGHTS, Networks, load, load_on_device,
+                     load_state_dict_strict, load_tiny, load_wan, read_file, save_weights, wan_text,
                      write_safetensors)
 from wan_vae import MEAN, STD, WanVAE, WanVAEConfig
 from world import Motion, World, WorldSpec, clip, make_world, offsets, panorama, render, wrap
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", HERE / "golden"))
+CPU = torch.device("cpu")
 
 
 # ---- golden vectors: the official code's numbers -----------------------------------------------------------
@@ -113,17 +117,16 @@ def golden(name):
             kind, _, rest = key.partition(".")
             parts[kind][rest] = f.get_tensor(key)
     for key, value in config.items():
-        try:
+        with suppress(json.JSONDecodeError):
             config[key] = json.loads(value)
-        except json.JSONDecodeError:
-            pass
     return config, *parts.values()
 
 
 def golden_dit(name):
     c, weights, given, want = golden(name)
     names = "dim ffn_dim num_heads num_layers freq_dim text_dim text_len in_dim"
-    net = DiT(DiTConfig(*[c[key] for key in names.split()], tuple(c["patch_size"][1:])))
+    sizes = [c[key] for key in names.split()]
+    net = DiT(DiTConfig(*sizes, tuple(c["patch_size"][1:])))
     return c, load_state_dict_strict(net, weights).requires_grad_(False), given, want
 
 
@@ -138,8 +141,11 @@ def frames_first(x):
 
 def rope_of(net, time, x):
     p, q = net.config.patch
-    d = net.config.dim // net.config.heads
-    return rope_cos_sin(time, x.shape[-2] // p, x.shape[-1] // q, d)
+    return rope_of_grid(net, time, (x.shape[-2] // p, x.shape[-1] // q))
+
+
+def rope_of_grid(net, time, grid):
+    return rope_cos_sin(time, *grid, net.config.dim // net.config.heads)
 
 
 @torch.no_grad()
@@ -153,9 +159,14 @@ def whole_clip(net, given):
 def test_golden_bidirectional_dit_and_its_inner_taps():
     _, net, given, want = golden_dit("wan_dit")
     block, taps = net.blocks[0], {}
-    hooked = {"time_emb": net.time_embedding, "time_proj": net.time_projection,
-              "text_emb": net.text_embedding, "block0": block,
-              "block0_self_attn": block.self_attn, "block0_cross_attn": block.cross_attn}
+    hooked = {
+        "time_emb": net.time_embedding,
+        "time_proj": net.time_projection,
+        "text_emb": net.text_embedding,
+        "block0": block,
+        "block0_self_attn": block.self_attn,
+        "block0_cross_attn": block.cross_attn,
+    }
 
     def tap(name, module, args, out):
         taps[name] = out[0] if isinstance(out, tuple) else out
@@ -165,7 +176,8 @@ def test_golden_bidirectional_dit_and_its_inner_taps():
     close(whole_clip(net, given), want["pred"], 2e-5)
     assert len(taps) == 7
     for name, got in taps.items():
-        close(got[:, 0] if name.startswith("time") else got.flatten(1, -2), want[name], 2e-5)
+        got = got[:, 0] if name.startswith("time") else got.flatten(1, -2)
+        close(got, want[name], 2e-5)
 
 
 @pytest.mark.parametrize("which", ["global", "local", "sink"])
@@ -173,8 +185,10 @@ def test_golden_causal_dit_with_cache(which):
     """The official caches are our Memory with sizes from the file; a chunk run again replaces itself."""
     c, net, given, want = golden_dit("wan_causal")
     window, sink = c["sets"][which]
-    memory = Memory(Policy(0, 0, 10 ** 6) if window == -1 else Policy(sink, 0, window - sink))
-    text, starts = net.text(given["context"]), c["start_frames"]
+    sizes = (0, 0, 10 ** 6) if window == -1 else (sink, 0, window - sink)
+    memory = Memory(Policy(*sizes))
+    text = net.text(given["context"])
+    starts = c["start_frames"]
     for i, start in enumerate(starts):
         x = frames_first(given[f"x{i}"])
         b, f = x.shape[:2]
@@ -185,7 +199,8 @@ def test_golden_causal_dit_with_cache(which):
         if held is not None:
             old = rope_of(net, held.frame[0], x)
             keys = [apply_rope(k.flatten(1, 2), old) for k in held.keys]
-            context = [LayerCache(k, v.flatten(1, 2), k.shape[1]) for k, v in zip(keys, held.values)]
+            values = [v.flatten(1, 2) for v in held.values]
+            context = [LayerCache(k, v, k.shape[1]) for k, v in zip(keys, values)]
         frame = torch.arange(start, start + f)
         rope = rope_of(net, frame, x)
         v, kv = net(x, given[f"t{i}"] / 1000, text, rope, context)
@@ -206,31 +221,35 @@ def test_golden_blockwise_and_teacher_forcing_passes():
     distinct = [i for i, start in enumerate(starts) if i == starts.index(start)]
     x = torch.cat([frames_first(given[f"x{i}"]) for i in distinct], 1)
     t = torch.cat([given[f"t{i}"] for i in distinct], 1) / 1000
-    f, text = x.shape[1], net.text(given["context"])
-    block = torch.arange(f) // c["num_frame_per_block"]
-    older, own = block[:, None] > block, block[:, None] == block
-    rope = rope_of(net, torch.arange(f), x)
-    v, _ = net(x, t, text, rope, mask=(older | own)[None])
+    text = net.text(given["context"])
+    frame = torch.arange(x.shape[1])
+    block = frame // c["num_frame_per_block"]
+    older = block[:, None] > block
+    own = block[:, None] == block
+    v, _ = net(x, t, text, rope_of(net, frame, x), mask=(older | own)[None])
     close(frames_first(v), want["blockwise"], 2e-5)
     # teacher forcing: the clean frames and the noisy ones in one pass
     both = torch.cat([x, frames_first(given["teacher_forcing_noisy"])], 1)
-    levels = torch.cat([torch.zeros_like(t), given["teacher_forcing_t"] / 1000], 1)
+    levels = torch.cat([0 * t, given["teacher_forcing_t"] / 1000], 1)
     clean = torch.cat([older | own, torch.zeros_like(own)], 1)
-    mask = torch.cat([clean, torch.cat([older, own], 1)])[None]
-    v, _ = net(both, levels, text, rope_of(net, torch.arange(f).repeat(2), x), mask=mask)
-    close(frames_first(v[:, f:]), want["teacher_forcing"], 2e-5)
+    noisy = torch.cat([older, own], 1)
+    rope = rope_of(net, frame.repeat(2), x)
+    v, _ = net(both, levels, text, rope, mask=torch.cat([clean, noisy])[None])
+    close(frames_first(v[:, len(frame):]), want["teacher_forcing"], 2e-5)
 
 
 def test_golden_text_encoder_and_position_buckets():
     c, weights, given, want = golden("umt5")
     names = "vocab dim dim_attn dim_ffn num_heads num_layers num_buckets"
-    config, taps = TextConfig(*[c[key] for key in names.split()]), {}
+    config = TextConfig(*[c[key] for key in names.split()])
+    taps = {}
     net = load_state_dict_strict(TextEncoder(config), weights)
     net.blocks[0].register_forward_hook(lambda module, args, out: taps.update(block0=out))
     close(net(given["ids"].long(), given["mask"].long()), want["context"], 2e-5)
     real = given["mask"].bool()
     close(taps["block0"][real], want["block0"][real], 2e-5)
-    assert torch.equal(bucket(given["rel_offset"].long(), c["num_buckets"]), want["rel_bucket"].long())
+    buckets = bucket(given["rel_offset"].long(), c["num_buckets"])
+    assert torch.equal(buckets, want["rel_bucket"].long())
 
 
 def in_pieces(decode, latents, size):
@@ -272,12 +291,14 @@ def test_golden_wan_autoencoder_encodes_decodes_and_streams():
 def test_golden_schedule_noise_and_velocity():
     """The official scheduler snaps t to a table of 1,000 levels; ours does not, so the test snaps first."""
     c, _, given, want = golden("flow")
-    shift, n = c["shift"], int(c["num_train_timesteps"])
+    shift = c["shift"]
+    n = int(c["num_train_timesteps"])
     sigmas = torch.tensor(flow.schedule(n, shift))
     close(sigmas, want["sigmas"], 2e-5)
     close(sigmas * 1000, want["timesteps"], 2e-2)  # timesteps reach 1000: 2e-5 relative
     steps = given["denoising_step_list_unwarped"].double()
-    close((flow.shifted(steps / n, shift) * 1000).float(), want["denoising_step_list"].float(), 2e-2)
+    steps = flow.shifted(steps / n, shift) * 1000
+    close(steps.float(), want["denoising_step_list"].float(), 2e-2)
     # the vectors have no frame axis
     x0, noise, v = (given[name][:, None] for name in ("x0", "noise", "flow"))
     row = (sigmas * 1000 - given["t"][:, None]).abs().argmin(1)
@@ -294,34 +315,41 @@ def test_golden_schedule_noise_and_velocity():
     close(step[:len(want["euler_step"]), 0], want["euler_step"], 2e-5)
 
 
-def test_golden_names_and_shapes_of_the_full_size_networks():
+@pytest.mark.parametrize("name, build, config", [
+    ("keys_1_3B", DiT, DiTConfig()),
+    ("keys_umt5_xxl", TextEncoder, TextConfig()),
+    ("keys_tae", TAE, TAEConfig()),
+    ("keys_vae", WanVAE, WanVAEConfig())])
+def test_golden_names_and_shapes_of_the_full_size_networks(name, build, config):
     with torch.device("meta"):
-        nets = {"keys_1_3B": DiT(DiTConfig()), "keys_umt5_xxl": TextEncoder(TextConfig()),
-                "keys_tae": TAE(TAEConfig()), "keys_vae": WanVAE(WanVAEConfig())}
-    for name, net in nets.items():
-        shapes = {key: list(z.shape) for key, z in net.state_dict().items()}
-        assert shapes == json.loads((HERE / "golden" / f"{name}.json").read_text()), name
+        state = build(config).state_dict()
+    shapes = {key: list(z.shape) for key, z in state.items()}
+    assert shapes == json.loads((HERE / "golden" / f"{name}.json").read_text())
+
+
+def small_tae():
+    return TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False)
 
 
 # ---- autoencoders: a video may come in pieces --------------------------------------------------------------
 
-@torch.no_grad()
 def test_the_tiny_autoencoder_repeats_the_last_frame_until_4_divides_their_number():
-    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
+    tae = small_tae()
     video = torch.rand(2, 9, 3, 16, 24)
     latents = tae.encode_frames(video)
     assert latents.shape == (2, 3, 16, 2, 3)
-    assert torch.equal(latents, tae.encode_frames(video[:, [*range(9), 8, 8, 8]]))
+    longer = video[:, [*range(9), 8, 8, 8]]
+    assert torch.equal(latents, tae.encode_frames(longer))
 
 
-@torch.no_grad()
 def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypatch):
     video = torch.rand(1, 45, 3, 16, 24) * 2 - 1
-    tae = TAE(TAEConfig(8, (16, 12, 8, 8)))
+    tae = small_tae()
     whole = tae.encode(video)
     assert whole.shape[1] == 12
     # the first latent is of four copies of the first frame
-    close(tae.encode_frames(video[:, [0] * 4] * .5 + .5), whole[:, :1], 1e-6)
+    copies = video[:, [0] * 4] * .5 + .5
+    close(tae.encode_frames(copies), whole[:, :1], 1e-6)
     # later frames change no earlier latent
     close(tae.encode(video[:, :13]), whole[:, :4], 1e-6)
     monkeypatch.setattr("vae.PIECE", 0)
@@ -332,20 +360,21 @@ def test_the_tiny_autoencoder_encodes_a_long_video_in_pieces_as_at_once(monkeypa
 def test_a_fresh_tiny_autoencoder_passes_signals_on_in_their_size():
     torch.manual_seed(0)
     tae = TAE(tiny_tae).initialise()
-    latents = tae.encode(torch.from_numpy(clip(WorldSpec(1), 0, 17))[None] * 2 - 1)
+    frames = torch.from_numpy(clip(WorldSpec(1), 0, 17))[None]
+    latents = tae.encode(frames * 2 - 1)
     decoded = tae.decode(torch.randn_like(latents))[0]
-    assert .3 < latents.std() < 3 and .3 < decoded.std() < 3  # from torch's own start: .03 and .06
+    assert .3 < latents.std() < 3  # from torch's own start: .03
+    assert .3 < decoded.std() < 3  # and .06
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_wans_autoencoder_goes_on_from_what_it_remembers_or_from_a_copy_of_it(blocks):
-    vae, latents = WanVAE(WanVAEConfig(4, blocks=blocks)), torch.randn(1, 5, 16, 2, 2)
+    vae = WanVAE(WanVAEConfig(4, blocks=blocks))
+    latents = torch.randn(1, 5, 16, 2, 2)
     assert len(vae.encoder.downsamples) == 4 * blocks + 3
     assert len(vae.decoder.upsamples) == 4 * (blocks + 1) + 3
     whole, _ = vae.decode(latents)
-    for size in (1, 2):
-        close(in_pieces(vae.decode, latents, size), whole, 1e-5)
     _, past = vae.decode(latents[:, :2])
     for state in (list(past), past):
         close(vae.decode(latents[:, 2:], state)[0], whole[:, 5:], 1e-5)
@@ -360,7 +389,8 @@ def test_wans_autoencoder_refuses_frames_that_fill_no_latent():
 
 def random_dit(seed=0, **small):
     torch.manual_seed(seed)
-    net = DiT(replace(tiny_dit, **(small or dict(dim=64, ffn_dim=96, heads=2, layers=2))))
+    small = small or dict(dim=64, ffn_dim=96, heads=2, layers=2)
+    net = DiT(replace(tiny_dit, **small))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=.15)  # no parameter is zero, so nothing can be dropped unseen
     return net.eval().requires_grad_(False)
@@ -378,7 +408,7 @@ def block_causal(net, text, x, t, chunk=None, time=None):
     """One forward without a cache: every chunk sees the older ones and itself -> v, keys and values."""
     time = torch.arange(x.shape[1]) if time is None else time
     chunk = time // CHUNK if chunk is None else chunk
-    rope = rope_cos_sin(time, 2, 4, net.config.dim // net.config.heads)
+    rope = rope_of_grid(net, time, (2, 4))
     return net(x, t, text, rope, mask=(chunk[:, None] >= chunk)[None])
 
 
@@ -394,11 +424,13 @@ def random_keep(b, chunks):
 
 
 def test_rope_turns_pairs_by_time_row_and_column_like_complex_numbers_in_float64():
-    time, x = torch.tensor([[5, 20], [0, 3]]), noise(2, 12, 2, 44)
+    time = torch.tensor([[5, 20], [0, 3]])
+    x = noise(2, 12, 2, 44)
     got = apply_rope(x, rope_cos_sin(time, 2, 3, 44)).double()
-    by_time, by_place = (10000. ** (-torch.arange(0, n, 2).double() / n) for n in (16, 14))
-    places = list(np.ndindex(2, 2, 3))
-    for b, (n, (f, h, w)) in itertools.product(range(2), enumerate(places)):
+    exponents = [torch.arange(0, n, 2).double() / n for n in (16, 14)]
+    by_time, by_place = (10000. ** -exponent for exponent in exponents)
+    places = [*enumerate(np.ndindex(2, 2, 3))]
+    for b, (n, (f, h, w)) in itertools.product(range(2), places):
         angles = torch.cat([time[b, f] * by_time, h * by_place, w * by_place])
         pairs = torch.view_as_complex(x[b, n].double().unflatten(-1, (-1, 2)))
         turned = pairs * torch.polar(torch.ones_like(angles), angles)
@@ -407,7 +439,8 @@ def test_rope_turns_pairs_by_time_row_and_column_like_complex_numbers_in_float64
 
 def test_unbounded_positions_end_at_1024():
     held = torch.zeros(1, 18)
-    assert absolute_positions(held, torch.tensor([[1022, 1023]]))[1].tolist() == [[1022, 1023]]
+    last = torch.tensor([[1022, 1023]])
+    assert torch.equal(absolute_positions(held, last)[1], last)
     with pytest.raises(ValueError, match="latent 1025 asked for: use bounded positions"):
         absolute_positions(held, torch.tensor([[1023, 1024]]))
 
@@ -451,21 +484,25 @@ def remember(memory, policy, keep):
 @pytest.mark.parametrize("old", ["slowfast", "window", "longlive"])
 @pytest.mark.parametrize("new", ["slowfast", "window", "infinity"])
 def test_another_policy_keeps_what_it_has_room_for_and_goes_on_as_if_that_had_been_its_own(old, new, chunks):
-    memory, policy = Memory(PRESETS["slowfast"]), PRESETS[new]
+    memory = Memory(PRESETS["slowfast"])
+    policy = PRESETS[new]
     held = remember(memory, PRESETS[old], [i % 3 == 0 for i in range(chunks)])
     room = policy.sink + policy.slow + policy.fast
     fits = held if len(held) <= room else held[:policy.sink] + held[policy.sink - room:]
     assert remember(memory, policy, []) == fits
     # seven chunks later all of fast memory is new; the sink has been filled from what was there
-    now, made = remember(memory, policy, [False] * 7), [*range(3 * chunks, 3 * chunks + 21)]
+    now = remember(memory, policy, [False] * 7)
+    made = [*range(3 * chunks, 3 * chunks + 21)]
     assert now[:policy.sink] == [*fits, *made][:policy.sink]
     assert now[-policy.fast:] == made[-policy.fast:]
-    assert len(now) == min(room, len(fits) + 21) and now == sorted(set(now))
+    assert len(now) == min(room, len(fits) + 21)
+    assert now == sorted(set(now))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was_not_dropped(name):
-    keep, policy = random_keep(1, 60), PRESETS[name]
+    keep = random_keep(1, 60)
+    policy = PRESETS[name]
     memory = Memory(policy)
     plain = frames_in_memory(policy, keep, evict_first=False)[1:]
     for kept, context in zip(keep[0].tolist(), plain):
@@ -488,12 +525,8 @@ def test_the_same_policy_again_changes_nothing_and_a_return_brings_back_what_was
 def test_a_chunk_is_kept_where_it_is_tested_and_less_similar_than_tau(keep, interval, tau, kept):
     policy = Policy(3, 12, 6, keep, interval, tau)
     similar = torch.tensor([.99, .90, .95, .97, -.5])
-    assert [i for i in range(5) if policy.should_keep(i, similar[i:i + 1]).item()] == kept
-
-
-def test_a_preset_takes_the_threshold_of_the_weights_unless_it_names_its_own():
-    assert PRESETS["slowfast"].calibrated(.8).tau == .8
-    assert Policy(3, 12, 6, "surprisal", tau=.9).calibrated(.8).tau == .9
+    found = [i for i in range(5) if policy.should_keep(i, similar[i:i + 1])]
+    assert found == kept
 
 
 class Echo:
@@ -507,21 +540,23 @@ class Echo:
 
 def test_keyframes_are_the_surprising_chunks_of_each_video_by_itself():
     # the axis that all keys of a chunk lie along: equal axes are alike, others are not
-    restless = [*range(8), 7, 7, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15]
+    restless = [*range(8), 7, 7, 7, *range(8, 11), *range(10, 16)]
     axes = torch.tensor([[0] * 20, restless]).repeat_interleave(CHUNK, dim=1)
     keys = F.one_hot(axes, 16).float()
     text = [(torch.zeros(1, 1, 1, 16),) * 2]
     roll = Rollout(Echo(), text, PRESETS["slowfast"], (1, 1))
     append_all(roll, keys[..., None, None])
     kept = [i for i in range(2, 20, 2) if restless[i] != restless[i - 1]]
-    assert [decision.tolist() for decision in roll.kept] == [[False, i in kept] for i in range(20)]
+    decisions = [decision.tolist() for decision in roll.kept]
+    assert decisions == [[False, i in kept] for i in range(20)]
     roll.read_context()  # chunk 20 is to be made: chunks up to 18 have left fast memory
     # latents 3..14 fill slow memory, then the first latents of kept chunks push the oldest out
     first = [*range(3, 15)]
     pushed = [CHUNK * i for i in kept if i > 4]
-    assert roll.memory.sink.frame.tolist() == [[0, 1, 2]] * 2
-    assert roll.memory.slow.frame.tolist() == [first, [*first, *pushed][-12:]]
-    assert roll.memory.fast.frame.tolist() == [[57, 58, 59]] * 2
+    memory = roll.memory
+    assert memory.sink.frame.tolist() == [[0, 1, 2]] * 2
+    assert memory.slow.frame.tolist() == [first, [*first, *pushed][-12:]]
+    assert memory.fast.frame.tolist() == [[57, 58, 59]] * 2
 
 
 @pytest.mark.parametrize("pool, places", [("mean", 1), ("token", 8)])
@@ -544,10 +579,12 @@ def test_7_chunks_through_the_cache_equal_one_causal_forward_and_later_ones_forg
     """To 1e-5 in float32. The chunk at hand is noised, those before it are clean."""
     net = random_dit()
     x0, xt = noise(2, 2, 33, 16, 4, 8)
-    text, t = random_text(net, 2), torch.rand(2, 33)
+    text = random_text(net, 2)
+    t = torch.rand(2, 33)
     roll = Rollout(net, text, PRESETS[preset], (2, 4))
     for i in range(11):
-        past, at = slice(CHUNK * i), slice(CHUNK * i, CHUNK * (i + 1))
+        past = slice(CHUNK * i)
+        at = slice(CHUNK * i, CHUNK * (i + 1))
         roll.read_context()
         v, _ = roll.predict(xt[:, at], t[:, at])
         level = torch.cat([0 * t[:, past], t[:, at]], dim=1)
@@ -559,7 +596,9 @@ def test_7_chunks_through_the_cache_equal_one_causal_forward_and_later_ones_forg
 
 
 def test_what_is_held_are_the_keys_of_the_clean_pass_and_neither_reading_nor_a_pass_changes_it():
-    net, x0, clean = random_dit(), noise(2, 27, 16, 4, 8), []
+    net = random_dit()
+    x0 = noise(2, 27, 16, 4, 8)
+    clean = []
     net.register_forward_hook(lambda module, args, made: clean.append(made[1]))
     policy = replace(PRESETS["slowfast"], tau=1.)
     roll = append_all(Rollout(net, random_text(net, 2), policy, (2, 4)), x0)
@@ -567,9 +606,9 @@ def test_what_is_held_are_the_keys_of_the_clean_pass_and_neither_reading_nor_a_p
     roll.predict(x0[:, :3], torch.full((2, 3), .5))
     held = roll.memory.read()
     assert torch.equal(held.frame, frames_in_memory(policy, torch.stack(roll.kept, 1))[9])
+    assert torch.equal(held.latent, x0[:, held.frame[0]])
     for place, frame in enumerate(held.frame[0].tolist()):
-        assert torch.equal(held.latent[:, place], x0[:, frame])
-        tokens = slice(frame % CHUNK * 8, frame % CHUNK * 8 + 8)
+        tokens = torch.arange(8) + frame % CHUNK * 8
         for layer, (keys, values) in enumerate(clean[frame // CHUNK]):
             assert torch.equal(held.keys[layer][:, place], keys[:, tokens])
             assert torch.equal(held.values[layer][:, place], values[:, tokens])
@@ -584,11 +623,11 @@ def plain_video(net, text, uncond, seed, chunks, sampler):
     past = torch.zeros(1, 0, 16, 4, 8)
     for chunk in range(chunks):
         x = draw_noise([seed], chunk, 0, (3, 16, 4, 8))
-        for step, (level, following) in enumerate(zip(levels, levels[1:]), 1):
+        for step, (level, following) in enumerate(itertools.pairwise(levels), 1):
             video = torch.cat([past, x], dim=1)
             t = level * (torch.arange(video.shape[1]) >= past.shape[1])[None]
-            v, v_uncond = (block_causal(net, c, video, t)[0][:, -3:] for c in (text, uncond))
-            v = v_uncond + sampler.guidance * (v - v_uncond)
+            v, away = (block_causal(net, c, video, t)[0][:, -3:] for c in (text, uncond))
+            v = away + sampler.guidance * (v - away)
             if sampler.renoise and step < 4:
                 fresh = draw_noise([seed], chunk, step, (3, 16, 4, 8))
                 x = (1 - following) * (x - level * v) + following * fresh
@@ -598,12 +637,16 @@ def plain_video(net, text, uncond, seed, chunks, sampler):
     return past
 
 
-@pytest.mark.parametrize("guidance, renoise, layers", [(1., True, 2), (3., True, 1), (1., False, 2)])
+@pytest.mark.parametrize("guidance, renoise, layers", [
+    (1., True, 2),
+    (3., True, 1),
+    (1., False, 2)])
 def test_a_generated_video_is_the_sampling_loop_written_out(guidance, renoise, layers):
     """With guidance one layer: its keys do not see the text, so that the past of both texts is the same."""
     net = random_dit(dim=64, ffn_dim=96, heads=2, layers=layers)
     sampler = Sampler(guidance=guidance, renoise=renoise)
-    text, uncond = random_text(net), random_text(net, seed=6)
+    text = random_text(net)
+    uncond = random_text(net, seed=6)
     want = plain_video(net, text, uncond, 3, 4, sampler)
     roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
     made = generate(roll, [3], 3, sampler, (16, 4, 8), uncond, history=want[:, :3])
@@ -629,8 +672,11 @@ def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_own_latents_b
         return Rollout(net, own, PRESETS["slowfast"], (2, 4))
 
     def made(roll, seeds, chunks, history=None):
-        return torch.cat(list(generate(roll, seeds, chunks, Sampler(), (16, 4, 8), history=history)), 1)
-    both, alone, resumed = start(slice(2)), start(slice(1, 2)), start(slice(1, 2))
+        new = generate(roll, seeds, chunks, Sampler(), (16, 4, 8), history=history)
+        return torch.cat([*new], 1)
+    both = start(slice(2))
+    alone = start(slice(1, 2))
+    resumed = start(slice(1, 2))
     begun = made(alone, [6], 4)
     close(begun[0], made(both, [5, 6], 4)[1], 1e-4)
     assert torch.equal(torch.stack(both.kept)[:, 1:], torch.stack(alone.kept))
@@ -641,18 +687,21 @@ def test_a_video_does_not_depend_on_its_batch_and_goes_on_from_its_own_latents_b
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy, positions, chunks, first", [
-    (PRESETS["uniform2"], "bounded", 13, 3), (PRESETS["uniform2"], "unbounded", 13, 3),
+    (PRESETS["uniform2"], "bounded", 13, 3),
+    (PRESETS["uniform2"], "unbounded", 13, 3),
     (Policy(1, 0, 6), "bounded", 4, 1)])
 def test_recaching_is_a_clean_pass_over_what_is_held_under_the_new_text(policy, positions, chunks, first):
     """To 1e-5: in one block-causal forward, of groups of three with what is left over in front."""
     net = random_dit()
-    old, new = random_text(net, 2), random_text(net, 2, seed=6)
+    old = random_text(net, 2)
+    new = random_text(net, 2, seed=6)
     roll = Rollout(net, old, policy, (2, 4), positions)
     append_all(roll, noise(2, 3 * chunks, 16, 4, 8))
     before = roll.memory.read()
     roll.recache(new)
     after = roll.memory.read()
-    assert torch.equal(before.frame, after.frame) and torch.equal(before.latent, after.latent)
+    assert torch.equal(before.frame, after.frame)
+    assert torch.equal(before.latent, after.latent)
     place = torch.arange(len(after))
     time = after.frame[0] if positions == "unbounded" else place
     t = torch.zeros(2, len(after))
@@ -661,22 +710,6 @@ def test_recaching_is_a_clean_pass_over_what_is_held_under_the_new_text(policy, 
         close(keys.flatten(1, 2), want[0], 1e-5)
         close(values.flatten(1, 2), want[1], 1e-5)
     close(roll.descriptor, chunk_descriptor([k[:, -24:] for k, _ in kv]), 1e-5)
-
-
-def test_a_rollout_is_steered_from_outside_between_two_chunks():
-    net, made = random_dit(), []
-    text, other = random_text(net), random_text(net, seed=6)
-    whole, roll = (Rollout(net, text, PRESETS["slowfast"], (2, 4)) for _ in range(2))
-    want = list(generate(whole, [3], 10, Sampler(), (16, 4, 8), texts={5: other}))
-    for x0 in generate(roll, [3], 10, Sampler(), (16, 4, 8)):
-        made.append(x0)
-        if roll.chunk == 5:
-            roll.recache(other)
-        if roll.chunk == 9:
-            roll.memory.change_policy(PRESETS["longlive"])
-    assert torch.equal(torch.cat(made[:9]), torch.cat(want[:9]))
-    assert not torch.equal(made[9], want[9])
-    assert roll.memory.frames()[0].tolist() == [0, 1, 2, *range(21, 30)]
 
 
 # ---- distillation: DMD and its contextual form -------------------------------------------------------------
@@ -691,6 +724,8 @@ def test_golden_dmd_gradient_loss_and_critic():
     t = flow.shifted(u, c["timestep_shift"]).clamp(c["min_step"] / n, c["max_step"] / n)
     close((t * n).float(), want["t"].float(), 2e-2)
     assert torch.equal(dmd.score_level(u, c["timestep_shift"]), t)
+    ends = dmd.score_level(torch.tensor([0., 1.]), c["timestep_shift"])
+    assert ends.tolist() == pytest.approx([c["min_step"] / n, c["max_step"] / n])
     sigmas = torch.tensor(flow.schedule(int(n), c["shift"]), dtype=torch.float64).float()
     t = sigmas[(sigmas - t[..., None].float()).abs().argmin(-1)]
     close(flow.add_noise(x, given["noise"], t), want["noisy"], 2e-5)
@@ -701,7 +736,8 @@ def test_golden_dmd_gradient_loss_and_critic():
         gradient, _ = dmd.dmd_gradient(x, fake if weight else given["x0_fake_cond"], real)
         close(gradient, want[f"grad{suffix}"], 2e-5)
         close(gradient / gradient.numel(), want[f"dloss_dgenerated{suffix}"], 2e-5)
-        assert .5 * gradient.double().square().mean() == pytest.approx(want[f"loss{suffix}"].item(), rel=1e-5)
+        loss = .5 * gradient.double().square().mean()
+        assert loss == pytest.approx(want[f"loss{suffix}"].item(), rel=1e-5)
     close(dmd.dmd_gradient(x, x, x)[0], want["grad_all_equal"], 0)
     # the critic's loss
     v = flow.v_from_x0(want["noisy"], given["x0_fake_cond"], t)
@@ -730,16 +766,19 @@ def student_video_in_one_graph(net, features, chunks, exit_step=1):
     """
     stop = 4 if exit_step is None else exit_step + 1
     text, xs = net.text(features), []
-    roll = Rollout(net, [(k.detach(), v.detach()) for k, v in text], EVERY_CHUNK, (2, 2))
+    detached = [(k.detach(), v.detach()) for k, v in text]
+    roll = Rollout(net, detached, EVERY_CHUNK, (2, 2))
     for i in range(chunks):
         memory, rope = roll.read_context()
-        x, levels = fresh_noise(i, 0), LEVELS if i < chunks - 4 else LEVELS[:stop]
+        x = fresh_noise(i, 0)
+        levels = LEVELS if i < chunks - 4 else LEVELS[:stop]
         for step, level in enumerate(levels):
             t = torch.full(x.shape[:2], level)
             with torch.set_grad_enabled(i >= chunks - 4 and exit_step in (None, step)):
                 x0 = x - level * net(x, t, text, rope, memory)[0]
             if step + 1 < len(levels):
-                x = flow.add_noise(x0, fresh_noise(i, step + 1), torch.full_like(t, levels[step + 1]))
+                below = torch.full_like(t, levels[step + 1])
+                x = flow.add_noise(x0, fresh_noise(i, step + 1), below)
         roll.append(x0.detach())
         xs.append(x0)
     return torch.cat(xs[-4:], dim=1)
@@ -747,12 +786,14 @@ def student_video_in_one_graph(net, features, chunks, exit_step=1):
 
 def plain_velocity(net, features, context, xt, t):
     """v of the target with an attention mask in full: context sees context, the target sees all."""
-    n, f = context.shape[1], xt.shape[1]
+    n = context.shape[1]
+    f = xt.shape[1]
     mask = torch.ones(len(xt), n + f, n + f, dtype=torch.bool)
     mask[:, :n, n:] = False
-    rope = rope_cos_sin(torch.arange(n + f), 2, 2, net.config.dim // net.config.heads)
-    level = torch.cat([torch.zeros(len(xt), n), t[:, None].expand(len(xt), f)], 1)
-    return net(torch.cat([context, xt], 1), level, net.text(features), rope, mask=mask)[0][:, n:]
+    rope = rope_of_grid(net, torch.arange(n + f), (2, 2))
+    level = F.pad(t[:, None].expand(-1, f), (n, 0))
+    x = torch.cat([context, xt], 1)
+    return net(x, level, net.text(features), rope, mask=mask)[0][:, n:]
 
 
 def gradients(net):
@@ -769,23 +810,27 @@ def same_gradients(got, want, rtol=1e-4):
 
 
 def test_rollout_follows_algorithm_1():
-    net = random_dit()
-    calls = []
+    net, calls = random_dit(), []
 
     def hook(module, args):
-        calls.append((args[1][0, 0].item(), torch.is_grad_enabled()))
+        calls.append(args[1][0, 0].item())
+        assert not torch.is_grad_enabled()
     net.register_forward_pre_hook(hook)
     trace = student_video(net, random_text(net, 2), 13)
-    # every chunk before the target in full, then up to the exit step; a clean pass after each; never a graph
-    assert [t for t, _ in calls] == pytest.approx([*LEVELS, 0.] * 9 + [*LEVELS[:2], 0.] * 4)
-    assert not any(graph for _, graph in calls)
-    keep = torch.stack(trace.rollout.kept, 1)
+    # every chunk before the target in full, then up to the exit step; a clean pass after each
+    before = [*LEVELS, 0.]
+    target = [*LEVELS[:2], 0.]
+    assert calls == pytest.approx(before * 9 + target * 4)
+    exits = [exit.t.unique().item() for exit in trace.exits]
+    assert exits == pytest.approx([LEVELS[1]] * 4)
     # the context is what a full memory holds before room is made for the target
+    keep = torch.stack(trace.rollout.kept, 1)
     held = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[9]
     frames = torch.cat([some.frame for some in trace.entries], 1)
     latents = torch.cat([some.latent for some in trace.entries], 1)
-    assert torch.equal(frames[:, :21], held) and trace.context.shape[1] == 21
-    assert torch.equal(trace.context, latents[:, :21]) and torch.equal(trace.x, latents[:, 21:])
+    assert torch.equal(frames[:, :21], held)
+    assert torch.equal(trace.context, latents[:, :21])
+    assert torch.equal(trace.x, latents[:, 21:])
     assert [exit.levels for exit in trace.exits] == [[LEVELS[1]]] * 4
     # what the backward pass needs does not grow with the length, and the memory drops its keys
     assert sum(map(len, student_video(net, random_text(net, 2), 20).entries)) == 21 + 12
@@ -797,8 +842,10 @@ def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
     text = random_text(net, 2)
     trace = student_video(net, text, 9)
     for_critic = student_video(net, text, 9, for_backward=False)
-    assert torch.equal(trace.x, for_critic.x) and torch.equal(trace.context, for_critic.context)
-    assert not for_critic.exits and not for_critic.entries and for_critic.rollout.context is None
+    assert torch.equal(trace.x, for_critic.x)
+    assert torch.equal(trace.context, for_critic.context)
+    assert not for_critic.exits and not for_critic.entries
+    assert for_critic.rollout.context is None
 
 
 def test_the_critic_learns_all_21_latents_of_a_whole_video_that_have_a_context():
@@ -808,54 +855,68 @@ def test_the_critic_learns_all_21_latents_of_a_whole_video_that_have_a_context()
     keep = torch.stack(video.rollout.kept, 1)
     contexts, xs = dmd.targets_of(video.video, keep, PRESETS["slowfast"], 4)
     # what ends at chunks 15 and 11; before that memory is not full
-    assert len(xs) == 4 and torch.equal(xs[:2], video.x) and torch.equal(contexts[:2], video.context)
+    assert len(xs) == 4
+    assert torch.equal(xs[:2], video.x)
+    assert torch.equal(contexts[:2], video.context)
     shorter = student_video(net, text, 11, for_backward=False, exit_step=None)
     close(xs[2:], shorter.x, 1e-6)
     close(contexts[2:], shorter.context, 1e-6)
-    contexts, xs = dmd.targets_of(shorter.video[:, :12], keep[:, :4], PRESETS["slowfast"], 4)
-    assert contexts.shape[1] == 0 and torch.equal(xs, shorter.video[:, :12])
+    # of the first chunks all, behind nothing
+    first = shorter.video[:, :12]
+    contexts, xs = dmd.targets_of(first, keep[:, :4], PRESETS["slowfast"], 4)
+    assert contexts.shape[1] == 0
+    assert torch.equal(xs, first)
 
 
-@pytest.mark.parametrize("exit_step", [1, None])
 @pytest.mark.parametrize("chunks", [4, 9, 13])
-def test_two_pass_gradient_equals_the_gradient_of_one_graph(chunks, exit_step):
+def test_two_pass_gradient_through_all_steps_equals_the_gradient_of_one_graph(chunks):
     net, features = random_dit().requires_grad_(), noise(2, 20, 64)
-    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK, exit_step=exit_step)
+    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK, exit_step=None)
     gradient = noise(*trace.x.shape, seed=3)
     dmd.backward(trace, features, gradient)
     two_passes = gradients(net)
-    x = student_video_in_one_graph(net, features, chunks, exit_step)
+    x = student_video_in_one_graph(net, features, chunks, None)
     close(x.detach(), trace.x, 1e-5)
     x.backward(gradient)
     same_gradients(two_passes, gradients(net), 1e-5)
 
 
 def test_rollouts_grow_linearly():
-    assert [dmd.longest_rollout(s, 14, 40, 500) for s in (0, 10, 250, 500, 900)] == [14, 14, 27, 40, 40]
+    longest = [dmd.longest_rollout(step, 14, 40, 500) for step in (0, 10, 250, 500, 900)]
+    assert longest == [14, 14, 27, 40, 40]
 
 
 def test_at_full_size_half_of_the_rollouts_begin_with_six_keyframes_or_more():
     preset = train.WAN["stage2"]
     shares = dmd.keyframe_histogram(preset.shortest, preset.longest, preset.ramp, 7)
-    assert sum(shares) == pytest.approx(1) and sum(shares[6:]) >= .5 and shares[12] >= .08 and shares[0] <= .12
+    assert sum(shares) == pytest.approx(1)
+    assert sum(shares[6:]) >= .5
+    assert shares[12] >= .08 and shares[0] <= .12
     # a keyframe is what slow memory holds beyond the first 15 latents
+    even = torch.arange(40)[None] % 2 == 0
+    contexts = frames_in_memory(PRESETS["uniform2"], even, evict_first=False)
     for chunks in range(14, 41):
-        held = frames_in_memory(PRESETS["uniform2"], torch.arange(40)[None] % 2 == 0, evict_first=False)[chunks - 7]
-        assert dmd.keyframes(chunks, 7) == (held[0, 3:15] >= 15).sum()
+        assert dmd.keyframes(chunks, 7) == (contexts[chunks - 7][0, 3:15] >= 15).sum()
 
 
-def score_inputs(net):
+def score_inputs(net, chunks=9):
     """What critic_step and student_step take: a video of `net`, with a context, noise levels and noise."""
     features = noise(2, 20, 64)
-    trace = student_video(net, net.text(features), policy=EVERY_CHUNK)
+    trace = student_video(net, net.text(features), chunks, EVERY_CHUNK)
     return features, trace, torch.tensor([.3, .8]), noise(*trace.x.shape, seed=5)
 
 
+def over_pixels(x):
+    return x.mean((1, 2, 3, 4))
+
+
 def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context():
-    student, critic = random_dit().requires_grad_(), random_dit(1).requires_grad_()
+    student = random_dit().requires_grad_()
+    critic = random_dit(1).requires_grad_()
     features, trace, t, eps = score_inputs(student)
     loss, error = dmd.critic_step(critic, features, trace, t, eps, (2, 2))
-    got, at = gradients(critic), t[:, None, None, None, None]
+    got = gradients(critic)
+    at = t[:, None, None, None, None]
     assert not gradients(student)
     v = plain_velocity(critic, features, trace.context, (1 - at) * trace.x + at * eps, t)
     off = v - (eps - trace.x)
@@ -863,30 +924,35 @@ def test_critic_step_is_flow_matching_on_the_students_video_behind_its_context()
     want.backward()
     same_gradients(got, gradients(critic))
     assert loss == pytest.approx(want.item(), rel=1e-5)
-    assert torch.allclose(error, (at * off).square().mean((1, 2, 3, 4)), rtol=1e-4)
+    assert torch.allclose(error, over_pixels((at * off).square()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [1., 3.])
-def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance):
+@pytest.mark.parametrize("guidance, chunks", [(1., 4), (1., 9), (3., 13)])
+def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps(guidance, chunks):
     """Eq. 6 in one graph: d/dtheta of sum(x * stopped gradient) is what the two passes add up to."""
     student, teacher, critic = (random_dit(i).requires_grad_() for i in range(3))
-    features, trace, t, eps = score_inputs(student)
+    features, trace, t, eps = score_inputs(student, chunks)
     other = noise(2, 20, 64, seed=9)
-    norm, error = dmd.student_step(student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other)
-    got, at = gradients(student), t[:, None, None, None, None]
+    norm, error = dmd.student_step(
+        student, teacher, critic, features, trace, t, eps, (2, 2), guidance, other)
+    got = gradients(student)
+    at = t[:, None, None, None, None]
     assert not gradients(teacher) and not gradients(critic)
     with torch.no_grad():
         xt = (1 - at) * trace.x + at * eps
-        fake, real, away = (xt - at * plain_velocity(net, words, trace.context, xt, t)
-                            for net, words in ((critic, features), (teacher, features), (teacher, other)))
-        real = away + guidance * (real - away)
-        scale = (trace.x - real).abs().mean((1, 2, 3, 4))
-        gradient = (fake - real) / scale[:, None, None, None, None]
-    x = student_video_in_one_graph(student, features, 9)
+
+        def x0_of(net, words):
+            return xt - at * plain_velocity(net, words, trace.context, xt, t)
+        away = x0_of(teacher, other)
+        real = away + guidance * (x0_of(teacher, features) - away)
+        scale = over_pixels((trace.x - real).abs())
+        gradient = (x0_of(critic, features) - real) / scale[:, None, None, None, None]
+    x = student_video_in_one_graph(student, features, chunks)
+    close(x.detach(), trace.x, 1e-5)
     (x * gradient).mean().backward()
     same_gradients(got, gradients(student))
     assert torch.allclose(norm, scale, rtol=1e-4)
-    assert torch.allclose(error, (trace.x - real).square().mean((1, 2, 3, 4)), rtol=1e-4)
+    assert torch.allclose(error, over_pixels((trace.x - real).square()), rtol=1e-4)
 
 
 # ---- the teacher and its errors ----------------------------------------------------------------------------
@@ -894,68 +960,98 @@ def test_student_step_pushes_the_difference_of_the_scores_through_the_exit_steps
 def batch_of_errors(samples=1, t=.5, injected=True, value=1., seed=0):
     """Residuals of one chunk a sample, all of one value: that of noise is the negative."""
     error = torch.full((samples, 3, 16, 4, 4), value)
-    return erft.Residuals(seed, torch.full((samples,), t), error, -error, torch.full((samples,), injected))
+    level = torch.full((samples,), t)
+    chosen = torch.full((samples,), injected)
+    return erft.Residuals(seed, level, error, -error, chosen)
+
+
+def small_bank(size=4):
+    return erft.ErrorBank((16, 4, 4), size=size)
 
 
 def test_the_bank_sorts_errors_by_the_nearest_noise_level():
-    bank = erft.ErrorBank((16, 4, 4), size=4)
+    bank = small_bank()
     assert bank.bucket(torch.tensor([1., .02, .625])).tolist() == [0, 49, 37]
     bank.push(batch_of_errors(t=.625, value=2.))
     assert bank.count.nonzero().tolist() == [[erft.OF_LATENTS, 37], [erft.OF_NOISE, 37]]
     assert bank.errors[erft.OF_LATENTS, 37, 0].unique().item() == 2
     assert bank.errors[erft.OF_NOISE, 37, 0].unique().item() == -2
-    again = erft.ErrorBank((16, 4, 4), size=4)
+    again = small_bank()
     again.load_state_dict(bank.state_dict())
-    assert torch.equal(again.errors, bank.errors) and torch.equal(again.count, bank.count)
+    assert torch.equal(again.errors, bank.errors)
+    assert torch.equal(again.count, bank.count)
 
 
 def test_a_full_bank_stays_as_large_as_it_is_and_replaces_at_random():
-    bank, order = erft.ErrorBank((16, 4, 4), size=4), []
+    bank, order = small_bank(), []
     level = bank.bucket(torch.tensor([.5])).item()
-    for i in range(24):
-        bank.push(batch_of_errors(value=float(i + 1), seed=i))
-        order.append((bank.errors[erft.OF_LATENTS, level, :, 0, 0, 0, 0] == i + 1).nonzero().item())
-    assert order[:4] == [0, 1, 2, 3] and bank.count.max() == 4
-    assert set(order[4:]) == {0, 1, 2, 3} and order[4:8] != [0, 1, 2, 3]
+    for i in range(1, 25):
+        bank.push(batch_of_errors(value=float(i), seed=i - 1))
+        values = bank.errors[erft.OF_LATENTS, level].flatten(1)[:, 0].tolist()
+        order.append(values.index(i))
+    assert bank.count.max() == 4
+    assert order[:4] == [0, 1, 2, 3] != order[4:8]
+    assert set(order[4:]) == {0, 1, 2, 3}
 
 
 def test_a_tenth_of_the_samples_without_errors_and_all_the_others_fill_the_bank():
-    bank = erft.ErrorBank((16, 4, 4), size=1000)
+    bank = small_bank(1000)
     bank.push(batch_of_errors(samples=500, injected=True))
     assert bank.count.max() == 500
     bank.push(batch_of_errors(samples=500, injected=False))
     assert 30 < bank.count.max() - 500 < 70
 
 
+def injected(bank, x, t, **more):
+    """What bank.inject() makes of a context of two chunks, and of latents and noise of seven."""
+    level = torch.full((len(x),), t)
+    return bank.inject(np.random.default_rng(0), x[:, :6], x, x, level, **more)
+
+
+def share_changed(x):
+    """Of chunks (b, 3 n, ...) that were zero -> (b, n) float: is the chunk another now?"""
+    return (x.unflatten(1, (-1, CHUNK)) != 0).flatten(2).any(2).float()
+
+
 def test_errors_go_into_half_of_the_samples_and_seldom_into_the_sink_or_the_noise():
-    bank, x, t = erft.ErrorBank((16, 4, 4), size=4), torch.zeros(512, 21, 16, 4, 4), torch.full((512,), .5)
+    bank = small_bank()
+    x = torch.zeros(512, 21, 16, 4, 4)
     bank.push(batch_of_errors())
-    context, latents, eps, chosen = bank.inject(np.random.default_rng(0), x, x[:, :6], x[:, :6], t)
-    hit = (context != 0).flatten(2).any(2).float()
-    assert abs(chosen.float().mean() - .5) < .07 and not hit[~chosen].any() and not latents[~chosen].any()
-    assert abs(hit[chosen][:, 3:].mean() - .9) < .05 and abs(hit[chosen][:, :3].mean() - .45) < .07
-    assert abs((latents[chosen] != 0).flatten(1).any(1).float().mean() - .9) < .05
-    assert 0 < (eps != 0).flatten(1).any(1).float().mean() < .03
+    context, latents, eps, chosen = injected(bank, x, .5)
+    assert abs(chosen.float().mean() - .5) < .07
+    assert not any(some[~chosen].any() for some in (context, latents, eps))
+    sink, later = share_changed(context[chosen]).mean(0)
+    assert abs(later - .9) < .05
+    assert abs(sink - .45) < .07
+    assert abs(share_changed(latents[chosen]).mean() - .9) < .05
+    assert 0 < share_changed(eps).mean() < .03
+    # each error scaled a little; what came in stays as it was
     scales = context[context != 0]
-    assert .7 <= scales.min() < .75 and 1.25 < scales.max() <= 1.31 and (x == 0).all()
+    assert .7 <= scales.min() < .75
+    assert 1.25 < scales.max() <= 1.31
+    assert not x.any()
 
 
-def test_latents_and_noise_get_errors_of_their_own_level_and_the_context_of_any(monkeypatch):
+@pytest.mark.parametrize("level, any_in_latents", [(.5, False), (.9, True)])
+def test_latents_and_noise_get_errors_of_their_own_level_and_the_context_of_any(
+        level, any_in_latents, monkeypatch):
     monkeypatch.setattr(erft, "NOISE_CHANCE", 1.)
-    bank, x = erft.ErrorBank((16, 4, 4), size=4), torch.zeros(64, 6, 16, 4, 4)
+    bank = small_bank()
+    x = torch.zeros(64, 6, 16, 4, 4)
     bank.push(batch_of_errors(t=.9))
-    context, latents, eps, _ = bank.inject(np.random.default_rng(0), x, x, x, torch.full((64,), .5), p=1)
-    assert context.any() and not latents.any() and not eps.any()
-    context, latents, eps, _ = bank.inject(np.random.default_rng(0), x, x, x, torch.full((64,), .9), p=1)
-    assert latents.max() > 0 >= latents.min() - 1.31 and eps.max() < 0
+    context, latents, eps, _ = injected(bank, x, level, p=1)
+    assert context.max() > 0
+    assert (latents.max() > 0) == (eps.min() < 0) == any_in_latents
+    assert latents.min() >= 0 >= eps.max()  # an error of the noise is the negative
 
 
 @pytest.fixture
 def teacher_inputs():
     """-> net, bank, and what teacher_step takes: context, x0, noise, t, features"""
-    net, bank = random_dit().requires_grad_(), erft.ErrorBank((16, 4, 4), size=4)
+    net = random_dit().requires_grad_()
     context, x0, eps = (noise(2, 6, 16, 4, 4, seed=i) for i in (0, 2, 3))
-    return net, bank, (context, x0, eps, torch.tensor([.5, .9]), noise(2, 20, 64))
+    given = context, x0, eps, torch.tensor([.5, .9]), noise(2, 20, 64)
+    return net, small_bank(), given
 
 
 def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatch, teacher_inputs):
@@ -965,7 +1061,8 @@ def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatc
     for level in (.5, .9):
         bank.push(batch_of_errors(t=level))
     loss = erft.teacher_step(net, bank, 7, *given, (2, 2), 1.)
-    got, at = gradients(net), t[:, None, None, None, None]
+    got = gradients(net)
+    at = t[:, None, None, None, None]
     rng = np.random.default_rng([7, 0])
     seen, x0_seen, eps_seen, injected = bank.inject(rng, context, x0, eps, t, p=1)
     for with_errors, clean_one in ((seen, context), (x0_seen, x0), (eps_seen, eps)):
@@ -990,7 +1087,8 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
     if filled:
         bank.push(batch_of_errors())
     erft.teacher_step(net, bank, 7, *given, (2, 2), p)
-    got, level = gradients(net), t[:, None].expand(2, 6)
+    got = gradients(net)
+    level = t[:, None].expand(2, 6)
     xt = flow.add_noise(x0, eps, level)
     v = erft.predict_velocity(net, context, xt, level, net.text(features), (2, 2))
     flow.flow_matching_loss(v, eps - x0).mean().backward()
@@ -1000,25 +1098,27 @@ def test_without_errors_teacher_step_is_plain_flow_matching_bit_for_bit(filled, 
 
 @pytest.mark.parametrize("renoise", [True, False])
 def test_a_teacher_goes_on_as_its_sampling_loop_written_out(renoise):
-    net, history = random_dit(), noise(2, 27, 16, 4, 8)
-    text, seeds = random_text(net, 2), [3, 4]
+    net = random_dit()
+    history = noise(2, 27, 16, 4, 8)
+    text = random_text(net, 2)
+    seeds = [3, 4]
     # what slow-fast memory holds after 9 chunks, every second of them kept
-    held = frames_in_memory(PRESETS["slowfast"], torch.arange(9)[None] % 2 == 0, evict_first=False)[-1]
+    even = torch.arange(9)[None] % 2 == 0
+    held = frames_in_memory(PRESETS["slowfast"], even, evict_first=False)[-1][0]
     x = draw_noise(seeds, 9, 0, (21, 16, 4, 8))
-    levels = flow.schedule(3, 3.)
-    for step, (t, below) in enumerate(zip(levels, [*levels[1:], 0.])):
-        v = erft.predict_velocity(net, history[:, held[0]], x, torch.full((2, 21), t), text, (2, 4))
+    levels = [*flow.schedule(3, 3.), 0.]
+    for step, (t, below) in enumerate(itertools.pairwise(levels), 1):
+        level = torch.full((2, 21), t)
+        v = erft.predict_velocity(net, history[:, held], x, level, text, (2, 4))
         x0 = x - t * v
-        fresh = draw_noise(seeds, 9, step + 1, (21, 16, 4, 8))
+        fresh = draw_noise(seeds, 9, step, (21, 16, 4, 8))
         x = (1 - below) * x0 + below * fresh if renoise else x + (below - t) * v
-    made = erft.extend(net, history, text, (2, 4), Sampler(3, 3., renoise=renoise), seeds)
+    sampler = Sampler(3, 3., renoise=renoise)
+    made = erft.extend(net, history, text, (2, 4), sampler, seeds)
     assert torch.allclose(made, x, atol=1e-5)
 
 
 # ---- the causal start model: packs see what a rollout sees, kinds of history hold what they say ------------
-
-CPU = torch.device("cpu")
-
 
 def numbered(worlds, latents):
     """In place of a cache: latents (clips, n, 3, 1, 1) that tell clip, frame, and whether there are houses"""
@@ -1035,75 +1135,97 @@ def four_clips(monkeypatch):
     return lambda cache=numbered: data.WorldClips(0, cache, lambda captions: captions, CPU)
 
 
-def causal_predictions(net, text, x0, noised, policy="slowfast"):
-    """Real clips x0 through the KV cache. noised: chunk -> (xt, t); returns the velocities predicted there"""
-    roll, found = Rollout(net, text, PRESETS[policy], (2, 4)), []
-    for i, chunk in enumerate(x0[:, :3 * max(noised) + 3].split(3, dim=1)):
+def causal_predictions(net, text, x0, xt, t, first=0):
+    """Real clips x0 through the KV cache -> velocities of xt (b, f, c, h, w), from chunk `first` on"""
+    roll = Rollout(net, text, PRESETS["slowfast"], (2, 4))
+    found = []
+    for i, chunk in enumerate(x0.split(CHUNK, dim=1), -first):
         roll.read_context()
-        if i in noised:
-            found.append(roll.predict(*noised[i])[0])
+        if i >= 0:
+            at = slice(CHUNK * i, CHUNK * (i + 1))
+            found.append(roll.predict(xt[:, at], t[:, at])[0])
         roll.append(chunk)
-    return found
+    return torch.cat(found, dim=1)
 
 
 def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind_to_each_other():
-    net, x0 = random_dit(), noise(1, 18, 16, 4, 8)
-    text, xt, t = random_text(net), noise(1, 6, 16, 4, 8, seed=3), torch.rand(1, 6)
-    past_frame = torch.cat([torch.arange(15), torch.full((3,), -1)])[None]   # three empty places ...
-    past = torch.cat([x0[:, :15], torch.full((1, 3, 16, 4, 8), 9.)], dim=1)  # ... and what stands there
-    pack = causal.Pack(past, past_frame, x0[:, [15, 16, 17] * 2], torch.tensor([[15, 16, 17] * 2]))
+    net = random_dit()
+    x0 = noise(1, 18, 16, 4, 8)
+    text = random_text(net)
+    xt = noise(1, 6, 16, 4, 8, seed=3)
+    t = torch.rand(1, 6)
+    # 15 latents, three empty places and what stands there; two copies of the next chunk
+    past_frame = F.pad(torch.arange(15), (0, 3), value=-1)[None]
+    past = F.pad(x0[:, :15], (0, 0) * 3 + (0, 3), value=9.)
+    last = [15, 16, 17] * 2
+    pack = causal.Pack(past, past_frame, x0[:, last], torch.tensor([last]))
     v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
     for copy in (slice(0, 3), slice(3, 6)):
-        want = causal_predictions(net, text, x0, {5: (xt[:, copy], t[:, copy])})[0]
-        assert (v[:, copy] - want).abs().max() < 1e-5
+        want = causal_predictions(net, text, x0, xt[:, copy], t[:, copy], 5)
+        close(v[:, copy], want, 1e-5)
 
 
 def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it(four_clips):
-    net, x0 = random_dit(), noise(1, 123, 16, 4, 8)
+    net = random_dit()
+    x0 = noise(1, 123, 16, 4, 8)
     clips = four_clips(lambda worlds, latents: x0.expand(4, -1, -1, -1, -1))
     pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
-    assert torch.equal(pack.target, x0[:, :21]) and torch.equal(pack.past, x0[:, :21])
-    text, xt, t = random_text(net), noise(1, 21, 16, 4, 8, seed=3), torch.rand(1, 21)
+    x0 = x0[:, :21]
+    assert torch.equal(pack.target, x0)
+    assert torch.equal(pack.past, x0)
+    text = random_text(net)
+    xt = noise(*x0.shape, seed=3)
+    t = torch.rand(1, 21)
     v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
-    want = causal_predictions(net, text, x0, dict(enumerate(zip(xt.split(3, dim=1), t.split(3, dim=1)))))
-    assert (v - torch.cat(want, dim=1)).abs().max() < 1e-5
+    close(v, causal_predictions(net, text, x0, xt, t), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "lookup"])
-def test_a_history_is_all_that_memory_holds_and_of_lookup_no_house_since_one_of_the_view_was_out_of_sight(kind, four_clips):
+def test_a_history_is_what_memory_holds_and_of_lookup_no_house_since_one_of_the_view_was_out_of_sight(
+        kind, four_clips):
     clips = four_clips()
     history = clips.draw_history(np.random.default_rng(1), 96, lookup=True)
     pack = causal.history_pack(clips, history, kind)
     assert torch.equal(pack.past_frame, history.frame)
     for b, (c, chunk) in enumerate(zip(history.clip.tolist(), history.chunk.tolist())):
-        held = history.frame[b][history.frame[b] >= 0].tolist()
-        clip, frame, houses = pack.past[b, history.frame[b] >= 0, :, 0, 0].unbind(1)
-        assert set(clip.tolist()) == {c} and frame.tolist() == held
+        is_there = history.frame[b] >= 0
+        held = history.frame[b][is_there].tolist()
+        clip, frame, houses = pack.past[b, is_there, :, 0, 0].unbind(1)
+        assert set(clip.tolist()) == {c}
+        assert frame.tolist() == held
         apart = apart_and_houses(training_worlds(4, 0)[c], chunk)[0]
-        assert apart >= 0 and houses.tolist() == [kind == "full" or n <= apart for n in held]
+        assert apart >= 0
+        assert houses.tolist() == [kind == "full" or n <= apart for n in held]
     # four copies of the next chunk, with its houses
     clip, frame, houses = pack.target[..., 0, 0].unbind(2)
-    assert (clip == history.clip[:, None]).all() and houses.all()
+    assert (clip == history.clip[:, None]).all()
+    assert houses.all()
+    next_chunk = 3 * history.chunk[:, None] + torch.arange(3)
+    assert torch.equal(pack.target_frame, next_chunk.repeat(1, 4))
     assert torch.equal(frame, pack.target_frame.float())
-    assert torch.equal(pack.target_frame, (3 * history.chunk[:, None] + torch.arange(3)).repeat(1, 4))
 
 
 @pytest.mark.parametrize("kind, drawn", [("prefix", 4), ("full", 4), ("lookup", 2)])
 def test_lookup_is_drawn_from_the_clips_that_are_also_encoded_without_houses(kind, drawn, four_clips):
     clips = four_clips()
     clip, pack = causal.draw_pack(clips, kind, np.random.default_rng(0), 64)
-    assert clip.max() < drawn and (kind == "lookup" or len(clip.unique()) > 2)
+    assert set(clip.tolist()) == {*range(drawn)}
     assert (pack.past_frame.max() == 20) == (kind == "prefix")
-    assert clips.empty.shape[0] == 2 and not hasattr(data.WorldClips(0, numbered, list, CPU, False), "empty")
+    assert clips.empty.shape[0] == 2
+    assert not hasattr(data.WorldClips(0, numbered, list, CPU, False), "empty")
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
-    xt, t, v = causal.stratified_noise(torch.full((64, 12, 2, 2, 2), 5.), 3.)
-    u = t / (3 - 2 * t)  # the shift undone
-    assert torch.equal((u[:, ::3] * 4).long().sort(1).values, torch.arange(4).expand(64, 4))
-    assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1)) and len(t.unique()) == 256
-    assert (xt - 5 - flow.over_frames(t) * v).abs().max() < 1e-5
-    assert len(v.unique()) > .99 * v.numel() and abs(v.mean() + 5) < .1
+    fives = torch.full((64, 12, 2, 2, 2), 5.)
+    xt, t, v = causal.stratified_noise(fives, 3.)
+    u = (t / (3 - 2 * t))[:, ::3]  # the shift undone, a number for each copy
+    strata = (4 * u).long().sort(1).values
+    assert torch.equal(strata, torch.arange(4).expand(64, 4))
+    assert torch.equal(t, t[:, ::3].repeat_interleave(3, 1))
+    assert len(t.unique()) == 256
+    close(xt - 5, flow.over_frames(t) * v, 1e-5)
+    assert len(v.unique()) > .99 * v.numel()
+    assert abs(v.mean() + 5) < .1
 
 
 @pytest.fixture
@@ -1120,7 +1242,8 @@ def one_too_high(monkeypatch):
 
 def test_the_loss_is_that_of_the_velocity_behind_a_past_that_is_not_quite_clean(one_too_high):
     frame = torch.arange(6).expand(8, -1)
-    pack = causal.Pack(torch.zeros(8, 6, 1, 1, 1), frame, torch.full((8, 6, 1, 1, 1), 3.), frame)
+    x0 = torch.full((8, 6, 1, 1, 1), 3.)
+    pack = causal.Pack(0 * x0, frame, x0, frame)
     loss = causal.teacher_forcing_loss(None, None, pack, (1, 1), 3., .5)
     pack, _, t = one_too_high[0]
     assert torch.allclose(loss, torch.ones(()), rtol=1e-3)
@@ -1128,16 +1251,20 @@ def test_the_loss_is_that_of_the_velocity_behind_a_past_that_is_not_quite_clean(
 
 
 def test_the_trajectory_loss_is_the_error_of_x0_at_the_students_levels(one_too_high):
-    levels, x = torch.tensor(flow.schedule(4, 3.)), noise(2, 27, 5, 16, 4, 8).bfloat16()
+    levels = torch.tensor(flow.schedule(4, 3.))
+    x = noise(2, 27, 5, 16, 4, 8).bfloat16()
     made = causal.Trajectories(x, torch.arange(18).expand(2, 9, 18))
-    text, clip, chunk = [(torch.zeros(1), None)], torch.tensor([1, 0]), torch.tensor([8, 3])
+    text = [(torch.zeros(1), None)]
+    clip = torch.tensor([1, 0])
+    chunk = torch.tensor([8, 3])
     loss = causal.trajectory_loss(None, text, made, clip, chunk, levels, (2, 4))
     assert torch.allclose(loss, levels.square().mean(), rtol=1e-3)
     pack, xt, t = one_too_high[0]
     assert torch.equal(pack.past, x[[1, 0], :18, -1].float())
     assert pack.target_frame.tolist() == [[24, 25, 26] * 4, [9, 10, 11] * 4]
-    assert torch.equal(pack.target[0], x[1, 24:27, -1].repeat(4, 1, 1, 1).float())
-    assert torch.equal(xt[0], torch.cat([x[1, 24:27, i] for i in range(4)]).float())
+    last = x[1, 24:27].float()  # a chunk on its way
+    assert torch.equal(pack.target[0], last[:, -1].repeat(4, 1, 1, 1))
+    assert torch.equal(xt[0], torch.cat([last[:, i] for i in range(4)]))
     assert torch.equal(t, levels.repeat_interleave(3).expand(2, 12))
 
 
@@ -1146,11 +1273,14 @@ def test_each_kind_of_history_is_drawn_as_often_as_the_table_says(histories):
     rng = np.random.default_rng(0)
     drawn = Counter(causal.draw_kind(histories, rng, 0.) for _ in range(4000))
     assert all(abs(drawn[kind] / 4000 - share) < .03 for kind, share in histories.items())
-    assert sum(histories.values()) == 1 and "lookup" not in causal.FOLDER_HISTORIES
+    assert sum(histories.values()) == 1
+    assert "lookup" not in causal.FOLDER_HISTORIES
 
 
 def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path, monkeypatch):
-    net, latent, captions = random_dit(), (16, 4, 8), ["a", "b", "c"]
+    net = random_dit()
+    latent = (16, 4, 8)
+    captions = ["a", "b", "c"]
 
     def rollout_of(some):
         return Rollout(net, random_text(net, len(some)), PRESETS["slowfast"], (2, 4))
@@ -1158,35 +1288,50 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
     def trajectories():
         return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, Sampler(4, 3.), latent, 2)
     made = trajectories()
-    assert made.x.shape == (3, 27, 5, *latent) and made.past_frame.shape == (3, 9, 18)
+    assert made.x.shape == (3, 27, 5, *latent)
+    assert made.past_frame.shape == (3, 9, 18)
     for seeds in ([0, 1], [2]):
         roll = rollout_of(seeds)
-        x0 = torch.cat(list(generate(roll, seeds, 9, Sampler(16, 3., renoise=False), latent)), dim=1)
+        ode = Sampler(16, 3., renoise=False)
+        x0 = torch.cat([*generate(roll, seeds, 9, ode, latent)], dim=1)
         assert torch.equal(made.x[seeds, :, -1], x0.bfloat16())
-        assert torch.equal(made.x[seeds, :3, 0], draw_noise(seeds, 0, 0, (3, *latent)).bfloat16())
-        for i, held in enumerate(frames_in_memory(PRESETS["slowfast"], torch.stack(roll.kept, dim=1))[:9]):
-            assert torch.equal(made.past_frame[seeds, i], F.pad(held, (0, 18 - held.shape[1]), value=-1))
+        start = draw_noise(seeds, 0, 0, (3, *latent))
+        assert torch.equal(made.x[seeds, :3, 0], start.bfloat16())
+        contexts = frames_in_memory(PRESETS["slowfast"], torch.stack(roll.kept, dim=1))
+        for i, held in enumerate(contexts[:9]):
+            assert torch.equal(made.past_frame[seeds, i], padded(held, 18))
     monkeypatch.setattr(causal, "record_trajectories", None)  # from here on all is on disk
     assert torch.equal(trajectories().x, made.x)
 
 
+def padded(held, places):
+    """Frame numbers, and -1 where nothing is"""
+    return F.pad(held, (0, places - held.shape[1]), value=-1)
+
+
 def test_tau_keeps_95_percent_of_slow_turns_and_the_pooling_is_the_one_that_keeps_less_lingering():
-    is_turn, moved = torch.arange(16) < 8, torch.where(noise(16, 41).abs() > .5, 5., 1.)
-    blind = 1 - .1 * noise(16, 41, seed=2).abs()                  # keys that do not tell what moves ...
-    sharp = torch.where(is_turn[:, None] | (moved > 3.5), blind - .5, blind)  # ... and keys that do
+    is_turn = torch.arange(16) < 8
+    moved = torch.where(noise(16, 41).abs() > .5, 5., 1.)
+    # keys that do not tell what moves, and keys that do
+    blind = 1 - .1 * noise(16, 41, seed=2).abs()
+    tells = is_turn[:, None] | (moved > 3.5)
+    sharp = torch.where(tells, blind - .5, blind)
     blind[:, :2] = sharp[:, :2] = -1  # what comes before is not tested
     sharp[:, 1::2] = 5                # nor is every other chunk
     found = causal.choose_tau({"mean": blind, "token": sharp}, moved, is_turn)
-    assert found["pool"] == "token" and found["tau"] == sharp[:8, 2::2].quantile(.95).item()
+    assert found["pool"] == "token"
+    assert found["tau"] == sharp[:8, 2::2].quantile(.95).item()
     assert abs(found["kept"]["slow turns"] - .95) < .01
-    assert found["kept"]["lingering"] == 0 and found["kept"]["between"] > .8
+    assert found["kept"]["lingering"] == 0
+    assert found["kept"]["between"] > .8
 
 
 # ---- training clips: never held-out worlds, with the pasts that memory would hold --------------------------
 
 def test_training_never_uses_held_out_worlds():
     seeds = [spec.seed for spec in training_worlds(3000, 0)]
-    assert len(set(seeds)) == 3000 and .99 * world.HELD_OUT < max(seeds) < world.HELD_OUT
+    assert len(set(seeds)) == 3000
+    assert .99 * world.HELD_OUT < max(seeds) < world.HELD_OUT
 
 
 @pytest.mark.parametrize("evict_first, places", [(True, 18), (False, 21)])
@@ -1198,8 +1343,9 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
     assert all(torch.equal(histories.keep[rule], keep[rule]) for rule in keep)
     for name, held in histories.held.items():
         policy = PRESETS["slowfast" if name in keep else name]
-        for i, want in enumerate(frames_in_memory(policy, keep.get(name, every), evict_first)[:20]):
-            assert torch.equal(held[:, i], F.pad(want, (0, places - want.shape[1]), value=-1)), (name, i)
+        contexts = frames_in_memory(policy, keep.get(name, every), evict_first)[:20]
+        for i, want in enumerate(contexts):
+            assert torch.equal(held[:, i], padded(want, places)), (name, i)
 
 
 MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn", 44)]
@@ -1207,18 +1353,19 @@ MOTIONS = [WorldSpec(3, "aside"), WorldSpec(1, "turn", 10), WorldSpec(2, "turn",
 
 def apart_and_houses(spec, chunk):
     """
-    For the view at a chunk's end: the latent at which the house of it that was out of sight longest ago was so
-    for the last time (-1: none was), and the houses of the view as it was at each latent: a list of sets.
+    For the view at a chunk's end: the latent at which the house of it that was out of sight longest ago was
+    so for the last time (-1: none was), and the houses of the view as it was at each latent: a list of sets.
     """
     w = make_world(spec)
-    views, out_of_sight = [], []
+    views, last = [], {}
     for n in range(3 * chunk + 3):
         heading = w.motion.heading(w.start, 4 * n)  # each latent's last frame
-        turned = {house: abs(wrap(32 * house + 16 - heading)) for house in range(8)}
+        turned = [abs(wrap(32 * house + 16 - heading)) for house in range(8)]
         views.append({house for house in range(8) if turned[house] < 32})
-        out_of_sight.append({house for house in range(8) if turned[house] > 46})
-    last = [max([n for n in range(3 * chunk) if house in out_of_sight[n]], default=-1) for house in views[-1]]
-    return min([n for n in last if n >= 0], default=-1), views
+        if n < 3 * chunk:
+            last |= {house: n for house in range(8) if turned[house] > 46}
+    apart = [last[house] for house in views[-1] if house in last]
+    return min(apart, default=-1), views
 
 
 def test_a_view_comes_back_if_memory_holds_its_houses_from_before_one_of_them_was_out_of_sight():
@@ -1231,8 +1378,10 @@ def test_a_view_comes_back_if_memory_holds_its_houses_from_before_one_of_them_wa
             assert histories.apart[b, i] == apart
             for name, held in histories.held.items():
                 before = [views[n] for n in held[b, i].tolist() if 0 <= n <= apart]
-                assert histories.back[name][b, i] == (views[-1] <= set().union(*before)), (spec, name, i)
-            assert abs(histories.moved[b, i] - abs(path[12 * i + 8] - path[max(0, 12 * i - 3)])) < 1e-9
+                comes_back = views[-1] <= set().union(*before)
+                assert histories.back[name][b, i] == comes_back, (spec, name, i)
+            moved = path[12 * i + 8] - path[max(0, 12 * i - 3)]
+            assert histories.moved[b, i] == pytest.approx(abs(moved), abs=1e-9)
 
 
 def test_most_of_what_a_look_aside_shows_again_comes_back():
@@ -1241,40 +1390,55 @@ def test_most_of_what_a_look_aside_shows_again_comes_back():
     assert histories.back["moving"][:, 20:].float().mean() > .8
 
 
-@pytest.mark.parametrize("given, least, most", [({"ahead": 7}, .65, .8), ({}, .65, .8), ({"lookup": True}, 1, 1)])
+@pytest.mark.parametrize("given, least, most", [
+    ({"ahead": 7}, .65, .8),
+    ({}, .65, .8),
+    ({"lookup": True}, 1, 1)])
 def test_most_targets_are_views_that_come_back_and_they_have_room_behind_them(given, least, most):
     histories = Histories(MOTIONS, 30)
     history = histories.draw_history(np.random.default_rng(0), 1000, **given)
-    assert history.chunk.min() >= 7 and history.chunk.max() <= 30 - given.get("ahead", 1)
-    back = [any(histories.back[name][c, i] and torch.equal(held[c, i], frame) for name, held in histories.held.items())
-            for c, i, frame in zip(history.clip, history.chunk, history.frame)]
-    assert least <= np.mean(back) <= most
+    assert history.chunk.min() >= 7
+    assert history.chunk.max() <= 30 - given.get("ahead", 1)
+    back = torch.zeros(1000, dtype=torch.bool)
+    for name, held in histories.held.items():
+        is_drawn = (held[history.clip, history.chunk] == history.frame).all(1)
+        back |= histories.back[name][history.clip, history.chunk] & is_drawn
+    assert least <= back.float().mean() <= most
 
 
-def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison():
-    histories, rng = Histories(MOTIONS, 30), np.random.default_rng(0)
-    for given, share in (({}, .15 / 2), ({"ahead": 2}, 0), ({"lookup": True}, 0)):
-        history = histories.draw_history(rng, 3000, **given)
-        held = (history.frame >= 0).sum(1)
-        assert abs((held < 18).float().mean() - share) < .02  # two of those four hold less than 18 latents
-        assert torch.equal(history.frame.max(1).values, 3 * history.chunk - 1)  # up to the target
+@pytest.mark.parametrize("given, share", [
+    ({}, .15 / 2),
+    ({"ahead": 2}, 0),
+    ({"lookup": True}, 0)])
+def test_one_sample_in_seven_has_the_memory_of_another_policy_of_the_comparison(given, share):
+    history = Histories(MOTIONS, 30).draw_history(np.random.default_rng(0), 3000, **given)
+    held = (history.frame >= 0).sum(1)
+    assert abs((held < 18).float().mean() - share) < .02  # two of those four hold less than 18 latents
+    assert torch.equal(history.frame.max(1).values, 3 * history.chunk - 1)  # up to the target
 
 
-def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(tmp_path, monkeypatch):
-    tae, worlds, encoded = TAE(tiny_tae).initialise(), training_worlds(3, 0), []
+def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_weights(
+        tmp_path, monkeypatch):
+    tae = TAE(tiny_tae).initialise()
+    worlds = training_worlds(3, 0)
+    encoded = []
 
     def counted(tae, spec, latents, device):
         encoded.append(spec)
         return encode_world(tae, spec, latents, device)
     monkeypatch.setattr(data, "encode_world", counted)
-    want = torch.cat([encode_world(tae, spec, 6, CPU) for spec in worlds]).bfloat16()
-    assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded == worlds
-    next(tmp_path.rglob("00002.safetensors")).unlink()  # as if stopped after two clips
-    assert torch.equal(data.latent_cache(tmp_path, tae, worlds, 6, CPU), want) and encoded[3:] == worlds[2:]
-    empty = [replace(spec, empty=True) for spec in worlds]
-    for others in (worlds[:2], empty):
+
+    def cached(worlds):
         encoded.clear()
-        data.latent_cache(tmp_path, tae, others, 6, CPU)
+        return data.latent_cache(tmp_path, tae, worlds, 6, CPU)
+    want = torch.cat([encode_world(tae, spec, 6, CPU) for spec in worlds]).bfloat16()
+    assert torch.equal(cached(worlds), want)
+    assert encoded == worlds
+    next(tmp_path.rglob("00002.safetensors")).unlink()  # as if stopped after two clips
+    assert torch.equal(cached(worlds), want)
+    assert encoded == worlds[2:]
+    for others in (worlds[:2], [replace(spec, empty=True) for spec in worlds]):
+        cached(others)
         assert encoded == others
     assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
 
@@ -1288,7 +1452,12 @@ STAGES = ["vae", "init", "teacher", "1", "2"]
 def small_preset(preset):
     lengths = {"shortest": 8, "longest": 10, "ramp": .6} if preset.longest > 7 else {}
     full_size = {"critic_passes": 2, "critic_alone": 0, "all_steps": False}
-    return replace(preset, save_every=2, probe_every=0, **lengths, **full_size)
+    return replace(preset, save_every=1, probe_every=0, **lengths, **full_size)
+
+
+def few_chunks(roll, seeds, chunks, *about):
+    """In place of generate() for a strip: two chunks instead of twenty."""
+    return generate(roll, seeds, 2, *about)
 
 
 def with_presets(**fields):
@@ -1297,13 +1466,27 @@ def with_presets(**fields):
 
 
 AS_SMALL = {  # module: what a small training run sets there
-    train: {"PROBED": 2,
-            "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()}},
-    stages: {"tiny_dit": SMALL},
+    train: {
+        "PROBED": 2,
+        "TEACHER_STEPS": 2,
+        "generate": few_chunks,
+        "TINY": {part: small_preset(preset) for part, preset in train.TINY.items()},
+    },
+    stages: {"tiny_dit": SMALL, "TEACHER_STEPS": 2},
     data: {"CLIPS": 2, "EMPTY_CLIPS": 2},
-    causal: {"ODE_CLIPS": 2, "ODE_CHUNKS": 9,
-             "calibrate": lambda *a: {"tau": .9, "pool": "token", "kept": {}}},
+    causal: {
+        "ODE_CLIPS": 2,
+        "ODE_CHUNKS": 9,
+        "calibrate": lambda *about: {"tau": .9, "pool": "token", "kept": {}},
+    },
 }
+
+
+def set_small(set_in):
+    """set_in(module, name, value) of all in AS_SMALL"""
+    for module, values in AS_SMALL.items():
+        for name, value in values.items():
+            set_in(module, name, value)
 
 
 def small_weights(out):
@@ -1323,9 +1506,7 @@ def train_small(out, *words):
 @pytest.fixture
 def small_training(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", [])
-    for module, values in AS_SMALL.items():
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+    set_small(monkeypatch.setattr)
 
     def go(*words, out=tmp_path):
         train_small(out, *words)
@@ -1337,7 +1518,13 @@ def small_training(monkeypatch, tmp_path):
 def results(out, stage):
     """{file: bytes} of what a stage wrote"""
     files = [file for part in train.PARTS[stage] for file in (out / part).glob("*.safetensors")]
+    assert files
     return {file.name: file.read_bytes() for file in files}
+
+
+def steps_of(folder):
+    """Numbers of the updates that a part has logged; 0 is a look before the first"""
+    return [line["step"] for line in logged(folder) if line["step"]]
 
 
 def logged(folder):
@@ -1362,40 +1549,42 @@ def forget(out, stage, step):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(stage, small_training):
     go, out = small_training
-    go("--stage", stage, "--updates", "4")
+    go("--stage", stage, "--updates", "2")
     want = results(out, stage)
-    forget(out, stage, 4)
-    go("--stage", stage, "--updates", "4")
-    assert want and results(out, stage) == want
-    part = train.PARTS[stage][-1]
+    forget(out, stage, 2)
+    go("--stage", stage, "--updates", "2")
+    assert results(out, stage) == want
+    part = out / train.PARTS[stage][-1]
+    assert steps_of(part) == [1, 2, 2]
     if stage == "teacher":  # errors of one update are injected from the next on
-        errors = [line["errors"] for line in logged(out / part)]
-        assert errors[0] == 0 and errors[3] > errors[1] and errors[4:] == errors[2:4]
-    assert [line["step"] for line in logged(out / part) if line["step"]] == [1, 2, 3, 4, 3, 4]
+        first, second, again = (line["errors"] for line in logged(part))
+        assert first == 0 < second == again
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_ends_training_after_the_update_and_the_run_goes_on(name, code, small_training, monkeypatch):
+def test_a_signal_ends_training_after_the_update_with_a_checkpoint(name, code, small_training, monkeypatch):
     go, out = small_training
-    words = ["--stage", "teacher", "--updates", "3"]
-    go(*words, out=out / "whole")
+    monkeypatch.setattr(train, "TINY", with_presets(save_every=9))
     step = erft.teacher_step
 
-    def interrupted(*a):
+    def interrupted(*about):
         os.kill(os.getpid(), getattr(signal, name))
-        return step(*a)
+        return step(*about)
     monkeypatch.setattr(erft, "teacher_step", interrupted)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
-        go(*words)
-    monkeypatch.setattr(erft, "teacher_step", step)
+        go("--stage", "teacher", "--updates", "3")
     assert stopped.type is SystemExit and stopped.value.code == code
     assert [f.name for f in (out / "teacher").glob("step_*")] == ["step_000001"]
-    go(*words)
-    assert results(out, "teacher") == results(out / "whole", "teacher")
 
 
 def cut(file):
     file.write_bytes(file.read_bytes()[:1000])
+
+
+def flip_bit(path, share=.7, place=None):
+    content = bytearray(path.read_bytes())
+    content[place or int(len(content) * share)] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGE = {  # to a checkpoint's folder
@@ -1457,13 +1646,15 @@ def test_a_checkpoint_that_is_cut_off_while_written_is_never_seen(tmp_path, monk
 
 def test_a_checkpoint_that_finds_no_room_is_told_and_the_one_before_and_copies_stay(tmp_path):
     save_at(tmp_path, 2)
-    copies = [shutil.copytree(tmp_path / "step_000002", tmp_path / f"step_{name}") for name in ("kept", "000002.old")]
+    copies = [tmp_path / "step_kept", tmp_path / "step_000002.old"]
+    for copied in copies:
+        shutil.copytree(tmp_path / "step_000002", copied)
     with full_disk(100), pytest.raises(BadInput, match="cannot write .*step_000004 .*: is the disk full"):
         save_at(tmp_path, 4)
     for step in (4, 6):
         assert load_newest(tmp_path) == (step - 2, step - 2)
         save_at(tmp_path, step)
-    assert all(copy.exists() for copy in copies)
+    assert all(copied.exists() for copied in copies)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -1485,14 +1676,15 @@ def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_
         return checkpoint.keep_settings(tmp_path, settings, accumulate * processes)["passes"]
     assert passes(1, 2) == [2]
     (tmp_path / "step_000002").mkdir()
-    assert passes(2, 1) == [2] and passes(1, 3) == [2, 3] and passes(2, 1) == [2, 3]
+    assert passes(2, 1) == [2]
+    assert passes(1, 3) == [2, 3] == passes(2, 1)
     with pytest.raises(BadInput, match="accumulate 1, not 2"):
         passes(2, 2)
 
 
 def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     go, out = small_training
-    words = ["--stage", "teacher", "--updates", "2", "--batch", "2"]
+    words = ["--stage", "teacher", "--updates", "1", "--batch", "2"]
     go(*words)
 
     def again(*more):
@@ -1501,20 +1693,21 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     want = results(out, "teacher")
     # the weights tell what they started from
     facts = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[1]
-    for name in ("init_ar", "vae", "text"):
-        file = (out / name if name == "init_ar" else WEIGHTS) / f"{name}.safetensors"
-        assert facts[f"sha256 of {name}"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    for folder, name in ((out / "init_ar", "init_ar"), (WEIGHTS, "vae"), (WEIGHTS, "text")):
+        content = (folder / f"{name}.safetensors").read_bytes()
+        assert facts[f"sha256 of {name}"] == hashlib.sha256(content).hexdigest()
     other = {
         "--seed 7": "seed 0, not 7",
         "--lr 1": "lr 0.0007, not 1.0",
-        "--updates 1": "updates 2, not 1",
+        "--updates 2": "updates 1, not 2",
         "--accumulate 2": "accumulate 1, not 2",
         f"--init {out / 'init_ode' / 'init_ode.safetensors'}": "sha256 of init_ar [0-9a-f]*, not",
     }
     for more, told in other.items():
         with pytest.raises(BadInput, match=f"{out / 'teacher'} was trained with {told}") as refused:
             again(*more.split())
-        assert "\n" not in str(refused.value) and results(out, "teacher") == want
+        assert "\n" not in str(refused.value)
+        assert results(out, "teacher") == want
     (out / "teacher" / "settings.json").write_text('{"passes": 3}')
     with pytest.raises(BadInput, match="settings.json is damaged"):
         again()
@@ -1528,7 +1721,7 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
 
 def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
     weight, other = (torch.nn.Parameter(noise(4, 3)) for _ in range(2))
-    mine, plain = (torch.optim.AdamW([p], betas=(0., .99), weight_decay=.01) for p in (weight, other))
+    mine, plain = (torch.optim.AdamW([p], betas=(0., .99)) for p in (weight, other))
     for lr in (.1, .2):
         gradient = noise(4, 3, seed=int(10 * lr))
         weight.grad = 3 * gradient
@@ -1536,37 +1729,44 @@ def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
         other.grad = gradient / gradient.norm()
         plain.param_groups[0]["lr"] = lr
         plain.step()
-        assert norm == pytest.approx(gradient.norm().item()) and is_finite and weight.grad is None
+        assert norm == pytest.approx(gradient.norm().item())
+        assert is_finite and weight.grad is None
         assert torch.allclose(weight, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (60, 24), (24, 60)])
 def test_muon_is_pytorchs_but_for_its_rounding_to_bfloat16(shape):
     mine, plain = (torch.nn.Parameter(noise(*shape)) for _ in range(2))
-    optimizers = [optim.Muon([mine], .01, .1), torch.optim.Muon([plain], .01, .1, adjust_lr_fn="match_rms_adamw")]
+    ours = optim.Muon([mine], .01, .1)
+    theirs = torch.optim.Muon([plain], .01, .1, adjust_lr_fn="match_rms_adamw")
     for seed in range(1, 4):
-        mine.grad, plain.grad = noise(*shape, seed=seed), noise(*shape, seed=seed)
-        for optimizer in optimizers:
+        for weight, optimizer in ((mine, ours), (plain, theirs)):
+            weight.grad = noise(*shape, seed=seed)
             optimizer.step()
     moved = (plain - noise(*shape)).norm()
-    assert moved > .1 and (mine - plain).norm() < .02 * moved
+    assert moved > .1
+    assert (mine - plain).norm() < .02 * moved
 
 
-@pytest.mark.parametrize("gradient, loss", [(float("nan"), 1.), (1., float("inf")), (float("inf"), 0.)])
+@pytest.mark.parametrize("gradient, loss", [
+    (math.nan, 1.),
+    (1., math.inf),
+    (math.inf, 0.)])
 def test_an_update_that_is_not_finite_changes_no_weight(gradient, loss):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.tensor([1., gradient, 1.])
     _, is_finite = optim.optimizer_step([optimizer], .1, loss, 1, 1.)
-    assert not is_finite and torch.equal(weight, torch.ones(3)) and not optimizer.state
+    assert not is_finite
+    assert torch.equal(weight, torch.ones(3))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("which", ["critic", "student", "teacher"])
 def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, small_training, monkeypatch):
     go, out = small_training
     assert train.BAD_IN_A_ROW == 10
-    monkeypatch.setattr(train, "BAD_IN_A_ROW", 3)
-    monkeypatch.setattr(train, "TINY", with_presets(save_every=1))
+    monkeypatch.setattr(train, "BAD_IN_A_ROW", 2)
     module = erft if which == "teacher" else dmd
     step, calls = getattr(module, f"{which}_step"), []
 
@@ -1574,25 +1774,29 @@ def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, s
         numbers = step(net, *rest)
         calls.append(net)
         if len(calls) > 2:  # from the second update on, or in the middle of it
-            next(net.parameters()).grad.fill_(float("nan"))
+            next(net.parameters()).grad.fill_(math.nan)
         return numbers
     monkeypatch.setattr(module, f"{which}_step", broken)
     stage, part = ("teacher", "teacher") if which == "teacher" else ("1", "stage1")
-    with pytest.raises(SystemExit, match="3 updates in a row"):
+    with pytest.raises(SystemExit, match="2 updates in a row"):
         go("--stage", stage, "--updates", "9")
     averages = [checkpoint_of(folder)[1] for folder in sorted((out / part).glob("step_*"))]
-    assert len(averages) == 2 and all(torch.equal(averages[0][k], averages[1][k]) for k in averages[0])
-    assert logged(out / part)[-1]["skipped"] == 3
+    before, after = averages
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert logged(out / part)[-1]["skipped"] == 2
 
 
 def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training, monkeypatch):
     go, out = small_training
     update, seen = train.update_ema, []
 
+    def values(nets):
+        return [p.detach().clone() for p in nets["teacher"].parameters()]
+
     def recorded(ema, nets, decay):
         if not seen:
-            seen.append([p.detach().clone() for p in ema["teacher"].parameters()])
-        seen.append([p.detach().clone() for p in nets["teacher"].parameters()])
+            seen.append(values(ema))
+        seen.append(values(nets))
         update(ema, nets, decay)
     monkeypatch.setattr(train, "update_ema", recorded)
     monkeypatch.setattr(train, "TINY", with_presets(ema_decay=.15, warmup=1))
@@ -1602,15 +1806,16 @@ def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training
         decay = min(.15, (step + 1) / (step + 10))  # .1 while it warms up, then .15
         average = [decay * a + (1 - decay) * p for a, p in zip(average, now)]
     saved = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[0].parameters()
-    for p, a, raw in zip(saved, average, weights[-1]):
+    for p, a in zip(saved, average, strict=True):
         assert torch.allclose(p, a, rtol=1e-5, atol=1e-7)  # float32: a bf16 file would be off by 1e-3
-    assert any(not torch.allclose(a, raw, rtol=1e-2, atol=1e-6) for a, raw in zip(average, weights[-1]))
+    off = [(a - p).norm() / p.norm() for a, p in zip(average, weights[-1])]
+    assert max(off) > 1e-4  # not the weights themselves
 
 
 def test_the_learning_rate_warms_up_and_falls_but_in_distillation_stays():
     preset = replace(train.TINY["teacher"], lr=2., warmup=4, updates=100)
-    assert [train.get_lr(preset, step) for step in (0, 1)] == pytest.approx([.5, 1.], rel=1e-3)
-    assert [train.get_lr(preset, step) for step in (50, 100)] == pytest.approx([2 * .55, 2 * .1])
+    rates = [train.get_lr(preset, step) for step in (0, 1, 50, 100)]
+    assert rates == pytest.approx([.5, 1., 2 * .55, 2 * .1], rel=1e-3)
     preset = replace(train.TINY["stage1"], lr=2., warmup=4, updates=100)
     assert [train.get_lr(preset, step) for step in (0, 3, 99)] == [.5, 2., 2.]
 
@@ -1633,11 +1838,12 @@ def test_all_processes_draw_alike_each_pass_anew_and_one_that_accumulates_draws_
         for rank in range(processes):
             as_process(monkeypatch, rank, processes)
             for micro, number in itertools.product(range(16 // processes), range(6)):
-                alike, own = train.seed_pass(train.Config(seed=3), 7, number, micro)
-                drawn = alike.random(), own.random(), torch.rand(1).item()
-                found.setdefault((micro * processes + rank, number), set()).add(drawn)
-    assert all(len(draws) == 1 for draws in found.values())  # the same by any number of processes
-    alike, own, noises = ({place: next(iter(draws))[i] for place, draws in found.items()} for i in range(3))
+                generators = train.seed_pass(train.Config(seed=3), 7, number, micro)
+                drawn = *(rng.random() for rng in generators), torch.rand(1).item()
+                place = micro * processes + rank, number
+                # the same by any number of processes
+                assert found.setdefault(place, drawn) == drawn
+    alike, own, noises = ({place: drawn[i] for place, drawn in found.items()} for i in range(3))
     assert len(set(own.values())) == len(set(noises.values())) == 16 * 6
     # of 8 devices: the same on all, another one in each pass and micro-batch
     assert len(set(alike.values())) == 2 * 6
@@ -1655,7 +1861,10 @@ def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_
         resumed.load_state_dict(prompts.state_dict())
         taken.append(mine + [resumed.take(2) for _ in range(3)])
     order = [item for both in zip(*taken) for two in both for item in two]
-    assert sorted(order[:10]) == sorted(order[10:]) == items and order[:10] != order[10:] and order[:10] != items
+    first = order[:10]
+    second = order[10:]
+    assert sorted(first) == sorted(second) == items
+    assert len({*map(str, (first, second, items))}) == 3
     as_process(monkeypatch, 0, 1)
     assert data.Shuffled(items, 0).take(20) == order
 
@@ -1663,11 +1872,13 @@ def test_prompts_are_shuffled_all_are_seen_before_any_returns_and_a_stopped_run_
 def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covariance():
     torch.manual_seed(0)
     tae = TAE(TAEConfig(encoder=8, decoder=(16, 16, 8, 8))).initialise()
+    inputs = SimpleNamespace(vae=tae, device=CPU, autocast=nullcontext())
     torch.manual_seed(1)
-    found = stages.vae_pass(SimpleNamespace(vae=tae, device=CPU, autocast=nullcontext()), 2, np.random.default_rng(0), 0.)
+    found = stages.vae_pass(inputs, 2, np.random.default_rng(0), 0.)
     got = gradients(tae)
     # the same written plainly
-    rng, clips = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    clips = []
     for _ in range(2):
         spec = WorldSpec(int(rng.integers(world.HELD_OUT)))
         clips.append(torch.from_numpy(clip(spec, int(rng.integers(480)), 17)))
@@ -1675,157 +1886,196 @@ def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covaria
     real = torch.stack(clips)
     z = tae.encode(real * 2 - 1)
     made = tae.run(tae.decoder, z + .1 * torch.randn_like(z), None)[0][:, 3:]
-    change, real_change = made[:, 1:] - made[:, :-1], real[:, 1:] - real[:, :-1]
-    of_frames = [x.flatten(2).norm(dim=2) / x[0, 0].numel() ** .5 for x in (change, real_change)]
+    changes = [video[:, 1:] - video[:, :-1] for video in (made, real)]
+    speeds = [x.square().flatten(2).mean(2).sqrt() for x in changes]
     latents = z.movedim(2, 0).flatten(1)
-    off = torch.cov(latents) - torch.diag(latents.var(1))
-    losses = {"motion": F.mse_loss(change, real_change), "speed": F.mse_loss(*of_frames),
-              "unit": (latents.mean(1) ** 2 + (latents.std(1) - 1) ** 2 + (off ** 2).sum(1)).mean()}
+    mean = latents.mean(1)
+    deviation = latents.std(1)
+    off = torch.cov(latents) - torch.diag(deviation ** 2)
     mse = F.mse_loss(made, real)
-    losses["loss"] = mse + .5 * losses["motion"] + .5 * losses["speed"] + .02 * losses["unit"]
-    losses["loss"].backward()
-    assert found == pytest.approx({"psnr": -10 * mse.log10().item()} | {k: v.item() for k, v in losses.items()}, rel=.02)
+    want = {
+        "motion": F.mse_loss(*changes),
+        "speed": F.mse_loss(*speeds),
+        "unit": (mean ** 2 + (deviation - 1) ** 2 + (off ** 2).sum(1)).mean(),
+    }
+    loss = mse + .5 * want["motion"] + .5 * want["speed"] + .02 * want["unit"]
+    loss.backward()
+    want |= {"loss": loss, "psnr": -10 * mse.log10()}
+    assert found == pytest.approx({name: value.item() for name, value in want.items()}, rel=.02)
     same_gradients(got, gradients(tae), .02)
 
 
 def test_text_and_context_are_dropped_sample_by_sample(small_training, monkeypatch):
     go, out = small_training
-    step, seen = erft.teacher_step, []
+    step = erft.teacher_step
+    seen = []
+    texts = []
 
-    def recorded(net, bank, seed, context, x0, noise, t, features, *rest):
-        seen.append((context.shape[1], len(x0), features, rest[-1]))
-        return step(net, bank, seed, context, x0, noise, t, features, *rest)
+    def recorded(*about):
+        context, features, errors, share = about[3], about[7], *about[-2:]
+        seen.append((context.shape[1] > 0, 8 * share))
+        texts.extend(features)
+        assert len(features) == 8 * share and errors == .3
+        return step(*about)
     monkeypatch.setattr(erft, "teacher_step", recorded)
+    monkeypatch.setattr(train, "TINY", with_presets(errors=.3))
     monkeypatch.setattr(stages, "NO_CONTEXT", .5)
     monkeypatch.setattr(stages, "NO_TEXT", .5)
     go("--stage", "teacher", "--updates", "2", "--batch", "8")
-    assert [n > 0 for n, *_ in seen] == [True, False] * 2
-    for (_, with_context, *_, share), (_, without, *_, other) in zip(seen[::2], seen[1::2]):
-        assert with_context + without == 8 and (share, other) == (with_context / 8, without / 8)
-    texts = torch.cat([features for _, _, features, _ in seen])
+    assert [has_context for has_context, _ in seen] == [True, False] * 2
+    shares = [share for _, share in seen]
+    assert sum(shares[:2]) == sum(shares[2:]) == 8
     nothing = min(texts, key=lambda text: text.abs().sum())
     assert 4 <= sum(torch.equal(text, nothing) for text in texts) <= 12
 
 
 def test_each_step_of_a_distillation_moves_its_own_network_alone(small_training, monkeypatch):
     go, out = small_training
-    step, seen, known = torch.optim.AdamW.step, [], {}
+    step = torch.optim.AdamW.step
+    seen = []
+    known = set()
 
-    def watched(self, *a):
-        mine = [p for group in self.param_groups for p in group["params"]]
-        known.update({id(p): p for p in mine})
-        before = {i: p.detach().clone() for i, p in known.items()}
-        step(self, *a)
-        moved = {i for i, p in known.items() if not torch.equal(p, before[i])}
-        with_gradient = {i for i, p in known.items() if p.grad is not None and p.grad.any()}
-        seen.append((moved, with_gradient, {id(p) for p in mine}, self.param_groups[0]["lr"]))
+    def watched(self, *about):
+        mine = {p for group in self.param_groups for p in group["params"]}
+        known.update(mine)
+        before = {p: p.detach().clone() for p in known}
+        step(self, *about)
+        assert {p for p in known if not torch.equal(p, before[p])} <= mine
+        assert {p for p in known if p.grad is not None and p.grad.any()} == mine
+        seen.append((mine, self.param_groups[0]["lr"]))
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     go("--stage", "1", "--updates", "2", "--lr", "1e-4")
-    critic, student = seen[0][2], seen[2][2]
-    assert not critic & student and [mine == critic for _, _, mine, _ in seen] == [True, True, False] * 2
-    for moved, with_gradient, mine, lr in seen:
-        assert moved <= mine and with_gradient == mine
-        assert lr == pytest.approx(2e-4 if mine == critic else 1e-4)
+    critic = seen[0][0]
+    student = seen[2][0]
+    assert not critic & student
+    assert [mine == critic for mine, _ in seen] == [True, True, False] * 2
+    assert [lr for _, lr in seen] == pytest.approx([2e-4, 2e-4, 1e-4] * 2)
 
 
-@pytest.mark.parametrize("stage", ["2", "2_none"])
-def test_stage_2_logs_what_its_steps_saw_and_found(stage, small_training, monkeypatch, capsys):
-    """One run with the steps recorded: who plays which part, what the context is, each number of the log."""
+def record_steps(monkeypatch, *names):
+    """dmd's steps as they are called -> {name: list of (arguments, what came back)}"""
+    found = {name: [] for name in names}
+
+    def recorded(name, step, *about):
+        found[name].append((about, step(*about)))
+        return found[name][-1][1]
+    for name in names:
+        step = getattr(dmd, f"{name}_step")
+        monkeypatch.setattr(dmd, f"{name}_step", functools.partial(recorded, name, step))
+    return found
+
+
+@pytest.fixture
+def stage_2(small_training, monkeypatch, capsys):
+    """Two updates with their steps recorded -> out, the steps, the lines of the log, the progress lines"""
     go, out = small_training
-    monkeypatch.setattr(train, "TINY", with_presets(probe_every=2))
-    found = {"critic": [], "student": []}
+    presets = with_presets(probe_every=2)
+    monkeypatch.setattr(train, "TINY", presets)
+    found = record_steps(monkeypatch, "critic", "student")
+    go("--stage", "2", "--updates", "3")
+    return out, found, logged(out / "stage2"), capsys.readouterr().err
 
-    def record(which, step):
-        def recorded(*a):
-            found[which].append((a, step(*a)))
-            return found[which][-1][1]
-        return recorded
-    for which in found:
-        monkeypatch.setattr(dmd, f"{which}_step", record(which, getattr(dmd, f"{which}_step")))
-    go("--stage", stage, "--updates", "3")
-    _, first, second, last = logged(out / f"stage{stage}")
-    # who is who: the frozen network of the file, the one that is trained, and the student
+
+def test_stage_2_logs_what_its_steps_saw_and_found(stage_2):
+    """Who plays which part, what the context is, each number of the log."""
+    out, found, lines, progress = stage_2
     (student, teacher, critic, _, trace, t, *_), (norm, error) = found["student"][-1]
-    assert critic is found["critic"][-1][0][0] and not next(teacher.parameters()).requires_grad
+    # the frozen network of the file, the one that is trained, and the student
     saved = load(out / "teacher" / "teacher.safetensors", DiT, DiTConfig)[0]
     assert torch.equal(saved.head.head.weight, teacher.head.head.weight)
-    assert student is trace.rollout.net and len(found["critic"]) == 6
-    # a rollout for every pass, of which the critic's keep no keys; the scores see what its memory held, or nothing
-    traces = [a[2] for a, _ in found["critic"]] + [a[4] for a, _ in found["student"]]
+    assert not next(teacher.parameters()).requires_grad
+    assert critic is found["critic"][-1][0][0]
+    assert student is trace.rollout.net
+    # a rollout for every pass, of which the critic's keep no keys; the scores see what its memory held
+    traces = [given[2] for given, _ in found["critic"]] + [given[4] for given, _ in found["student"]]
     assert len({each.x.sum().item() for each in traces}) == 9
     assert {each.rollout.chunk for each in traces} == {8, 9}
     assert [bool(each.entries) for each in traces] == [False] * 6 + [True] * 3
-    levels = [a[3].tolist() for a, _ in found["critic"]]
-    assert len({str(level) for level in levels}) == 6 and t.tolist() not in levels
-    held = min(21, 3 * (last["L"] - 7))
-    assert trace.context.shape[1] == (held if stage == "2" else 0)
+    levels = {str(given[3].tolist()) for given, _ in found["critic"]}
+    assert len(levels) == 6
+    assert str(t.tolist()) not in levels
+    last = lines[-1]
+    assert trace.context.shape[1] == min(21, 3 * (last["L"] - 7))
     # the numbers
-    assert last["L"] == trace.rollout.chunk and 8 <= last["L"] <= 10
-    assert trace.exits[0].levels == [flow.schedule(4, 5.)[last["r"]]]
-    assert last["critic_loss"] == pytest.approx(found["critic"][-1][1][0], abs=1e-5)
-    assert last["norm"] == pytest.approx(norm.mean().item(), abs=1e-5)
-    assert last["std"] == pytest.approx(trace.x.std().item(), abs=1e-5)
-    for i in range(2):
-        same = (4 * t).long() == (4 * t[i]).long()
-        assert last[f"real_{int(4 * t[i])}"] == pytest.approx(error[same].mean().item(), abs=1e-5)
-    assert any(name.startswith("fake_") for name in last)
-    oldest = trace.rollout.memory.slow.frame[:, 0].float().mean().item()
-    assert last["oldest"] == pytest.approx((3 * last["L"] - oldest) / 4)
+    schedule = flow.schedule(4, 5.)
+    oldest = trace.rollout.memory.slow.frame[:, 0].float().mean()
     kept = torch.stack(trace.rollout.kept, 1)[:, ::2].float().mean(1)
     shares = [value for name, value in last.items() if name.startswith("kept_")]
-    assert sum(shares) / len(shares) == pytest.approx(kept.mean().item(), abs=1e-5)
-    assert last["lr"] == train.TINY["stage2"].lr and last["skipped"] == 0 and last["seconds"] > 0
-    assert last["grad"] > 0 and last["critic_grad"] > 0
+    assert np.mean(shares) == pytest.approx(kept.mean().item(), abs=1e-5)
+    want = {
+        "L": trace.rollout.chunk,
+        "critic_loss": found["critic"][-1][1][0],
+        "norm": norm.mean().item(),
+        "std": trace.x.std().item(),
+        "oldest": (3 * last["L"] - oldest.item()) / 4,
+        "skipped": 0,
+    }
+    quarter = (4 * t).long()
+    for i in quarter.tolist():
+        want[f"real_{i}"] = error[quarter == i].mean().item()
+    assert {name: last[name] for name in want} == pytest.approx(want, abs=1e-5)
+    assert trace.exits[0].levels == [schedule[last["r"]]]
+    assert last["lr"] == train.TINY["stage2"].lr
+    assert last["seconds"] > 0
+    assert last["grad"] > 0
+    assert last["critic_grad"] > 0
+    assert any(name.startswith("fake_") for name in last)
     # what the judge says now and then stays in the progress line
-    assert {"recall", "ceiling", "chance", "returns", "validity"} <= second.keys()
-    assert "validity" not in last and "validity=" in capsys.readouterr().err.split("\r")[-1]
+    judged = {"recall", "ceiling", "chance", "returns", "validity"}
+    assert [judged <= line.keys() for line in lines] == [False, False, True, False]
+    assert "validity=" in progress.split("\r")[-1]
 
 
-@pytest.mark.parametrize("stage", ["2", "2_none"])
-def test_in_the_small_world_the_critic_is_alone_at_first_and_learns_whole_videos(stage, small_training, monkeypatch):
-    go, out = small_training
+def only_the_critic_at_first(stage, go, monkeypatch):
+    """Two updates as in the small world, of videos of 21 chunks -> what the critic was given, sizes"""
     presets = with_presets(critic_alone=1, critic_passes=1, all_steps=True, shortest=21, longest=21)
     monkeypatch.setattr(train, "TINY", presets)
-    batches, critic_step = [], dmd.critic_step
-
-    def recorded(critic, features, trace, *others):
-        batches.append((len(features), len(trace.x), trace.context.shape[1]))
-        return critic_step(critic, features, trace, *others)
-    monkeypatch.setattr(dmd, "critic_step", recorded)
+    found = record_steps(monkeypatch, "critic")
     go("--stage", stage, "--updates", "2")
+    return [(len(given[1]), len(given[2].x), given[2].context.shape[1]) for given, _ in found["critic"]]
+
+
+@pytest.mark.parametrize("stage, context", [("2", 21), ("2_none", 0)])
+def test_in_the_small_world_the_critic_is_alone_at_first_and_learns_whole_videos(
+        stage, context, small_training, monkeypatch):
+    go, out = small_training
+    # of two videos of 21 chunks: their last 7, and the 7 before
+    assert only_the_critic_at_first(stage, go, monkeypatch) == [(4, 4, context)] * 2
     first, second = logged(out / f"stage{stage}")[-2:]
-    # two videos of 21 chunks: their last 7, and the 7 before
-    assert batches == [(4, 4, 21 if stage == "2" else 0)] * 2
-    assert first["critic_grad"] > 0 and "grad" not in first and "L" not in first
-    assert second["critic_grad"] > 0 and second["grad"] > 0 and second["L"] == 21 and "r" not in second
+    assert first["critic_grad"] > 0
+    assert "grad" not in first
+    assert second["critic_grad"] > 0
+    assert second["grad"] > 0
+    assert second["L"] == 21
+    assert "r" not in second
 
 
-def test_gates_tell_a_teacher_that_looks_at_its_context_from_one_that_does_not(monkeypatch):
-    teacher = load_tiny(WEIGHTS / "teacher.safetensors", torch.device("cpu"))
+def test_the_scores_of_stage_2_none_see_no_context(small_training, monkeypatch):
+    go, _ = small_training
+    found = record_steps(monkeypatch, "critic", "student")
+    go("--stage", "2", "--teacher-context", "none", "--updates", "1")
+    traces = [given[2] for given, _ in found["critic"]] + [given[4] for given, _ in found["student"]]
+    assert [trace.context.shape[1] for trace in traces] == [0, 0, 0]
+
+
+def test_a_teacher_that_looks_at_its_context_recalls_more_of_its_own_past_than_of_anothers():
+    teacher = load_tiny(WEIGHTS / "teacher.safetensors", CPU)
     teacher.sampler = Sampler(steps=4, shift=3.)
-
-    def check():
-        return train.check_teacher_uses_context(teacher, probe.held_out(4))
-    looks = check()
-    assert looks["teacher_recall"] > looks["teacher_shuffled_recall"] + .2
-    forward = DiT.forward
-
-    def blind(self, x, t, text, rope, prefix=0, with_kv=True):
-        """The target as if nothing had been before it; the context gets any velocity."""
-        rope = [table[:, -8 * (x.shape[1] - prefix):] for table in rope]
-        v, kv = forward(self, x[:, prefix:], t[:, prefix:], text, rope)
-        return torch.cat([x[:, :prefix], v], 1), kv
-    monkeypatch.setattr(DiT, "forward", blind)
-    blind = check()
-    assert blind["teacher_recall"] == blind["teacher_shuffled_recall"]
+    found = train.check_teacher_uses_context(teacher, probe.held_out(2))
+    assert found["teacher_recall"] > found["teacher_shuffled_recall"] + .2
 
 
 @pytest.mark.parametrize("words, told", [
-    ("3", "choose from"), ("all --init x", "begins with nothing"),
-    ("1 --accumulate 0", "must lie from 1"), ("1 --lr nan", "--lr must lie"),
-    ("1 --seed -1", "--seed must lie"), ("1 --updates -1", "--updates must lie"), ("1 --batch -1", "must lie"),
+    ("3", "choose from"),
+    ("all --init x", "begins with nothing"),
+    ("1 --accumulate 0", "must lie from 1"),
+    ("1 --lr nan", "--lr must lie"),
+    ("1 --seed -1", "--seed must lie"),
+    ("1 --updates -1", "--updates must lie"),
+    ("1 --batch -1", "must lie"),
     ("2 --init nowhere.safetensors", "nowhere.safetensors"),
-    ("1 --size 8x8", "needs --wan"), ("vae --data clips", "needs --wan"),
+    ("1 --size 8x8", "needs --wan"),
+    ("vae --data clips", "needs --wan"),
     (f"1 --out {Path(__file__).as_posix()}/o", "cannot write to"),
 ])
 def test_bad_options_of_training_are_told_in_one_line(words, told, small_training):
@@ -1838,10 +2088,13 @@ def test_bad_options_of_training_are_told_in_one_line(words, told, small_trainin
 # ---- training on two processes -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("device, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
-def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(device, backend, monkeypatch, tmp_path):
-    """As torchrun starts it on a machine with GPUs, with a backend in the place of NCCL that knows only cuda."""
+def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(
+        device, backend, monkeypatch):
+    """As torchrun starts it where GPUs are, with a backend in the place of NCCL that knows only cuda."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers "fake"
-    dist, calls, init = torch.distributed, [], torch.distributed.init_process_group
+    dist = torch.distributed
+    calls = []
+    init = torch.distributed.init_process_group
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *a: torch.device("cuda"))
@@ -1856,23 +2109,24 @@ def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(d
     def part(cfg, name, at, stop):
         assert checkpoint.any_process(True) and not checkpoint.any_process(False)
         checkpoint.barrier()
-        bank = erft.ErrorBank((1, 2, 2), levels=2)
-        bank.recycle()
+        erft.ErrorBank((1, 2, 2), levels=2).recycle()
         calls.append(at)
     monkeypatch.setattr(dist, "init_process_group", emulated)
     monkeypatch.setattr(train, "train", part)
     run_script(train, monkeypatch, "--stage", "2", "--device", device)
-    mine = torch.device("cuda", 3) if device == "cuda" else torch.device("cpu")
+    mine = torch.device("cuda", 3) if device == "cuda" else CPU
     assert calls == [mine] * (device == "cuda") + [backend, mine]
+
+
+RESUMED = ["teacher", "1"]  # the stages that keep more than networks: errors, and a critic and prompts
 
 
 def in_each_of_two_processes(out):
     """What both processes of the fixture below run, for all stages one after another."""
-    for module, values in AS_SMALL.items():
-        for name, value in values.items():
-            setattr(module, name, value)
-    train.TINY = with_presets(save_every=1)
-    rank, destroy, dist = int(os.environ["RANK"]), torch.distributed.destroy_process_group, torch.distributed
+    set_small(setattr)
+    rank = int(os.environ["RANK"])
+    destroy = torch.distributed.destroy_process_group
+    dist = torch.distributed
     dist.destroy_process_group = lambda: None
 
     def go(run, stage, updates="2"):
@@ -1880,9 +2134,11 @@ def in_each_of_two_processes(out):
         dist.init_process_group = lambda backend, timeout: None  # only once
     for stage in STAGES:
         go("two", stage)
-        if rank == 0:
+    if rank == 0:
+        for stage in RESUMED:
             copy_without_step_2(out, stage, "two", "two_two")
-        dist.barrier()
+    dist.barrier()
+    for stage in RESUMED:
         go("two_two", stage)
         go("one_two", stage)
     train_in_bf16(out / "two")
@@ -1892,10 +2148,10 @@ def in_each_of_two_processes(out):
     # a signal that reaches one process ends both
     step = erft.teacher_step
 
-    def interrupted(*a):
+    def interrupted(*about):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*a)
+        return step(*about)
     erft.teacher_step = interrupted
     try:
         go("stopped", "teacher", "20")
@@ -1915,8 +2171,18 @@ def train_full_size(out, dtype, *words):
         prompts.write_text("a calm sea\na storm rises\n")
     train.WAN = {part: replace(preset, save_every=1) for part, preset in train.WAN.items()}
     options = "--wan random:32x1 --size 32x32 --stage 1 --updates 2 --device cpu".split()
-    sys.argv = ["train.py", *options, "--data", str(prompts), "--dtype", dtype, "--out", str(out / dtype), *words]
+    files = ["--data", str(prompts), "--out", str(out / dtype)]
+    sys.argv = ["train.py", *options, *files, "--dtype", dtype, *words]
     train.main()
+
+
+TWO_PROCESSES = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import test_all
+test_all.in_each_of_two_processes(Path(sys.argv[1]))
+"""
 
 
 def copy_without_step_2(out, folder, before, after, stage=""):
@@ -1927,74 +2193,99 @@ def copy_without_step_2(out, folder, before, after, stage=""):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """
-    Every stage, two updates: by one process that accumulates two batches ("one"), by two processes ("two"), and
-    with another number of processes after the first update ("one_two", "two_one"), or with as many ("two_two").
+    Every stage, two updates: by one process that accumulates two batches ("one"), by two processes ("two");
+    some with another number of processes after the first update ("one_two", "two_one"), or with as many
+    ("two_two").
     """
     out = tmp_path_factory.mktemp("processes")
     script = out / "both.py"
-    script.write_text("import sys\nfrom pathlib import Path\n"
-                      f"sys.path.insert(0, {str(HERE)!r})\nimport test_all\n"
-                      f"test_all.in_each_of_two_processes(Path({str(out)!r}))\n")
+    script.write_text(TWO_PROCESSES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [])
-        for module, values in AS_SMALL.items():
-            for name, value in values.items():
-                patch.setattr(module, name, value)
-        patch.setattr(train, "TINY", with_presets(save_every=1))
+        set_small(patch.setattr)
         patch.setattr(train, "WAN", train.WAN)
+
+        def go(run, stage):
+            words = ["--stage", stage, "--updates", "2", "--accumulate", "2"]
+            train_small(out / run / stage, *words)
         train_in_bf16(out / "one", "--accumulate", "2")
         for dtype in ("fp32", "bf16"):
             train_full_size(out / "one", dtype, "--accumulate", "2")
         for stage in STAGES:
-            train_small(out / "one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
+            go("one", stage)
+        for stage in RESUMED:
             copy_without_step_2(out, stage, "one", "one_two")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         # a thread each: more wait for each other on two cores
-        run = subprocess.run([*torchrun, script], timeout=1800, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-        assert run.returncode == 0, run.stdout[-8000:]
-        for stage in STAGES:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run([*torchrun, script, out], timeout=1800, env=env, capture_output=True)
+        assert run.returncode == 0, (run.stdout + run.stderr).decode(errors="replace")[-8000:]
+        for stage in RESUMED:
             copy_without_step_2(out, stage, "two", "two_one")
-            train_small(out / "two_one" / stage, "--stage", stage, "--updates", "2", "--accumulate", "2")
+            go("two_one", stage)
         copy_without_step_2(out, "fp32", "two", "two_one", "1")
         train_full_size(out / "two_one", "fp32", "--accumulate", "2")
     return out
 
 
+# in any session that has the mark of the group, one process makes the fixture and runs these
+uses_two_processes = pytest.mark.xdist_group("two processes")
+
+
+def relative_distances(want, got, most):
+    """
+    {name: distance of two checkpoints' tensors, in units of `most` of the tensor's norm}. Adam makes a whole
+    step of a gradient that is rounding alone: up to 4e-7 an element and update here.
+    """
+    allowed = {name: most * p.norm() + 2e-7 * p.numel() ** .5 for name, p in want.items()}
+    apart = {name: (p - got[name]).norm() for name, p in want.items()}
+    return {name: (apart[name] / allowed[name]).item() for name in want}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other(stage, two_processes):
-    out = two_processes
+@uses_two_processes
+@pytest.mark.parametrize("run, stage", [
+    *[("two", stage) for stage in STAGES],
+    *itertools.product(["one_two", "two_one"], RESUMED)])
+def test_two_processes_equal_one_that_accumulates_and_each_goes_on_for_the_other(run, stage, two_processes):
     for part in train.PARTS[stage]:
-        want = checkpoint_of(out / "one" / stage / part / "step_000002")[0]
-        for run in ("two", "one_two", "two_one"):
-            got = checkpoint_of(out / run / stage / part / "step_000002")[0]
-            for name, p in want.items():
-                assert (p - got[name]).norm() <= 1e-6 * p.norm() + 1e-9, (run, name)
-            steps = [line["step"] for line in logged(out / run / stage / part) if line["step"]]
-            assert steps == ([1, 2] if run == "two" else [1, 2, 2])
-    assert results(out / "two_two" / stage, stage) == results(out / "two" / stage, stage)
+        want, got = (two_processes / name / stage / part for name in ("one", run))
+        assert steps_of(got) == ([1, 2] if run == "two" else [1, 2, 2])
+        want, got = (checkpoint_of(folder / "step_000002")[0] for folder in (want, got))
+        for name, p in want.items():
+            assert (p - got[name]).norm() <= 1e-6 * p.norm() + 1e-9, name
 
 
 @pytest.mark.slow
+@uses_two_processes
+@pytest.mark.parametrize("stage", RESUMED)
+def test_two_processes_that_go_on_equal_two_that_were_not_stopped_bit_for_bit(stage, two_processes):
+    resumed, whole = (two_processes / run / stage for run in ("two_two", "two"))
+    assert results(resumed, stage) == results(whole, stage)
+
+
+@pytest.mark.slow
+@uses_two_processes
 @pytest.mark.parametrize("run, folder, part, most", [
-    ("two", "fp32", "stage1", 1e-6), ("two_one", "fp32", "stage1", 1e-6), ("two", "bf16", "stage1", 1e-4),
+    ("two", "fp32", "stage1", 1e-6),
+    ("two_one", "fp32", "stage1", 1e-6),
+    ("two", "bf16", "stage1", 1e-4),
     ("two", "bf16", "stage2", 1e-4)])
-def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes_little(run, folder, part, most, two_processes):
+def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes_little(
+        run, folder, part, most, two_processes):
     """In the form of the full size (stage1), where weights are sharded, and in the small world (stage2)."""
     one, other = (two_processes / name / folder / part for name in ("one", run))
     want, got = (checkpoint_of(path / "step_000002")[0] for path in (one, other))
-    # Adam makes a whole step of a gradient that is rounding alone: up to 4e-7 an element and update here
-    off = {name: ((p - got[name]).norm() / (most * p.norm() + 2e-7 * p.numel() ** .5)).item() for name, p in want.items()}
+    off = relative_distances(want, got, most)
     assert max(off.values()) <= 1, off
     # the weights hardly move, and Adam hides how long a gradient is
     lines, others = ([line for line in logged(path) if line["step"]] for path in (one, other))
-    for line, same in ((lines[0], others[0]), (lines[-1], others[-1])):
-        for name in ("grad", "critic_grad"):
-            assert same[name] == pytest.approx(line[name], rel=10 * most, abs=2e-6)
+    for at, name in itertools.product((0, -1), ("grad", "critic_grad")):
+        assert others[at][name] == pytest.approx(lines[at][name], rel=10 * most, abs=2e-6)
 
 
 @pytest.mark.slow
+@uses_two_processes
 def test_a_signal_that_reaches_one_process_ends_both(two_processes):
     assert [(two_processes / f"stopped_{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
     folder = two_processes / "stopped" / "teacher" / "teacher"
@@ -2011,73 +2302,79 @@ def train_all(out, *words):
 def test_one_command_makes_all_that_ships_and_goes_on_where_it_was(small_training, monkeypatch, capsys):
     """Stopped in the teacher, it has the bits of one that was not; each file names what it started from."""
     _, out = small_training
-    train_all(out / "whole")
+    whole, stopped = out / "whole", out / "stopped"
+    train_all(whole)
     step = erft.teacher_step
 
-    def interrupted(*a):
+    def interrupted(*about):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(*a)
-    monkeypatch.setattr(erft, "teacher_step", interrupted)
-    with pytest.raises(SystemExit, match="143"):
-        train_all(out / "stopped")
-    monkeypatch.setattr(erft, "teacher_step", step)
-    made = (out / "stopped" / "vae" / "log.jsonl").read_bytes()
+        return step(*about)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(erft, "teacher_step", interrupted)
+        train_all(stopped)
+    made = (stopped / "vae" / "log.jsonl").read_bytes()
     capsys.readouterr()
-    train_all(out / "stopped")
+    train_all(stopped)
     told = capsys.readouterr().out
     assert re.search(r"part 4 of 8: teacher\nteacher: 2 updates, about \d+ min .*; writes [\d.]+ MB", told)
-    assert "\nvae: " not in told and (out / "stopped" / "vae" / "log.jsonl").read_bytes() == made
-    want = results(out / "whole", "all")
-    assert results(out / "stopped", "all") == want
-    ships = {file.name for file in WEIGHTS.glob("*.safetensors")} | {"teacher_plain.safetensors"}
-    assert set(want) == ships
-    # the chain of hashes; "all" does not go on with other settings
-    digest = {}
-    for name, content in want.items():
-        digest[f"sha256 of {Path(name).stem}"] = hashlib.sha256(content).hexdigest()
+    assert "\nvae: " not in told
+    assert (stopped / "vae" / "log.jsonl").read_bytes() == made
+    want = results(whole, "all")
+    assert results(stopped, "all") == want
+    assert set(want) == {f"{name}.safetensors" for name in [*FILES_OF_WEIGHTS, "teacher_plain"]}
+    # the chain of hashes; strips to look at; "all" does not go on with other settings
+    digest = {f"sha256 of {Path(name).stem}": hashlib.sha256(content).hexdigest()
+              for name, content in want.items()}
     for part in train.PARTS["all"][1:]:
-        facts = load(out / "whole" / part / f"{part}.safetensors", DiT, DiTConfig)[1]
+        facts = load(whole / part / f"{part}.safetensors", DiT, DiTConfig)[1]
         starts = {name: value for name, value in facts.items() if name.startswith("sha256")}
         assert starts and starts.items() <= digest.items()
+        # a row of four videos, of which a teacher's has 81 frames and a student's here 21
+        height, width = iio.imread(whole / part / "strip_000002.png").shape[:2]
+        assert (height, width) == (4 * 32, 64 * (7 if part.startswith("teacher") else 2))
     with pytest.raises(BadInput, match="seed 0, not 7"):
-        train_all(out / "whole", "--seed", "7")
+        train_all(whole, "--seed", "7")
+
+
+def write_film(path, spec, seconds, scale=1):
+    """A clip of the small world as a video of 32 frames a second, each of them twice"""
+    frames = (clip(spec, 0, round(seconds * 16)) * 255).astype(np.uint8)
+    frames = frames.transpose(0, 2, 3, 1).repeat(2, 0)
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    iio.imwrite(path, frames, fps=32, macro_block_size=1, plugin="FFMPEG")
+
+
+# all that read a folder of videos run in one process, which makes it once
+uses_videos = pytest.mark.xdist_group("videos")
 
 
 def test_the_ablations_differ_in_one_thing_each():
     for presets in (train.TINY, train.WAN):
         assert presets["teacher_plain"] == replace(presets["teacher"], errors=0.)
-        assert presets["teacher"].errors == .5 and presets["stage2"].sees_context
+        assert presets["teacher"].errors == .5
+        assert presets["stage2"].sees_context
         assert presets["stage2_none"] == replace(presets["stage2"], sees_context=False)
 
 
-def test_a_plain_teacher_meets_no_errors(small_training, monkeypatch):
-    go, out = small_training
-    step, shares = erft.teacher_step, []
-
-    def recorded(*a):
-        shares.append(a[-2])
-        return step(*a)
-    monkeypatch.setattr(erft, "teacher_step", recorded)
-    for stage in ("teacher", "teacher_plain"):
-        go("--stage", stage, "--updates", "1")
-    assert shares[0] == .5 and shares[-1] == 0
-
-
-@pytest.fixture
-def videos(tmp_path):
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
     """A folder of two good clips of 32 frames a second, and of all that must be skipped."""
-    folder = tmp_path / "videos"
-    (folder / "more").mkdir(parents=True)
-    for i, (name, seconds, scale) in enumerate([("good", 10.7, 1), ("more/good", 13.2, 2), ("short", 9, 1), ("mute", 1, 1)]):
-        frames = clip(WorldSpec(i), 0, round(seconds * 16)).transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2).repeat(2, 0)
-        iio.imwrite(folder / f"{name}.mp4", (frames * 255).astype(np.uint8), fps=32, macro_block_size=1, plugin="FFMPEG")
-        (folder / f"{name}.txt").write_text(world.make_world(WorldSpec(i)).caption) if name != "mute" else None
-    (folder / "more" / "good.txt").write_text(world.make_world(WorldSpec(1)).caption, "utf-8-sig")
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "more").mkdir()
+    captions = [make_world(WorldSpec(i)).caption for i in range(3)]
+    write_film(folder / "good.mp4", WorldSpec(0), 10.7)
+    write_film(folder / "more" / "good.mp4", WorldSpec(1), 13.2, 2)
+    write_film(folder / "short.mp4", WorldSpec(2), 9)
+    write_film(folder / "mute.mp4", WorldSpec(3), 1)
+    (folder / "good.txt").write_text(captions[0])
+    (folder / "short.txt").write_text(captions[2])
+    (folder / "more" / "good.txt").write_text(captions[1], "utf-8-sig")
     good = (folder / "good.mp4").read_bytes()
     film(folder / "turned.mp4", folder / "good.mp4", "-c", "copy", before=["-display_rotation", "90"])
-    bad = {"broken": b"no video", "noise": good[:5000] + bytes(range(250)) * 12 + good[8000:], "latin": good, "empty": good}
-    for name, content in bad.items():
-        (folder / f"{name}.mp4").write_bytes(content)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "noise.mp4").write_bytes(good[:5000] + bytes(range(250)) * 12 + good[8000:])
+    for name in ("latin", "empty"):
+        (folder / f"{name}.mp4").write_bytes(good)
     for name in ("broken", "noise", "turned"):
         (folder / f"{name}.txt").write_text("a calm sea")
     (folder / "latin.txt").write_bytes(b"M\xe4rz")
@@ -2092,155 +2389,248 @@ def run_script(script, monkeypatch, *words):
     config.run(script.main)
 
 
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(script, *words): the one line on stderr of a run that must end with 2."""
+    def run(script, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, monkeypatch, *words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("error: ")
+        return line
+    return run
+
+
 @pytest.mark.parametrize("script", [data, metrics])
-def test_without_ffmpeg_no_clip_is_called_unreadable(script, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("out, told", [("o", "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")])
+def test_without_ffmpeg_no_clip_is_called_unreadable(script, out, told, refusal, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
-    for out, told in ((tmp_path, "ffmpeg is missing"), (f"{__file__}/o", "cannot write to")):
-        with pytest.raises(SystemExit, match="2"):
-            run_script(script, monkeypatch, "--videos", tmp_path, "--out", out)
-        assert told in capsys.readouterr().err
+    assert told in refusal(script, "--videos", tmp_path, "--out", out)
 
 
-def test_a_folder_of_videos_is_encoded_each_clip_once_by_one_process(videos, monkeypatch, tmp_path, capsys):
-    words, out = ["--videos", videos, "--out", tmp_path / "data"], tmp_path / "data" / "clips"
-    first, second = out / "good.mp4.safetensors", out / "more" / "good.mp4.safetensors"
-    with monkeypatch.context() as torchrun:
-        torchrun.setenv("RANK", "1")
-        torchrun.setenv("WORLD_SIZE", "2")
-        run_script(data, monkeypatch, *words)
-    mine = sorted(out.rglob("*.*"))
-    assert len(mine) == 1
-    made = mine[0].stat().st_mtime_ns
-    run_script(data, monkeypatch, *words)
-    assert sorted(out.rglob("*.*")) == [first, second] and mine[0].stat().st_mtime_ns == made
-    printed = capsys.readouterr().out
-    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: cannot read the text", "noise.mp4 is damaged (",
-                 "turned.mp4: 32x64", "latin.mp4: cannot read the text", "empty.mp4: ", "empty.txt is empty"):
-        assert line in printed
-    assert all(line.startswith("skipped: ") for line in printed.splitlines()) and "\x1b" not in printed
+@pytest.fixture(scope="module")
+def encoded(videos, tmp_path_factory):
+    """What data.py makes of them, on two processes one after another -> folder, what they printed"""
+    out, printed = tmp_path_factory.mktemp("encoded"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for rank in "10":
+            patch.setenv("RANK", rank)
+            with redirect_stdout(io.StringIO()) as told:
+                run_script(data, patch, "--videos", videos, "--out", out)
+            made = {file.relative_to(out).as_posix() for file in out.rglob("*.safetensors")}
+            printed.append((made, told.getvalue()))
+    return out, printed
 
 
-def test_clips_of_a_folder_are_drawn_with_pasts_of_seven_chunks_or_more_and_enough_behind(videos, monkeypatch, tmp_path):
-    run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path)
-    clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"), evict_first=False)
-    assert clips.chunks == [14, 17] and clips.captions == [world.make_world(WorldSpec(i)).caption for i in (0, 1)]
+@uses_videos
+def test_a_folder_of_videos_is_encoded_each_clip_by_one_process_and_what_cannot_be_is_told(encoded):
+    out, ((first, told_first), (both, told_second)) = encoded
+    assert len(first) == 1
+    assert both == {"clips/good.mp4.safetensors", "clips/more/good.mp4.safetensors"}
+    for line in ("short.mp4: 64x32, 9.0 s", "broken.mp4 (", "mute.mp4: cannot read the text",
+                 "noise.mp4 is damaged (", "turned.mp4: 32x64", "latin.mp4: cannot read the text",
+                 "empty.mp4: ", "empty.txt is empty"):
+        assert line in told_first + told_second
+    # names of two lines, or in colours, are told in one plain line
+    assert all(line.startswith("skipped: ") for line in (told_first + told_second).splitlines())
+    assert "\x1b" not in told_first + told_second
+
+
+@uses_videos
+def test_a_clip_that_is_encoded_is_not_encoded_again(encoded, videos, monkeypatch):
+    out, _ = encoded
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
+    run_script(data, monkeypatch, "--videos", videos, "--out", out)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == before
+
+
+@pytest.fixture
+def folder_clips(encoded):
+    return data.ClipFolder(encoded[0], (16, 4, 8), CPU, evict_first=False)
+
+
+@uses_videos
+def test_clips_of_a_folder_are_drawn_with_seven_chunks_of_past_or_more_and_enough_behind(folder_clips):
+    clips = folder_clips
+    assert clips.chunks == [14, 17]
+    assert clips.captions == [make_world(WorldSpec(i)).caption for i in (0, 1)]
     assert [len(load_file(file)["latents"]) for file in clips.files] == [42, 51]  # whole chunks
     history = clips.draw_history(np.random.default_rng(0), 64, 7)
-    assert set(history.chunk[history.clip == 0].tolist()) == {7}
-    assert set(history.chunk[history.clip == 1].tolist()) == {7, 8, 9, 10}
-    # with room for long pasts: for half of them every second chunk is kept, for the others there are gaps
-    monkeypatch.setattr(clips, "chunks", [34, 34])
-    long = clips.draw_history(np.random.default_rng(1), 200, 7)
-    every = frames_in_memory(PRESETS["uniform2"], torch.arange(28)[None] % 2 == 0, evict_first=False)
-    pasts = [(frame.tolist(), every[chunk][0].tolist()) for frame, chunk in zip(long.frame, long.chunk) if chunk > 14]
-    assert .4 < sum(frame == regular for frame, regular in pasts) / len(pasts) < .65
-    for frame, regular in pasts:
-        assert frame[:3] + frame[-6:] == regular[:3] + regular[-6:] and frame == sorted(set(frame))
-        assert all(number < 15 or number % 6 == 0 for number in frame[3:15])
-    runs = torch.stack([data.keep_with_gaps(np.random.default_rng(i), 28, True) for i in range(300)])[:, ::2]
-    assert .45 < runs.float().mean() < .55 and (runs[:, 1:] == runs[:, :-1]).float().mean() > .65
-    # latents are those of the file, and close to those of the world (h264 came between)
-    latents = clips.frames(torch.tensor([1, 0]), torch.tensor([[4, 2], [-1, 41]]))
-    stored = load_file(clips.files[1])["latents"].float()
-    assert torch.equal(latents[0], stored[[4, 2]]) and latents.dtype == torch.float32
-    real = encode_world(shipped_vae(), WorldSpec(0), 42, torch.device("cpu"))[0]
-    assert (clips.frames(torch.tensor([0]), torch.arange(42)[None])[0] - real).std() < .3 * real.std()
+    drawn = {*zip(history.clip.tolist(), history.chunk.tolist())}
+    assert drawn == {(0, 7), *((1, chunk) for chunk in range(7, 11))}
     assert clips.text(history.clip[:2]).shape == (2, 96, 64)
 
 
-def test_a_clips_file_that_cannot_be_right_is_named(tmp_path):
-    """Cut, with one wrong bit, of another form, or not finite."""
-    path, latents = tmp_path / "clips" / "a.safetensors", torch.zeros(42, 16, 4, 8, dtype=torch.bfloat16)
-    good = {"latents": latents, "text": torch.zeros(3, 64).bfloat16()}
+@uses_videos
+def test_long_pasts_of_a_folders_clips_are_regular_in_half_of_the_samples_and_have_gaps_in_the_others(
+        folder_clips, monkeypatch):
+    monkeypatch.setattr(folder_clips, "chunks", [34, 34])
+    long = folder_clips.draw_history(np.random.default_rng(1), 200, 7)
+    even = torch.arange(28)[None] % 2 == 0
+    contexts = frames_in_memory(PRESETS["uniform2"], even, evict_first=False)
+    is_regular = []
+    for frame, chunk in zip(long.frame.tolist(), long.chunk.tolist()):
+        if chunk > 14:
+            regular = contexts[chunk][0].tolist()
+            is_regular.append(frame == regular)
+            assert frame[:3] + frame[-6:] == regular[:3] + regular[-6:]
+            assert frame == sorted(set(frame))
+            assert all(number < 15 or number % 6 == 0 for number in frame[3:15])
+    assert .4 < np.mean(is_regular) < .65
+    runs = [data.keep_with_gaps(np.random.default_rng(i), 28, True) for i in range(300)]
+    runs = torch.stack(runs)[:, ::2]
+    assert .45 < runs.float().mean() < .55
+    assert (runs[:, 1:] == runs[:, :-1]).float().mean() > .65
 
-    def drawn(content, about, harm=lambda path: None):
-        write_safetensors(path, content, about)
-        harm(path)
-        clips = data.ClipFolder(tmp_path, (16, 4, 8), torch.device("cpu"))
-        return clips.frames(torch.tensor([0]), torch.arange(42)[None]), clips.text([0])
-    drawn(good, {"caption": "a"})
-    for content, about, harm, told in (
-            (good, {"caption": "a"}, flip_bit, "damaged"), (good, {"caption": "a"}, cut, "cannot read"),
-            (good, {}, str, "lacks a caption"), (good, {"caption": [3]}, str, "lacks a caption"), ({}, {"caption": "a"}, str, "needed are"),
-            (good | {"latents": latents[:10]}, {"caption": "a"}, str, "it has 10"), ({"latents": latents}, {"caption": "a"}, str, "its text"),
-            (good | {"latents": latents / 0}, {"caption": "a"}, str, r"latents \(finite, torch.bfloat16\)"),
-            (good | {"latents": latents.int()}, {"caption": "a"}, str, r"latents \(finite, torch.bfloat16\)")):
-        with pytest.raises(BadInput, match=told) as refused:
-            drawn(content, about, harm)
-        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+@uses_videos
+def test_latents_of_a_folders_clips_are_those_of_the_file_and_close_to_those_of_the_world(folder_clips):
+    clips = folder_clips
+    frames = torch.tensor([[4, 2], [-1, 41]])
+    latents = clips.frames(torch.tensor([1, 0]), frames)
+    stored = load_file(clips.files[1])["latents"].float()
+    assert torch.equal(latents[0], stored[[4, 2]])
+    assert latents.dtype == torch.float32
+    # h264 came between
+    real = encode_world(shipped_vae(), WorldSpec(0), 42, CPU)[0]
+    mine = clips.frames(torch.tensor([0]), torch.arange(42)[None])[0]
+    assert (mine - real).std() < .3 * real.std()
 
 
-def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(videos, small_training, monkeypatch):
+ZEROS = torch.zeros(42, 16, 4, 8, dtype=torch.bfloat16)
+
+CLIP = {"latents": ZEROS, "text": torch.zeros(3, 64).bfloat16()}
+
+
+def read_all(folder):
+    clips = data.ClipFolder(folder, (16, 4, 8), CPU)
+    clips.frames(torch.tensor([0]), torch.arange(42)[None])
+    clips.text([0])
+
+
+@pytest.mark.parametrize("content, caption, told", [
+    (CLIP, None, "lacks a caption"),
+    (CLIP, [3], "lacks a caption"),
+    ({}, "a", "needed are"),
+    (CLIP | {"latents": ZEROS[:10]}, "a", "it has 10"),
+    ({"latents": ZEROS}, "a", "its text"),
+    (CLIP | {"latents": ZEROS / 0}, "a", r"latents \(finite, torch.bfloat16\)"),
+    (CLIP | {"latents": ZEROS.int()}, "a", r"latents \(finite, torch.bfloat16\)")])
+def test_a_clips_file_that_cannot_be_right_is_named(content, caption, told, tmp_path):
+    path = tmp_path / "clips" / "a.safetensors"
+    write_safetensors(path, content, {"caption": caption} if caption else {})
+    with pytest.raises(BadInput, match=told) as refused:
+        read_all(tmp_path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("harm, told", [(flip_bit, "damaged"), (cut, "cannot read")])
+def test_a_damaged_clips_file_is_named(harm, told, tmp_path):
+    path = tmp_path / "clips" / "a.safetensors"
+    write_safetensors(path, CLIP, {"caption": "a"})
+    read_all(tmp_path)
+    harm(path)
+    with pytest.raises(BadInput, match=told) as refused:
+        read_all(tmp_path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@uses_videos
+def test_teacher_and_base_train_from_a_folder_of_clips_and_students_from_a_file_of_prompts(
+        encoded, small_training):
     go, out = small_training
-    run_script(data, monkeypatch, "--videos", videos, "--out", out / "data")
-    (out / "prompts.txt").write_text("\n".join(world.make_world(WorldSpec(i)).caption for i in range(3)))
-    for stage, source in (("teacher", "data"), ("1", "prompts.txt")):
-        go("--stage", stage, "--updates", "2", "--batch", "2", "--data", str(out / source))
+    prompts = out / "prompts.txt"
+    prompts.write_text("\n".join(make_world(WorldSpec(i)).caption for i in range(3)))
+    for stage, source in (("teacher", encoded[0]), ("1", prompts)):
+        go("--stage", stage, "--updates", "1", "--data", str(source))
         assert results(out, stage)
 
 
-def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(raw, videos, small_training, monkeypatch):
-    """All full-size stages on a small directory of Wan's form; what is guided and how, and that text is encoded once."""
-    out, prompts, weights = raw.parent / "out", raw.parent / "prompts.txt", []
-    size, student = ["--wan", raw, "--size", "32x32", "--out"], ["--init", raw.parent / "student.pt"]
+@uses_videos
+def test_the_full_size_path_goes_from_videos_and_prompts_to_a_stage_2_student(
+        raw, videos, small_training, monkeypatch):
+    """All stages on a small directory of Wan's form; what is guided and how; text is encoded once."""
+    out = raw.parent / "out"
+    prompts = raw.parent / "prompts.txt"
+    clips = raw.parent / "data"
     prompts.write_text("a calm sea\n\na storm rises\n")
+    small = ["--size", "32x32", "--out"]
     texts = []
     for rank in "01":  # torchrun's processes share clips, and captions
         with monkeypatch.context() as torchrun:
             torchrun.setenv("RANK", rank)
             torchrun.setenv("WORLD_SIZE", "2")
-            run_script(data, monkeypatch, *size, raw.parent / "data", "--videos", videos)
-        texts.append(len(list((raw.parent / "data" / "text").iterdir())))
+            run_script(data, torchrun, "--wan", raw, *small, clips, "--videos", videos)
+        texts.append(len([*(clips / "text").iterdir()]))
     assert texts == [3, 4]
-    train_words = [*size, out, "--updates", "2", "--data"]
-    monkeypatch.setattr(train, "WAN", {part: replace(preset, save_every=1) for part, preset in train.WAN.items()})
-    guide, decode = dmd.guide, WanVAE.decode
-    monkeypatch.setattr(dmd, "guide", lambda cond, uncond, w: weights.append(w) or guide(cond, uncond, w))
-    monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))  # strips take half the time
-    random = ["--wan", "random:32x1", "--size", "32x32", "--out", raw.parent / "random"]
-    run_script(data, monkeypatch, *random, "--videos", videos)  # ar from the clips, then ode from their captions
-    run_script(train, monkeypatch, *random, "--data", raw.parent / "random", "--stage", "init", "--updates", "2")
-    assert len(results(raw.parent / "random", "init")) == 2
-    run_script(train, monkeypatch, *train_words, raw.parent / "data", "--stage", "teacher")
-    assert len(list((out / "text").iterdir())) == 3  # nothing, the negative prompt, the strip's caption: the rest is in shards
-    run_script(train, monkeypatch, *train_words, prompts, "--stage", "init", *student)
-    run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
-    want = results(out, "1")
+
+    def go(stage, source, *more, wan=raw, out=out):
+        words = ["--stage", stage, "--updates", "2", "--data", source, *more]
+        run_script(train, monkeypatch, "--wan", wan, *small, out, *words)
+        return results(out, stage)
+    presets = {part: replace(preset, save_every=1) for part, preset in train.WAN.items()}
+    monkeypatch.setattr(train, "WAN", presets)
+    guide = dmd.guide
+    decode = WanVAE.decode
+    guidances = []
+    monkeypatch.setattr(dmd, "guide", lambda cond, uncond, w: guidances.append(w) or guide(cond, uncond, w))
+    # strips take half the time
+    monkeypatch.setattr(WanVAE, "decode", lambda self, z: (torch.zeros(1, 40, 3, 32, 32), None))
+    # ar from the clips, then ode from their captions
+    random = {"wan": "random:32x1", "out": raw.parent / "random"}
+    run_script(data, monkeypatch, "--wan", random["wan"], *small, random["out"], "--videos", videos)
+    assert len(go("init", random["out"], **random)) == 2
+    go("teacher", clips)
+    # nothing, the negative prompt, the strip's caption: the rest is in shards
+    assert len([*(out / "text").iterdir()]) == 3
+    go("init", prompts, "--init", raw.parent / "student.pt")
+    want = go("1", prompts)
     shutil.rmtree(out / "stage1" / "step_000002")
     monkeypatch.setattr("weights.TextEncoder", None)  # all text is known
-    run_script(train, monkeypatch, *train_words, prompts, "--stage", "1")
-    assert results(out, "1") == want
+    assert go("1", prompts) == want
     monkeypatch.setattr(WanVAE, "decode", decode)
-    run_script(train, monkeypatch, *train_words, prompts, "--stage", "2")
-    assert weights == [4.] * 3 + [6.] * 2
-    before, now = (load(out / p / f"{p}.safetensors", DiT, DiTConfig) for p in ("init_ode", "stage2"))
-    assert now[0].config == before[0].config and now[0].config.dim == 64
-    assert now[1]["sampler"]["shift"] == 5 and now[1]["lr"] == 2e-6
-    assert list((out / "stage2").glob("strip_*.png")) and all(v.isfinite().all() for v in now[0].parameters())
+    go("2", prompts)
+    assert guidances == [4.] * 3 + [6.] * 2
+    files = [out / part / f"{part}.safetensors" for part in ("init_ode", "stage2")]
+    before, now = (load(file, DiT, DiTConfig) for file in files)
+    assert now[0].config == before[0].config
+    assert now[0].config.dim == 64
+    assert now[1]["sampler"]["shift"] == 5
+    assert now[1]["lr"] == 2e-6
+    assert all(v.isfinite().all() for v in now[0].parameters())
+    assert [*(out / "stage2").glob("strip_*.png")]
     assert hashlib.sha256(stages.NEGATIVE.encode()).hexdigest().startswith("ce96e0324e4b54ce")
 
 
-def test_bad_input_of_full_size_training_is_told_in_one_line(raw, videos, small_training, monkeypatch, tmp_path, capsys):
-    empty, prompts = tmp_path / "empty.txt", tmp_path / "p.txt"
-    empty.write_text("\n")
-    prompts.write_text("a storm\n")
-    wan = ["--out", tmp_path / "o", "--wan", raw, "--size", "32x32"]
-    run_script(data, monkeypatch, "--videos", videos, "--out", tmp_path / "data")
-    for script, words, told in [
-            (train, [*wan, "--stage", "vae"], "Wan2.1 is the base"),
-            (train, [*wan, "--stage", "1"], "needs --data"), (train, [*wan, "--stage", "1", "--data", empty], "holds no prompts"),
-            (train, ["--stage", "1", "--data", videos / "gone"], "cannot read"), (train, ["--stage", "1", "--size", "8x8"], "needs"),
-            (train, ["--stage", "init", "--data", prompts], "small world's own"),
-            (train, [*wan, "--stage", "teacher", "--data", prompts], "holds no clips"),
-            (train, [*wan, "--stage", "teacher", "--data", tmp_path / "data"], "holds latents [16, 4, 8]"),
-            (train, [*wan, "--stage", "1", "--data", prompts], "needs init_ode"),
-            (train, ["--wan", tmp_path, "--stage", "teacher", "--data", prompts], "hf download"),
-            (data, ["--videos", tmp_path / "gone"], "no video"), (data, ["--size", "64x64"], "needs --wan"), (data, ["--vidoes", "x"], "did you mean --videos")]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_script(script, monkeypatch, *words)
-        error = capsys.readouterr().err.strip()
-        assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and told in error, (words, error)
+WANS = "--wan RAW --size 32x32 --stage "
+
+
+@uses_videos
+@pytest.mark.parametrize("script, words, told", [
+    (train, WANS + "vae", "Wan2.1 is the base"),
+    (train, WANS + "1", "needs --data"),
+    (train, WANS + "1 --data empty.txt", "holds no prompts"),
+    (train, WANS + "1 --data prompts.txt", "needs init_ode"),
+    (train, WANS + "teacher --data prompts.txt", "holds no clips"),
+    (train, WANS + "teacher --data DATA", "holds latents [16, 4, 8]"),
+    (train, "--wan . --stage teacher --data prompts.txt", "hf download"),
+    (train, "--stage 1 --data gone", "cannot read"),
+    (train, "--stage init --data prompts.txt", "small world's own"),
+    (data, "--videos gone", "no video"),
+    (data, "--size 64x64", "needs --wan"),
+    (data, "--vidoes x", "did you mean --videos")])
+def test_bad_input_of_full_size_training_is_told_in_one_line(
+        script, words, told, raw, encoded, refusal, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    Path("prompts.txt").write_text("a storm\n")
+    words = words.replace("RAW", str(raw)).replace("DATA", str(encoded[0]))
+    assert told in refusal(script, *words.split())
 
 
 # ---- devices that are no cuda and no cpu: Apple's has neither float64 nor complex numbers ------------------
@@ -2271,7 +2661,7 @@ class DeviceWithoutFloat64(TorchDispatchMode):
         bare_args, bare = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
         if kwargs.get("device") is not None:
             is_there = torch.device(kwargs["device"]).type == "meta"
-            bare["device"] = torch.device("cpu")
+            bare["device"] = CPU
         else:
             is_there = any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs)))
         found = operator(*bare_args, **bare)
@@ -2303,11 +2693,13 @@ def test_sampling_needs_no_float64_and_no_complex_numbers_on_the_device(more, sa
     here, _ = sampled(tmp_path, *words)
     request.getfixturevalue("other_device")
     there, code = sampled(tmp_path, *words)
-    assert not code and np.abs(here.astype(float) - there).mean() < .5
+    assert not code
+    assert np.abs(here.astype(float) - there).mean() < .5
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_needs_float64_or_complex_numbers_on_the_device(stage, small_training, other_device, monkeypatch):
+def test_no_stage_needs_float64_or_complex_numbers_on_the_device(
+        stage, small_training, other_device, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *about: None)
     go, out = small_training
     go("--stage", stage, "--updates", "1")
@@ -2330,7 +2722,8 @@ def through_autoencoder(frames):
 def test_judge_reads_landmarks_and_heading_through_the_trained_autoencoder():
     """Headings: 99.5 % within a column; the autoencoder shifts the rest, where the speed changes."""
     right, wrong_by, ground, psnr = judge_errors(through_autoencoder, 161)
-    assert right >= .99 and ground == 1 and np.quantile(wrong_by, .995) <= 1
+    assert right >= .99 and ground == 1
+    assert np.quantile(wrong_by, .995) <= 1
     assert psnr > 28  # the ceiling that validity is compared with
 
 
@@ -2360,7 +2753,8 @@ def test_the_fields_of_a_dataclass_become_options():
 def test_wrong_options_are_refused_and_the_nearest_right_one_is_named(words, message):
     with pytest.raises(BadInput) as told:
         config.parse(Options, words.split())
-    assert message in str(told.value) and "\n" not in str(told.value)
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_help_shows_what_the_script_is_and_each_option_with_its_comment_and_default(capsys):
@@ -2384,7 +2778,8 @@ def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_pat
         with config.whole_or_absent(path) as part:
             part.write_text("half")
             raise error
-    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
     with pytest.raises(BadInput, match="cannot write .*older .*that a folder"):
         with config.whole_or_absent(tmp_path / "older"):
             (tmp_path / "older").mkdir()
@@ -2429,10 +2824,13 @@ def lists_of_lists(depth):
 
 @pytest.mark.parametrize("schema, good, bad, told", [
     ({"a": int}, {"a": 1, "b": 2}, {}, "content, a cannot be None"),
-    ([str], ["a"], ["a", 1], "content cannot be 1"), ([(str, type(None))], [None, "a"], [2], "cannot be 2"),
+    ([str], ["a"], ["a", 1], "content cannot be 1"),
+    ([(str, type(None))], [None, "a"], [2], "cannot be 2"),
     ({"a": [int]}, {"a": []}, {"a": {}}, "content, a cannot be {}"),
-    (range(1, 9), 8, 9, "cannot be 9"), (range(1, 9), 1, True, "cannot be True"),
-    ({"x", "y"}, "x", "z", "cannot be 'z'"), (float, -1, math.nan, "cannot be nan"),
+    (range(1, 9), 8, 9, "cannot be 9"),
+    (range(1, 9), 1, True, "cannot be True"),
+    ({"x", "y"}, "x", "z", "cannot be 'z'"),
+    (float, -1, math.nan, "cannot be nan"),
     (str, "a", lists_of_lists(30), "cannot be .{40}$"),
     (torch.float32, torch.ones(2), torch.ones(2) / 0, r"\(finite, torch.float32\) cannot be tensor\(\[inf"),
     ({"a": torch.bfloat16}, {"a": torch.ones(2).bfloat16()}, {"a": torch.ones(2)}, "torch.bfloat16"),
@@ -2444,7 +2842,8 @@ def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told
 
 
 @pytest.mark.parametrize("error, code, told", [
-    (BadInput("too\nmany"), 2, "error: too many\n"), (KeyboardInterrupt(), 130, ""),
+    (BadInput("too\nmany"), 2, "error: too many\n"),
+    (KeyboardInterrupt(), 130, ""),
     (OSError(28, "No space left", "log"), 2, "error: [Errno 28] No space left: 'log'\n"),
     (NotImplementedError("aten::x"), 2,
      "error: use --device cpu, as this device lacks an operation: aten::x\n"),
@@ -2455,7 +2854,8 @@ def test_bad_input_ends_with_2_and_ctrl_c_with_130(error, code, told, capsys):
         raise error
     with pytest.raises(SystemExit) as stop:
         config.run(main)
-    assert stop.value.code == code and capsys.readouterr().err == told
+    assert stop.value.code == code
+    assert capsys.readouterr().err == told
 
 
 def test_a_fault_of_ones_own_keeps_its_traceback_and_a_network_too_large_does_not(refused):
@@ -2488,16 +2888,30 @@ def in_a_fresh_python(code, *words, **env):
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
 
 
-INTERRUPT = "import _signal, threading; threading.Timer(.3, lambda: _signal.raise_signal(2)).start()"
+INTERRUPT = """
+import _signal, sys
+
+
+class Interrupt:
+    def find_spec(name, *about):
+        if name == {!r}:
+            _signal.raise_signal(2)
+
+
+sys.meta_path.insert(0, Interrupt)
+"""
 HIDE = "import sys; sys.path.insert(0, ''); sys.modules[{!r}] = None"
 
 
 @pytest.mark.parametrize("before, code, told", [
-    (INTERRUPT, 130, ""), (HIDE.format("einops"), 2, "einops.*pip install -r requirements.txt"),
+    (INTERRUPT.format("torch.nn"), 130, ""),
+    (INTERRUPT.format("einops"), 130, ""),
+    (HIDE.format("einops"), 2, "einops.*pip install -r requirements.txt"),
     (HIDE.format("imageio_ffmpeg"), 2, "ffmpeg is missing")])
 def test_ctrl_c_during_the_imports_is_quiet_and_a_missing_package_is_told(before, code, told, tmp_path):
     ended, _, error = in_a_fresh_python(before, "--out", tmp_path / "o")
-    assert ended == code and re.fullmatch(f"error: .*{told}.*\\n" if told else "", error)
+    assert ended == code
+    assert re.fullmatch(f"error: .*{told}.*\\n" if told else "", error)
 
 
 WINDOWS = """
@@ -2508,25 +2922,24 @@ import os, signal
 sys.path.insert(0, "")
 import torch, tempfile, multiprocessing, asyncio, concurrent.futures  # their own use is not ours
 del os.sysconf, signal.SIGHUP
+import data, evaluate, metrics, train  # which import all others
 """
 
 
 def test_sampling_runs_without_the_modules_that_windows_lacks_in_a_terminal_of_ascii(tmp_path):
+    """And every other script is imported."""
     words = ["--out", tmp_path / "ü", "--seconds", ".3", "--prompt", "猫"]
     code, told, error = in_a_fresh_python(WINDOWS, *words, PYTHONIOENCODING="ascii")
-    assert code == 0 and "wrote" in told and r"\u732b-0-" in told, error
-    assert len(list((tmp_path / "ü").glob("猫-0-*.mp4"))) == 1 and "not measured" in told
-
-
-def test_every_script_imports_without_the_modules_that_windows_lacks():
-    scripts = "config rope memory video data evaluate metrics sample train".split()
-    code = WINDOWS + f"for name in {scripts}:\n    __import__(name)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+    assert code == 0, error
+    assert "wrote" in told and r"\u732b-0-" in told and "not measured" in told
+    assert len(list((tmp_path / "ü").glob("猫-0-*.mp4"))) == 1
 
 
 def test_frames_and_chunks_of_seconds_and_bytes_of_pixels():
-    assert [video.frames_in(s) for s in (.01, .05, 1, 60)] == [1, 1, 16, 960]
-    assert [video.chunks_of(n) for n in (1, 9, 10, 21, 960)] == [1, 1, 2, 2, 81]
+    frames = [video.frames_in(s) for s in (.01, .05, 1, 60)]
+    chunks = [video.chunks_of(n) for n in (1, 9, 10, 21, 960)]
+    assert frames == [1, 1, 16, 960]
+    assert chunks == [1, 1, 2, 2, 81]
     levels = torch.tensor([-2., -1, 0, .5, 2]).view(5, 1, 1, 1)
     pixels = video.to_uint8(levels.expand(5, 3, 2, 4))
     assert pixels.shape == (5, 2, 4, 3)
@@ -2558,7 +2971,8 @@ def test_a_written_video_has_its_frames_scale_comment_and_rate(tmp_path):
     path = write_video(tmp_path / "a.mp4", made, "a comment", 3)
     large = made.repeat(3, axis=1).repeat(3, axis=2).astype(float)
     frames = iio.imread(path, plugin="FFMPEG")
-    assert frames.shape == (30, 96, 192, 3) and np.abs(frames - large).max() < 5
+    assert frames.shape == (30, 96, 192, 3)
+    assert np.abs(frames - large).max() < 5
     facts = facts_of(path)
     assert "comment         : a comment" in facts and "h264" in facts and "16 fps" in facts
 
@@ -2590,7 +3004,8 @@ def test_a_clip_is_read_from_its_end_in_whole_chunks_and_cut_at_the_sides(tmp_pa
     wrong = np.abs(frames - ramp(40)[7:].astype(float))
     assert wrong[:, :, 4:-4].max() < 4
     few, source = video.read_frames(path, 32, 16, 5)
-    assert len(few) == 5 and (source.width, source.height) == (96, 32)
+    assert len(few) == 5
+    assert (source.width, source.height) == (96, 32)
     with pytest.raises(BadInput, match="from 9 to 39 frames"):
         video.read_clip(path, 64, 32, 40)
 
@@ -2633,7 +3048,9 @@ def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
     frames, _ = video.read_frames(path, 64, 32, 999)
     level = frames.mean((1, 2, 3)) / 255 * 219 / 50  # seconds
     late = np.abs(level - np.arange(len(level)) / 16)
-    assert len(frames) >= 61 and late[:32].max() < .06 and late.max() < .23
+    assert len(frames) >= 61
+    assert late[:32].max() < .06
+    assert late.max() < .23
     source = video.open_clip(path)
     once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
     assert len(once) == 60
@@ -2646,8 +3063,13 @@ def test_fields_of_different_times_show_no_comb(tmp_path):
     path = film(tmp_path / "a.mpg", f"{bar},tinterlace=4,setfield=tff", *coded)
     shown, _ = video.read_frames(path, 64, 32, 99)
     raw = iio.imread(path, plugin="FFMPEG")
-    comb, without = (np.abs(np.diff(x.astype(float), axis=1)).mean() for x in (raw, shown))
-    assert without < .3 * comb
+
+    def comb(frames):
+        return np.abs(np.diff(frames * 1., axis=1)).mean()
+    assert comb(shown) < .3 * comb(raw)
+
+
+PLAIN = torch.zeros(1, 3, 16, 4, 8)
 
 
 def test_white_paper_of_an_hdr_video_is_not_the_dull_grey_of_its_code(tmp_path):
@@ -2656,7 +3078,8 @@ def test_white_paper_of_an_hdr_video_is_not_the_dull_grey_of_its_code(tmp_path):
     tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc:log-level=error"
     coded = ["-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", tags]
     white, _ = video.read_frames(film(tmp_path / "a.mp4", grey, *coded), 64, 64, 9)
-    assert white.mean() > 170 and np.ptp(white[0, 16, 32].astype(int)) < 4
+    assert white.mean() > 170
+    assert np.ptp(white[0, 16, 32].astype(int)) < 4
 
 
 def test_a_damaged_video_says_so(tmp_path, capsys):
@@ -2664,22 +3087,29 @@ def test_a_damaged_video_says_so(tmp_path, capsys):
         return video.read_frames(path, 64, 32, 99)[1].damage
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=4", "-movflags", "+faststart")
     title = ["-metadata", "title=[error] x\n[fatal] y"]
-    assert not damage(whole) and not damage(film(tmp_path / "b.mp4", whole, "-c", "copy", *title))
+    assert not damage(whole)
+    assert not damage(film(tmp_path / "b.mp4", whole, "-c", "copy", *title))
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 2 // 3])
-    assert damage(cut) and len(video.read_clip(cut, 64, 32, 99)) >= 9
+    assert damage(cut)
+    assert len(video.read_clip(cut, 64, 32, 99)) >= 9
     assert "cut.mp4 is damaged" in capsys.readouterr().err
     # two videos in one file
     sizes = [film(tmp_path / f"{size}.ts", f"testsrc2=s={size}:r=25:d=1", "-c:v", "mpeg2video")
              for size in ("64x32", "96x64")]
     (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in sizes))
     several = video.open_clip(tmp_path / "a.ts")
-    assert len(list(several.read(64, 32))) and "change their size" in several.damage
+    assert len(list(several.read(64, 32)))
+    assert "change their size" in several.damage
 
 
 @pytest.mark.parametrize("name, cause", [
-    ("sound.mp4", "matches no streams"), ("text.mp4", "moov atom"), ("list.mp4", "give a video file"),
-    ("folder.mp4", "no such file"), ("gone.mp4", "no such file"), ("pipe.mp4", "no such file")])
+    ("sound.mp4", "matches no streams"),
+    ("text.mp4", "moov atom"),
+    ("list.mp4", "give a video file"),
+    ("folder.mp4", "no such file"),
+    ("gone.mp4", "no such file"),
+    ("pipe.mp4", "no such file")])
 def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
     film(tmp_path / "sound.mp4", "sine=d=1")
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=1")
@@ -2695,7 +3125,8 @@ def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
 
 @pytest.mark.parametrize("exe, told", [
     ("/nonexistent", "ffmpeg is missing .*nonexistent"), ("/bin/false", "exit status 1"),
-    ("/bin/true", "it is no ffmpeg"), (None, "ffmpeg is missing .*imageio_ffmpeg")])
+    ("/bin/true", "it is no ffmpeg"),
+    (None, "ffmpeg is missing .*imageio_ffmpeg")])
 def test_a_missing_ffmpeg_is_told_and_leaves_nothing(exe, told, monkeypatch, tmp_path):
     if exe:
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
@@ -2727,7 +3158,8 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path, cap
     told = pytest.raises(BadInput, match="could not write .*a.mp4 .*is the disk full")
     with full_disk(int(share * size) or size), told:
         write_video(out / "a.mp4", frames if share else [])
-    assert (out / "a.mp4").read_text() == "good" and len(list(out.iterdir())) == 1
+    assert (out / "a.mp4").read_text() == "good"
+    assert len(list(out.iterdir())) == 1
     assert capfd.readouterr() == ("", "")
 
 
@@ -2749,7 +3181,8 @@ def test_what_ffmpeg_died_of_is_told_in_its_own_words(end, monkeypatch, tmp_path
 def test_folders_may_have_any_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_video(Path(folder, "-a.mp4"), ramp(3))
-    assert path.stat().st_size and list(Path(folder).iterdir()) == [path]
+    assert path.stat().st_size
+    assert list(Path(folder).iterdir()) == [path]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -2760,12 +3193,16 @@ def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_recor
         file.write('{"file": 3}\n[[[\n' + "[" * 100_000 + '\n{"file": "half')
     later = {**record, "seed": 1}
     config.append_line(tmp_path / "manifest.jsonl", later)
-    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later} and not video.read_manifest(tmp_path / "x")
+    assert video.read_manifest(tmp_path) == {"猫-0.mp4": later}
+    assert not video.read_manifest(tmp_path / "x")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all(f"line {n}:" in line for n, line in enumerate(told, 2))
+    assert len(told) == 4
+    assert all(f"line {n}:" in line for n, line in enumerate(told, 2))
 
 
-PALE, CRIMSON, BLUE = video.PALE, video.CRIMSON, video.BLUE
+PALE = video.PALE
+CRIMSON = video.CRIMSON
+BLUE = video.BLUE
 
 
 def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
@@ -2781,15 +3218,17 @@ def test_the_memory_picture_shows_frames_surprisal_and_what_is_held(tmp_path):
     frames = {1.5 * i: torch.full((32, 64, 3), 10 * i).byte() for i in range(3)}
     video.memory_picture(tmp_path / "a.png", frames, rollout, decoder, "a prompt")
     page = iio.imread(tmp_path / "a.png")
-    assert [page[90, 60 + 132 * i, 0] for i in range(4)] == [0, 10, 20, 255]
+    assert page[90, 60::132, 0][:4].tolist() == [0, 10, 20, 255]
     bars = page[:, 40::79][:, :20]
     assert [tuple(colour) for colour in bars[240]] == [CRIMSON if k else PALE for k in kept]
     pale, blue = (np.flatnonzero((bars[:, 13] == colour).all(-1)) for colour in (PALE, BLUE))
-    assert pale.min() == video.BARS and abs(blue - (video.BARS + video.BASE) // 2) <= 1
+    assert pale.min() == video.BARS
+    assert abs(blue - (video.BARS + video.BASE) // 2) <= 1
     held = memory.frames()[0]
     shown = page[400::90, 60::132, 0][:2].flatten()[:21]
     levels = video.to_uint8((1 - held / 30).view(-1, 1, 1, 1))
-    assert len(held) == 21 and shown.tolist() == levels[:, 0, 0, 0].tolist()
+    assert len(held) == 21
+    assert shown.tolist() == levels[:, 0, 0, 0].tolist()
 
 
 def test_bars_of_a_long_video_stand_for_several_chunks_and_show_the_share_that_was_kept():
@@ -2810,7 +3249,8 @@ def test_the_thumbnail_of_a_sliver_is_its_middle():
     page = video.Image.new("RGB", (200, 200), "white")
     video.paste_thumbnails(page, 0, [("", 0, torch.zeros(4096, 16, 3, dtype=torch.uint8))])
     dark = (np.array(page) == 0).all(-1)
-    assert dark[:64, :128].all() and not dark[:64, 128:].any()
+    assert dark[:64, :128].all()
+    assert not dark[:64, 128:].any()
 
 
 def test_letters_that_no_font_here_has_are_told_by_their_codes():
@@ -2857,7 +3297,8 @@ def refused(sampled, tmp_path, capsys):
     def run(*words):
         _, code = sampled(tmp_path / "o", *words)
         (line,) = capsys.readouterr().err.splitlines()
-        assert code == 2 and line.startswith("error: ") and not list((tmp_path / "o").glob("*.mp4"))
+        assert code == 2 and line.startswith("error: ")
+        assert not list((tmp_path / "o").glob("*.mp4"))
         return line
     return run
 
@@ -2884,18 +3325,29 @@ def save_plain_state(path, frames=9, latents=torch.zeros(1, 3, 16, 4, 8), out="e
 
 
 REFUSED = [
-    ("--seconds 0", "0.01"), ("--seconds nan", "0.01"), ("--seeds 0", "1"), ("--steps 0", "1"),
-    ("--tau 2", "-1"), ("--seed -1", "from 0"), ("--memory slofast", "did you mean slowfast"),
-    ("--device mps", "not available"), ("--positions none", "unknown"), ("--dtype fp8", "unknown"),
+    ("--seconds 0", "0.01"),
+    ("--seconds nan", "0.01"),
+    ("--seeds 0", "1"),
+    ("--steps 0", "1"),
+    ("--tau 2", "-1"),
+    ("--seed -1", "from 0"),
+    ("--memory slofast", "did you mean slowfast"),
+    ("--device mps", "not available"),
+    ("--positions none", "unknown"),
+    ("--dtype fp8", "unknown"),
     ("--positions unbounded --seconds 256", "bounded"), ("--ckpt nowhere", "check the path"),
-    ("--prompts nowhere", "cannot read"), ("--continue empty.mp4", "clip"), ("--teacher", "give --continue"),
+    ("--prompts nowhere", "cannot read"),
+    ("--continue empty.mp4", "clip"),
+    ("--teacher", "give --continue"),
     ("--continue pipe.mp4", "pipe.mp4: there is no such file"),
     ("--resume nowhere", "a file that --save-state wrote"), ("--resume empty.mp4", "cannot read"),
     ("--resume other.pt", "not such a file"), ("--resume state.pt", "20 s long already"),
     ("--resume seed3.pt --seed 4", "made with --seed 3"), ("--resume seed3.pt", "made with other weights"),
     ("--resume memory9.pt", "memory9.pt is damaged: --memory '9' is unknown"),
     ("--resume broken.pt", "its content, frames cannot be '1'"),
-    ("--vae wan", "need --wan"), ("--save-state empty.mp4/s", "write"), ("--out empty.mp4/o", "write"),
+    ("--vae wan", "need --wan"),
+    ("--save-state empty.mp4/s", "write"),
+    ("--out empty.mp4/o", "write"),
     ("--save-state folder", "folder is no file"), ("--out folder", "manifest.jsonl is no file"),
     ("--save-state /dev/null", "null is no file"),
     ("--seed 9223372036854775807 --seeds 2", "from 1 to 1, not 2"), ("--size 64x64", "need --wan"),
@@ -2904,10 +3356,15 @@ REFUSED = [
     ("--wan nowhere", "download"), ("--wan random --size 100x100", "multiples of 16"),
     ("--wan random --vae tea", "did you mean tae")]
 REFUSED_PROMPTS = [
-    ("", "prompt is empty"), ("a | 1:", "prompt is empty"), ("a \udcff b", "no UTF-8"),
-    ("a | b", "or \\| for a bar"), ("x" * 4001, "more than 4000 letters"),
+    ("", "prompt is empty"),
+    ("a | 1:", "prompt is empty"),
+    ("a \udcff b", "no UTF-8"),
+    ("a | b", "or \\| for a bar"),
+    ("x" * 4001, "more than 4000 letters"),
     ("a \x1b[31m", "control characters"), ("a | 1: b \0", "control characters"),
-    ("a | 9: b | 9: c", "one after"), ("a | 20: b", "before the end"), ("a | nan: b", "one after")]
+    ("a | 9: b | 9: c", "one after"),
+    ("a | 20: b", "before the end"),
+    ("a | nan: b", "one after")]
 
 
 @pytest.mark.parametrize("words, message", [(words.split(), message) for words, message in REFUSED]
@@ -2937,30 +3394,36 @@ def expanded(*shape, dtype=torch.float32):
 
 
 HARMFUL = [  # of a state of 8 frames (a chunk, three latents): what it says, its latents, what is told
-    ({"frames": 10}, {}, "no 2 chunks"), ({"frames": -1}, {}, "frames cannot be -1"),
-    ({"frames": 10 ** 12}, {}, "frames cannot be"), ({"clip": 2}, {}, "no 1 chunks"),
-    ({"clip": -1}, {}, "no 1 chunks"), ({"options": {"seed": 2 ** 63}}, {}, "--seed must lie"),
-    ({"options": {"steps": 10 ** 9}}, {}, "--steps must lie"), ({"model": 3}, {}, "model cannot be 3"),
-    ({}, {"latents": torch.zeros(3)}, "no 1 chunks"),
-    ({}, {"latents": torch.zeros(1, 0, 16, 4, 8)}, "no 1 chunks"),
-    ({}, {"latents": torch.full((1, 3, 16, 4, 8), math.nan)}, r"latents \(finite, torch.float32\) cannot"),
-    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8, dtype=torch.int64)}, r"\(finite, torch.float32\) cannot"),
-    ({}, {"latents": torch.zeros(1, 3, 16, 4, 8).to(torch.float8_e4m3fn)}, r"torch.float32\) cannot be"),
-    ({}, {"latents": torch.zeros(1, 3, 16, 9, 9)}, "shape"),
-    ({}, {"latents": torch.zeros(2, 3, 16, 4, 8)}, "shape")]
+    ({"frames": 10}, PLAIN, "no 2 chunks"),
+    ({"frames": -1}, PLAIN, "frames cannot be -1"),
+    ({"frames": 10 ** 12}, PLAIN, "frames cannot be"),
+    ({"clip": 2}, PLAIN, "no 1 chunks"),
+    ({"clip": -1}, PLAIN, "no 1 chunks"),
+    ({"options": {"seed": 2 ** 63}}, PLAIN, "--seed must lie"),
+    ({"options": {"steps": 10 ** 9}}, PLAIN, "--steps must lie"),
+    ({"model": 3}, PLAIN, "model cannot be 3"),
+    ({}, torch.zeros(3), "no 1 chunks"),
+    ({}, PLAIN[:, :0], "no 1 chunks"),
+    ({}, PLAIN / 0, r"latents \(finite, torch.float32\) cannot"),
+    ({}, PLAIN.long(), r"latents \(finite, torch.float32\) cannot"),
+    ({}, (PLAIN / 0).to(torch.float8_e4m3fn), r"latents \(finite, torch.float32\) cannot"),
+    ({}, torch.zeros(1, 3, 16, 9, 9), "shape"),
+    ({}, PLAIN.repeat(2, 1, 1, 1, 1), "shape")]
 
 
 def test_a_state_that_is_none_of_such_a_video_is_told_in_one_line(sampled, refused, tmp_path, capsys):
-    path, words = tmp_path / "state", ["--seconds", ".5", "--steps", "1"]
+    path = tmp_path / "state"
+    words = ["--seconds", ".5", "--steps", "1"]
     sampled(tmp_path / "a", *words, "--save-state", path)
     capsys.readouterr()
     state, about = read_file(path)
+    harmful = tmp_path / "harmful"
     for said, latents, told in HARMFUL:
-        write_safetensors(tmp_path / "harmful", {**state, **latents}, {**about, **said})
-        assert re.search(f"harmful .*{told}", refused("--seconds", "1", "--resume", tmp_path / "harmful"))
+        write_safetensors(harmful, {**state, "latents": latents}, {**about, **said})
+        assert re.search(f"harmful .*{told}", refused("--seconds", "1", "--resume", harmful))
     # a pickle is none, whatever it holds
-    torch.save({**state, **about}, tmp_path / "harmful")
-    assert "options cannot be None" in refused("--seconds", "1", "--resume", tmp_path / "harmful")
+    torch.save({**state, **about}, harmful)
+    assert "options cannot be None" in refused("--seconds", "1", "--resume", harmful)
 
 
 def test_only_where_something_will_be_written_it_must_be_possible(monkeypatch, tmp_path):
@@ -2977,8 +3440,10 @@ def test_only_where_something_will_be_written_it_must_be_possible(monkeypatch, t
 def test_options_replace_what_the_weights_say_of_sampling():
     def loaded(**options):
         return weights.load_networks(sample.Config(**options), "stage2", [], CPU, torch.float32)
-    plain, asked = loaded(), loaded(memory="uniform1", tau=.5, steps=2)
-    assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau) and plain.sampler.tau != .95
+    plain = loaded()
+    asked = loaded(memory="uniform1", tau=.5, steps=2)
+    assert plain.policy == replace(PRESETS["slowfast"], tau=plain.sampler.tau)
+    assert plain.sampler.tau != .95
     assert asked.policy == replace(PRESETS["uniform1"], tau=.5)
     assert asked.sampler == replace(plain.sampler, tau=.5, steps=2)
 
@@ -3021,7 +3486,8 @@ def test_names_keep_letters_of_every_script_and_differ_with_all_that_changes_the
     names = {named(tmp_path, prompt)[0].name for prompt in prompts}
     for other in ({"seed": 1}, {"memory": "longlive"}, {"from": 86}):
         names.add(named(tmp_path, "Sand!", **other)[0].name)
-    assert len(names) == 15 and all(len(name.encode()) < 200 for name in names)
+    assert len(names) == 15
+    assert all(len(name.encode()) < 200 for name in names)
     assert all(any(name.startswith(start) for name in names) for start in ("一只猫-0-", "कि-0-"))
     form = re.compile(r"[^\s!-,.-/:-@[-`{-~]+-[01](-from-86)?-[0-9a-f]{8}\.mp4")
     assert all(form.fullmatch(name) for name in names)
@@ -3033,7 +3499,8 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     second, third = (tmp_path / f"{first.stem}-{number}.mp4" for number in (2, 3))
     assert named(tmp_path, "a", taken=[first])[0] == second  # twice in a list of prompts
     first.write_text("video")
-    assert named(tmp_path, "a")[0] == second and named(tmp_path, "a", overwrite=True)[0] == first
+    assert named(tmp_path, "a")[0] == second
+    assert named(tmp_path, "a", overwrite=True)[0] == first
     sha256 = hashlib.sha256(b"video").hexdigest()
     config.append_line(tmp_path / "manifest.jsonl", {**record, "file": first.name, "sha256": sha256})
     assert named(tmp_path, "a")[0] == first
@@ -3046,23 +3513,29 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
 
 
 def test_a_list_of_prompts_gives_a_video_each_and_a_manifest_that_tells_which(sampled, tmp_path):
-    lines, out = ["一只猫", "a sea \\| a storm", "一只猫"], tmp_path / "o"
+    lines = ["一只猫", "a sea \\| a storm", "一只猫"]
+    out = tmp_path / "o"
     (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
     words = ["--prompts", tmp_path / "lines.txt", "--seeds", "2", "--seed", "5"]
     for _ in range(2):  # again: the same names
         assert not sampled(out, *words, "--seconds", ".3", "--steps", "1")[1]
         records = list(video.read_manifest(out).values())
-        assert sorted((r["prompt"], r["seed"]) for r in records) == sorted(itertools.product(lines, (5, 6)))
+        made = [(record["prompt"], record["seed"]) for record in records]
+        assert sorted(made) == sorted(itertools.product(lines, (5, 6)))
         files = sorted(out.glob("*.mp4"))
-        assert sorted(r["file"] for r in records) == [file.name for file in files] and len(files) == 6
+        assert sorted(r["file"] for r in records) == [file.name for file in files]
+        assert len(files) == 6
     hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert {r["sha256"] for r in records} == hashes and len({r["model"] for r in records}) == 1
+    assert {r["sha256"] for r in records} == hashes
+    assert len({r["model"] for r in records}) == 1
     assert records[0]["options"]["steps"] == 1
 
 
 @pytest.mark.parametrize("prompt, switches", [
-    (r"a \| b", {0: "a | b"}), (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}),
-    ("a\t|\n1 : b", {0: "a", 2: "b"}), ("a: b | .5625: c | 0.563: d: e", {0: "a: b", 1: "c", 2: "d: e"})])
+    (r"a \| b", {0: "a | b"}),
+    (r"a \| b | 1: c\|d", {0: "a | b", 2: "c|d"}),
+    ("a\t|\n1 : b", {0: "a", 2: "b"}),
+    ("a: b | .5625: c | 0.563: d: e", {0: "a: b", 1: "c", 2: "d: e"})])
 def test_a_bar_is_a_switch_or_with_a_backslash_a_letter(prompt, switches):
     assert sample.read_switches(prompt, 9) == switches
 
@@ -3072,7 +3545,8 @@ def test_a_prompt_switch_leaves_every_frame_before_it_untouched_and_changes_the_
     switched, plain = (sampled(tmp_path, "--seconds", "6", "--prompt", words)[0]
                        for words in (prompt, prompt.split(" |")[0]))
     first = 57  # chunk 5, the first that begins at 48 frames or later
-    assert len(switched) == len(plain) == 96 and np.array_equal(switched[:first], plain[:first])
+    assert len(switched) == len(plain) == 96
+    assert np.array_equal(switched[:first], plain[:first])
     assert not np.array_equal(switched[first], plain[first])
     grounds = read_video(switched.transpose(0, 3, 1, 2)).ground
     assert (grounds[:first] == 1).mean() > .9 and (grounds[-12:] == 2).mean() > .9  # sand, then snow
@@ -3083,9 +3557,12 @@ def test_a_raw_directory_goes_through_to_an_mp4(raw, sampled, tmp_path, capsys):
     made = {}
     for options in ("", "--vae tae", "--dtype bf16"):
         made[options], code = sampled(tmp_path / "o", *words, *options.split())
-        assert not code and made[options].shape == (24, 32, 32, 3) and made[options].std() > 1
+        assert not code
+        assert made[options].shape == (24, 32, 32, 3)
+        assert made[options].std() > 1
     assert "estimate" in capsys.readouterr().out.split("wrote")[0]
-    assert (made[""] != made["--vae tae"]).any() and (made[""] != made["--dtype bf16"]).any()
+    assert (made[""] != made["--vae tae"]).any()
+    assert (made[""] != made["--dtype bf16"]).any()
 
 
 @pytest.mark.parametrize("kind", ["tiny", "wan", "tae"])
@@ -3099,8 +3576,10 @@ def test_head_and_tail_of_a_resumed_video_are_the_whole_one_bit_for_bit(kind, ra
     head, _ = sampled(out, "--seconds", "5.4", "--save-state", state, *words)
     tail, _ = sampled(out, "--seconds", "7.2", "--resume", state, "--save-state", state)
     assert read_file(state)[0]["latents"].shape[1] == 30  # not one chunk more than the 115 frames need
-    assert len(head) == 86 and np.array_equal(np.concatenate([head, tail]), whole)
-    assert len(list(out.glob("*.mp4"))) == 2 and len(list(out.glob("*-from-86-*.mp4"))) == 1
+    assert len(head) == 86
+    assert np.array_equal(np.concatenate([head, tail]), whole)
+    assert len(list(out.glob("*.mp4"))) == 2
+    assert len(list(out.glob("*-from-86-*.mp4"))) == 1
 
 
 @pytest.fixture
@@ -3126,7 +3605,9 @@ def kill_at(call, name):
     return decode
 
 
-@pytest.mark.parametrize("name, code, at, count", [("SIGINT", 130, 3, 33), ("SIGTERM", 143, 1, 45)])
+@pytest.mark.parametrize("name, code, at, count", [
+    ("SIGINT", 130, 3, 33),
+    ("SIGTERM", 143, 1, 45)])
 def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
     """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
     words, state = ["--seconds", "4"], tmp_path / "state"
@@ -3134,15 +3615,18 @@ def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monk
     whole, _ = sampled(tmp_path / "whole", *head_words)
     monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *head_words)
-    assert stopped == code and len(head) == count and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    assert stopped == code and len(head) == count
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", *words, "--resume", state)
-    assert np.array_equal(np.concatenate([head, tail]), whole) and not list(tmp_path.glob(".*"))
+    assert np.array_equal(np.concatenate([head, tail]), whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_where_no_state_is_saved_a_signal_leaves_nothing(name, code, sampled, monkeypatch, tmp_path):
     monkeypatch.setattr(video, "to_uint8", kill_at(1, name))
-    assert sampled(tmp_path, "--seconds", "1")[1] == code and not list(tmp_path.iterdir())
+    assert sampled(tmp_path, "--seconds", "1")[1] == code
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first, code", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
@@ -3158,7 +3642,8 @@ def test_a_signal_waits_for_what_is_patient_and_one_a_second_later_does_not(firs
         assert stop.code == code
         with pytest.raises(SystemExit, match="130"):
             signal.raise_signal(signal.SIGINT)
-    assert stop.code == code and signal.signal(number, outside) == signal.SIG_DFL
+    assert stop.code == code
+    assert signal.signal(number, outside) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal here")
@@ -3198,7 +3683,8 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
     monkeypatch.setattr(tensors, "save_file", write_half)
     assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
     assert "No space left on device): is the disk full?" in capsys.readouterr().err
-    assert state.read_text() == "before" and len(list((tmp_path / "o").glob("*.mp4"))) == 1
+    assert state.read_text() == "before"
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     # nor is it where the manifest finds no room, or where nobody reads what is told
     monkeypatch.setattr(tensors, "save_file", save)
     with monkeypatch.context() as full:
@@ -3215,7 +3701,9 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
 
 def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(
         sampled, refused, tmp_path, capsys):
-    state, here, moved = tmp_path / "state", tmp_path / "here.safetensors", tmp_path / "moved.safetensors"
+    state = tmp_path / "state"
+    here = tmp_path / "here.safetensors"
+    moved = tmp_path / "moved.safetensors"
     shutil.copy(WEIGHTS / f"{config.STUDENT}.safetensors", here)
     sampled(tmp_path / "a", "--seconds", ".5", "--ckpt", here, "--save-state", state)
     here.rename(moved)
@@ -3227,16 +3715,19 @@ def test_replaced_weights_are_refused_for_a_state_and_moved_ones_are_taken(
 
 @pytest.mark.parametrize("kind", ["", "--teacher", "--wan", "--wan --teacher"])
 def test_a_clip_is_continued_without_a_jump_and_decides_what_comes(kind, raw, clips, sampled, tmp_path):
-    """8 s: two calls of the teacher, 21 latents each. (Random weights, those of --wan, do jump.)"""
-    words = ["--seconds", "8", *kind.replace("--wan", f"--wan {raw}").split()]
+    """A teacher is called twice for 8 s, 21 latents each. (Random weights, those of --wan, do jump.)"""
+    seconds = 8 if "--teacher" in kind else 4
+    words = ["--seconds", seconds, *kind.replace("--wan", f"--wan {raw}").split()]
     words += SMALL_WAN if "--wan" in kind else []
     first, second = (sampled(tmp_path / "o", *words, "--continue", path)[0] for path in clips)
-    assert len(first) == 128 and not np.array_equal(first[40:], second[40:])
+    assert len(first) == 16 * seconds
+    assert not np.array_equal(first[40:], second[40:])
     if "--wan" not in kind:
         steps = np.diff(first.astype(float), axis=0).std((1, 2, 3))
         source = video.read_clip(clips[0], 64, 32, 64)
         assert (first[:33].astype(float) - source).std() < 16
-        assert steps[32] < 2 * np.median(steps) and steps[33:].min() > 0
+        assert steps[32] < 2 * np.median(steps)
+        assert steps[33:].min() > 0
     assert bool(list((tmp_path / "o").glob("*.png"))) == ("--teacher" not in kind)
 
 
@@ -3248,7 +3739,8 @@ def test_the_teacher_follows_prompt_switches_and_sees_all_that_is_there(monkeypa
         calls.append((history.shape[1], text))
         return torch.full((1, 21, 1, 1, 1), float(len(calls)))
     monkeypatch.setattr(sample, "extend", extend)
-    networks, history = SimpleNamespace(dit=None, sampler=None), torch.zeros(1, 9, 1, 1, 1)
+    networks = SimpleNamespace(dit=None, sampler=None)
+    history = torch.zeros(1, 9, 1, 1, 1)
     made = sample.extend_with_teacher(networks, {0: "a", 10: "b"}, history, (1, 1), 0)
     chunks = [next(made) for _ in range(15)]
     assert calls == [(9, "a"), (30, "b"), (51, "b")]
@@ -3277,7 +3769,9 @@ def test_the_order_of_attention_kernels_is_set_on_cuda_alone(device, set_by_us):
 
 
 def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next(monkeypatch):
-    vae, log, made = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False), [], []
+    vae = TAE(TAEConfig(8, (16, 12, 8, 8))).requires_grad_(False)
+    log = []
+    made = []
     latents = noise(1, 9, 16, 2, 2).split(CHUNK, dim=1)
 
     def note(word):
@@ -3298,7 +3792,8 @@ def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next
         log.append("frames")
         made.append(frames)
         assert is_finite
-    decode, get = ["made", "wait", "in use", "in", "out"], ["arrived", "frames"]
+    decode = ["made", "wait", "in use", "in", "out"]
+    get = ["arrived", "frames"]
     assert log == [*decode, *decode, *get, *decode, *get, *get]
     whole, _ = vae.decode(torch.cat(latents, dim=1))
     close(torch.cat(made).float(), video.to_uint8(whole)[0].float(), 1)
@@ -3308,7 +3803,7 @@ def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next
 
 @pytest.fixture(scope="module")
 def tiny_networks():
-    return weights.load_networks(live.Config(), config.STUDENT, [], torch.device("cpu"), torch.float32)
+    return weights.load_networks(live.Config(), config.STUDENT, [], CPU, torch.float32)
 
 
 @pytest.fixture
@@ -3322,17 +3817,21 @@ def frames_of(told):
 
 
 def segments_of(told):
-    return [*"s" * told["sizes"][0], *"K" * told["sizes"][1], *"f" * told["sizes"][2]]
+    sink, slow, fast = told["sizes"]
+    return [*"s" * sink, *"K" * slow, *"f" * fast]
 
 
 def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(session):
-    networks, snow = session.networks, live.Config.prompt.replace("Grass", "Snow")
+    networks = session.networks
+    snow = live.Config.prompt.replace("Grass", "Snow")
     made = [session.step() for _ in range(3)]
     session.ask({"prompt": snow})
     session.ask({"paused": True})  # what was asked before still holds
     made += [session.step() for _ in range(2)]
-    roll, texts = networks.rollout(networks.text(live.Config.prompt)), {3: networks.text(snow)}
-    latents = torch.cat([*generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)], dim=1)
+    roll = networks.rollout(networks.text(live.Config.prompt))
+    texts = {3: networks.text(snow)}
+    whole = generate(roll, [4], 5, networks.sampler, networks.latent, texts=texts)
+    latents = torch.cat([*whole], dim=1)
     decoded, _ = networks.vae.decode(latents)
     shown = np.concatenate([frames_of(told) for told in made])
     # decoded chunk by chunk: at most a step of rounding apart
@@ -3346,7 +3845,9 @@ def test_a_live_video_is_the_sampled_one_and_orders_take_hold_at_the_next_chunk(
 
 
 def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made(session, monkeypatch):
-    shown, written, comments = [*frames_of(session.step())], [], []
+    shown = [*frames_of(session.step())]
+    written = []
+    comments = []
     session.ask({"tau": .5})
     shown += [*frames_of(session.step())]
 
@@ -3356,9 +3857,11 @@ def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made
         yield written.append
         path.write_bytes(b"an mp4")
     monkeypatch.setattr(live, "video_writer", writer)
-    assert session.save() == b"an mp4" and np.array_equal(written, shown)
+    assert session.save() == b"an mp4"
+    assert np.array_equal(written, shown)
     about = json.loads(comments[0])
-    assert about["AI-generated"] and about["model"] == session.networks.name
+    assert about["AI-generated"]
+    assert about["model"] == session.networks.name
     told = {"seed": 4, "memory": "slowfast", "prompt": live.Config.prompt}
     assert all(told.items() <= changes.items() for changes in about["settings"])
     assert [changes["second"] for changes in about["settings"]] == [0, 9 / 16]
@@ -3374,14 +3877,16 @@ def test_memory_can_be_taken_away_and_each_latent_keeps_its_picture(session):
     assert segments_of(after) == [*"sssfffffffff"]
     pictures = dict(before["held"])
     assert all(pictures.get(number, picture) == picture for number, picture in after["held"])
-    assert session.rollout.positions == "unbounded" and session.rollout.memory.policy.tau == .5
+    assert session.rollout.positions == "unbounded"
+    assert session.rollout.memory.policy.tau == .5
     # absolute positions end with Wan's table; a new video, with another prompt, under the settings that hold
     session.rollout.chunk = 341
     session.step()
     assert session.rollout.positions == "bounded"
     session.ask({"video": 1, "seed": 7, "prompt": "a calm sea"})
     told = session.step()
-    assert (told["made"], segments_of(told), session.rollout.memory.policy.fast) == (9, [*"fff"], 9)
+    assert told["made"] == 9 and segments_of(told) == [*"fff"]
+    assert session.rollout.memory.policy.fast == 9
     fresh = live.Session(live.Config(seed=7, memory="longlive", prompt="a calm sea"), session.networks)
     assert np.array_equal(frames_of(fresh.step()), frames_of(told))
 
@@ -3395,7 +3900,8 @@ def test_the_bars_are_the_surprisal_of_each_chunk_and_what_the_rule_says_of_it(s
     assert [kept for *_, kept in bars] == [False] * 4 + [True, False]
     roll = session.networks.rollout(session.text)
     list(generate(roll, [4], 4, session.networks.sampler, session.networks.latent))
-    close(torch.tensor([surprisal for surprisal, *_ in bars[:4]]), 1 - torch.cat(roll.similarities), 1e-5)
+    shown = torch.tensor([surprisal for surprisal, *_ in bars[:4]])
+    close(shown, 1 - torch.cat(roll.similarities), 1e-5)
 
 
 def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
@@ -3408,13 +3914,18 @@ def test_what_a_session_keeps_does_not_grow(session, monkeypatch):
     roll, read = session.rollout, session.score
     kept = session.bars, session.changes, session.pictures, read.path, read.landmark, read.held
     assert [len(some) for some in kept] == [80, 15, 21, 24, 24, 24]
-    assert not roll.similarities and not roll.kept and len(read.views) <= 21 and "unknown" not in session.wanted
+    assert not roll.similarities and not roll.kept
+    assert len(read.views) <= 21
+    assert "unknown" not in session.wanted
 
 
 @pytest.mark.parametrize("cost, between", [(.1, .75), (1, 1)])
 def test_chunks_are_published_at_the_rate_of_the_video_and_begun_just_in_time(
         cost, between, session, monkeypatch):
-    clock, costs, begun, published = SimpleNamespace(now=50.), iter([cost] * 6), [], []
+    clock = SimpleNamespace(now=50.)
+    costs = iter([cost] * 6)
+    begun = []
+    published = []
 
     def step():
         begun.append(clock.now)
@@ -3433,13 +3944,16 @@ def test_chunks_are_published_at_the_rate_of_the_video_and_begun_just_in_time(
 
 def live_clip(spec, chunk):
     """(f, h, w, 3) uint8; from chunk 20 on other landmarks stand there"""
-    frames = clip(replace(spec, counterfactual=chunk >= 20), max(0, 12 * chunk - 3), 12 if chunk else 9)
+    spec = replace(spec, counterfactual=chunk >= 20)
+    frames = clip(spec, max(0, 12 * chunk - 3), 12 if chunk else 9)
     return (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
 
 
 def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unused():
     spec = WorldSpec(3, "turn", 8)
-    made, lost, unused = make_world(spec), score.Score(), score.Score()
+    made = make_world(spec)
+    lost = score.Score()
+    unused = score.Score()
     chunks = [live_clip(spec, chunk) for chunk in range(40)]
     for i, frames in enumerate(chunks):
         lost.read(frames, range(max(0, 3 * i - 21), 3 * i), made.caption)
@@ -3451,25 +3965,29 @@ def test_the_running_score_is_that_of_the_finished_video_and_tells_lost_from_unu
     assert lost.count() == {**same, "not kept": wrong, "kept but not used": 0}
     assert unused.count() == {**same, "not kept": 0, "kept but not used": wrong}
     # the maps
-    told, others = lost.told(), make_world(replace(spec, counterfactual=True))
+    told = lost.told()
+    others = make_world(replace(spec, counterfactual=True))
     for houses, landmarks in ((told["first"], made.landmarks), (told["now"], others.landmarks)):
         assert houses == [[world.COLOURS[colour] for colour in world.PAIRS[house]] for house in landmarks]
     heading = made.motion.heading(made.start, 476) / 256
-    assert told["ground"] == world.GROUNDS[made.ground] and told["motion"] == "turn"
+    assert told["ground"] == world.GROUNDS[made.ground]
+    assert told["motion"] == "turn"
     assert abs((told["heading"] - heading + .5) % 1 - .5) < 1 / 256
 
 
 def test_what_left_under_another_motion_is_not_missed_and_old_returns_no_longer_count(monkeypatch):
-    spec, told = WorldSpec(3, "turn", 8), score.Score()
-    still, last = World(0, (), 0, Motion("aside", 1, 16, 90)), live_clip(spec, 15)[-1:].repeat(12, 0)
+    spec = WorldSpec(3, "turn", 8)
+    told = score.Score()
+    aside = World(0, (), 0, Motion("aside", 1, 16, 90)).caption
     for chunk in range(16):
         told.read(live_clip(spec, chunk), range(3 * chunk), make_world(spec).caption)
     before = told.count()
+    still = live_clip(spec, 15)[-1:].repeat(12, 0)
     for chunk in range(16, 40):  # the camera stops, and is asked to look aside only
-        told.read(last, range(3 * chunk), still.caption)
+        told.read(still, range(3 * chunk), aside)
     assert told.count() == before and before["right"] > 0
     monkeypatch.setattr(score, "WINDOW", 12)
-    told.read(last, [], still.caption)
+    told.read(still, [], aside)
     assert told.count()["returns"] == 0
 
 
@@ -3504,36 +4022,72 @@ def served(session):
 SEED = b'{"seed": 1}'
 LONG = b'{"seed": 1, "prompt": "' + b"a" * 3970 + b'"}'
 
+ANSWERS = [  # status, request, body, header and its value, with {} for the port
+    (200, "GET /"),
+    (200, "GET /live.js", None, "Origin http://127.0.0.1:{}"),
+    (200, "GET /", None, "Host localhost:{}"),
+    (200, "GET /", None, "Host mybox:{}"),
+    (200, "POST /steer", LONG),
+    (200, "POST /steer", SEED, "Origin http://localhost:{}"),
+    (403, "GET /", None, "Host evil.example:{}"),
+    (403, "GET /", None, "Host 127.0.0.1:1"),
+    (403, "GET /", None, "Host 10.0.0.1:{}"),
+    (403, "POST /steer", SEED, "Origin null"),
+    (403, "POST /steer", SEED, "Origin http://evil.example"),
+    (403, "POST /steer", SEED, "Origin https://127.0.0.1:{}"),
+    (403, "POST /steer", SEED, "Origin http://127.0.0.1:1"),
+    (403, "GET /events", None, "Origin null"),
+    (404, "GET /live.py"),
+    (404, "GET /../README.md"),
+    (404, "POST /", b"{}"),
+    (413, "POST /steer", b" " * 4097),
+    (413, "POST /steer", b"", "Content-Length " + "9" * 50),
+    (413, "POST /steer", b"", "Content-Length -1"),
+    (400, "POST /steer", None, "Content-Length x")]
 
-@pytest.mark.parametrize("status, request_line, body, headers", [
-    (200, "GET /", None, {}), (200, "GET /live.js", None, {"Origin": "http://127.0.0.1:{}"}),
-    (200, "GET /", None, {"Host": "localhost:{}"}), (200, "GET /", None, {"Host": "mybox:{}"}),
-    *[(403, "GET /", None, {"Host": host}) for host in ("evil.example:{}", "127.0.0.1:1", "10.0.0.1:{}")],
-    *[(403, "POST /steer", SEED, {"Origin": origin}) for origin in (
-        "null", "http://evil.example", "https://127.0.0.1:{}", "http://127.0.0.1:1")],
-    (403, "GET /events", None, {"Origin": "null"}), (404, "GET /live.py", None, {}),
-    (404, "GET /../README.md", None, {}), (404, "POST /", b"{}", {}), (413, "POST /steer", b" " * 4097, {}),
-    (413, "POST /steer", b"", {"Content-Length": "9" * 50}), (413, "POST /steer", b"", {"Content-Length": "-1"}),
-    (400, "POST /steer", None, {"Content-Length": "x"}), (200, "POST /steer", LONG, {}),
-    (200, "POST /steer", SEED, {"Origin": "http://localhost:{}"})])
-def test_the_server_answers_its_own_page_alone(status, request_line, body, headers, served, session):
-    got, text, sent = served(*request_line.split(), body, **headers)
-    assert got == status and (status < 400 or len(text.splitlines()) == 1)
-    assert sent["X-Frame-Options"] == "DENY"
-    assert (session.wanted["seed"] == 1) == (status == 200 and "POST" in request_line)
+
+def test_the_server_answers_its_own_page_alone(served, session):
+    for status, request, *more in ANSWERS:
+        body, header = (*more, None, None)[:2]
+        session.wanted = session.wanted | {"seed": 4}
+        headers = dict([header.split()]) if header else {}
+        got, text, sent = served(*request.split(), body, **headers)
+        assert got == status, (request, headers)
+        assert status < 400 or len(text.splitlines()) == 1
+        assert sent["X-Frame-Options"] == "DENY"
+        is_obeyed = status == 200 and "POST" in request
+        assert session.wanted["seed"] == (1 if is_obeyed else 4)
 
 
-@pytest.mark.parametrize("body, told", [
-    (b"", "Expecting value"), (b"[1]", "content cannot be [1]"), (b"[" * 4000, "recursion"), (b"\xff", "utf-8"),
-    (b'{"tau": 2}', "from -1"), (b'{"tau": NaN}', "tau cannot be nan"), (b'{"tau": true}', "tau cannot be"),
-    (b'{"tau": "1"}', "tau cannot be"), (b'{"memory": "slof\\nast"}', "memory cannot be"), (b'{"seed": -1}', "seed cannot be"),
-    (b'{"memory": "\\u732b"}', "memory cannot be"), (b'{"seed": 1.5}', "seed cannot be"), (b'{"prompt": 1}', "prompt cannot be"),
-    (b'{"prompt": " "}', "empty"), (b'{"prompt": "\\ud800"}', "no UTF-8"), (b'{"paused": 1}', "paused cannot be"),
-    (b'{"positions": []}', "positions cannot be"), (b'{"video": null}', "video cannot be")])
-def test_an_order_that_makes_no_sense_is_refused_in_one_line(body, told, served, session):
+ORDERS = {
+    b"": "Expecting value",
+    b"[1]": "content cannot be [1]",
+    b"[" * 4000: "recursion",
+    b"\xff": "utf-8",
+    b'{"tau": 2}': "from -1",
+    b'{"tau": NaN}': "tau cannot be nan",
+    b'{"tau": true}': "tau cannot be",
+    b'{"tau": "1"}': "tau cannot be",
+    b'{"memory": "slof\\nast"}': "memory cannot be",
+    b'{"memory": "\\u732b"}': "memory cannot be",
+    b'{"seed": -1}': "seed cannot be",
+    b'{"seed": 1.5}': "seed cannot be",
+    b'{"prompt": 1}': "prompt cannot be",
+    b'{"prompt": " "}': "empty",
+    b'{"prompt": "\\ud800"}': "no UTF-8",
+    b'{"paused": 1}': "paused cannot be",
+    b'{"positions": []}': "positions cannot be",
+    b'{"video": null}': "video cannot be",
+}
+
+
+def test_an_order_that_makes_no_sense_is_refused_in_one_line(served, session):
     before = session.wanted
-    status, text, _ = served("POST", "/steer", body)
-    assert status == 400 and told in text and len(text.splitlines()) == 1 and session.wanted is before
+    for body, told in ORDERS.items():
+        status, text, _ = served("POST", "/steer", body)
+        assert status == 400 and told in text, body
+        assert len(text.splitlines()) == 1
+        assert session.wanted is before
 
 
 def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(served, session, monkeypatch):
@@ -3543,13 +4097,15 @@ def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(se
     for viewer in (stalled, reading):
         viewer.sendall(f"GET /events HTTP/1.0\r\nHost: localhost:{served.port}\r\n\r\n".encode())
     stream = reading.makefile("r")
+    large = "x" * 300_000  # 40 of them are more than the sockets of one that does not read hold
     for i in range(40):
         started = time.monotonic()
-        session.publish({"i": i, "strip": "x" * 300_000})  # more than the sockets of one that does not read hold
+        session.publish({"i": i, "strip": large})
         assert time.monotonic() - started < 1
         while f'"i": {i},' not in stream.readline():
             pass
-    reading.close(), stream.close(), stalled.close()
+    for some in (reading, stream, stalled):
+        some.close()
     deadline = time.monotonic() + 20
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(.1)
@@ -3557,17 +4113,13 @@ def test_viewers_get_the_newest_message_a_stalled_one_harms_nobody_and_all_go(se
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--port 70000", "0-65535"), ("--host nowhere.invalid", "cannot listen"), ("--tau 2", "from -1"),
+    ("--port 70000", "0-65535"),
+    ("--host nowhere.invalid", "cannot listen"),
+    ("--tau 2", "from -1"),
     ("--port {}", "another --port")])
-def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, capsys):
+def test_bad_input_for_the_live_page_is_told_in_one_line(words, told, served, monkeypatch, refusal):
     monkeypatch.setattr(live, "load_networks", None)  # refused before anything is loaded
-    monkeypatch.setattr("sys.argv", ["live.py", *words.format(served.port).split()])
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        config.run(live.main)
-    signal.signal(signal.SIGTERM, handler)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and told in line
+    assert told in refusal(live, *words.format(served.port).split())
 
 
 @contextmanager
@@ -3590,19 +4142,23 @@ def test_ctrl_c_ends_the_live_page_at_once_and_quietly():
             viewer.request("GET", path)
         assert viewers[0].getresponse().readline().startswith(b"data: ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130 and process.stderr.read() == ""
+        assert process.wait(60) == 130
+        assert process.stderr.read() == ""
 
 
 def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path):
     cfg = live.Config(wan=str(raw), out=str(tmp_path / "o"), size="32x32", prompt="a calm sea")
-    networks = weights.load_networks(cfg, "", [cfg.prompt], torch.device("cpu"), torch.float32)
+    networks = weights.load_networks(cfg, "", [cfg.prompt], CPU, torch.float32)
     full = live.Session(cfg, networks)
     full.step()
     full.ask({"prompt": "a storm rises"})  # encoded now
     told = full.step()
-    assert full.message["kind"] == "jpeg" and base64.b64decode(told["strip"])[:2] == b"\xff\xd8"
+    assert full.message["kind"] == "jpeg"
+    assert base64.b64decode(told["strip"])[:2] == b"\xff\xd8"
     assert frames_of(told).shape == (12, 32, 32, 3)
-    assert full.settings["prompt"] == "a storm rises" and len(told["held"]) == 6 and "score" not in told
+    assert full.settings["prompt"] == "a storm rises"
+    assert len(told["held"]) == 6
+    assert "score" not in told
     assert iio.imread(full.save(), plugin="FFMPEG", extension=".mp4").shape == (21, 32, 32, 3)
 
 
@@ -3611,7 +4167,8 @@ def test_the_page_at_full_size_is_the_same_in_jpeg_without_a_judge(raw, tmp_path
 def test_an_hour_of_the_live_page_takes_no_more_memory_nor_time_than_its_first_minutes(tiny_networks):
     """Of all that the page does; the network is small, and the frames are drawn, so that it takes minutes."""
     import psutil
-    made, pano = make_world(WorldSpec(3, "turn", 44)), panorama(0, SET)
+    made = make_world(WorldSpec(3, "turn", 44))
+    pano = panorama(0, SET)
 
     def decode(latents, past=None):
         b, n = latents.shape[:2]
@@ -3619,9 +4176,11 @@ def test_an_hour_of_the_live_page_takes_no_more_memory_nor_time_than_its_first_m
         drawn = torch.from_numpy(render(pano, made.motion.heading(0, frames)))
         return (2 * drawn - 1).expand(b, -1, -1, -1, -1), frames
     small = replace(tiny_networks.dit.config, dim=32, ffn_dim=32, heads=1, layers=1)
-    networks = replace(tiny_networks, dit=DiT(small).requires_grad_(False), vae=SimpleNamespace(decode=decode),
-                       sampler=Sampler(steps=1))
-    hour, memory, seconds = live.Session(live.Config(prompt=made.caption), networks), {}, {}
+    networks = replace(tiny_networks, dit=DiT(small).requires_grad_(False), sampler=Sampler(steps=1))
+    networks.vae = SimpleNamespace(decode=decode)
+    hour = live.Session(live.Config(prompt=made.caption), networks)
+    memory = {}
+    seconds = {}
     for chunk in range(3001):
         hour.publish(hour.step())
         if chunk in (300, 600, 2700, 3000):
@@ -3659,11 +4218,15 @@ def browser():
         browser.close()
 
 
+uses_browser = pytest.mark.xdist_group("browser")
+
+
 @pytest.fixture(scope="module")
 def tabs(browser):
     """Two tabs of one live page, once memory is full"""
     with running_live() as (_, url):
-        tabs, errors = [browser.new_page(reduced_motion="reduce") for _ in range(2)], []
+        tabs = [browser.new_page(reduced_motion="reduce") for _ in range(2)]
+        errors = []
         for tab in tabs:
             tab.on("pageerror", lambda error: errors.append(error))
             tab.goto(url, wait_until="domcontentloaded")
@@ -3695,6 +4258,7 @@ def ground_of(frame):
     return world.GROUNDS[np.square(world.GROUND_RGB - row).sum(1).argmin()]
 
 
+@uses_browser
 def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_second(tabs):
     first, second = [], {}
     while len(first) < 40:
@@ -3704,9 +4268,11 @@ def test_in_a_browser_all_tabs_show_the_same_frames_and_never_faster_than_16_a_s
         second |= {frame["frame"]: frame["hash"] for frame in tabs[1].evaluate("window.seen")}
     assert len({frame["hash"] for frame in first}) >= .9 * len(first)
     common = [frame for frame in first if frame["frame"] in second]
-    assert common and all(frame["hash"] == second[frame["frame"]] for frame in common)
+    assert common
+    assert all(frame["hash"] == second[frame["frame"]] for frame in common)
 
 
+@uses_browser
 def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
     tabs[0].get_by_role("button", name="Snow").click()
     until(tabs[1], lambda: ground_of(tabs[1].evaluate("window.seen.at(-1)")) == "Snow")
@@ -3724,6 +4290,7 @@ def test_in_a_browser_a_click_changes_the_ground_in_all_tabs(tabs):
     ("a calm sea", {"motion": "linger"},
      "Stone. The camera turns right from south, lingering at compass points, one turn in 18 seconds."),
     ("a calm sea", {"ground": "Sand"}, "Sand. The camera turns right from south, one turn in 12 seconds.")])
+@uses_browser
 def test_in_a_browser_a_click_changes_the_prompt_in_what_it_says(prompt, order, wanted, tabs):
     made = tabs[0].evaluate("""([prompt, order]) => {
       const kept = shown;
@@ -3739,6 +4306,7 @@ def test_in_a_browser_a_click_changes_the_prompt_in_what_it_says(prompt, order, 
 
 
 @pytest.mark.speed
+@uses_browser
 def test_in_a_browser_12_frames_a_second_arrive_and_a_click_takes_hold_within_two_seconds(tabs):
     frames = watched(tabs[0], 3)
     assert len({frame["hash"] for frame in frames}) >= 12 * 3
@@ -3751,6 +4319,7 @@ def test_in_a_browser_12_frames_a_second_arrive_and_a_click_takes_hold_within_tw
     assert min(sand) < clicked + 2000
 
 
+@uses_browser
 def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs):
     for memory, held in {"longlive": [3, 0, 9], "slowfast": [3, 12, 6]}.items():
         tabs[0].get_by_label("Memory").select_option(memory)
@@ -3758,6 +4327,7 @@ def test_in_a_browser_longlive_holds_12_latents_and_slowfast_fills_up_again(tabs
         assert tabs[1].locator("#count").inner_text() == str(sum(held))
 
 
+@uses_browser
 def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_is_refused(
         tabs, browser, tmp_path):
     title = "document.title = 'x'"
@@ -3783,6 +4353,7 @@ def test_in_a_browser_a_hostile_prompt_is_inert_and_an_order_from_another_page_i
     assert tabs[0].get_by_label("seed").input_value() == "0"
 
 
+@uses_browser
 def test_in_a_browser_pause_restart_and_a_narrow_page(tabs):
     tabs[0].get_by_role("button", name="Pause").press("Enter")  # by keyboard
     tabs[0].wait_for_timeout(1500)
@@ -3884,7 +4455,9 @@ def fused_attention(q, k, v, mask=None):
 
 def full_size_pass(part, nets, teacher):
     """The pass of a part that holds most, on clips of 832x480, behind a memory that is full."""
-    features, t, grid = torch.empty(1, 512, 4096), torch.empty(1), (30, 52)
+    features = torch.empty(1, 512, 4096)
+    t = torch.empty(1)
+    grid = (30, 52)
     net = nets[part]
 
     def frames(count):
@@ -3974,7 +4547,8 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
     for (_, fps, share), whole in zip(rows, wholes, strict=True):
         assert float(fps) == pytest.approx(12_000 / whole, rel=.01)
         assert float(share) == pytest.approx(100 * float(fps) / bound, rel=.01, abs=.06)
-    assert [name for name, *_ in rows] == ["DiT only", "TAE"] and min(ms.values()) > 0
+    assert [name for name, *_ in rows] == ["DiT only", "TAE"]
+    assert min(ms.values()) > 0
     assert dict((name, times) for name, times, _ in parts)["a pass"] == "2"
 
 
@@ -3982,8 +4556,8 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim data probe recipe report paper figures causal stages evaluate metrics sample live
-           train""".split()
+           dmd checkpoint optim data probe recipe report paper figures causal stages evaluate metrics sample
+           live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 # PIL and imageio_ffmpeg are imageio's own
@@ -4051,7 +4625,10 @@ def test_a_file_is_written_to_be_read(name):
 
 
 # the whole is to come down to 38,000
-@pytest.mark.parametrize("names, most", [(METHOD, 11_000), (set(FILES), 57_700)], ids=["method", "all"])
+@pytest.mark.parametrize("names, most", [
+    (METHOD, 11_000),
+    (set(FILES), 57_700),
+], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
     assert sum(tokens_by_line(source).total() for source in sources) <= most
@@ -4078,16 +4655,23 @@ DEMOS = {  # something true that each demo says
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - SCRIPTS))
+@pytest.mark.parametrize("name", DEMOS)
 def test_the_demo_of_a_file_shows_what_it_says(name, tmp_path, monkeypatch, capsys):
-    has_demo = "\nif __name__" in (HERE / f"{name}.py").read_text("utf-8")
-    assert has_demo == (name in DEMOS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert DEMOS.get(name, "") in said
+    assert DEMOS[name] in said
     assert all(Path(picture).exists() for picture in re.findall(r"out/[a-z]+\.png", said))
+
+
+def test_every_demo_is_run():
+    sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in set(FILES) - SCRIPTS}
+    assert {name for name, source in sources.items() if "\nif __name__" in source} == set(DEMOS)
+
+
+# transformers takes seconds to import: one process does
+uses_transformers = pytest.mark.xdist_group("transformers")
 
 
 # ---- the small world: what is drawn follows the caption, and captions never tell the houses ----------------
@@ -4157,40 +4741,20 @@ def test_a_frame_shows_the_house_ahead_below_the_sky_and_hills_of_every_world():
         assert min(np.abs(a - b).mean() for a, b in itertools.combinations(rows, 2)) > .1
 
 
-def test_worlds_and_their_drawing_are_what_the_shipped_weights_have_seen():
-    one = World(2, (29, 6, 8, 17, 14, 23, 13, 2), 128, Motion("turn", 1, 22))
-    other = replace(one, landmarks=(20, 13, 4, 11, 2, 27, 11, 18))
-    empty = replace(one, landmarks=())
-    for changes, w in (({}, one), ({"counterfactual": True}, other), ({"empty": True}, empty)):
-        spec = WorldSpec(0, **changes)
-        assert make_world(spec) == w
-        heading = w.motion.heading(w.start, np.arange(7, 9))
-        assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
-    motions = [make_world(WorldSpec(seed)).motion for seed in (2, 1, 4)]
-    assert motions == [Motion("aside", 1, 10, 180), Motion("linger", 1, 31), Motion("turn", -1, 40)]
-    # fixing the motion changes nothing else
-    assert make_world(WorldSpec(0, "linger", 20)) == replace(one, motion=Motion("linger", 1, 20))
-    # On each ground, how light frames are, and how sharp; between sub-columns, the mean of both.
-    drawn = np.stack([draw_video([0, 50.3, 128], SET, ground) for ground in range(4)]).astype(float)
-    light = drawn.mean((1, 2, 3, 4))
-    sharp = np.abs(np.diff(drawn)).mean((1, 2, 3, 4))
-    assert np.allclose(light, [.430164, .491101, .562312, .432507], atol=1e-5)
-    assert np.allclose(sharp, [.028398, .031267, .035024, .028345], atol=1e-5)
-    before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
-    assert np.allclose(between, (before + after) / 2, atol=1e-6)
-
-
 def test_motions_are_mixed_as_documented_and_looks_aside_go_from_one_compass_point_to_another():
     worlds = [make_world(WorldSpec(seed)) for seed in range(4000)]
-    periods = {}
-    for w in worlds:
-        periods.setdefault((w.motion.kind, w.motion.degrees), []).append(w.motion.seconds)
     # by kind and degrees: share, shortest and longest period
-    documented = {("turn", 0): (.5, 8, 44), ("linger", 0): (.3, 18, 44),
-                  ("aside", 90): (.1, 4, 12), ("aside", 180): (.1, 8, 16)}
+    documented = {
+        ("turn", 0): (.5, 8, 44),
+        ("linger", 0): (.3, 18, 44),
+        ("aside", 90): (.1, 4, 12),
+        ("aside", 180): (.1, 8, 16),
+    }
     for key, (share, shortest, longest) in documented.items():
-        assert len(periods[key]) / 4000 == pytest.approx(share, abs=.03)
-        assert (min(periods[key]), max(periods[key])) == (shortest, longest)
+        motions = [w.motion for w in worlds if (w.motion.kind, w.motion.degrees) == key]
+        periods = {motion.seconds for motion in motions}
+        assert len(motions) / 4000 == pytest.approx(share, abs=.03)
+        assert (min(periods), max(periods)) == (shortest, longest)
     for w in worlds:
         if w.motion.kind == "aside":
             path = w.motion.heading(w.start, np.arange(16 * w.motion.seconds))
@@ -4198,6 +4762,45 @@ def test_motions_are_mixed_as_documented_and_looks_aside_go_from_one_compass_poi
             assert set(np.mod(ends, 64)) == {0}
             assert sorted(ends) == [path.min(), path.max()]
             assert world.POINTS[int(ends[0] / 64)] in w.caption
+
+
+def test_text_features_are_the_encoders(raw, tmp_path, capsys):
+    """The official code pads prompts to 512 tokens; ours encodes each as long as it is."""
+    prompts = ["a calm  sea", "storm", "a " * 600]
+    features = wan_text(raw, tmp_path, prompts, CPU, dim=48)
+    assert "601 tokens, cut after 512" in capsys.readouterr().err
+    encoder = TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)).bfloat16()
+    encoder = load_state_dict_strict(encoder, torch.load(raw / T5, weights_only=True))
+    ids = torch.zeros(3, 512, dtype=torch.long)
+    known = [3, 4, 5, 1], [6, 1], [3] * 511 + [1]
+    for row, words in zip(ids, known):
+        row[:len(words)] = torch.tensor(words)
+    want = encoder(ids, (ids > 0).long()).float()
+    assert features(["storm"]).shape == (1, 2, 48)
+    close(features(prompts).float(), want, .02 * want.abs().max())
+
+
+def test_text_features_are_kept_in_files_and_made_again_where_those_are_damaged(
+        raw, tmp_path, monkeypatch, capsys):
+    features = wan_text(raw, tmp_path, ["storm"], CPU, dim=48)
+    before = features(["storm"])
+    # known now: the encoder is not opened again, until its file is another
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "TextEncoder", None)
+        wan_text(raw, tmp_path, ["storm"], CPU)
+    os.utime(raw / T5, ns=(1, 1))
+    features(["storm"])
+    assert len([*tmp_path.glob("*.safetensors")]) == 2
+    # damaged, or something else
+    for harm in (flip_bit, cut_short, lambda file: save_file({"features": torch.zeros(3, 4)}, file)):
+        for file in tmp_path.glob("*.safetensors"):
+            harm(file)
+        assert torch.equal(features(["storm"]), before)
+        assert re.fullmatch("warning: cannot read .*: it is made again\n", capsys.readouterr().err)
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:99])
 
 
 # ---- the judge: what is drawn is read back, and what is damaged is told ------------------------------------
@@ -4225,7 +4828,10 @@ def judge_errors(damage, frames=160):
     12 held-out clips, damaged (an autoencoder is a damage too), and read.
     returns  share of houses wholly in view that are right; heading errors; share of right grounds; PSNR
     """
-    right, wrong_by, grounds, psnr = [], [], [], []
+    right = []
+    wrong_by = []
+    grounds = []
+    psnr = []
     for seed in range(world.HELD_OUT, world.HELD_OUT + 12):
         w = make_world(WorldSpec(seed))
         heading = w.motion.heading(w.start, np.arange(frames))
@@ -4240,11 +4846,15 @@ def judge_errors(damage, frames=160):
 
 
 @pytest.mark.parametrize("damage, validity", [
-    (lambda frames: frames, 50), (tinted, 23), (lambda frames: with_noise(blurred(frames)), 18),
+    (lambda frames: frames, 50),
+    (tinted, 23),
+    (lambda frames: with_noise(blurred(frames)), 18),
 ], ids=["none", "tinted", "blurred, 26 dB"])
 def test_with_the_damage_of_models_99_percent_is_read_right_and_headings_within_a_column(damage, validity):
     right, wrong_by, ground, psnr = judge_errors(damage)
-    assert right >= .99 and wrong_by.max() <= .5 and ground == 1 and psnr >= validity
+    assert right >= .99
+    assert wrong_by.max() <= .5
+    assert ground == 1 and psnr >= validity
 
 
 def test_a_house_is_read_while_it_is_wholly_in_view_softened_edges_included():
@@ -4277,7 +4887,8 @@ LEFT_HALF = np.arange(2048)[:, None, None] % 256 < 128
     lambda a, b, none: none,
 ], ids=["two halves", "morph", "grey", "nothing"])
 def test_what_is_no_house_is_not_readable(mix):
-    rng, read = np.random.default_rng(3), []
+    rng = np.random.default_rng(3)
+    read = []
     for ground, a in np.ndindex(3, 30):
         drawings = judge.landmark_drawings(ground)
         # of another roof, of another wall, or of both
@@ -4292,14 +4903,16 @@ def test_what_is_no_house_is_not_readable(mix):
 
 def test_validity_is_the_size_of_the_damage_wherever_it_is():
     for db in (30, 22):
-        assert np.abs(read_video(with_noise(clip(WorldSpec(4), 0, 40), db)).psnr - db).max() < .5
+        frames = with_noise(clip(WorldSpec(4), 0, 40), db)
+        assert np.abs(read_video(frames).psnr - db).max() < .5
     for first, rows, columns in ((0, 3, 64), (22, 4, 48), (29, 3, 64)):
         frames = draw_video([112] * 8)
         frames[:, :, first:first + rows, :columns] += .1
         error = .01 * rows * columns / (32 * 64)
         assert read_video(frames).psnr == pytest.approx(-10 * np.log10(error), abs=.5)
     nothing = read_video(np.random.default_rng(0).random((8, 3, 32, 64)))
-    assert nothing.psnr.max() < 12 and (nothing.landmark == -1).all()
+    assert nothing.psnr.max() < 12
+    assert (nothing.landmark == -1).all()
 
 
 # ---- reappearances: what left and came back, against what it was -------------------------------------------
@@ -4325,7 +4938,8 @@ def test_a_landmark_is_wrong_at_its_return_exactly_if_it_changed_out_of_view(cha
 
 
 def test_what_comes_back_unreadable_is_wrong_and_the_next_return_is_held_against_what_was_read_before():
-    frames, other = draw_video(steady(400)), draw_video(steady(400), np.roll(SET, 1))
+    frames = draw_video(steady(400))
+    other = draw_video(steady(400), np.roll(SET, 1))
     frames[128:256] = (frames[128:256] + other[128:256]) / 2
     found = [e for e in reappearances(read_video(frames), TURNING) if e.sector == 4]
     assert [e.before for e in found] == [SET[4]] * 2
@@ -4351,7 +4965,8 @@ def test_in_drawn_worlds_all_returns_are_right(kind):
 ], ids=["a tenth slower", "far too slow", "stops", "does not look back"])
 def test_a_return_that_the_motion_makes_due_and_that_does_not_come_is_wrong(headings, motion, missed):
     found = returns_of(headings, motion)
-    assert found and all(e.shown == (-1 if missed else e.before) for e in found)
+    assert found
+    assert all(e.shown == (-1 if missed else e.before) for e in found)
 
 
 def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
@@ -4359,7 +4974,7 @@ def test_what_does_not_come_back_has_the_absence_of_the_captions_motion():
     found = returns_of(headings)
     assert {e.sector for e in found} == {7, 0, 1, 2, 3, 4}  # those that were read and had left
     assert all(abs(e.absence - 164 / 32) <= 2 / 16 for e in found)
-    # Sector 7 leaves at frame 16, is due 98 frames later, and missed at frame 155: 16 + 1.25 * 98 + 16 = 154.5.
+    # Sector 7 leaves at frame 16, is due 98 frames later, and missed at frame 155: 16 + 1.25 * 98 + 16.
     assert [len(returns_of(headings[:frames])) for frames in (155, 156)] == [0, 1]
     looks = {e.sector: e.absence for e in reversed(returns_of(LOOK, LOOKING))}  # each sector's first absence
     stays = returns_of(LOOK[np.minimum(np.arange(400), 128)], LOOKING)
@@ -4383,15 +4998,19 @@ def test_up_to_four_misread_headings_in_a_row_are_mended_and_turning_points_stay
 
 
 @pytest.mark.parametrize("path, motion, rate", [
-    (steady(200) * .5 + 9, TURNING, .5), (9 - steady(200), TURNING, -1),
-    (steady(200) * 0, TURNING, 0), (LOOK, LOOKING, 1), (80 - LOOK, LOOKING, -1),
+    (steady(200) * .5 + 9, TURNING, .5),
+    (9 - steady(200), TURNING, -1),
+    (steady(200) * 0, TURNING, 0),
+    (LOOK, LOOKING, 1),
+    (80 - LOOK, LOOKING, -1),
 ])
 def test_turning_rate_tells_half_speed_the_wrong_way_and_a_stop(path, motion, rate):
     assert turning_rate(path, motion) == pytest.approx(rate, abs=.02)
 
 
 def test_a_map_is_what_each_sector_shows_most_and_chance_is_how_often_two_maps_agree():
-    assert landmark_map(np.array([[3, 5, 5, -1], [-1] * 4]).T) == [5, -1]
+    shown = [[3, -1], [5, -1], [5, -1], [-1, -1]]  # in four frames, of two sectors
+    assert landmark_map(np.array(shown)) == [5, -1]
     rng = np.random.default_rng(8)
     assert chance(rng.integers(30, size=(300, 8))) == pytest.approx(1 / 30, abs=.002)
     assert chance([[1, -1], [1, -1], [2, -1]]) == pytest.approx(1 / 3)
@@ -4409,7 +5028,8 @@ def test_a_landmark_is_in_memory_if_a_latent_that_is_held_when_its_first_pixel_r
         of_latent = [whole[max(0, 4 * j - 3):4 * j + 1] for j in range(76)]
         shows = np.flatnonzero([frames.any() for frames in of_latent]).tolist()
         assert [j for j in range(76) if is_in_memory(event, reading, [j])] == shows
-        assert is_in_memory(event, reading, [0, 1, shows[0]]) and not is_in_memory(event, reading, [])
+        assert is_in_memory(event, reading, [0, 1, shows[0]])
+        assert not is_in_memory(event, reading, [])
     chunks = [judge.chunk_of(frame) for frame in range(33)]
     assert chunks == [0] * 9 + [1] * 12 + [2] * 12
 
@@ -4444,7 +5064,8 @@ def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_me
 
 def test_whatever_the_motions_bring_back_falls_into_an_absence():
     absences = np.array(report.ABSENCES)
-    assert (absences[1:] * .9 <= absences[:-1] * 1.1).all() and {6, 15} <= set(absences)
+    assert (absences[1:] * .9 <= absences[:-1] * 1.1).all()
+    assert {6, 15} <= set(absences)
     slowest = WorldSpec(world.HELD_OUT, "linger", 44)
     ideal = read_video(clip(slowest, 0, 1005))
     longest = max(event.absence for event in reappearances(ideal, make_world(slowest).motion))
@@ -4454,40 +5075,50 @@ def test_whatever_the_motions_bring_back_falls_into_an_absence():
 def test_intervals_are_over_videos():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
     middle, low, high = report.estimate(np.array([(1, 1), (1, 2)] * 2))
-    assert middle == pytest.approx(4 / 6) and low == .5 and high == 1
+    assert middle == pytest.approx(4 / 6)
+    assert low == .5 and high == 1
     assert np.isnan(report.estimate(np.zeros((1, 2)))).all()
-    normal = [(x, 1) for x in np.random.default_rng(0).standard_normal(400)]
-    assert np.diff(report.estimate(np.array(normal))[1:]) == pytest.approx(2 * 1.96 / 20, rel=.1)
+    normal = np.random.default_rng(0).standard_normal(400)
+    _, low, high = report.estimate(np.stack([normal, np.ones(400)], 1))
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=.1)
 
 
 @pytest.mark.parametrize("gain, spread, verdict", [
-    (.05, 0, "higher"), (-.05, 0, "lower"), (0, .1, "not significant")])
+    (.05, 0, "higher"),
+    (-.05, 0, "lower"),
+    (0, .1, "not significant")])
 def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
     """Videos differ far more than the two rows do, and stand in any order."""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
     theirs = [video_row([], i, last=x) for i, x in enumerate(hard)]
-    ours = [video_row([], i, last=x) for i, x in enumerate(hard + gain + spread * rng.standard_normal(64))]
+    other = hard + gain + spread * rng.standard_normal(64)
+    ours = [video_row([], i, last=x) for i, x in enumerate(other)]
     strangers = [video_row([], 100 + i, last=9 * gain) for i in range(64)]
     assert report.compare(ours, strangers + theirs[::-1], "last") == verdict
     for some, others, what in (
-            (ours, strangers, "last"), (ours[:7], theirs, "last"), (ours, theirs, "right")):
+            (ours, strangers, "last"),
+            (ours[:7], theirs, "last"),
+            (ours, theirs, "right")):
         assert report.compare(some, others, what) == "no data"
 
 
 def test_half_way_is_where_returns_stop_being_right_more_often_than_half_way_to_chance():
     """Right up to 6 s, of 8.7 s a third; 12 videos, so that chance is 0."""
-    videos = [video_row([(5., True, True), (6., True, True), (8.7, i < 4, True), (12.5, False, True)], i)
-              for i in range(12)]
-    assert report.half_way(videos) == 6 and report.half_way(videos, "held") == math.inf
+    videos = []
+    for i in range(12):
+        late = [(8.7, i < 4, True), (12.5, False, True)]
+        videos.append(video_row([(5., True, True), (6., True, True), *late], i))
+    assert report.half_way(videos) == 6
+    assert report.half_way(videos, "held") == math.inf
     # one that comes back by luck after that is not reach; half and more are
     videos[0]["returns"][3]["right"] = True
     assert report.half_way(videos) == 6
-    for video in videos[:8]:
-        video["returns"][2]["right"] = True
+    for row in videos[:8]:
+        row["returns"][2]["right"] = True
     assert report.half_way(videos) == 8.7
     # chance of 1 makes all returns luck; nine returns tell nothing
-    assert np.isnan(report.half_way([video | {"landmarks": [1] * 8} for video in videos]))
+    assert np.isnan(report.half_way([row | {"landmarks": [1] * 8} for row in videos]))
     assert np.isnan(report.half_way(videos[:3]))
 
 
@@ -4503,8 +5134,10 @@ def test_a_target_is_met_by_the_number_and_not_by_its_rounding(right, met):
 
 def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_validity_and_jumps_to_what_they_were():
     kinds = [("turn", 100), ("linger", 100), ("aside", 0), ("aside", 100)]
-    table = targets_of([video_row([], i, kind, FIRST | {"worlds": "real"}, steady=rate, jumps=1., last=27.39)
-                        for i, (kind, rate) in enumerate(kinds)])
+    real, videos = FIRST | {"worlds": "real"}, []
+    for i, (kind, rate) in enumerate(kinds):
+        videos.append(video_row([], i, kind, real, steady=rate, jumps=1., last=27.39))
+    table = targets_of(videos)
     wanted = {"steady turns, %": (100, "yes"), "steady looks aside, %": (50, "no"),
               "jumps a minute": (1, "yes"), "last 5 s, dB": (27.39, "no")}
     for name, (number, met) in wanted.items():
@@ -4514,9 +5147,11 @@ def test_turns_and_looks_aside_are_held_to_their_rate_apart_and_validity_and_jum
 
 @pytest.mark.parametrize("theirs, met", [(0, "yes"), (6, "no"), (8, "no")])
 def test_the_student_must_be_better_than_its_start_by_intervals_that_do_not_touch(theirs, met):
-    right = {"student": 8, "stage1": theirs}
-    table = targets_of([video_row([(6., i < right[weights], True)] * 9, i, row=FIRST | {"weights": weights})
-                        for weights in right for i in range(9)])
+    videos = []
+    for weights, right in (("student", 8), ("stage1", theirs)):
+        row = FIRST | {"weights": weights}
+        videos += [video_row([(6., i < right, True)] * 9, i, row=row) for i in range(9)]
+    table = targets_of(videos)
     assert table["text: recall, points above stage1"]["met"] == met
     assert table["text: recall, points above init_ar"]["met"] == "no data"
     assert table["text: steady, points above stage1"]["met"] == "no"  # they touch
@@ -4531,9 +5166,9 @@ def test_returns_that_follow_exchanged_memories_are_those_of_the_exchange():
 
 
 def test_lines_give_back_what_was_written_and_bad_ones_are_named_and_made_again(tmp_path, capsys):
-    lines = [{"key": key, "videos": [video_row([(6., True, False)], i, drift=math.inf) for i in range(3)]}
-             for key in "abc"]
-    made = {line["key"]: line["videos"] for line in lines}
+    videos = [video_row([(6., True, False)], i, drift=math.inf) for i in range(3)]
+    lines = [{"key": key, "videos": videos} for key in "abc"]
+    made = dict.fromkeys("abc", videos)
     path = tmp_path / "a.jsonl"
     assert report.read_videos(path) == {}
     for line in lines:
@@ -4559,16 +5194,22 @@ def test_tables_hold_numbers_a_row_what_was_asked_for_and_the_kind_of_motion():
     tables = report.all_tables(videos, FIRST)
     whole, turn, linger, aside, other = tables["All rows"]
     assert [row["motion"] for row in (whole, turn, linger, aside)] == ["all", *report.KINDS]
-    assert turn["detail, %"].tolist() == [100] * 3 and turn["half-way, s"] == 6
+    assert turn["detail, %"].tolist() == [100] * 3
+    assert turn["half-way, s"] == 6
     assert whole["detail, %"][0] == 50
-    assert aside["detail, %"][0] == 0 and np.isnan(aside["half-way, s"]) and turn["ceiling's"] == math.inf
-    assert whole["recall, %"][0] == 25 and whole["returns"] == 48 and linger["videos"] == 0
+    assert aside["detail, %"][0] == 0
+    assert np.isnan(aside["half-way, s"])
+    assert turn["ceiling's"] == math.inf
+    assert whole["recall, %"][0] == 25
+    assert whole["returns"] == 48
+    assert linger["videos"] == 0
     assert (other["memory"], other["drift"][0]) == ("slowfast, tau 0.9, 2 steps", 1.25)
     text = report.markdown(tables)
     assert "| student | slowfast | bounded | returns | turn | 50.0 [50.0, 50.0] | 24 | 100.0 [" in text
     assert "| student | slowfast | bounded | returns | linger | - | 0 | - |" in text
     parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(parts) == 3 and all(len({line.count("|") for line in lines}) == 1 for lines in parts)
+    assert len(parts) == 3
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in parts)
 
 
 # ---- the paper's tables beside ours ------------------------------------------------------------------------
@@ -4583,7 +5224,8 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
                        "Infinity-RoPE", "FramePack-F1"}
     first, second, third = (table[-1] for table in tables.values())
     assert {first["dino_60"], first["clip_t_10"], first["subject"], third["background"]} == {12.34}
-    assert second["60s_subject"] == 12.34 and second["5s_subject"] is third["total"] is None
+    assert second["60s_subject"] == 12.34
+    assert second["5s_subject"] is third["total"] is None
     longlive = tables["table1"][1]
     assert (longlive["dino_60"], longlive["context_length"]) == (86.26, "3.0 s")
     short = paper.beside(scores | {"dino_10": math.nan, "dino_60": math.nan})["table2"][-1]
@@ -4592,7 +5234,10 @@ def test_every_system_of_the_paper_stands_in_its_row_and_ours_under_them_in_its_
 
 
 @pytest.mark.parametrize("ours, theirs, word", [
-    (9, 0, "agrees"), (0, 9, "does not"), (5, 5, "not significant"), (9, None, None)])
+    (9, 0, "agrees"),
+    (0, 9, "does not"),
+    (5, 5, "not significant"),
+    (9, None, None)])
 def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ours, theirs, word):
     """In the paper LongLive is less consistent than its method, of higher quality over 60 s."""
     videos = []
@@ -4616,21 +5261,33 @@ def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ou
 
 def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_frontier(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    rules = [*PRESETS, "uniform3", "uniform6"]
-    rows = [FIRST | {"memory": memory, "worlds": "returns"} for memory in rules]
-    videos = [video_row([(6., i > 3, 1), (22., i > 6, 1)], i, kind, row)
-              for row in rows for kind in report.KINDS for i in range(12)]
+    videos = []
+    for memory, kind in itertools.product([*PRESETS, "uniform3", "uniform6"], report.KINDS):
+        row = FIRST | {"memory": memory, "worlds": "returns"}
+        for i in range(12):
+            returns = [(6., i > 3, 1), (22., i > 6, 1)]
+            videos.append(video_row(returns, i, kind, row))
     figures.draw_forgetting(figure, videos, FIRST)
     shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     assert all(len(names) <= 5 and names[0] == "slowfast" for names in shown)
-    assert sorted({name for names in shown for name in names}) == sorted(PRESETS)
+    assert set(itertools.chain(*shown)) == set(PRESETS)
     figure.clear()
     figures.draw_frontier(figure, videos, FIRST)
     shown = [sorted(line.get_label() for line in axes.lines) for axes in figure.axes[:3]]
     assert shown == [["slowfast", "uniform1", "uniform2", "uniform3", "uniform6"]] * 3
-    hour = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
-    figures.draw_all(videos + [video_row([], row=FIRST | {"worlds": "hour"}, **hour)], FIRST, tmp_path)
+    hour = video_row([], row=FIRST | {"worlds": "hour"}, **HOUR)
+    figures.draw_all([*videos, hour], FIRST, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"forgetting.png", "frontier.png", "drifting.png"}
+
+
+READ = {}  # what the judge has read of a video, by its content
+
+
+def read_once(frames):
+    key = hashlib.sha256(frames.tobytes()).digest()
+    if key not in READ:
+        READ[key] = read_video(frames)
+    return READ[key]
 
 
 def test_the_strip_is_of_a_landmark_that_one_policy_brings_back_and_the_other_does_not():
@@ -4653,35 +5310,72 @@ def test_the_strip_is_of_a_landmark_that_one_policy_brings_back_and_the_other_do
 def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view():
     spec = WorldSpec(world.HELD_OUT, "turn", 9)
     drawn = make_world(spec)
-    event = next(e for e in reappearances(read_video(clip(spec, 0, 400)), drawn.motion) if not e.in_sink)
+    found = reappearances(read_video(clip(spec, 0, 400)), drawn.motion)
+    event = next(event for event in found if not event.in_sink)
     moments = evaluate.moments(vars(event))
     far = np.abs(offsets(drawn.motion.heading(drawn.start, moments))[:, event.sector])
-    assert len(moments) == 7 and far[[0, 6]].max() < 3 and far[3] > 60
+    assert len(moments) == 7
+    assert far[[0, 6]].max() < 3
+    assert far[3] > 60
 
 
 def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path):
-    frames = np.full((3, 3, 32, 64), [[[[5]]], [[[7]]], [[[9]]]], np.uint8)
+    frames = np.empty((3, 3, 32, 64), np.uint8)
+    frames[:] = np.reshape([5, 7, 9], (3, 1, 1, 1))
     figures.draw_strip([(frames, True), (frames, False)], tmp_path / "strip.png")
     picture = iio.imread(tmp_path / "strip.png")
-    height, width = picture.shape[0] // 2, picture.shape[1] // 3
-    assert picture[height // 2::height, width // 2::width, 0].tolist() == [[5, 7, 9]] * 2
-    right, wrong, plain = figures.RIGHT, figures.WRONG, (255, 255, 255)
+    height = picture.shape[0] // 2
+    width = picture.shape[1] // 3
+    middles = picture[height // 2::height, width // 2::width, 0]
+    assert middles.tolist() == [[5, 7, 9]] * 2
+    right = figures.RIGHT
+    wrong = figures.WRONG
+    plain = (255, 255, 255)
     wanted = np.array([[right, plain, right], [right, plain, wrong]])
     assert (picture[::height, ::width] == wanted).all()
+
+
+def test_of_an_hour_four_minutes_are_decoded_each_with_its_last_frame(monkeypatch):
+    """Frames that show their number."""
+    monkeypatch.setattr(probe, "decode_frames", lambda vae, latents: 4 * latents.numpy().repeat(4, 1))
+    frames = probe.decode_minutes(None, torch.arange(14_403)[None])
+    assert frames.shape == (1, 3840)
+    wanted = [960 * minute for minute in report.MINUTES]
+    assert frames[0, 959::960] == pytest.approx(wanted, abs=12)
+
+
+def test_of_each_minute_of_an_hour_validity_entropy_and_likeness_to_the_first_are_told(monkeypatch):
+    """Two houses, then one, then the first minute again, then nothing; one place is never seen."""
+    both = [3, 3, 3, 3, 5, 5, 5, -1]
+    one, nothing = [3] * 7 + [-1], [-1] * 8
+    readings = [SimpleNamespace(landmark=np.array([houses]), psnr=np.array([i, i + 1.]))
+                for i, houses in enumerate([both, one, both, nothing])]
+    monkeypatch.setattr(judge, "read_video", lambda frames: readings[frames[0]])
+    found = probe.measure_minutes(np.arange(4))
+    share = np.array([4, 3]) / 7
+    entropy = -(share * np.log2(share)).sum()
+    wanted = {
+        1: (.5, entropy, 87.5),
+        5: (1.5, 0, 50),
+        15: (2.5, entropy, 87.5),
+        60: (3.5, 0, 0),
+    }
+    for minute, numbers in wanted.items():
+        told = [found[f"{minute} min: {name}"] for name in report.HOUR]
+        assert told == pytest.approx(numbers)
 
 
 # ---- videos of the small world are made, measured, and counted once ----------------------------------------
 
 FILES_OF_WEIGHTS = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
-CPU = torch.device("cpu")
 
 
+@functools.cache
 def drawn_frames(spec, frames):
     return (clip(spec, 0, frames) * 255).round().astype(np.uint8)
 
 
-def drawn_world(landmarks, frames):
-    return (draw_video(steady(frames), landmarks) * 255).round().astype(np.uint8)
+HOUR = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
 
 
 def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
@@ -4693,18 +5387,23 @@ def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
 
     frames = drawn_frames(spec, 1005)
     good = measured(frames)
-    assert min(good["validity"], good["last"]) > 40 and abs(good["drift"]) < 1
+    assert min(good["validity"], good["last"]) > 40
+    assert abs(good["drift"]) < 1
     assert good["jumps"] == 0 and good["steady"] == 100
     assert good["landmarks"] == list(make_world(spec).landmarks)
-    assert good["returns"] and all(event["right"] for event in good["returns"])
+    assert good["returns"]
+    assert all(event["right"] for event in good["returns"])
     assert not any(event["follows"] for event in good["returns"])
     # it snaps to the first view; grey at the end; too short to drift; the other houses
     snaps = measured(np.concatenate([frames[:500], frames[:461]]))
-    assert snaps["jumps"] == pytest.approx(1) and snaps["steady"] == 100
+    assert snaps["jumps"] == pytest.approx(1)
+    assert snaps["steady"] == 100
     frames[-80:] = frames[-80:] * .8
     spoilt = measured(frames)
-    assert spoilt["last"] < 30 < spoilt["validity"] and spoilt["drift"] < -5
-    assert np.isnan(measured(frames[:200])["drift"]) and measured(frames[:400:2])["steady"] == 0
+    assert spoilt["last"] < 30 < spoilt["validity"]
+    assert spoilt["drift"] < -5
+    assert np.isnan(measured(frames[:200])["drift"])
+    assert measured(frames[:400:2])["steady"] == 0
     other = drawn_frames(replace(spec, counterfactual=True), 600)
     other[:100] = frames[:100]
     left_before = [event for event in measured(other)["returns"] if event["left"] < 100]
@@ -4724,9 +5423,11 @@ def test_a_teacher_goes_on_from_its_own_or_from_the_next_worlds_past(shuffle, wh
     specs = probe.held_out(3)
     latents, keep = probe.continue_teacher(networks, specs, 1, 2, shuffle)
     real = probe.conditions(networks, specs, 1)[1]
-    assert torch.equal(pasts[0], real[whose]) and torch.equal(latents[:, :3], real)
+    assert torch.equal(pasts[0], real[whose])
+    assert torch.equal(latents[:, :3], real)
     assert [past.shape[1] for past in pasts] == [3, 24]
-    assert latents.shape[1] == 45 and keep.tolist() == [[True, False] * 7 + [True]] * 3
+    assert latents.shape[1] == 45
+    assert keep.tolist() == [[True, False] * 7 + [True]] * 3
 
 
 def test_a_probe_tells_what_came_back_right_and_what_memory_held():
@@ -4735,9 +5436,12 @@ def test_a_probe_tells_what_came_back_right_and_what_memory_held():
     frames = [drawn_frames(spec, 285) for spec in specs]
     none = torch.zeros(2, 24, dtype=torch.bool)
     found = probe.read_probe(specs, frames, none)
-    assert found["recall"] == 1 and found["ceiling"] < .8 and found["returns"] >= 5
+    assert found["recall"] == 1
+    assert found["ceiling"] < .8
+    assert found["returns"] >= 5
     assert found["validity"] > 40
-    assert probe.read_probe(specs, frames, torch.arange(24).expand(2, -1) % 2 == 0)["ceiling"] == 1
+    every_second = torch.arange(24).expand(2, -1) % 2 == 0
+    assert probe.read_probe(specs, frames, every_second)["ceiling"] == 1
     frames[0][165:] = frames[0][164]  # the camera stops: what was due does not come
     assert probe.read_probe(specs, frames, none)["recall"] < .8
 
@@ -4762,14 +5466,16 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_or_the_row_names_one
     (networks, _, *lengths, policy, positions, swap), (fewer, *_, other, _, _) = asked
     assert policy == replace(PRESETS["uniform2"], tau=tau or networks.sampler.tau)
     assert (lengths, positions, swap) == ([14, 5], "bounded", True)
-    assert other.tau == .7 and fewer.sampler == replace(networks.sampler, steps=2)
+    assert other.tau == .7
+    assert fewer.sampler == replace(networks.sampler, steps=2)
 
 
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
     x = torch.arange(8).view(4, 2)
     assert torch.equal(probe.swap_neighbours(x), x[[1, 0, 3, 2]])
     first, second, *_ = specs = evaluate.worlds_of("swapped", 7, 5)
-    assert len(specs) == 6 and second == replace(first, counterfactual=True)
+    assert len(specs) == 6
+    assert second == replace(first, counterfactual=True)
     assert first.seed == evaluate.worlds_of("text", 2, 5)[0].seed == world.HELD_OUT + 5
 
 
@@ -4782,7 +5488,8 @@ def test_the_shipped_student_is_evaluated_from_its_file():
     assert report.pick(videos, row | {"motion": "turn"}) == videos
     # returns show the other world's landmarks
     follows = report.counts(videos, "follows")
-    assert follows.sum(0)[1] >= 12 and report.estimate(follows)[0] > 60
+    assert follows.sum(0)[1] >= 12
+    assert report.estimate(follows)[0] > 60
     assert report.estimate(report.counts(videos, "right"))[0] < 20
 
 
@@ -4790,9 +5497,11 @@ def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late()
     specs = evaluate.worlds_of("returns", 24, 0)
     motions = [make_world(spec).motion for spec in specs]
     seconds = {kind: [m.seconds for m in motions if m.kind == kind] for kind in report.KINDS}
-    assert len({spec.seed for spec in specs}) == 24 and {len(found) for found in seconds.values()} == {8}
+    assert len({spec.seed for spec in specs}) == 24
+    assert {len(found) for found in seconds.values()} == {8}
     for kind in ("turn", "linger"):
-        assert seconds[kind] == sorted(set(seconds[kind])) and seconds[kind][-1] == 44
+        assert seconds[kind] == sorted(set(seconds[kind]))
+        assert seconds[kind][-1] == 44
     assert (seconds["turn"][0], seconds["linger"][0]) == (8, 18)
     assert len(set(seconds["aside"])) > 3
     assert all(re.fullmatch(world.GRAMMAR, make_world(spec).caption) for spec in specs)
@@ -4806,52 +5515,71 @@ def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slo
     assert sorted(p.tau for p in slots if p.keep == "surprisal") == [.9, .94, .97]
 
 
-def test_of_an_hour_four_minutes_are_decoded_and_measured(monkeypatch):
-    """Frames that show their number: each minute ends with its last frame."""
-    monkeypatch.setattr(probe, "decode_frames", lambda vae, latents: 4 * latents.numpy().repeat(4, 1))
-    frames = probe.decode_minutes(None, torch.arange(14_403)[None])
-    assert frames.shape == (1, 3840)
-    assert frames[0, 959::960] == pytest.approx([960 * minute for minute in report.MINUTES], abs=12)
-    spec = WorldSpec(world.HELD_OUT, "turn", 12)
-    first = drawn_frames(spec, 192)
-    one_kind = drawn_world((3,) * 8, 192)
-    empty = drawn_world((), 192)
-    minutes = np.concatenate([frames.repeat(5, 0) for frames in (first, one_kind, first, empty)])
-    found = probe.measure_minutes(minutes)
-    landmarks = make_world(spec).landmarks
-    share = np.unique(landmarks, return_counts=True)[1] / 8
-    entropy, same = -(share * np.log2(share)).sum(), 100 * landmarks.count(3) / 8
-    for minute, bits, agree in ((1, entropy, 100), (5, 0, same), (15, entropy, 100), (60, 0, 0)):
-        validity, *others = [found[f"{minute} min: {name}"] for name in report.HOUR]
-        assert others == pytest.approx([bits, agree]) and (validity > 40) == (minute < 60)
-
-
 def test_what_makes_a_video_is_in_its_key(tmp_path, monkeypatch):
     """What was asked for, the world, networks, the preset's sizes, the code."""
     files = {name: tmp_path / name for name in ("one", "two", "text", "vae", "other")}
     for name, path in files.items():
         path.write_text(name)
     one = FIRST | {"weights": "one", "memory": "window"}
-    specs = [WorldSpec(1)]
-    found = [evaluate.key_of(one, specs, files, CPU)]
-    for other in ({"weights": "two"}, {"memory": "longlive"}, {"steps": 2}, {"tau": .5}, {"worlds": "real"}):
-        found.append(evaluate.key_of(one | other, specs, files, CPU))
-    found.append(evaluate.key_of(one, [WorldSpec(2)], files, CPU))
-    found.append(evaluate.key_of(one, specs, files | {"vae": files["other"]}, CPU))
-    found.append(evaluate.key_of(one, specs, files | {"one": files["other"]}, CPU))
+
+    def key(row={}, seed=1, **other):
+        return evaluate.key_of(one | row, [WorldSpec(seed)], files | other, CPU)
+    first = key()
+    others = {"weights": "two", "memory": "longlive", "steps": 2, "tau": .5, "worlds": "real"}
+    found = [key({name: value}) for name, value in others.items()]
+    found += [key(seed=2), key(vae=files["other"]), key(one=files["other"])]
     with monkeypatch.context() as patch:
         patch.setitem(PRESETS, "window", replace(PRESETS["window"], fast=18))
-        found.append(evaluate.key_of(one, specs, files, CPU))
-    assert evaluate.key_of(one, specs, files, CPU) == found[0]
+        found.append(key())
+    assert key() == first
     monkeypatch.setattr(evaluate, "CODE", evaluate.CODE[1:])
-    found.append(evaluate.key_of(one, specs, files, CPU))
-    assert len(set(found)) == len(found)
-    # comments and layout of code do not count
-    texts = ["a = 1", "a  =  1  # one", "a = 2"]
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i}.py").write_text(text)
-    prints = [evaluate.fingerprint(tmp_path / f"{i}.py") for i in range(3)]
+    found.append(key())
+    assert len({first, *found}) == 11
+
+
+def test_comments_and_layout_of_code_do_not_count(tmp_path):
+    prints = []
+    for i, text in enumerate(["a = 1", "a  =  1  # one", "a = 2"]):
+        path = tmp_path / f"{i}.py"
+        path.write_text(text)
+        prints.append(evaluate.fingerprint(path))
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_worlds_are_what_the_shipped_weights_have_seen():
+    landmarks = 29, 6, 8, 17, 14, 23, 13, 2
+    one = World(2, landmarks, 128, Motion("turn", 1, 22))
+    other = replace(one, landmarks=(20, 13, 4, 11, 2, 27, 11, 18))
+    assert make_world(WorldSpec(0)) == one
+    assert make_world(WorldSpec(0, counterfactual=True)) == other
+    assert make_world(WorldSpec(0, empty=True)) == replace(one, landmarks=())
+    # fixing the motion changes nothing else
+    lingers = replace(one, motion=Motion("linger", 1, 20))
+    assert make_world(WorldSpec(0, "linger", 20)) == lingers
+    motions = [make_world(WorldSpec(seed)).motion for seed in (2, 1, 4)]
+    assert motions[0] == Motion("aside", 1, 10, 180)
+    assert motions[1] == Motion("linger", 1, 31)
+    assert motions[2] == Motion("turn", -1, 40)
+
+
+@pytest.mark.parametrize("changes", [{}, {"counterfactual": True}, {"empty": True}])
+def test_a_clip_is_its_world_drawn_at_its_headings(changes):
+    spec = WorldSpec(0, **changes)
+    w = make_world(spec)
+    heading = w.motion.heading(w.start, np.arange(7, 9))
+    assert np.array_equal(clip(spec, 7, 2), draw_video(heading, w.landmarks, w.ground))
+
+
+def test_drawing_is_what_the_shipped_weights_have_seen():
+    """On each ground, how light frames are, and how sharp; between sub-columns, the mean of both."""
+    drawn = [draw_video([0, 50.3, 128], SET, ground) for ground in range(4)]
+    drawn = np.stack(drawn).astype(float)
+    light = drawn.mean((1, 2, 3, 4))
+    sharp = np.abs(np.diff(drawn)).mean((1, 2, 3, 4))
+    assert np.allclose(light, [.430164, .491101, .562312, .432507], atol=1e-5)
+    assert np.allclose(sharp, [.028398, .031267, .035024, .028345], atol=1e-5)
+    before, between, after = draw_video([40, 40 + 1 / 16, 40 + 1 / 8])
+    assert np.allclose(between, (before + after) / 2, atol=1e-6)
 
 
 def test_the_code_that_makes_a_video_is_all_that_is_imported_but_for_tables_and_figures():
@@ -4876,6 +5604,7 @@ def run_evaluate(tmp_path, monkeypatch):
         return videos, keep.expand(len(videos), -1)
 
     monkeypatch.setattr(evaluate, "make_videos", real_videos)
+    monkeypatch.setattr(judge, "read_video", read_once)
     monkeypatch.setattr(figures, "draw_all", lambda *given: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process
 
@@ -4887,17 +5616,24 @@ def run_evaluate(tmp_path, monkeypatch):
     return run
 
 
+# their videos are drawn and read once, by one process
+evaluates = pytest.mark.xdist_group("evaluations")
+
+
+@evaluates
 def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monkeypatch):
     words = "--quick --memory infinity --worlds 3"
     text, made = run_evaluate(words)
     again, made_again = run_evaluate(words)
-    assert (made, made_again) == (3, 0) and again == text
+    assert (made, made_again) == (3, 0)
+    assert again == text
     monkeypatch.setitem(PRESETS, "infinity", Policy(0, 0, 15))
     edited, made = run_evaluate(words)
     row, edited_row = (re.search(r"\| stage2 \| infinity \| .*", x)[0].split("|") for x in (text, edited))
     assert made == 3 and edited_row[7] == row[7]  # so many returns: the old lines do not count
 
 
+@evaluates
 def test_rows_count_the_worlds_that_are_asked_for_each_once(run_evaluate, tmp_path):
     few, _ = run_evaluate("--quick --memory infinity --worlds 2")
     run_evaluate("--quick --memory infinity --worlds 2 --seed 50")
@@ -4907,16 +5643,20 @@ def test_rows_count_the_worlds_that_are_asked_for_each_once(run_evaluate, tmp_pa
     assert made == 0 and again == few
 
 
+@evaluates
 def test_a_policy_of_ones_own_gets_its_row_its_curve_and_its_reach_by_one_line(run_evaluate, monkeypatch):
     """Its videos are real ones: landmarks come back after 28 s, and are right."""
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 24, 6, "uniform", interval=3))
     text, _ = run_evaluate("--quick --memory mine --worlds 12")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| stage2 | mine |")]
     summary, curve = [row for row in rows if row[4] == "all"]
-    assert int(summary[6]) > 50 and summary[5] == "100.0 [100.0, 100.0]" and summary[10] == "beyond"
+    assert int(summary[6]) > 50
+    assert summary[5] == "100.0 [100.0, 100.0]"
+    assert summary[10] == "beyond"
     assert curve[-1] == "100.0 [100.0, 100.0] |"
 
 
+@evaluates
 def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
     run_evaluate("--quick --memory uniform1 --worlds 2")
     text, made = run_evaluate("--quick --memory uniform1 --worlds 2 --tau .5 --steps 2")
@@ -4934,8 +5674,8 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_ev
     monkeypatch.setitem(PRESETS, "mine", Policy(3, 6, 12, "uniform", interval=3))
 
     def run_batch(batch):
-        hour = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
-        return [video_row([(6., True, True)], i, "turn", batch[0], **hour) for i, _ in enumerate(batch[1])]
+        row, specs, *_ = batch
+        return [video_row([(6., True, True)], i, "turn", row, **HOUR) for i in range(len(specs))]
 
     monkeypatch.setattr(evaluate, "run_batch", run_batch)
     text, _ = run_evaluate("--worlds 9 --steps 2")
@@ -4945,27 +5685,33 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_ev
     rows = re.findall(r"\| mine, 2 steps \| bounded \| (\w+ \| \w+)", text)
     kinds = ["all", "turn", "linger", "aside"]
     assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | 1"])
-    assert text.count("uniform6, 2 steps") == 8 and text.count("| teacher | uniform2 |") == 4
+    assert text.count("uniform6, 2 steps") == 8
+    assert text.count("| teacher | uniform2 |") == 4
 
 
 # ---- model: one network, causal by what it is shown --------------------------------------------------------
 
 def test_prompts_are_padded_with_zeros_that_are_attended():
-    net, features = random_dit(), noise(2, 5, 64)
+    net = random_dit()
+    features = noise(2, 5, 64)
     padded = F.pad(features, (0, 0, 0, net.config.text_len - 5))
     for made, want in zip(net.text(features), net.text(padded), strict=True):
-        assert torch.equal(made[0], want[0]) and torch.equal(made[1], want[1])
+        assert torch.equal(made[0], want[0])
+        assert torch.equal(made[1], want[1])
         assert made[0].shape == (2, net.config.text_len, 2, 32)
         assert made[0][:, 5:].abs().min() > 0
 
 
 def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
-    net, x = random_dit(), noise(1, 3, 16, 4, 8)
-    text, rope = random_text(net), rope_cos_sin(torch.arange(3), 2, 4, 32)
+    net = random_dit()
+    x = noise(1, 3, 16, 4, 8)
+    text = random_text(net)
+    rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     mask = torch.ones(1, 3, 3, dtype=torch.bool).tril()
     whole, kv = net(x, torch.zeros(1, 3), text, rope, mask=mask)
     # the first latent, of 8 tokens, from memory
-    memory = [LayerCache(apply_rope(k, rope)[:, :8], v[:, :8], 8) for k, v in kv]
+    first = [(apply_rope(k, rope)[:, :8], v[:, :8]) for k, v in kv]
+    memory = [LayerCache(k, v, 8) for k, v in first]
     t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
     rope = [table[:, 8:] for table in rope]
     later, _ = net(x[:, 1:], t, text, rope, memory, mask=mask)
@@ -4973,13 +5719,15 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
 
 
 def test_a_fresh_network_looks_sharply_predicts_zero_and_recomputing_changes_no_gradient():
-    x, t = noise(1, 3, 16, 4, 8), torch.rand(1, 3)
+    x = noise(1, 3, 16, 4, 8)
+    t = torch.rand(1, 3)
     rope = rope_cos_sin(torch.arange(3), 2, 4, 32)
     fresh = DiT(random_dit().config).initialise()
     assert not fresh(x, t, random_text(fresh), rope)[0].any()
     norms = [norm.weight for b in fresh.blocks for norm in (b.self_attn.norm_q, b.self_attn.norm_k)]
     assert torch.cat(norms).unique().tolist() == [2.]
-    net, gradients = random_dit().requires_grad_(True), []
+    net = random_dit().requires_grad_(True)
+    gradients = []
     for net.config.recompute in (False, True):
         loss = net(x, t, random_text(net), rope)[0].square().sum()
         gradients.append(torch.autograd.grad(loss, net.parameters()))
@@ -4991,14 +5739,16 @@ def test_weights_in_bf16_change_the_golden_by_less_than_two_percent_and_less_tha
     _, net, given, _ = golden_dit("wan_dit")
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     with torch.device("meta"):
-        mixed, all_bf16 = DiT(net.config), DiT(net.config)
+        mixed = DiT(net.config)
+        all_bf16 = DiT(net.config)
     mixed = load_on_device(mixed, tmp_path / "net.safetensors", "cpu", torch.bfloat16)
     load_state_dict_strict(all_bf16, {name: z.bfloat16() for name, z in net.state_dict().items()})
     for name, z in mixed.state_dict().items():
         small = name.startswith(("time_", "head.")) or "modulation" in name or "norm3" in name
         assert z.dtype == (torch.float32 if small else torch.bfloat16), name
     want, *others = (whole_clip(net, given) for net in (net, mixed, all_bf16))
-    ours, theirs = ((got - want).square().mean() / want.square().mean() for got in others)
+    power = want.square().mean()
+    ours, theirs = ((got - want).square().mean() / power for got in others)
     assert 0 < ours < theirs < .02 ** 2
 
 
@@ -5006,8 +5756,10 @@ def test_weights_in_bf16_change_the_golden_by_less_than_two_percent_and_less_tha
 
 def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
     ids, mask = bytes_to_ids(["Ab", "\u00e9", "x" * 200], length=5)
-    cut = [122, 122, 122, 122, 1]
-    assert ids.tolist() == [[67, 100, 1, 0, 0], [197, 171, 1, 0, 0], cut]
+    first, second, third = ids.tolist()
+    assert first == [67, 100, 1, 0, 0]
+    assert second == [197, 171, 1, 0, 0]
+    assert third == [122, 122, 122, 122, 1]
     assert torch.equal(mask, (ids > 0).long())
 
 
@@ -5015,7 +5767,9 @@ def test_captions_are_bytes_plus_2_an_end_mark_and_zeros_and_are_cut():
     (" a calm\u2028sea \n\nein B\xe4r\n".encode("utf-8"), ["a calm\u2028sea", "ein B\xe4r"]),
     (" a calm sea \r\rein B\xe4r".encode("utf-16"), ["a calm sea", "ein B\xe4r"]),
     (b"\xef\xbb\xbf a calm sea \r\n\r\n", ["a calm sea"]),
-    (b"M\xe4rz", "cannot read"), (b" \n\n", "no prompts"), (b"a\n\0", "line 2: .*control characters"),
+    (b"M\xe4rz", "cannot read"),
+    (b" \n\n", "no prompts"),
+    (b"a\n\0", "line 2: .*control characters"),
     (None, "is no file")])
 def test_a_file_of_prompts_has_one_a_line_in_utf_8_or_16(content, want, tmp_path):
     file = tmp_path / "prompts.txt"
@@ -5061,38 +5815,6 @@ def test_prompts_are_cleaned_like_wans():
     assert clean("a < b &amp;lt;  c") == "a < b < c"  # HTML is resolved twice
 
 
-def test_text_features_are_the_encoders_and_kept_in_files(raw, tmp_path, monkeypatch, capsys):
-    """The official code pads prompts to 512 tokens; ours encodes each as long as it is."""
-    prompts = ["a calm  sea", "storm", "a " * 600]
-    features = wan_text(raw, tmp_path, prompts, CPU, dim=48)
-    assert "601 tokens, cut after 512" in capsys.readouterr().err
-    encoder = TextEncoder(TextConfig(8, 48, 48, 64, 3, 2)).bfloat16()
-    encoder = load_state_dict_strict(encoder, torch.load(raw / T5, weights_only=True))
-    ids = torch.zeros(3, 512, dtype=torch.long)
-    known = [3, 4, 5, 1], [6, 1], [3] * 511 + [1]
-    for row, words in zip(ids, known):
-        row[:len(words)] = torch.tensor(words)
-    want = encoder(ids, (ids > 0).long()).float()
-    assert features(["storm"]).shape == (1, 2, 48)
-    close(features(prompts).float(), want, .02 * want.abs().max())
-    # known now: the encoder is not opened again, until its file is another
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "TextEncoder", None)
-        wan_text(raw, tmp_path, prompts, CPU)
-    os.utime(raw / T5, ns=(1, 1))
-    features(["storm"])
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-    # one that is damaged, or something else
-    def cut_short(file):
-        file.write_bytes(file.read_bytes()[:99])
-    for harm in (flip_bit, cut_short, lambda file: save_file({"features": torch.zeros(3, 4)}, file)):
-        before = features(["storm"])
-        for file in tmp_path.glob("*.safetensors"):
-            harm(file)
-        assert torch.equal(features(["storm"]), before)
-        assert re.fullmatch("warning: cannot read .*: it is made again\n", capsys.readouterr().err)
-
-
 # ---- weights: own files, the raw folder, public students ---------------------------------------------------
 
 @pytest.fixture
@@ -5118,7 +5840,8 @@ def raw(tmp_path):
     torch.save({k: v.bfloat16() for k, v in text.items()}, folder / T5)
     torch.save(vae, folder / VAES["wan"])
     torch.save(tae, folder / VAES["tae"])
-    sizes = dict(dim=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, in_dim=16, text_len=512)
+    sizes = dict(dim=64, ffn_dim=96, num_heads=2, num_layers=2)
+    sizes |= dict(freq_dim=32, in_dim=16, text_len=512)
     (folder / "config.json").write_text(json.dumps(sizes))
 
     def wrapped(key):
@@ -5140,11 +5863,14 @@ def small_net():
 
 
 def test_saved_weights_come_back_with_what_made_them(small_net, tmp_path):
-    facts, file = {"sampler": {"steps": 4}}, tmp_path / "net.safetensors"
+    facts = {"sampler": {"steps": 4}}
+    file = tmp_path / "net.safetensors"
     save_weights(file, small_net.state_dict(), small_net.config, facts)  # float32, for the next stage
     got, told = load(file, DiT, DiTConfig)
-    assert told == facts and replace(got.config, patch=tuple(got.config.patch)) == small_net.config
-    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), small_net.parameters(), strict=True))
+    assert told == facts
+    assert replace(got.config, patch=tuple(got.config.patch)) == small_net.config
+    pairs = zip(got.parameters(), small_net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(BadInput, match="give --wan"):
         load_tiny(file, "cpu")
     weights.ship(file, tmp_path / "shipped")
@@ -5161,17 +5887,6 @@ def test_networks_are_built_without_values_and_fresh_ones_start_as_ever():
     made = model.learned_modulation(6, 4)
     torch.manual_seed(0)
     assert torch.equal(made, torch.randn(1, 6, 4) / 2)
-
-
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
-    def write_half(tensors, path, about):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("disk full")
-    write_safetensors(tmp_path / "a", {"x": torch.ones(3)})
-    monkeypatch.setattr(tensors, "save_file", write_half)
-    with pytest.raises(BadInput, match=f"cannot write {tmp_path}/a .*is the disk full"):
-        write_safetensors(tmp_path / "a", {"x": torch.zeros(3)})
-    assert torch.equal(read_file(tmp_path / "a")[0]["x"], torch.ones(3))
 
 
 def prefixed(prefix, state):
@@ -5216,7 +5931,8 @@ def test_students_of_every_public_form_load_the_same_weights(name, raw, tmp_path
     path = tmp_path / (name if name in CONTAINERS else "form.pt")
     CONTAINERS.get(name, torch.save)(WRAPPINGS.get(name, dict)(want), path)
     got, _ = read_public(path)
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k]) for k in want)
     for file in path.glob("*-of-*"):  # one of several stands for all
         assert read_public(file)[0].keys() == want.keys()
 
@@ -5225,15 +5941,22 @@ def test_the_raw_folder_is_read_in_the_types_it_runs_in_and_with_its_sizes(raw):
     own = raw.parent / "own.safetensors"
     save_weights(own, read_public(raw / DIT)[0], tiny_dit, {"sampler": {"steps": 2}})
     m = load_raw(raw, own, "64x32", "tae", torch.bfloat16)
-    assert m.sampler.steps == 2 and m.name == "own.safetensors" and isinstance(m.vae, TAE)
-    assert m.latent == (16, 4, 8) and m.grid == (2, 4) and m.dit.config.heads == 2
+    assert m.sampler.steps == 2
+    assert m.name == "own.safetensors"
+    assert isinstance(m.vae, TAE)
+    assert m.latent == (16, 4, 8)
+    assert m.grid == (2, 4)
+    assert m.dit.config.heads == 2
     assert m.dit.patch_embedding.weight.dtype == torch.bfloat16
     assert m.dit.blocks[0].modulation.dtype == torch.float32
-    assert not any(p.requires_grad or p.is_meta for p in [*m.dit.parameters(), *m.vae.parameters()])
+    parameters = [*m.dit.parameters(), *m.vae.parameters()]
+    assert not any(p.requires_grad or p.is_meta for p in parameters)
     m = load_raw(raw, raw.parent / "student.pt")
-    assert m.sampler == Sampler() and isinstance(m.vae, WanVAE)
+    assert m.sampler == Sampler()
+    assert isinstance(m.vae, WanVAE)
     # averages before raw weights
-    got, want = m.dit.state_dict(), read_public(raw / DIT)[0]
+    got = m.dit.state_dict()
+    want = read_public(raw / DIT)[0]
     assert all(torch.equal(got[name], want[name] + .01) for name in want)
 
 
@@ -5275,15 +5998,19 @@ def test_foreign_weights_are_refused_by_name(told, raw):
     torch.save(FOREIGN[told](read_public(raw / DIT)[0]), file)
     with pytest.raises(BadInput, match=told) as refused:
         load_raw(raw, file)
-    assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name, content, told", [
     ("a.pth", b"GGUF" + bytes(99), "begins with b'GGUF.*fetch the model as safetensors"),
     ("a", b"<!doctype html><html>Entry not found", "begins with b'<!doc.*web page"),
     ("a", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "git lfs pull"),
-    ("a", b"hello", "neither safetensors nor"), ("a", b"", "empty.*fetch it again"), ("a", b"", "is no file"),
-    ("a-1-of-2.pth", b"", "not hold all files NAME-1-of-2"), (".metadata", b"", "dcp_to_torch"),
+    ("a", b"hello", "neither safetensors nor"),
+    ("a", b"", "empty.*fetch it again"),
+    ("a", b"", "is no file"),
+    ("a-1-of-2.pth", b"", "not hold all files NAME-1-of-2"),
+    (".metadata", b"", "dcp_to_torch"),
     ("a.index.json", b"{}", "not hold all files NAME-1-of-2")])
 def test_what_is_no_file_of_weights_is_named_for_what_it_is(name, content, told, tmp_path):
     file = tmp_path / name
@@ -5293,12 +6020,6 @@ def test_what_is_no_file_of_weights_is_named_for_what_it_is(name, content, told,
         file.write_bytes(content)
     with pytest.raises(BadInput, match=told):
         read_file(file.parent if name == ".metadata" else file)
-
-
-def flip_bit(path, share=.7, place=None):
-    content = bytearray(path.read_bytes())
-    content[place or int(len(content) * share)] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("share", [.04, .7], ids=["in what it says of itself", "in its tensors"])
@@ -5356,7 +6077,8 @@ def test_what_weights_say_of_themselves_has_bounds(field, value, small_net, tmp_
     write_safetensors(tmp_path / "a", small_net.state_dict(), about)
     with pytest.raises(BadInput, match=f"{field}|size mismatch") as refused:
         load(tmp_path / "a", DiT, DiTConfig)
-    assert str(tmp_path / "a") in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path / "a") in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("about", ["[" * 10 ** 5, "null", '{"config": 3, "facts": {}}', "{}", "9" * 10 ** 5])
@@ -5367,8 +6089,11 @@ def test_metadata_that_is_no_object_is_told(about, tmp_path):
 
 
 @pytest.mark.parametrize("sizes, told", [
-    ({"num_layers": 10 ** 9}, "layers"), ({"dim": "64"}, "dim"), ({"num_heads": 7}, "heads"),
-    ({"text_len": None}, "text_len"), ([], "content cannot be")])
+    ({"num_layers": 10 ** 9}, "layers"),
+    ({"dim": "64"}, "dim"),
+    ({"num_heads": 7}, "heads"),
+    ({"text_len": None}, "text_len"),
+    ([], "content cannot be")])
 def test_wans_config_is_believed_within_bounds_alone(sizes, told, raw):
     stated = json.loads((raw / "config.json").read_text())
     (raw / "config.json").write_text(json.dumps(stated | sizes if sizes else []))
@@ -5389,7 +6114,9 @@ LORAS = {  # a pair for one weight under the names that programs give it, and wh
 @pytest.mark.parametrize("config", [False, True])
 def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     """alpha: 2 in the file, 3 in peft's adapter_config.json, else the rank, 4"""
-    up, down, path = noise(64, 4), noise(4, 64, seed=1), tmp_path / "lora.pt"
+    up = noise(64, 4)
+    down = noise(4, 64, seed=1)
+    path = tmp_path / "lora.pt"
     layer = Q.replace(".", "_") if form == "kohya" else Q
     names = [name.format(layer) for name in LORAS[form]]
     content = dict(zip(names, (down, up, torch.tensor(2.))))
@@ -5404,7 +6131,8 @@ def test_a_lora_is_merged_as_by_hand(form, config, raw, tmp_path, capsys):
     m = load_raw(raw, ckpt, lora=path)
     got, name = m.dit.state_dict(), f"{Q}.weight"
     close(got[name], whole[name] + alpha / 4 * up @ down, 1e-5)
-    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name) and "lora.pt" in m.name
+    assert all(torch.equal(got[key], whole[key]) for key in whole if key != name)
+    assert "lora.pt" in m.name
     if ckpt:
         assert torch.equal(load_raw(raw, ckpt).dit.state_dict()[name], whole[name])
         assert "holds a LoRA too" in capsys.readouterr().err
@@ -5438,7 +6166,8 @@ def test_weights_that_are_not_for_this_use_are_told(words, told, raw, sampled, t
     words = [str(word).replace("RAW/", f"{raw.parent}/").replace("RAW", str(raw)) for word in words]
     code = sampled(tmp_path / "o", "--seconds", ".1", *words)[1]
     error = capsys.readouterr().err
-    assert re.search(told, error, re.S) and code == (2 if error.startswith("error: ") else 0)
+    assert re.search(told, error, re.S)
+    assert code == (2 if error.startswith("error: ") else 0)
     assert ("need --wan" in told or "without" in told) == (code == 2)
 
 
@@ -5466,8 +6195,11 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("package, size, told", [
-    ("", "100x100", "multiples of 16"), ("", "big", "multiples of 16"), ("", "0x32", "multiples of 16"),
-    ("ftfy", "32x32", "ftfy"), ("tokenizers", "32x32", "tokenizers")])
+    ("", "100x100", "multiples of 16"),
+    ("", "big", "multiples of 16"),
+    ("", "0x32", "multiples of 16"),
+    ("ftfy", "32x32", "ftfy"),
+    ("tokenizers", "32x32", "tokenizers")])
 def test_sizes_that_do_not_fit_and_missing_packages_are_told(package, size, told, raw, monkeypatch):
     if package:
         monkeypatch.setitem(sys.modules, package, None)
@@ -5512,15 +6244,18 @@ def test_a_full_size_chunk_has_constant_shapes_and_no_step_that_waits_for_data()
     def note(module, args):
         latents, memory = args[0], args[4]
         if memory is not None:
-            shapes.append([tuple(z.shape) for z in (latents, memory[0].keys, memory[0].values)])
+            seen = latents, memory[0].keys, memory[0].values
+            shapes.append([tuple(z.shape) for z in seen])
     with torch.device("meta"), torch.no_grad():
         net = DiT(replace(DiTConfig(), layers=1))
         net.register_forward_pre_hook(note)
-        roll = Rollout(net, net.text(torch.empty(1, 7, 4096)), PRESETS["slowfast"], (30, 52))
+        text = net.text(torch.empty(1, 7, 4096))
+        roll = Rollout(net, text, PRESETS["slowfast"], (30, 52))
         made = [x0.shape for x0 in generate(roll, [0], 10, Sampler(), (16, 60, 104))]
     assert made == [(1, 3, 16, 60, 104)] * 10
     full = shapes[-20:]  # of 5 passes in each of the last 4 chunks
-    assert all(found == full[0] for found in full) and full[0][1] == (1, 21 * 1560, 12, 128)
+    assert all(found == full[0] for found in full)
+    assert full[0][1] == (1, 21 * 1560, 12, 128)
     with pytest.raises(RuntimeError):
         roll.similarities[-1].item()  # what this test would have caught
 
@@ -5528,8 +6263,10 @@ def test_a_full_size_chunk_has_constant_shapes_and_no_step_that_waits_for_data()
 def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
     """On the meta device, where tensors have no values, from Algorithm 1 to the gradients of every weight."""
     with torch.device("meta"):
-        student, teacher, critic = (DiT(DiTConfig(256, 512, 2, 2, recompute=True)) for _ in range(3))
-        features, t = torch.empty(1, 7, 4096), torch.empty(1)
+        small = DiTConfig(256, 512, 2, 2, recompute=True)
+        student, teacher, critic = (DiT(small) for _ in range(3))
+        features = torch.empty(1, 7, 4096)
+        t = torch.empty(1)
         eps = torch.empty(1, 21, 16, 8, 8)
         with torch.no_grad():
             roll = Rollout(student, student.text(features), PRESETS["slowfast"], (4, 4))
@@ -5537,11 +6274,13 @@ def test_a_rollout_and_the_students_step_wait_for_no_data_and_mix_no_devices():
         draw = lambda *_: torch.empty(1, 3, 16, 8, 8, device="meta")
         trace = dmd.rollout(roll, LEVELS, 1, draw, 14, 7)
     dmd.student_step(student, teacher, critic, features, trace, t, eps, (4, 4), 3., features)
-    assert trace.context.shape[1] == 21 and all(p.grad is not None for p in student.parameters())
+    assert trace.context.shape[1] == 21
+    assert all(p.grad is not None for p in student.parameters())
 
 
 def test_with_compile_nothing_is_compiled_again_once_memory_is_full():
-    net, graphs = random_dit(dim=32, ffn_dim=64, heads=1, layers=1), []
+    net = random_dit(dim=32, ffn_dim=64, heads=1, layers=1)
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -5581,7 +6320,8 @@ def test_on_a_gpu_the_tiny_and_the_full_size_make_videos(words, gpu, clips, samp
     if "--bench" in words:
         assert "frames/s" in capsys.readouterr().out
     else:
-        assert len(frames) == 16 * int(words[words.index("--seconds") + 1]) and frames.std() > 1
+        assert len(frames) == 16 * int(words[words.index("--seconds") + 1])
+        assert frames.std() > 1
     with capsys.disabled():
         print("\n", torch.cuda.get_device_name(), *words, bench.peak_memory(gpu))
 
@@ -5612,7 +6352,8 @@ def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage,
     for _ in range(2):
         go("--stage", stage, "--updates", "4", "--device", "cuda")
         forget(out, stage, 4)
-    assert hosted and all(tensor.device.type == "cpu" for tensor in hosted)
+    assert hosted
+    assert all(tensor.device.type == "cpu" for tensor in hosted)
     for part in train.PARTS[stage]:
         lines = [line for line in logged(out / part) if line["step"]]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 3, 4]
@@ -5623,7 +6364,8 @@ def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage,
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_on_a_gpu_training_at_832x480_takes_the_memory_of_its_estimate(stage, gpu, tmp_path, capsys):
     """Four layers of Wan's thirty, under torchrun on as many GPUs as there are, two at most."""
-    prompts, processes = tmp_path / "prompts.txt", min(2, torch.cuda.device_count())
+    prompts = tmp_path / "prompts.txt"
+    processes = min(2, torch.cuda.device_count())
     prompts.write_text("a calm sea\na storm rises\n")
     script = tmp_path / "one.py"
     script.write_text(f"import runpy, sys, torch\nsys.path.insert(0, {str(HERE)!r})\n"
@@ -5658,7 +6400,11 @@ def by_hand(features, other, fps):
 
 
 @pytest.mark.parametrize("n, fps", [
-    (960, 16), (153, 16), (152, 16), (1, 16), (63, 6.25)])
+    (960, 16),
+    (153, 16),
+    (152, 16),
+    (1, 16),
+    (63, 6.25)])
 def test_consistency_and_windows_are_the_formulas_and_end_with_the_video(n, fps):
     x = np.random.default_rng(n).standard_normal((n, 4)) + .3  # many cosines below 0
     f = F.normalize(torch.from_numpy(x).float())
@@ -5719,6 +6465,7 @@ def linear(n):
     return np.stack([np.interp(places, range(n), z) for z in np.eye(n)], 1)
 
 
+@uses_transformers
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
 def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
     dino, clip, words = random_networks(kind)
@@ -5734,12 +6481,14 @@ def test_scores_of_files_are_a_plain_loop_over_frames(kind, score_videos):
     rows = score_videos("--videos in --dino dino --clip clip --prompts lines")
     moves, stands, dog = (rows[f"{name}.mp4"] for name in ("a-cat-0", "a-cat-1", "a-dog-0"))
     for whole, windows, features, other in (
-            ("subject", "dino", dinos, dinos[0]), ("background", "clip_t", clips, text),
+            ("subject", "dino", dinos, dinos[0]),
+            ("background", "clip_t", clips, text),
             ("background", "clip_f", clips, clips[0])):
         names = [whole, *(f"{windows}_{t}" for t in metrics.SECONDS)]
         scores = [float(moves[name]) for name in names]
         np.testing.assert_allclose(scores, by_hand(features, other, 2), atol=1e-4)
-        assert float(stands[whole]) == pytest.approx(1, abs=1e-3) and dog[whole] == "nan"
+        assert float(stands[whole]) == pytest.approx(1, abs=1e-3)
+        assert dog[whole] == "nan"
     assert dog["prompt"] == "A dog."
     # the means of videos so long, under the paper's
     lines = Path("out/videos.md").read_text().splitlines()
@@ -5795,12 +6544,15 @@ def test_videos_that_cannot_be_read_are_listed_and_the_list_that_made_a_set_scor
     assert "in/noise-0.mp4 is damaged" in told.out
     escaped = strange.encode("utf-8", "backslashreplace").decode()
     assert set(rows) == {"a-cat-0.mp4", "a-cat-1.mp4", "a-dog-0.mp4", escaped}
-    assert rows["a-dog-0.mp4"]["prompt"] == prompt and rows["a-cat-0.mp4"]["prompt"] == "a-cat"
+    assert rows["a-dog-0.mp4"]["prompt"] == prompt
+    assert rows["a-cat-0.mp4"]["prompt"] == "a-cat"
     Path("list").write_text(f"{prompt}\nA cat!\n", "utf-8-sig")
     rows = score_videos("--videos in --prompts list")
-    assert {row["prompt"] for row in rows.values()} == {prompt, "A cat!"} and len(rows) == 3
+    assert {row["prompt"] for row in rows.values()} == {prompt, "A cat!"}
+    assert len(rows) == 3
 
 
+@uses_transformers
 def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     dino, *_ = random_networks("vit")
     biases = {name: x for name, x in dino.state_dict().items() if "bias" in name}
@@ -5810,19 +6562,18 @@ def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     assert "weights are missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, words, message", [
-    (metrics, "--videos nowhere", "no video"), (metrics, "--videos in --dino gone", "requirements-eval.txt"),
+@pytest.mark.parametrize("script, words, told", [
+    (metrics, "--videos nowhere", "no video"),
+    pytest.param(metrics, "--videos in --dino gone", "requirements-eval.txt", marks=uses_transformers),
     (metrics, "--videos in --prompts no", "cannot read"),
     (metrics, "--videos in --prompts birds", "no video to score"),
-    (metrics, "--videos in --out dogs/o", "cannot write to"), (evaluate, "--out dogs/o", "cannot write to"),
-    (evaluate, "--memory slofast", "did you mean slowfast?"), (evaluate, "--worlds -1", "from 0 to"),
-    (evaluate, "--tau 2", "from -1 to 1"), (evaluate, "--steps 0", "from 1 to")])
-def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, message, score_videos, capsys,
-                                                         monkeypatch):
+    (metrics, "--videos in --out dogs/o", "cannot write to"),
+    (evaluate, "--out dogs/o", "cannot write to"),
+    (evaluate, "--memory slofast", "did you mean slowfast?"),
+    (evaluate, "--worlds -1", "from 0 to"),
+    (evaluate, "--tau 2", "from -1 to 1"),
+    (evaluate, "--steps 0", "from 1 to")])
+def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, told, score_videos, refusal):
     Path("dogs").write_text("A dog.")
     Path("birds").write_text("A bird.")
-    monkeypatch.setattr(sys, "argv", ["script", *words.split()])
-    with pytest.raises(SystemExit) as stop:
-        config.run(script.main)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error and message in error
+    assert told in refusal(script, *words.split())
