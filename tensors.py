@@ -17,7 +17,6 @@ import re
 import zipfile
 from io import BytesIO
 from pathlib import Path
-from types import NoneType
 
 import torch
 from safetensors import safe_open
@@ -229,7 +228,7 @@ def read_lora(path, names, verify=True):
     state, _ = read_file(path, verify=verify)
     config = Path(path).with_name("adapter_config.json")
     told = read_json(config) if config.exists() else {}
-    check_schema(config, told, {"lora_alpha": (int, float, NoneType)})
+    check_schema(config, {"lora_alpha": 1} | told, {"lora_alpha": float})
     # kohya's names have _ for every dot
     places = {name.removesuffix(".weight").replace(".", "_"): name for name in names}
     found = {}

@@ -300,6 +300,7 @@ def random_wan(wan, size, vae_name, device, dtype):
     """
     numbers = wan.partition(":")[2] or ("512x8" if device.type == "cpu" else "1536x30")
     dim, layers = two_numbers("--wan random:", numbers, 1)
+    within("--wan random: DIM * DIM * LAYERS", dim ** 2 * layers, 256, 2 * 10 ** 9)
     small = dim < 1536
     width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), 16)
     # in the proportions of the full size
