@@ -1,6 +1,6 @@
 """
 Trains every network of the project, one stage at a time: the settings, one update, the run. How long and how
-fast stands in recipe.py; what each stage starts from and minimises, in stages.py.
+fast stands in recipe.py; what each stage starts from, in starts.py; what it minimises, in stages.py.
 
     python train.py --stage vae        # the tiny autoencoder of the small world
     python train.py --stage init       # ar: the causal model and the text encoder; ode: its four steps
@@ -67,7 +67,8 @@ from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from recipe import PARTS, TINY, WAN
-from stages import TARGET_CHUNKS, TEACHER_STEPS, hash_starts, load_inputs, make_stage
+from stages import TARGET_CHUNKS, TEACHER_STEPS, make_stage
+from starts import hash_starts, load_inputs
 from text import encode_captions
 from video import to_uint8
 from weights import save_weights
