@@ -377,7 +377,7 @@ def test_wans_autoencoder_goes_on_from_what_it_remembers_or_from_a_copy_of_it(bl
     assert len(vae.decoder.upsamples) == 4 * (blocks + 1) + 3
     whole, _ = vae.decode(latents)
     _, past = vae.decode(latents[:, :2])
-    for state in (list(past), past):
+    for state in (dict(past), past):
         close(vae.decode(latents[:, 2:], state)[0], whole[:, 5:], 1e-5)
 
 

@@ -228,6 +228,8 @@ class WanVAE(nn.Module):
         returns  (b, n, 16, h / 8, w / 8) latents of about zero mean and unit variance, float32
         """
         f = video.shape[1]
+        if f % 4 != 1:
+            raise ValueError(f"{f} frames: give 1 + 4n")
         # piece by piece
         x = rearrange(video, "b f c h w -> b c f h w").to(self.conv1.weight.dtype)
         state = {}
