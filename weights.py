@@ -166,7 +166,8 @@ def encode_prompts(prompts, folder, cache, device, verify):
 def read_features(file, dim):
     with in_one_line(f"cannot read {file}", MADE_AGAIN):
         content, _ = read_file(file, remedy=MADE_AGAIN)
-        check_schema(file, content, {"features": torch.bfloat16})
+        fault = f"is damaged, so {MADE_AGAIN}"
+        check_schema(file, content, {"features": torch.bfloat16}, fault=fault)
         return rearrange(content["features"], "m dim -> m dim", dim=dim)
 
 
