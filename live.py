@@ -194,7 +194,8 @@ class Session:
         folder, chunks = self.folder, chunks_of(self.frames)
         about = {"AI-generated": True, "model": self.networks.name, "settings": self.changes}
         path = Path(folder.name, "live.mp4")
-        with video_writer(path, json.dumps(about), self.networks.scale) as write:
+        m = self.networks
+        with video_writer(path, m.width, m.height, json.dumps(about), m.scale) as write:
             for chunk in range(chunks):
                 strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
                 for frame in np.split(strip, len(strip) // self.networks.height):

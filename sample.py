@@ -282,7 +282,7 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
                 return
     # 1. decode and write one chunk after another, but for what is in an earlier file
     comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
-    with video_writer(path, json.dumps(comment), networks.scale) as write:
+    with video_writer(path, networks.width, networks.height, json.dumps(comment), networks.scale) as write:
         for decoded, is_finite in decode_beside(networks.vae, until_signal()):
             if not is_finite:
                 raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "

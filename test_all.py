@@ -2959,7 +2959,8 @@ def ramp(frames, width=64):
 
 
 def write_video(path, frames, *more):
-    with video.video_writer(path, *more) as write:
+    height, width = frames[0].shape[:2] if len(frames) else (32, 64)
+    with video.video_writer(path, width, height, *more) as write:
         for frame in frames:
             write(frame)
     return path
@@ -3167,6 +3168,12 @@ def test_an_older_video_stays_where_ffmpeg_did_not_end_well(share, tmp_path, cap
     assert (out / "a.mp4").read_text() == "good"
     assert len(list(out.iterdir())) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_video_of_any_bytes_has_all_of_its_frames(tmp_path):
+    frames = np.random.default_rng(0).integers(256, size=(1500, 32, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mp4", frames)
+    assert len(video.look_through(path).seconds) == 1500
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no sh")
@@ -3859,7 +3866,7 @@ def test_a_saved_file_has_the_frames_that_were_shown_and_says_how_they_were_made
     shown += [*frames_of(session.step())]
 
     @contextmanager
-    def writer(path, comment, scale):
+    def writer(path, width, height, comment, scale):
         comments.append(comment)
         yield written.append
         path.write_bytes(b"an mp4")

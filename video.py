@@ -16,7 +16,6 @@ import subprocess
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -112,23 +111,24 @@ def find_ffmpeg():
 
 
 @contextmanager
-def video_writer(path, comment="", scale=1):
+def video_writer(path, width, height, comment="", scale=1):
     """
-    with video_writer(path) as write: write(frame), (h, w, 3) uint8. An mp4, whole or absent.
+    with video_writer(path, w, h) as write: write(frame), (h, w, 3) uint8. An mp4, whole or absent.
     comment  its metadata
     scale    each pixel becomes a square of so many
     """
     # squares of pixels, then the colours that the tags promise
     enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor,format=rgb24"
     convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
-    words = f"-loglevel level+error -f ppm_pipe -framerate {FPS} -i - -c:v libx264 -crf 16 -preset veryfast"
+    words = f"-loglevel level+error -f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate {FPS} -i -"
+    words += " -c:v libx264 -crf 16 -preset veryfast -abort_on empty_output"
     words += f" -vf {enlarge},{convert},format=yuv420p -movflags +faststart {TAGS} -y -metadata"
     words = [find_ffmpeg(), *words.split(), f"comment={comment}"]
     with whole_or_absent(path) as part, TemporaryFile() as log:
         try:
             with subprocess.Popen([*words, f"file:{part.absolute()}"], stdin=subprocess.PIPE, stderr=log,
                                   start_new_session=True, creationflags=NEW_GROUP) as ffmpeg:
-                yield partial(write_ppm, ffmpeg.stdin)
+                yield lambda frame: ffmpeg.stdin.write(frame.tobytes())
             # older ones end with 0 on a full disk, but not without a word
             if ffmpeg.returncode or log.tell():
                 raise OSError(f"ended with {ffmpeg.returncode}")
@@ -137,12 +137,6 @@ def video_writer(path, comment="", scale=1):
             log.seek(0)
             told = BROKEN.findall(log.read().decode("utf-8", "replace")) or [error]
             raise BadInput(f"ffmpeg could not write {path} ({told[0]}): is the disk full?") from None
-
-
-def write_ppm(file, frame):
-    """A frame (h, w, 3) uint8 as a file of PPM, which brings its size along"""
-    height, width, _ = frame.shape
-    file.write(f"P6 {width} {height} 255\n".encode() + frame.tobytes())
 
 
 def read_manifest(folder):
