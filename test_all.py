@@ -2033,7 +2033,9 @@ def only_the_critic_at_first(stage, go, monkeypatch):
     monkeypatch.setattr(train, "TINY", presets)
     found = record_steps(monkeypatch, "critic")
     go("--stage", stage, "--updates", "2")
-    return [(len(given[1]), len(given[2].x), given[2].context.shape[1]) for given, _ in found["critic"]]
+    traces = [given[2] for given, _ in found["critic"]]
+    texts = [len(given[1]) for given, _ in found["critic"]]
+    return [(n, len(trace.x), trace.context.shape[1]) for n, trace in zip(texts, traces)]
 
 
 @pytest.mark.parametrize("stage, context", [("2", 21), ("2_none", 0)])
@@ -2834,7 +2836,7 @@ def lists_of_lists(depth):
     (float, -1, math.nan, "cannot be nan"),
     (str, "a", lists_of_lists(30), "cannot be .{40}$"),
     (torch.float32, torch.ones(2), torch.ones(2) / 0, r"\(finite, torch.float32\) cannot be tensor\(\[inf"),
-    ({"a": torch.bfloat16}, {"a": torch.ones(2).bfloat16()}, {"a": torch.ones(2)}, "torch.bfloat16"),
+    (torch.bfloat16, torch.ones(2).bfloat16(), torch.ones(2), "torch.bfloat16"),
 ])
 def test_a_schema_names_the_field_that_is_not_as_it_says(schema, good, bad, told):
     config.check_schema("file", good, schema)
@@ -4570,8 +4572,8 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim data probe recipe report paper figures causal starts stages evaluate metrics sample
-           live train""".split()
+           dmd checkpoint optim data probe recipe report paper figures causal starts stages evaluate metrics
+           sample live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 # PIL and imageio_ffmpeg are imageio's own
