@@ -169,7 +169,7 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
 def targets_of(latents, keep, policy, target):
     """
     The critic's share of a video that is denoised in full: the last `target` chunks, those before them, and
-    so on, as long as 21 latents of context are left; all of the first chunks where nothing lies before.
+    so on, as long as what lies before fills the memory; of a video too short for that only the last ones.
     latents  (b, f, c, h, w); keep (b, chunks) bool: which of its chunks memory kept
     returns  context (n b, m, c, h, w), x (n b, 3 target, c, h, w)
     """

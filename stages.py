@@ -245,7 +245,7 @@ class Distillation:
         return drawn
 
     def rollout(self, rng, drawn, for_backward):
-        """A batch of the student's own -> dmd.RolloutTrace, text features, kinds of motion, one a video"""
+        """A batch of the student's own -> dmd.RolloutTrace, text features (b of trace.x), kinds of motion"""
         inputs, batch = self.inputs, self.preset.batch
         # prompts, and a seed for each video
         if inputs.prompts:
@@ -267,6 +267,7 @@ class Distillation:
             roll = inputs.rollout(inputs.dit.text(features))
             trace = dmd.rollout(roll, self.levels, drawn.get("r"), fresh_noise, drawn["L"], TARGET_CHUNKS,
                                 for_backward)
+        # all of it was denoised in full: the critic learns from more than its end
         if self.preset.all_steps and not for_backward:
             keep = torch.stack(roll.kept, dim=1)
             trace.context, trace.x = dmd.targets_of(trace.video, keep, roll.memory.policy, TARGET_CHUNKS)
