@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import world
-from data import (CHUNKS, FULL, LINGERS, Histories, encode_world, fingerprint, held_frames, make_files,
-                  take_frames)
+from data import encode_world, fingerprint, make_files, take_frames
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
+from histories import CHUNKS, FULL, LINGERS, Histories, held_frames
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
 from world import WorldSpec

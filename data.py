@@ -1,17 +1,14 @@
 """
-Training clips as latents, encoded once and kept on disk, and which past each of their chunks is trained with.
+Training clips as latents, encoded once and kept on disk.
 
 The autoencoder is frozen after its own stage, so every later stage trains on latents: clips of the small
 world, or a folder of videos with captions. Both have the same three methods: frames() of some clips, text()
-of their captions, and draw_history(): which chunk is predicted, and which latents a memory policy would hold
-then (memory.frames_in_memory). Files are written whole, so a run that was stopped goes on where it stopped.
+of their captions, and draw_history(), what a target has seen (histories.py). Files are written whole, so a
+run that was stopped goes on where it stopped.
 
-    python data.py             # prints what memory would hold of a clip, and where something comes back
     python data.py --videos DIR --out clips --wan Wan2.1-T2V-1.3B    # videos with .txt captions -> latents
     torchrun --nproc_per_node 8 data.py --videos DIR ...             # shared by the processes of all nodes
 
-References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
-policy).
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import hashlib
@@ -24,35 +21,26 @@ from config import (STUDENT, BadInput, check_schema, check_writable, fast_autoca
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
 from checkpoint import barrier, get_processes, get_rank
-from memory import CHUNK, PRESETS, frames_in_memory
+from histories import CHUNKS, EMPTY_CLIPS, FULL, Histories, History, held_frames
+from memory import CHUNK, PRESETS
 from tensors import read_file, read_head, write_safetensors
 from text import read_text
 from video import FPS, FRAMES, find_ffmpeg, read_frames
 from weights import WEIGHTS, load_tiny, load_wan
 from world import WorldSpec
 
-FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
-CLIPS = 768               # training clips of the small world
-CHUNKS = 41               # of each: pasts of up to 40 chunks (30 s) and a target
-EMPTY_CLIPS = 384         # clips that are also encoded without houses
-LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
-BACK = .5                 # share of the targets whose view is one that comes back
-LONGEST = 27              # folders of videos: chunks of the longest past (20 s) ...
-AHEAD = 7                 # ... and of what follows it
-RUN = 6                   # chunks that surprise, or do not, one after another, in the mean
-LONGEST_NAME = 220        # bytes of a shard's name; most disks end at 255
+CLIPS = 768         # training clips of the small world
+# folders of videos
+LONGEST = 27        # chunks of the longest past (20 s) ...
+AHEAD = 7           # ... and of what follows it
+RUN = 6             # chunks that surprise, or do not, one after another, in the mean
+LONGEST_NAME = 220  # bytes of a shard's name; most disks end at 255
 ENCODE_AGAIN = "delete it and run data.py again"
-
-KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
-OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
-OTHER = .15  # ... and their share of the samples
 
 
 @dataclass
@@ -65,29 +53,9 @@ class Config:
     no_verify: bool = False  # take files as they are, without verifying their checksums
 
 
-@dataclass
-class History:
-    """What a batch of samples has seen when it predicts a chunk."""
-    clip: torch.Tensor   # (b,) numbers of the clips
-    chunk: torch.Tensor  # (b,) numbers of the chunks to predict
-    frame: torch.Tensor  # (b, m) frame numbers of the latents in memory then, -1 = empty
-
-
 def frames_of(latents):
     """Video frames of n latents: the first latent is one frame, each later one is four."""
     return 1 + 4 * (latents - 1)
-
-
-def held_frames(policy, keep, evict_first=True):
-    """
-    memory.frames_in_memory as one tensor.
-    keep     (b, chunks) bool: which chunks become keyframes
-    returns  (b, chunks, 18, or 21 before room is made) frame numbers, -1 = empty
-    """
-    places = 18 if evict_first else 21
-    held = frames_in_memory(policy, keep[:, :-1], evict_first)
-    padded = [F.pad(frame, (0, places - frame.shape[1]), value=-1) for frame in held]
-    return torch.stack(padded, dim=1)
 
 
 # ---- the small world: latents ------------------------------------------------------------------------------
@@ -121,6 +89,7 @@ def make_files(files, make, title):
     make     of that -> {name: tensor}
     returns  the content of each file
     """
+    # each process makes its share, and all read what all have made
     mine = list(files)[get_rank()::get_processes()]
     missing = [file for file in mine if not file.exists()]
     for file in tqdm(missing, title, disable=not missing):
@@ -140,79 +109,6 @@ def latent_cache(folder, tae, worlds, latents, device):
     return torch.cat([clip["latents"] for clip in make_files(files, encode, "encoding clips")])
 
 
-# ---- the small world: histories ----------------------------------------------------------------------------
-# Headings are closed form: where the camera lingers, and what comes back, is known without a frame.
-
-class Histories:
-    """What memory would hold at each chunk of each clip, and how often that chunk is drawn as a target."""
-    def __init__(self, specs, chunks=CHUNKS, evict_first=True):
-        """
-        specs        list of WorldSpec
-        evict_first  as in memory.frames_in_memory: what a student sees, or (False) a teacher's context
-        """
-        # where the camera looks, in columns, unwrapped: 12 frames a chunk, the first frame of all 4 times
-        frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
-        worlds = [world.make_world(spec) for spec in specs]
-        heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
-        self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
-        heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
-        self.captions = [w.caption for w in worlds]
-
-        # which houses are half in view or more, at each latent: (b, latents, 8) bool
-        distance = torch.from_numpy(np.abs(world.offsets(self.heading.numpy())))
-        self.in_view = distance < world.WIDTH / 2
-        # of those in each chunk's last view, the one that was out of view longest ago: when it was so
-        frame = torch.arange(CHUNK * chunks)[:, None]
-        gone = torch.where(distance > world.GONE, frame, -1).cummax(1).values
-        gone = F.pad(gone[:, CHUNK - 1:-1:CHUNK], (0, 0, 1, 0), value=-1)  # before each chunk
-        was_gone = (gone >= 0) & self.in_view[:, CHUNK - 1::CHUNK]
-        self.apart = torch.where(was_gone, gone, CHUNK * chunks).amin(2)  # (b, chunks)
-        self.apart[~was_gone.any(2)] = -1
-
-        # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
-        self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
-        every = torch.ones_like(self.moved, dtype=torch.bool)
-        even = every & (torch.arange(chunks) % 2 == 0)
-        self.keep = {"uniform2": even, "uniform1": every, "moving": even & (self.moved > LINGERS)}
-
-        # and so what memory holds at each chunk: (b, chunks, 18 or 21) frame numbers, -1 = empty
-        self.held = {}
-        for name in KEEP_RULES + OTHER_POLICIES:
-            policy = PRESETS["slowfast" if name in KEEP_RULES else name]
-            self.held[name] = held_frames(policy, self.keep.get(name, every), evict_first)
-
-        # where all houses in view were seen before one of them was gone, and are held: (b, chunks) bool
-        self.back = {name: self.comes_back(held) for name, held in self.held.items()}
-
-    def comes_back(self, held):
-        """held (b, chunks, m) -> (b, chunks) bool"""
-        clip = torch.arange(len(held))[:, None, None]
-        is_before = (held >= 0) & (held <= self.apart[..., None])
-        remembered = (self.in_view[clip, held] & is_before[..., None]).any(2)
-        return (remembered | ~self.in_view[:, CHUNK - 1::CHUNK]).all(2)
-
-    def draw_history(self, rng, batch, ahead=1, lookup=False):
-        """
-        ahead    so many chunks follow the past
-        lookup   only what comes back, and in clips that are also encoded without houses
-        returns  History
-        """
-        drawn = []
-        for _ in range(batch):
-            # a policy or keep rule
-            other = rng.random() < OTHER and ahead == 1 and not lookup
-            name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
-            # a chunk of a clip: mostly one whose view comes back
-            back = self.back[name][:EMPTY_CLIPS if lookup else None, FULL:self.moved.shape[1] - ahead + 1]
-            if not lookup and rng.random() > BACK or not back.any():
-                back = torch.ones_like(back)
-            options = back.nonzero()
-            clip, chunk = options[rng.integers(len(options))].tolist()
-            drawn.append((clip, FULL + chunk, self.held[name][clip, FULL + chunk]))
-        clip, chunk, frame = zip(*drawn)
-        return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))
-
-
 class Shuffled:
     """Items in random order, all of them before any returns; several processes share them out."""
     def __init__(self, items, seed):
@@ -225,6 +121,7 @@ class Shuffled:
         self.taken += get_processes() * count
         taken = []
         for number in range(first, first + count):
+            # another order each time that all were taken
             turn, place = divmod(number, len(self.items))
             order = np.random.default_rng([self.seed, turn, 0x5FFE]).permutation(len(self.items))
             taken.append(self.items[order[place]])
@@ -306,6 +203,7 @@ def read_whole_chunks(file, width, height):
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
+    # what there is to do
     check_writable(cfg.out)
     find_ffmpeg()
     captions = read_captions(cfg.videos)
@@ -344,6 +242,7 @@ def keep_with_gaps(rng, chunks, has_gaps):
     (chunks,) bool: every second chunk is kept; with gaps only where the video surprises, which it does for
     some seconds, and then for some seconds not.
     """
+    # it begins or ceases to surprise at random chunks
     turns = rng.random(chunks) < 1 / RUN
     surprises = (np.cumsum(turns) + rng.integers(2)) % 2 == 0
     return torch.from_numpy(surprises | (not has_gaps)) & (torch.arange(chunks) % 2 == 0)
@@ -353,6 +252,7 @@ def read_shard_head(file, latent):
     """-> caption and number of latents of a clip of encode_videos(); BadInput if they cannot be right"""
     shapes, about = read_head(file, ENCODE_AGAIN)
     caption = about.get("caption")
+    # does it fit this model, and is it long enough?
     n, *shape = shapes.get("latents", [0])
     if shape != list(latent):
         raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
@@ -410,13 +310,9 @@ def main():
     cfg = parse(Config)
     if cfg.size and not cfg.wan:
         raise BadInput("--size needs --wan: the tiny model has one size")
-    if cfg.videos:
-        return encode_videos(cfg, pick_device(cfg.device))
-    # otherwise: what memory would hold at chunk 30 of a clip, and which chunks are targets more often
-    histories = Histories([WorldSpec(0, "aside")])
-    print(histories.captions[0])
-    print("memory at chunk 30:", histories.held["moving"][0, 30].tolist())
-    print("something comes back:", "".join("#" if back else "." for back in histories.back["moving"][0]))
+    if not cfg.videos:
+        raise BadInput("give --videos DIR, a folder of clips with captions; the small world needs none")
+    encode_videos(cfg, pick_device(cfg.device))
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def run_batch(batch):
 
 # the files by which a video is made and measured
 CODE = ("config rope memory world video judge flow model vae wan_vae tensors text weights erft checkpoint "
-        "data probe evaluate").split()
+        "data histories probe evaluate").split()
 
 
 @lru_cache

@@ -6,6 +6,7 @@ The recipe: the parts of each stage, and how each of them is trained, in the sma
 References: Self-Forcing, arXiv 2506.08009 (learning rates, EMA and guidance of the full size).
 Leaves out: schedules of their own for each network of a part.
 """
+import hashlib
 from dataclasses import dataclass, replace
 
 from erft import INJECTED
@@ -52,6 +53,11 @@ class Preset:
     clip: float = 1.            # most gradient norm
     guidance: float = 1.        # of the real score
     sees_context: bool = True   # stage 2: do teacher and critic see what the student's memory held?
+
+
+def hash_recipe(preset):
+    """16 letters that tell these settings from others; they stand in the facts of what was trained by them"""
+    return hashlib.sha256(repr(preset).encode()).hexdigest()[:16]
 
 
 DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_every=20, save_every=20)

@@ -68,6 +68,7 @@ import erft
 import evaluate
 import figures
 import flow
+import histories
 import judge
 import live
 import metrics
@@ -86,12 +87,14 @@ import video
 import weights
 import world
 from config import BadInput
-from data import Histories, encode_world, training_worlds
+from data import encode_world, training_worlds
 from flow import Rollout, Sampler, draw_noise, generate
+from histories import Histories
 from judge import chance, is_in_memory, landmark_map, read_video, reappearances, turning_rate
 from memory import (CHUNK, PRESETS, Entries, LayerCache, Memory, Policy, chunk_descriptor, frames_in_memory,
                     similarity)
 from model import DiT, DiTConfig, tiny_dit
+from recipe import hash_recipe
 from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 from tensors import read_public
 from text import TextConfig, TextEncoder, bucket, bytes_to_ids, clean, read_prompts
@@ -1131,6 +1134,7 @@ def four_clips(monkeypatch):
     """cache -> clips of the small world, of which two are also encoded without houses"""
     monkeypatch.setattr(data, "CLIPS", 4)
     monkeypatch.setattr(data, "EMPTY_CLIPS", 2)
+    monkeypatch.setattr(histories, "EMPTY_CLIPS", 2)
     return lambda cache=numbered: data.WorldClips(0, cache, lambda captions: captions, CPU)
 
 
@@ -1696,6 +1700,11 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     for folder, name in ((out / "init_ar", "init_ar"), (WEIGHTS, "vae"), (WEIGHTS, "text")):
         content = (folder / f"{name}.safetensors").read_bytes()
         assert facts[f"sha256 of {name}"] == hashlib.sha256(content).hexdigest()
+    # and by which recipe, how long it took, on what
+    preset = replace(train.TINY["teacher"], updates=1, batch=2)
+    assert facts["recipe"] == hash_recipe(preset) != hash_recipe(train.TINY["teacher"])
+    (log,) = map(json.loads, (out / "teacher" / "log.jsonl").read_text().splitlines())
+    assert facts["seconds"] == round(log["seconds"]) and facts["machine"].startswith("cpu ")
     other = {
         "--seed 7": "seed 0, not 7",
         "--lr 1": "lr 0.0007, not 1.0",
@@ -4572,7 +4581,7 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim data probe recipe report paper figures causal starts stages evaluate metrics
+           dmd checkpoint optim histories data probe recipe report paper figures causal starts stages evaluate metrics
            sample live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
@@ -4665,7 +4674,7 @@ DEMOS = {  # something true that each demo says
     "judge": "5.1 s away, comes back as",
     "score": "after 20.8 s: {'returns': 14, 'right': 7, 'not kept': 7, 'kept but not used': 0}",
     "bench": "one pass of Wan over 3 latents of 832x480 beside 18 held: 40.4 TFLOP",
-    "data": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
+    "histories": "memory at chunk 30: [0, 1, 2, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72, 78, 84, 87, 88, 89]",
     "causal": "######...###",
     "paper": "| LTX-Video | bidirectional | 1.9B | 8.98 | 80.00 |",
 }
@@ -4682,7 +4691,7 @@ def test_the_demo_of_a_file_shows_what_it_says(name, tmp_path, monkeypatch, caps
 
 
 def test_every_demo_is_run():
-    sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in set(FILES) - SCRIPTS}
+    sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in set(FILES) - SCRIPTS - {"data"}}
     assert {name for name, source in sources.items() if "\nif __name__" in source} == set(DEMOS)
 
 

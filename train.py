@@ -1,43 +1,37 @@
 """
-Trains every network of the project, one stage at a time: the settings, one update, the run. How long and how
-fast stands in recipe.py; what each stage starts from, in starts.py; what it minimises, in stages.py.
+Trains every network, one stage at a time: the settings, one update, the run. How long and how fast stands in
+recipe.py; what each stage starts from, in starts.py; what it minimises, in stages.py.
 
     python train.py --stage vae        # the tiny autoencoder of the small world
     python train.py --stage init       # ar: the causal model and the text encoder; ode: its four steps
     python train.py --stage teacher    # the context teacher, on pasts with errors in them (erft.py)
     python train.py --stage 1          # DMD: the student's first 5 s match the teacher's (dmd.py)
     python train.py --stage 2          # contextual DMD: its long videos go on as the teacher would
-    python train.py --stage all        # all of these, and two ablations, which have stages of their own:
-                                       # teacher_plain, without errors, and 2_none, scored without context
-
+    python train.py --stage all        # and two ablations: teacher_plain (no errors), 2_none (no context)
     torchrun --nproc_per_node 8 train.py --stage 2    # the same on 8 devices, a batch each
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --stage 2
     ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # full size: stages teacher, init, 1, 2
 
-Run the same command again to go on after a stop, on any number of processes (all: with the part that it was
-at). All that is random in update n
+Run the same command again to go on after a stop, on any number of processes. All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
-that accumulates two batches; prompts are shuffled, and all are seen before any returns. In stages 1 and 2
-each pass of an update has a rollout, an exit step and a length of its own, equal in up to 8 batches, which 8
-devices run side by side. On two nodes --out must be a disk that both see. Each part of a stage writes
+that accumulates two batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and a
+length of its own, equal in up to 8 batches, which 8 devices run side by side. Each part of a stage writes
 out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
-<part>.safetensors, the averages.
+<part>.safetensors, the averages. On two nodes --out must be a disk that both see.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds,
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
-and 2 have no loss that means anything, but critic_loss and critic_grad, norm (DMD's normaliser), std (of the
-student's latents), fake_0..3 and real_0..3 (squared error of the critic's x0, and of the teacher's to the
-student's, by quarter of the noise levels), r (exit step, if there is one), L (chunks of the rollout),
-kept_<motion> (share of tested chunks kept) and oldest (age of the oldest keyframe, s). While the critic is
-alone there are only its own.
+and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
+real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
+levels), r (exit step), L (chunks of the rollout), kept_<motion> and oldest (of keyframes: share of tested
+chunks, and age in s).
 
-References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009; TAEHV.
-Leaves out: LoRA.
+References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
 import copy
 import json
 import math
 import os
+import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -66,7 +60,7 @@ from dmd import keyframe_histogram
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
-from recipe import PARTS, TINY, WAN
+from recipe import PARTS, TINY, WAN, hash_recipe
 from stages import TARGET_CHUNKS, TEACHER_STEPS, make_stage
 from starts import hash_starts, load_inputs
 from text import encode_captions
@@ -97,7 +91,7 @@ class Config:
 
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBED = 16        # held-out worlds that a probe looks at
-PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip or encodes prompts
+PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
@@ -175,7 +169,10 @@ def look(part, preset, step, inputs, ema, sampler):
 
 
 def strip_videos(part, m, specs, captions, sampler):
-    """What a strip shows, (b, f, 3, h, w), from weights.Networks"""
+    """
+    What a strip shows, (b, f, 3, h, w). vae: a copy of a held-out clip; else from text alone: 20 chunks, or a
+    teacher's 21 latents at once.
+    """
     if part == "vae":
         clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
         return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
@@ -191,10 +188,7 @@ def strip_videos(part, m, specs, captions, sampler):
 
 @torch.no_grad()
 def save_strip(part, preset, step, inputs, ema, sampler, out):
-    """
-    Now and then a PNG, a video a row, every 12th frame. vae: a copy of a held-out clip; else from text alone,
-    of four held-out captions or of the first prompt: 20 chunks, or a teacher's 21 latents at once.
-    """
+    """Now and then a PNG, a video of four held-out captions or of the first prompt a row, every 12th frame"""
     if step % preset.strip_every and step != preset.updates:
         return
     m = averaged(part, inputs, whole_networks(ema), sampler)
@@ -219,8 +213,11 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     batch = preset.batch * cfg.accumulate * get_processes()
-    facts = {"stage": part, "seed": cfg.seed, "updates": preset.updates, "batch": batch, "lr": preset.lr,
-             "passes": saved["passes"], "sampler": asdict(sampler), "kept": kept}
+    log = (Path(cfg.out, part) / "log.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line).get("seconds", 0) for line in log)
+    facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
+             "batch": batch, "lr": preset.lr, "passes": saved["passes"], "seconds": round(seconds),
+             "machine": f"{inputs.device.type} {platform.machine()}", "sampler": asdict(sampler), "kept": kept}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
@@ -238,15 +235,11 @@ def settings(cfg, part):
     return replace(WAN[part] if cfg.wan else TINY[part], **given)
 
 
-OF_A_RUN = ("seed", "accumulate", "data", "wan", "size", "dtype")  # options that make a run what it is
-
-
 def describe(cfg, part, preset):
     """What makes this run: other settings do not go on with it"""
     # of the command line, of the preset, and the files that it begins with
-    told = {name: vars(cfg)[name] for name in OF_A_RUN}
-    told |= {"updates": preset.updates, "batch": preset.batch, "lr": preset.lr}
-    return told | hash_starts(cfg, part, preset)
+    told = {name: vars(cfg)[name] for name in ("seed", "accumulate", "data", "wan", "size", "dtype")}
+    return told | asdict(preset) | hash_starts(cfg, part, preset)
 
 
 def write_log(out, numbers):
@@ -303,7 +296,6 @@ def train(cfg, part, device, stop):
     if cfg.stage == "all" and (out / f"{part}.safetensors").exists():
         return
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
-    bank = stage.states.get("bank")
     if is_first:
         announce(cfg, part, preset, inputs, ema)
 
@@ -330,8 +322,8 @@ def train(cfg, part, device, stop):
             update_ema(ema, nets, get_ema_decay(preset, step))
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         # 3. the errors of this update go into the bank
-        if bank:
-            bank.recycle()
+        if "bank" in stage.states:
+            stage.states["bank"].recycle()
         step += 1
         is_over = any_process(stop.code > 0) or step == preset.updates
         # 4. look at it, and log
@@ -343,8 +335,8 @@ def train(cfg, part, device, stop):
         bar.update()
         if bad_in_a_row == BAD_IN_A_ROW:
             newest = max(map(str, out.glob("step_*")), default="none")
-            raise SystemExit(f"stopped: {bad_in_a_row} updates in a row had a loss or gradient that is not "
-                             f"finite; last good checkpoint: {newest}")
+            raise SystemExit(f"stopped: {bad_in_a_row} updates in a row were not finite; "
+                             f"last good checkpoint: {newest}")
         # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)
@@ -354,7 +346,7 @@ def train(cfg, part, device, stop):
     # ---- stopped, or done
     if step < preset.updates:
         print(f"stopped at update {step}; run the same command to go on")
-        sys.exit(stop.code or 143)  # by the signal that came here, or to another process
+        sys.exit(stop.code or 143)  # another process got the signal
     stop.patient = False
     save_networks(cfg, part, preset, inputs, ema, stage.sampler, saved)
 
@@ -377,8 +369,7 @@ def check(cfg):
     if cfg.data and not cfg.wan and cfg.stage in ("vae", "init"):
         raise BadInput(f"--data with --stage {cfg.stage} needs --wan: else clips are the small world's own")
     if cfg.wan and not cfg.data:
-        raise BadInput("--wan needs --data: a folder that data.py wrote for teacher and init, "
-                       "for 1 and 2 a file of prompts")
+        raise BadInput("--wan needs --data: what data.py wrote for teacher and init, prompts for 1 and 2")
 
 
 def main():
