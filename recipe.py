@@ -44,6 +44,7 @@ class Preset:
     shortest: int = 7           # chunks of a rollout: at least,
     longest: int = 7            # at most,
     ramp: float = 1.            # from this share of the updates on
+    after_real: float = 0.      # share of the rollouts that go on from real video, 3 to 10.5 s
     critic_lr: float = 6.       # times lr
     critic_beta1: float = .9    # of the critic's AdamW; the student's is 0
     beta2: float = .99          # of both
@@ -63,9 +64,9 @@ def hash_recipe(preset):
 DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_every=20, save_every=20)
 TINY = {
     "vae": Preset(2000, 2e-3, seconds=.75, batch=8, ema_decay=.99, probe_every=0),
-    "init_ar": Preset(4500, 1.5e-3, seconds=.9),
+    "init_ar": Preset(3900, 1.5e-3, seconds=.9),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., warmup=50, ema_decay=.99),
-    "teacher": Preset(2600, 7e-4, "init_ar", seconds=1.),
+    "teacher": Preset(2400, 7e-4, "init_ar", seconds=1.),
     # straight from init_ar, which is better at four steps than init_ode
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),

@@ -13,7 +13,7 @@ clips.
     stage2_none     stage1                the same; teacher and critic see no context
 
 References: as in the files named.
-Leaves out: Stage 2 on real pasts.
+Leaves out: training on more than one resolution.
 """
 import copy
 import math
@@ -30,7 +30,7 @@ import causal
 import dmd
 import erft
 import world
-from data import Shuffled
+from data import Shuffled, encode_world
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK
 from model import DiT
@@ -41,6 +41,8 @@ NO_TEXT = .1      # teacher: share of the samples without text,
 NO_CONTEXT = .4   # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
 TEACHER_STEPS = 16  # of the small world's teacher
+GIVEN = 4, 15       # chunks of real video before a rollout: at least, and less than
+AFTER_REAL = 7, 21  # chunks of the rollout after them
 
 
 # ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
@@ -236,11 +238,16 @@ class Distillation:
         return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
 
     def draw(self, rng, done):
-        """r: exit step, unless there is none; L: chunks of the rollout"""
-        r = int(rng.integers(len(self.levels)))
-        longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
-        drawn = {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
-        if self.preset.all_steps:
+        """
+        r: exit step, unless there is none; L: chunks of the rollout; given: chunks of real video before it
+        """
+        preset = self.preset
+        drawn = {"r": int(rng.integers(len(self.levels)))}
+        longest = dmd.longest_rollout(done, preset.shortest, preset.longest, preset.ramp)
+        drawn["L"] = int(rng.integers(preset.shortest, longest + 1))
+        if rng.random() < preset.after_real:
+            drawn |= {"given": int(rng.integers(*GIVEN)), "L": int(rng.integers(*AFTER_REAL))}
+        if preset.all_steps:
             del drawn["r"]
         return drawn
 
@@ -252,8 +259,8 @@ class Distillation:
             captions = self.prompts.take(batch)
             kinds = ["prompt"] * batch
         else:
-            numbers = rng.integers(world.HELD_OUT, size=batch)
-            worlds = [world.make_world(WorldSpec(int(i))) for i in numbers]
+            specs = [WorldSpec(int(i)) for i in rng.integers(world.HELD_OUT, size=batch)]
+            worlds = [world.make_world(spec) for spec in specs]
             captions = [w.caption for w in worlds]
             kinds = [w.motion.kind for w in worlds]
         seeds = rng.integers(2 ** 62, size=batch)
@@ -262,15 +269,25 @@ class Distillation:
         def fresh_noise(chunk, step):
             return draw_noise(seeds, chunk, step, (CHUNK, *inputs.latent), inputs.device)
 
-        # Algorithm 1; the target is the last 21 latents
+        # some go on from real video, which enters the memory first
+        given = drawn.get("given", 0)
         with torch.no_grad(), inputs.autocast:
             roll = inputs.rollout(inputs.dit.text(features))
+            history = []
+            if given:
+                clips = [encode_world(inputs.vae, spec, CHUNK * given, inputs.device) for spec in specs]
+                history = torch.cat(clips).split(CHUNK, dim=1)
+            for x0 in history:
+                roll.read_context()
+                roll.append(x0)
+            # Algorithm 1; the target is the last 21 latents
             trace = dmd.rollout(roll, self.levels, drawn.get("r"), fresh_noise, drawn["L"], TARGET_CHUNKS,
                                 for_backward)
         # all of it was denoised in full: the critic learns from more than its end
         if self.preset.all_steps and not for_backward:
             keep = torch.stack(roll.kept, dim=1)
-            trace.context, trace.x = dmd.targets_of(trace.video, keep, roll.memory.policy, TARGET_CHUNKS)
+            video = torch.cat([*history, trace.video], dim=1)
+            trace.context, trace.x = dmd.targets_of(video, keep, roll.memory.policy, TARGET_CHUNKS, given)
             features = features.repeat(len(trace.x) // batch, 1, 1)
         if not self.preset.sees_context:
             trace.context = trace.context[:, :0]

@@ -1520,10 +1520,15 @@ def small_training(monkeypatch, tmp_path):
 
 
 def results(out, stage):
-    """{file: bytes} of what a stage wrote"""
-    files = [file for part in train.PARTS[stage] for file in (out / part).glob("*.safetensors")]
-    assert files
-    return {file.name: file.read_bytes() for file in files}
+    """{file: its tensors, as bytes, and its facts} of what a stage wrote; no two runs take as long"""
+    found = {}
+    for part in train.PARTS[stage]:
+        for file in (out / part).glob("*.safetensors"):
+            state, about = tensors.read_file(file)
+            facts = {name: told for name, told in about["facts"].items() if name[:6] not in ("second", "sha256")}
+            found[file.name] = {name: x.numpy().tobytes() for name, x in state.items()}, about["config"], facts
+    assert found
+    return found
 
 
 def steps_of(folder):
@@ -1726,6 +1731,13 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     (out / "teacher" / "teacher.safetensors").unlink()
     again("--seed", "7")
     assert results(out, "teacher") != want
+
+
+def test_the_recipe_takes_an_hour_a_part_at_most_and_four_in_all():
+    presets = [train.TINY[part] for part in train.PARTS["all"]]
+    minutes = [preset.updates * preset.seconds / 60 for preset in presets]
+    assert max(minutes) <= 60
+    assert sum(minutes) <= 240
 
 
 def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
@@ -2060,6 +2072,37 @@ def test_in_the_small_world_the_critic_is_alone_at_first_and_learns_whole_videos
     assert second["grad"] > 0
     assert second["L"] == 21
     assert "r" not in second
+
+
+def test_a_share_of_the_rollouts_goes_on_from_real_video(small_training, monkeypatch):
+    go, _ = small_training
+    presets = with_presets(after_real=1., critic_alone=0, critic_passes=1, all_steps=True)
+    monkeypatch.setattr(train, "TINY", presets)
+    monkeypatch.setattr(stages, "GIVEN", (7, 8))
+    monkeypatch.setattr(stages, "AFTER_REAL", (8, 9))
+    encoded = []
+
+    def encode(*given):
+        encoded.append(encode_world(*given))
+        return encoded[-1]
+    monkeypatch.setattr(stages, "encode_world", encode)
+    found = record_steps(monkeypatch, "critic", "student")
+    go("--stage", "2", "--updates", "1")
+    (critics, _), (students, _) = found["critic"][0], found["student"][0]
+    for trace, real in ((critics[2], encoded[:2]), (students[4], encoded[2:])):
+        # 7 real chunks, one of the student's that takes the place of frames 9 to 11, then the target
+        context = trace.context[:, :9]
+        assert torch.equal(context, torch.cat(real)[:, :9])
+        assert trace.context.shape[1] == trace.x.shape[1] == 21
+        assert trace.rollout.chunk == 15
+
+
+def test_the_critic_learns_nothing_from_chunks_that_are_real():
+    latents = noise(1, 45, 1, 2, 2)
+    keep = torch.ones(1, 15, dtype=torch.bool)
+    ends = {given: dmd.targets_of(latents, keep, PRESETS["slowfast"], 4, given)[1] for given in (0, 8, 12)}
+    assert [len(x) for x in ends.values()] == [2, 1, 1]
+    assert all(torch.equal(x[:1], latents[:, 33:]) for x in ends.values())
 
 
 def test_the_scores_of_stage_2_none_see_no_context(small_training, monkeypatch):
