@@ -71,7 +71,7 @@ TINY = {
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
     "stage2": replace(DISTIL, updates=120, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
-                      critic_alone=80, shortest=14, longest=34, ramp=.25),
+                      critic_alone=80, shortest=14, longest=34, ramp=.25, after_real=.5),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
