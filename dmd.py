@@ -51,9 +51,9 @@ from memory import CHUNK, PRESETS, Entries, frames_in_memory
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
 
 
-def score_level(u, shift=5.0):
-    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted and clamped."""
-    return shifted(u, shift).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
+def score_level(u, shift=5.0, most=1.):
+    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted, scaled to `most`, and clamped."""
+    return (most * shifted(u, shift)).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
 
 
 def dmd_gradient(x, fake, real):
@@ -166,12 +166,11 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
     return RolloutTrace(context, video, video[:, -CHUNK * target:], roll, exits, entries)
 
 
-def targets_of(latents, keep, policy, target, given=0):
+def targets_of(latents, keep, policy, target):
     """
     The critic's share of a video that is denoised in full: the last `target` chunks, those before them, and
     so on, as long as what lies before fills the memory; of a video too short for that only the last ones.
     latents  (b, f, c, h, w); keep (b, chunks) bool: which of its chunks memory kept
-    given    its first chunks, which are real: no targets
     returns  context (n b, m, c, h, w), x (n b, 3 target, c, h, w)
     """
     last = keep.shape[1] - target
@@ -181,7 +180,7 @@ def targets_of(latents, keep, policy, target, given=0):
     videos = torch.arange(len(latents))[:, None]
     contexts, xs = [], []
     # from the end of the video backwards
-    for first in range(last, min(last, max(full, given)) - 1, -target):
+    for first in range(last, min(last, full) - 1, -target):
         contexts.append(latents[videos, held[first]])
         xs.append(latents[:, CHUNK * first:CHUNK * (first + target)])
     return torch.cat(contexts), torch.cat(xs)

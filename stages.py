@@ -13,7 +13,7 @@ clips.
     stage2_none     stage1                the same; teacher and critic see no context
 
 References: as in the files named.
-Leaves out: training on more than one resolution.
+Leaves out: Stage 2 on real pasts.
 """
 import copy
 import math
@@ -30,7 +30,7 @@ import causal
 import dmd
 import erft
 import world
-from data import Shuffled, encode_world
+from data import Shuffled
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK
 from model import DiT
@@ -41,8 +41,6 @@ NO_TEXT = .1      # teacher: share of the samples without text,
 NO_CONTEXT = .4   # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
 TEACHER_STEPS = 16  # of the small world's teacher
-GIVEN = 4, 15       # chunks of real video before a rollout: at least, and less than
-AFTER_REAL = 7, 21  # chunks of the rollout after them
 
 
 # ---- one pass of each stage: adds to .grad, and returns numbers to log -------------------------------------
@@ -238,15 +236,11 @@ class Distillation:
         return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
 
     def draw(self, rng, done):
-        """
-        r: exit step, unless there is none; L: chunks of the rollout; given: chunks of real video before it
-        """
+        """r: exit step, unless there is none; L: chunks of the rollout"""
         preset = self.preset
         drawn = {"r": int(rng.integers(len(self.levels)))}
         longest = dmd.longest_rollout(done, preset.shortest, preset.longest, preset.ramp)
         drawn["L"] = int(rng.integers(preset.shortest, longest + 1))
-        if rng.random() < preset.after_real:
-            drawn |= {"given": int(rng.integers(*GIVEN)), "L": int(rng.integers(*AFTER_REAL))}
         if preset.all_steps:
             del drawn["r"]
         return drawn
@@ -259,8 +253,8 @@ class Distillation:
             captions = self.prompts.take(batch)
             kinds = ["prompt"] * batch
         else:
-            specs = [WorldSpec(int(i)) for i in rng.integers(world.HELD_OUT, size=batch)]
-            worlds = [world.make_world(spec) for spec in specs]
+            numbers = rng.integers(world.HELD_OUT, size=batch)
+            worlds = [world.make_world(WorldSpec(int(i))) for i in numbers]
             captions = [w.caption for w in worlds]
             kinds = [w.motion.kind for w in worlds]
         seeds = rng.integers(2 ** 62, size=batch)
@@ -269,33 +263,23 @@ class Distillation:
         def fresh_noise(chunk, step):
             return draw_noise(seeds, chunk, step, (CHUNK, *inputs.latent), inputs.device)
 
-        # some go on from real video, which enters the memory first
-        given = drawn.get("given", 0)
+        # Algorithm 1; the target is the last 21 latents
         with torch.no_grad(), inputs.autocast:
             roll = inputs.rollout(inputs.dit.text(features))
-            history = []
-            if given:
-                clips = [encode_world(inputs.vae, spec, CHUNK * given, inputs.device) for spec in specs]
-                history = torch.cat(clips).split(CHUNK, dim=1)
-            for x0 in history:
-                roll.read_context()
-                roll.append(x0)
-            # Algorithm 1; the target is the last 21 latents
             trace = dmd.rollout(roll, self.levels, drawn.get("r"), fresh_noise, drawn["L"], TARGET_CHUNKS,
                                 for_backward)
         # all of it was denoised in full: the critic learns from more than its end
         if self.preset.all_steps and not for_backward:
             keep = torch.stack(roll.kept, dim=1)
-            video = torch.cat([*history, trace.video], dim=1)
-            trace.context, trace.x = dmd.targets_of(video, keep, roll.memory.policy, TARGET_CHUNKS, given)
+            trace.context, trace.x = dmd.targets_of(trace.video, keep, roll.memory.policy, TARGET_CHUNKS)
             features = features.repeat(len(trace.x) // batch, 1, 1)
         if not self.preset.sees_context:
             trace.context = trace.context[:, :0]
         return trace, features, kinds
 
-    def score_noise(self, x):
+    def score_noise(self, x, most=1.):
         """Noise level (b,) and noise of the scores."""
-        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift).to(x.device)
+        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift, most).to(x.device)
         return t, torch.randn(x.shape, device=x.device)
 
     def critic_pass(self, rng, drawn):
@@ -307,7 +291,7 @@ class Distillation:
 
     def student_pass(self, rng, drawn):
         trace, features, kinds = self.rollout(rng, drawn, for_backward=True)
-        t, noise = self.score_noise(trace.x)
+        t, noise = self.score_noise(trace.x, self.preset.most_noise)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, features, trace, t, noise,
