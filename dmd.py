@@ -51,9 +51,9 @@ from memory import CHUNK, PRESETS, Entries, frames_in_memory
 LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
 
 
-def score_level(u, shift=5.0, most=1.):
-    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted, scaled to `most`, and clamped."""
-    return (most * shifted(u, shift)).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
+def score_level(u, shift=5.0):
+    """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted and clamped."""
+    return shifted(u, shift).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
 
 
 def dmd_gradient(x, fake, real):

@@ -52,7 +52,6 @@ class Preset:
     all_steps: bool = True      # the gradient goes through all steps of a chunk, not through one exit step
     clip: float = 1.            # most gradient norm
     guidance: float = 1.        # of the real score
-    most_noise: float = 1.      # of the student's scores: what a teacher is bad at from pure noise is not asked
     sees_context: bool = True   # stage 2: do teacher and critic see what the student's memory held?
 
 
@@ -71,7 +70,7 @@ TINY = {
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
     "stage2": replace(DISTIL, updates=120, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
-                      critic_alone=80, shortest=14, longest=34, ramp=.25, most_noise=.8),
+                      critic_alone=80, shortest=14, longest=34, ramp=.25),
 }
 # With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).

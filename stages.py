@@ -277,9 +277,9 @@ class Distillation:
             trace.context = trace.context[:, :0]
         return trace, features, kinds
 
-    def score_noise(self, x, most=1.):
+    def score_noise(self, x):
         """Noise level (b,) and noise of the scores."""
-        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift, most).to(x.device)
+        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift).to(x.device)
         return t, torch.randn(x.shape, device=x.device)
 
     def critic_pass(self, rng, drawn):
@@ -291,7 +291,7 @@ class Distillation:
 
     def student_pass(self, rng, drawn):
         trace, features, kinds = self.rollout(rng, drawn, for_backward=True)
-        t, noise = self.score_noise(trace.x, self.preset.most_noise)
+        t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, features, trace, t, noise,
