@@ -237,11 +237,10 @@ class Distillation:
 
     def draw(self, rng, done):
         """r: exit step, unless there is none; L: chunks of the rollout"""
-        preset = self.preset
-        drawn = {"r": int(rng.integers(len(self.levels)))}
-        longest = dmd.longest_rollout(done, preset.shortest, preset.longest, preset.ramp)
-        drawn["L"] = int(rng.integers(preset.shortest, longest + 1))
-        if preset.all_steps:
+        r = int(rng.integers(len(self.levels)))
+        longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
+        drawn = {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
+        if self.preset.all_steps:
             del drawn["r"]
         return drawn
 
