@@ -7,7 +7,7 @@ Distillation needs a student that is causal and remembers before it starts. It i
            A pass is a pack: one clean past, several noised copies of the target behind it, and an attention
            mask in which the copies see the past but not each other.
     ode    regression to the model's own ODE trajectories (CausVid): at each of the student's few noise levels
-           it predicts the x0 that 16 Euler steps reach from there.
+           it predicts the x0 that the rest of 16 Euler steps reaches from there.
 
     python causal.py           # draws who sees whom in a pack
 
@@ -43,7 +43,7 @@ HISTORIES = {
     "prefix": .50,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .30,    # all that a memory policy holds
     # the same, but without houses since one of those in view was last out of it: they must be looked up,
-    # drawing on is no answer
+    # continuing the picture is not enough
     "lookup": .20,
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos

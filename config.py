@@ -217,8 +217,8 @@ def fast_attention(device):
 
 def use_one_thread():
     """
-    For networks as small as the tiny ones: threads would wait for each other. `sample.py --seconds 20` on two
-    cores, one of them busy: 128 frames/s with one thread, 15 with two. OMP_NUM_THREADS has the last word.
+    For networks as small as the tiny ones: beside other work threads would wait for each other (README,
+    Threads). OMP_NUM_THREADS has the last word.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -15,17 +15,18 @@ difference is the gradient of a KL divergence, and moves the student's videos to
                      (fake - real) / mean |x - real|
     dx/dtheta = backward()
 
-    Algorithm 1:  draw the rollout's length L, in chunks, any up to longest_rollout() being equally likely,
-    and an exit step r. Chunks before the target are denoised in full, those of the target up to step r, and
-    each enters the KV cache by a clean pass: rollout(). Then critic_step() or student_step(): five updates of
-    the critic and one of the student, each on rollouts of its own, or the critic would learn one video
-    instead of how the student makes them. (Printed is a loss inside the loop over chunks, and some of the
-    context left noisy; the text is followed: losses after the loop, all of the context denoised in full.)
+    Algorithm 1:  draw the rollout's length L, in chunks, from the shortest up to longest_rollout(), all
+    equally likely, and an exit step r. Chunks before the target are denoised in full, those of the target up
+    to step r, and each enters the KV cache by a clean pass: rollout(). Then critic_step() or student_step():
+    five updates of the critic (in the small world two) and one of the student, each on rollouts of its own,
+    or the critic would learn one video instead of how the student makes them. (As printed, the paper's loss
+    lies inside the loop over chunks, and some of the context is left noisy; the text is followed: losses
+    after the loop, all of the context denoised in full.)
 
     The small world can afford more: all of its rollout is denoised in full, and the gradient passes through
     every step of a target chunk (all_steps). Then the critic learns from each 21 latents of a rollout that
     have a context, targets_of(), and for some updates it learns alone: as long as it is no more than a copy
-    of the teacher, fake - real says nothing, and an optimizer makes whole steps of it.
+    of the teacher, fake - real is noise, which Adam scales up to full steps.
 
 A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
 exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one
@@ -81,7 +82,7 @@ def longest_rollout(done, first, last, ramp):
 def keyframes(chunks, target):
     """
     Keyframes in slow memory when the target of a rollout of so many chunks begins, if every tested chunk is
-    kept. Slow memory fills with chunks 1 to 4; from chunk 6 on, two chunks later, every second one adds one.
+    kept. Slow memory fills with chunks 1 to 4; chunks 6, 8, ... add one each, when they leave fast memory.
     """
     return min(PRESETS["slowfast"].slow, max(0, chunks - target - 7) // 2)
 
@@ -143,6 +144,7 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
     # what the memory holds now, before room is made for the target, is the context of teacher and critic
     held = roll.memory.segments()
     context = [segment.latent for segment in held]
+    # uncopied, but held: backward() needs what is evicted later
     entries = [segment[:] for segment in held] if for_backward else []
     exits = []
     # the target's chunks leave at the exit step, and enter the KV cache as they are then
@@ -175,7 +177,7 @@ def targets_of(latents, keep, policy, target):
     """
     last = keep.shape[1] - target
     full = (policy.sink + policy.slow + policy.fast) // CHUNK
-    # what a student's memory would hold at each chunk
+    # what the student's memory held at each chunk, before room was made for it
     held = frames_in_memory(policy, keep.cpu(), evict_first=False)
     videos = torch.arange(len(latents))[:, None]
     contexts, xs = [], []
@@ -241,8 +243,8 @@ def squared_error(x0, x):
 
 def critic_step(critic, features, trace, t, noise, grid):
     """
-    The critic follows the student: flow matching on the student's video, behind the context that the student
-    had.
+    The critic follows the student: flow matching on the student's video, behind what its memory held when
+    the target began.
     features             text features (b, m, text_dim) of the prompts
     t, noise             (b,) noise levels from score_level(), and noise of trace.x's shape
     grid                 latent rows and columns after patching

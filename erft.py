@@ -158,13 +158,16 @@ class ErrorBank:
         self.errors[half, level, place] = chunk
 
     def recycle(self):
-        """What is pending in all processes goes into every bank, in the order of ranks: a collective."""
+        """
+        What is pending in all processes goes into every bank, in an order that does not depend on how many
+        they are: a collective.
+        """
         batches = self.pending
         if torch.distributed.is_initialized():
             gathered = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, self.pending)
             batches = sum(gathered, [])
-        for found in batches:
+        for found in sorted(batches, key=lambda found: found.seed):
             self.push(found)
         self.pending = []
 

@@ -124,7 +124,7 @@ class Rollout:
         self.context = None     # what read_context() returned
         self.descriptor = None  # of the last chunk's keys
         self.similarities = []  # one (b,) a chunk, on the device: to the chunk before ...
-        self.kept = []          # ... and whether it will become a keyframe
+        self.kept = []          # ... and whether its first latent is to become a keyframe
         self.tables = {}        # cos and sin of bounded positions, by how many latents are held and new
 
     @property

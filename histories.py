@@ -26,7 +26,7 @@ from world import WorldSpec
 FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
 CHUNKS = 41               # of a clip: pasts of up to 40 chunks (30 s) and a target
 EMPTY_CLIPS = 384         # clips that are also encoded without houses
-LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4.4
+LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4
 BACK = .5                 # share of the targets whose view is one that comes back
 
 KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
@@ -77,7 +77,7 @@ class Histories:
         gone = torch.where(distance > world.GONE, frame, -1)
         gone = gone.cummax(1).values[:, CHUNK - 1:-1:CHUNK]
         gone = F.pad(gone, (0, 0, 1, 0), value=-1)
-        # of those in each chunk's last view, when the one was that was away longest ago: (b, chunks)
+        # of those in each chunk's last view: when the one that was away longest ago was away (b, chunks)
         was_gone = (gone >= 0) & self.in_view[:, CHUNK - 1::CHUNK]
         apart = torch.where(was_gone, gone, CHUNK * chunks)
         self.apart = apart.amin(2)

@@ -33,7 +33,7 @@ class Preset:
     warmup: int = 100           # updates
     ema_decay: float = .995     # of the averaged weights, an update ...
     ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
-    shift: float = 3.           # training noise levels: uniform, shifted by this
+    shift: float = 3.           # training noise levels: uniform, shifted by this (stages 1, 2: the sampler's)
     context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
     save_every: int = 250       # updates: checkpoints,
     strip_every: int = 500      # strips,
@@ -46,7 +46,7 @@ class Preset:
     ramp: float = 1.            # from this share of the updates on
     critic_lr: float = 6.       # times lr
     critic_beta1: float = .9    # of the critic's AdamW; the student's is 0
-    beta2: float = .99          # of both
+    beta2: float = .99          # of critic and student
     critic_passes: int = 2      # updates of the critic before each of the student's
     critic_alone: int = 0       # updates at first in which only the critic moves: it starts as the teacher
     all_steps: bool = True      # the gradient goes through all steps of a chunk, not through one exit step
@@ -72,7 +72,7 @@ TINY = {
     "stage2": replace(DISTIL, updates=120, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
                       critic_alone=80, shortest=14, longest=34, ramp=.25),
 }
-# With --wan, one clip a pass: meant are 64 an update, by processes and --accumulate (teacher and init_ar: 8).
+# With --wan, one clip a pass: processes times --accumulate should be 64 (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
 FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
 FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,

@@ -8,9 +8,9 @@ dicts of numbers, and becomes text at the very end: what is met, or better, is d
 seed a row: intervals do not tell what another training would give.
 
     recall      share of the landmarks due back, those in the sink left out, that look as before they left
-    ceiling     share of which the memory still held a latent
+    ceiling     share of which the memory still held a latent; luck may exceed it
     chance      how often two videos of a row show the same landmark in a sector
-    detail      recall after the shortest absence after which ten or more are due back
+    detail      recall at the shortest absence with ten returns or more
     half-way    seconds out of view up to which returns are right more often than half-way from always to
                 chance, and after which less often: the reach; "beyond" where that is longer than any return
     steady      videos that move within 10 % of their caption's rate
@@ -154,7 +154,6 @@ def targets(videos, first):
             ("steady turns, %", "at least", 90, counts(turns, "steady")),
             ("steady looks aside, %", "at least", 80, counts(aside, "steady")),
             ("jumps a minute", "at most", 1, counts(ours, "jumps")),
-            # as the networks before these
             ("last 5 s, dB", "at least", 27.4, counts(ours, "last")),
         ]
         if start == "real":
@@ -165,7 +164,7 @@ def targets(videos, first):
         for weights, (name, what) in product(("stage1", "init_ar"), measures.items()):
             theirs = pick(videos, first | {"worlds": start, "weights": weights})
             gap = estimate(counts(ours, what))[1] - estimate(counts(theirs, what))[2]
-            wanted.append((f"{name}, points above {weights}", "above", 0, np.array([(gap, 1)])))
+            wanted.append((f"{name}, gap to {weights}'s interval", "above", 0, np.array([(gap, 1)])))
         # and is it reached?
         for what, relation, bound, count in wanted:
             found = float(estimate(count)[0])

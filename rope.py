@@ -4,7 +4,8 @@ Wan's three-axis rotary position embedding, and the one rule that bounds it.
 A token stands at (time, row, column). The head's dims are split into three runs, one an axis, and pairs of
 dims are rotated by angle = position * 10000 ** (-i / n). Keys are cached un-rotated and rotated when they are
 read, because an entry's position changes as it ages: bounded positions number whatever the KV cache holds
-compactly, so that time never leaves 0..20 however long the video is.
+compactly, so that the student's time never leaves 0..20 however long the video is. (The teacher's 21 latents
+stand at 21..41, behind its context at 0..20.)
 
     Context Forcing, eq. 8 as it is meant, with N_s, N_c, N_l = 3, 12, 6 latents, phi = time:
         sink  phi in [0, N_s - 1]                          here 0..2

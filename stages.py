@@ -58,7 +58,8 @@ def vae_pass(inputs, batch, rng, drawn):
         z = vae.encode(video)
         # noise on the latents: neighbouring latents must decode alike, which makes them easy to generate
         decoded, _ = vae.run(vae.decoder, z + .1 * torch.randn_like(z), None)
-    # pixels, and how they change from frame to frame: without it frames come in pairs
+    # pixels, and how they change from frame to frame: without it frames come in pairs. The first latent is
+    # one frame, decoded to four of which the last counts
     real = video * .5 + .5
     decoded = decoded[:, 3:].float()
     mse = (decoded - real).square().mean()
@@ -107,7 +108,7 @@ def trajectory_pass(inputs, batch, captions, trajectories, rng, drawn):
     return {"loss": loss.item()}
 
 
-def bidirectional_pass(cfg, preset, inputs, clips, bank, rng, drawn):
+def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     """The teacher: 21 latents at once behind a context."""
     net, batch = inputs.dit, preset.batch
     # a real past as memory would hold it, and the 21 latents that follow
@@ -179,7 +180,7 @@ def make_stage(cfg, part, preset, inputs):
     clips = load_clips(cfg, inputs, for_student=False)
     # the small one recalls more with fresh noise between its steps than along the ODE
     sampler = Sampler(50, preset.shift, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS, preset.shift)
-    run_pass = partial(bidirectional_pass, cfg, preset, inputs, clips, bank)
+    run_pass = partial(teacher_pass, cfg, preset, inputs, clips, bank)
     return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
 
 

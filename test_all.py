@@ -1525,8 +1525,9 @@ def results(out, stage):
     for part in train.PARTS[stage]:
         for file in (out / part).glob("*.safetensors"):
             state, about = tensors.read_file(file)
-            facts = {name: told for name, told in about["facts"].items() if name[:6] not in ("second", "sha256")}
-            found[file.name] = {name: x.numpy().tobytes() for name, x in state.items()}, about["config"], facts
+            values = {name: x.numpy().tobytes() for name, x in state.items()}
+            facts = [told for told in about["facts"].items() if told[0][:6] not in ("second", "sha256")]
+            found[file.name] = values, about["config"], facts
     assert found
     return found
 
@@ -4593,8 +4594,8 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 
 # a file imports only files that stand before it
 ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim histories data probe recipe report paper figures causal starts stages evaluate metrics
-           sample live train""".split()
+           dmd checkpoint optim histories data probe recipe report paper figures causal starts stages evaluate
+           metrics sample live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 # PIL and imageio_ffmpeg are imageio's own
@@ -5189,9 +5190,9 @@ def test_the_student_must_be_better_than_its_start_by_intervals_that_do_not_touc
         row = FIRST | {"weights": weights}
         videos += [video_row([(6., i < right, True)] * 9, i, row=row) for i in range(9)]
     table = targets_of(videos)
-    assert table["text: recall, points above stage1"]["met"] == met
-    assert table["text: recall, points above init_ar"]["met"] == "no data"
-    assert table["text: steady, points above stage1"]["met"] == "no"  # they touch
+    assert table["text: recall, gap to stage1's interval"]["met"] == met
+    assert table["text: recall, gap to init_ar's interval"]["met"] == "no data"
+    assert table["text: steady, gap to stage1's interval"]["met"] == "no"  # they touch
 
 
 def test_returns_that_follow_exchanged_memories_are_those_of_the_exchange():

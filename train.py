@@ -12,8 +12,8 @@ recipe.py; what each stage starts from, in starts.py; what it minimises, in stag
     ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # full size: stages teacher, init, 1, 2
 
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
-is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and two processes are one
-that accumulates two batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and a
+is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and up to 8 processes are one
+that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and a
 length of its own, equal in up to 8 batches, which 8 devices run side by side. Each part of a stage writes
 out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
 <part>.safetensors, the averages. On two nodes --out must be a disk that both see.
@@ -22,8 +22,8 @@ The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad 
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
 and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
-levels), r (exit step), L (chunks of the rollout), kept_<motion> and oldest (of keyframes: share of tested
-chunks, and age in s).
+levels), r (exit step), L (chunks of the rollout), kept_<motion> (share of tested chunks) and oldest (age in
+slow memory, s).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
@@ -104,7 +104,7 @@ def get_lr(preset, step):
 
 
 def get_ema_decay(preset, step):
-    """Of the averages: none before ema_start, then all of it; where that is 0, a warm-up."""
+    """Of the averages: 0 before ema_start, then ema_decay; without a start, a warm-up."""
     if preset.ema_start:
         return preset.ema_decay if step >= preset.ema_start else 0.
     return min(preset.ema_decay, (step + 1) / (step + 10))
@@ -115,9 +115,9 @@ def get_ema_decay(preset, step):
 def seed_pass(cfg, step, number, micro):
     """
     All that is random in pass `number` of an update, for its batch `micro` of this process: two generators of
-    numpy's, and torch's own. One process that accumulates N batches draws what N processes draw.
-    returns  one for what all processes must draw alike, since sharded networks ask each of them for as many
-             forward passes: the same for 8 batches, or as many as there are processes; and one for this batch
+    numpy's, and torch's own. One process that accumulates up to 8 batches draws what as many processes draw.
+    returns  one for what all processes draw alike (8 batches do, or as many as there are processes), since
+             sharded networks ask each of them for as many forward passes; and one for this batch alone
     """
     batch = micro * get_processes() + get_rank()
     group = batch // math.lcm(ALIKE, get_processes())
@@ -139,8 +139,8 @@ def make_update(cfg, preset, stage, optimizers, step):
             alike, own = seed_pass(cfg, step, number, micro)
             drawn = stage.draw(alike, step / preset.updates)
             found = run_pass(own, drawn)
-            total += sum(found.values())
-            metrics |= found
+            total += sum(found.values())  # only asked: is all finite?
+            metrics |= found              # of the last batch
         # the network of this pass moves, if all that it found is finite
         is_critic = which == "critic"
         lr = get_lr(preset, step) * (preset.critic_lr if is_critic else 1)
@@ -216,8 +216,8 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
     log = (Path(cfg.out, part) / "log.jsonl").read_text().splitlines()
     seconds = sum(json.loads(line).get("seconds", 0) for line in log)
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
-             "batch": batch, "lr": preset.lr, "passes": saved["passes"], "seconds": round(seconds),
-             "machine": f"{inputs.device.type} {platform.machine()}", "sampler": asdict(sampler), "kept": kept}
+             "batch": batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
+             "kept": kept, "seconds": round(seconds), "machine": f"{inputs.device.type} {platform.machine()}"}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished

@@ -19,8 +19,8 @@ which judge.py reads from frames alone.
                [------view------]                                             64 columns around the heading
 
 Why this world? No house covers the rainbows, an unmistakable compass: a network always knows where it looks.
-Houses fill most of the view, so memory explains most of what the caption leaves open, and a network that
-looks things up soon has less to lose. All have one silhouette, so recall tests memory and not drawing.
+Houses fill most of the view, so memory explains most of what the caption leaves open, and looking things up
+lowers the loss early. All have one silhouette, so recall tests memory and not drawing.
 
     python world.py            # draws out/world.png: the three motions, as strips of frames
 
@@ -160,7 +160,7 @@ def make_world(spec):
     degrees = 0
     if kind == "aside":
         degrees = int(rng.choice([90, 180]))
-    # The period: 32 columns a second at most.
+    # The period: 32 columns a second at most (39 where a lingering turn is fast).
     fastest = {"turn": 8, "linger": 18, "aside": degrees * 2 // 45}[kind]
     slowest = fastest + 8 if kind == "aside" else 44
     seconds = spec.seconds or rng.integers(fastest, slowest + 1)
