@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 
 from config import BadInput, in_one_line, warn
-from model import RMSNorm
+from model import rms_norm
 from tensors import FETCH, open_file
 
 
@@ -108,8 +108,8 @@ class GatedMLP(nn.Module):
 class TextBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1 = RMSNorm(c.dim)
-        self.norm2 = RMSNorm(c.dim)
+        self.norm1 = nn.RMSNorm(c.dim)
+        self.norm2 = nn.RMSNorm(c.dim)
         self.attn = TextAttention(c)
         self.ffn = GatedMLP(c)
         self.pos_embedding = nn.ModuleDict({"embedding": Embedding(c.buckets, c.heads)})
@@ -122,8 +122,8 @@ class TextBlock(nn.Module):
         table = self.pos_embedding["embedding"]
         bias = rearrange(table(bucket(offset, table.num_embeddings)), "q s k -> 1 k q s")
         # pre-norm, as everywhere
-        x = x + self.attn(self.norm1(x), bias + mask)
-        return x + self.ffn(self.norm2(x))
+        x = x + self.attn(rms_norm(x, self.norm1), bias + mask)
+        return x + self.ffn(rms_norm(x, self.norm2))
 
 
 class TextEncoder(nn.Module):
@@ -132,7 +132,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim)
 
     def forward(self, ids, mask):
         """
@@ -145,7 +145,7 @@ class TextEncoder(nn.Module):
         hide = rearrange(hide, "b s -> b 1 1 s")
         for block in self.blocks:
             x = block(x, hide)
-        return self.norm(x) * mask[..., None].to(x.dtype)
+        return rms_norm(x, self.norm) * mask[..., None].to(x.dtype)
 
 
 def bytes_to_ids(captions, length=96):
