@@ -312,11 +312,9 @@ class DiT(nn.Module):
         # latents to tokens; the patches do not overlap, so the convolution is a matrix product
         p, q = self.config.patch
         h = x.shape[3] // p
-        f = x.shape[1]
-        patches = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+        patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q)
         weight = self.patch_embedding.weight
-        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        x = x.float().unflatten(1, (f, -1))  # (b, f, n, c)
+        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()
         n = x.shape[2]
 
         # which frame sees which -> which token sees which; all see the memory

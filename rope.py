@@ -22,7 +22,6 @@ Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
@@ -64,12 +63,12 @@ def rope_angles(time, h, w, d):
 
     # Wan's split: a row and a column get a third of the dims each, rounded down to pairs; time gets the rest.
     side = 2 * (d // 6)
-    by_time = angles(time.to(home), d - 2 * side)
-    by_time = repeat(by_time, "b f p -> b (f h w) p", h=h, w=w)
-    by_row = repeat(angles(rows, side), "h p -> b (f h w) p", b=b, f=f, w=w)
-    by_column = repeat(angles(columns, side), "w p -> b (f h w) p", b=b, f=f, h=h)
-    by_axis = torch.cat([by_time, by_row, by_column], dim=-1)
-    return by_axis.float().to(time.device)
+    by_time = angles(time.to(home), d - 2 * side)[:, :, None, None]
+    by_row = angles(rows, side)[:, None]
+    by_column = angles(columns, side)
+    # (b, f, h, w, p) each
+    by_axis = [pairs.expand(b, f, h, w, -1) for pairs in (by_time, by_row, by_column)]
+    return torch.cat(by_axis, dim=-1).flatten(1, 3).float().to(time.device)
 
 
 def rope_cos_sin(time, h, w, d):

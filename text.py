@@ -23,7 +23,6 @@ from einops import rearrange
 from torch import nn
 
 from config import BadInput, in_one_line, warn
-from model import rms_norm
 from tensors import FETCH, open_file
 
 
@@ -122,8 +121,8 @@ class TextBlock(nn.Module):
         table = self.pos_embedding["embedding"]
         bias = rearrange(table(bucket(offset, table.num_embeddings)), "q s k -> 1 k q s")
         # pre-norm, as everywhere
-        x = x + self.attn(rms_norm(x, self.norm1), bias + mask)
-        return x + self.ffn(rms_norm(x, self.norm2))
+        x = x + self.attn(self.norm1(x), bias + mask)
+        return x + self.ffn(self.norm2(x))
 
 
 class TextEncoder(nn.Module):
@@ -145,7 +144,7 @@ class TextEncoder(nn.Module):
         hide = rearrange(hide, "b s -> b 1 1 s")
         for block in self.blocks:
             x = block(x, hide)
-        return rms_norm(x, self.norm) * mask[..., None].to(x.dtype)
+        return self.norm(x) * mask[..., None].to(x.dtype)
 
 
 def bytes_to_ids(captions, length=96):

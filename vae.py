@@ -133,7 +133,7 @@ class TAE(nn.Module):
                 continue
             before = torch.zeros_like(x[:b]) if past is None else past[len(state)]
             # what the next piece needs: a copy, because a view would hold all of x
-            state.append(x[len(x) // b - 1::len(x) // b].clone())
+            state.append(x.unflatten(0, (b, -1))[:, -1].clone())
             x = layer(x, before)
         return rearrange(x, "(b f) c h w -> b f c h w", b=b), state
 
