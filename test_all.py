@@ -3622,16 +3622,19 @@ def kill_at(call, name):
 
 
 @pytest.mark.parametrize("name, code, at, count", [
-    ("SIGINT", 130, 3, 33),
-    ("SIGTERM", 143, 1, 45)])
+    ("SIGINT", 130, 3, {33, 45}),
+    ("SIGTERM", 143, 1, {45})])
 def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
-    """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
+    """
+    While chunk 3 of a video is decoded, beside the making of the next; and during the first of a clip, all of
+    which and a new one come first.
+    """
     words, state = ["--seconds", "4"], tmp_path / "state"
     head_words = [*words, "--save-state", state, *(["--continue", clips[0]] if name == "SIGTERM" else [])]
     whole, _ = sampled(tmp_path / "whole", *head_words)
     monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *head_words)
-    assert stopped == code and len(head) == count
+    assert stopped == code and len(head) in count
     assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", *words, "--resume", state)
     assert np.array_equal(np.concatenate([head, tail]), whole)
