@@ -5735,7 +5735,7 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     first = [(apply_rope(k, rope)[:, :8], v[:, :8]) for k, v in kv]
     memory = [LayerCache(k, v, 8) for k, v in first]
     t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
-    rope = [table[:, 8:] for table in rope]
+    rope = rope[:, 8:]
     later, _ = net(x[:, 1:], t, text, rope, memory, mask=mask)
     close(later, whole[:, 1:], 1e-5)
 
