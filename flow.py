@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from memory import CHUNK, Entries, LayerCache, Memory, chunk_descriptor, concatenate, similarity
 from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
@@ -176,7 +175,7 @@ class Rollout:
             keys = apply_rope(keys.flatten(1, 2), held)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
             values = torch.cat([*(segment.values[layer] for segment in segments), room], dim=1)
-            memory.append(LayerCache(keys, values.flatten(1, 2), held[0].shape[1]))
+            memory.append(LayerCache(keys, values.flatten(1, 2), held.shape[1]))
             # values need no rotation: from here on the segments share these, 2.6 GB at full size
             for segment, own in zip(segments, values.split([*sizes, CHUNK], dim=1)):
                 segment.values[layer] = own
@@ -201,8 +200,8 @@ class Rollout:
     def entries(self, frame, x0, kv):
         """Frame numbers (b, 3), latents (b, 3, c, h, w), (keys, values) of the clean pass -> Entries"""
         m = frame.shape[1]
-        keys = [rearrange(k, "b (m n) k d -> b m n k d", m=m) for k, _ in kv]
-        values = [rearrange(v, "b (m n) k d -> b m n k d", m=m) for _, v in kv]
+        # (b, m n, k, d) -> (b, m, n, k, d)
+        keys, values = ([x.unflatten(1, (m, -1)) for x in layers] for layers in zip(*kv))
         return Entries(frame, x0, keys, values)
 
     @torch.no_grad()

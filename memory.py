@@ -133,15 +133,16 @@ class LayerCache:
     def extend(self, keys, values):
         """
         The chunk's own (b, n, k, d), rotated, behind what is held -> all keys, all values (b, s + n, k, d).
-        Each pass over the chunk overwrites the one before it; where gradients are wanted, copies are made.
+        Each pass over the chunk overwrites the one before it; where gradients are wanted, or the room is not
+        that of the chunk, copies are made.
         """
-        end = self.held + keys.shape[1]
-        if torch.is_grad_enabled() or end > self.keys.shape[1]:
+        fits = self.held + keys.shape[1] == self.keys.shape[1]
+        if torch.is_grad_enabled() or not fits:
             keys = torch.cat([self.keys[:, :self.held], keys], dim=1)
             return keys, torch.cat([self.values[:, :self.held], values], dim=1)
-        self.keys[:, self.held:end] = keys
-        self.values[:, self.held:end] = values
-        return self.keys[:, :end], self.values[:, :end]
+        self.keys[:, self.held:] = keys
+        self.values[:, self.held:] = values
+        return self.keys, self.values
 
 
 class Memory:

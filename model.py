@@ -58,16 +58,15 @@ tiny_dit = DiTConfig(
 
 # ---- parts -------------------------------------------------------------------------------------------------
 
-class Linear(nn.Linear):
+def linear(x, layer):
     """
-    nn.Linear, but on a CPU its larger products go to oneDNN. torch takes MKL, which leaves AVX-512 unused on
+    layer(x), but on a CPU larger products go to oneDNN. torch takes MKL, which leaves AVX-512 unused on
     processors that are not Intel's: measured on an AMD EPYC, 110 GFLOP/s a core, not 250.
     """
-    def forward(self, x):
-        is_small = x.numel() * self.out_features < 2 ** 22
-        if is_small or torch.is_grad_enabled() or not has_onednn(x):
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    is_small = x.numel() * layer.out_features < 2 ** 22
+    if is_small or torch.is_grad_enabled() or not has_onednn(x):
+        return F.linear(x, layer.weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
 
 
 def has_onednn(x):
@@ -75,25 +74,29 @@ def has_onednn(x):
     return x.is_cpu and is_float32 and torch.backends.mkldnn.is_available()
 
 
-def mlp(c_in, hidden, c_out, activation):
-    return nn.Sequential(Linear(c_in, hidden), activation, Linear(hidden, c_out))
+class MLP(nn.Sequential):
+    """Two linear layers, and an activation between"""
+    def __init__(self, c_in, hidden, c_out, activation):
+        super().__init__(nn.Linear(c_in, hidden), activation, nn.Linear(hidden, c_out))
 
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, but in x's dtype: autocast would make it float32"""
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
+        first, activation, last = self
+        return linear(activation(linear(x, first)), last)
+
+
+def rms_norm(x, norm):
+    """norm(x), but in x's dtype: autocast would make it float32"""
+    weight = norm.weight.type_as(x)
+    return torch.rms_norm(x, weight.shape, weight, norm.eps).type_as(x)
 
 
 def modulate(x, shift, scale):
     """
-    AdaLN: shift + scale norm(x), where the LayerNorm has no weights of its own.
-    x (b, f, n, c); shift, scale (b, f, 1, c), one a frame, the scale around 1; float32
+    A LayerNorm: shift + scale norm(x); AdaLN, where these are made of the noise level.
+    x (b, f, n, c); shift, scale (b, f, 1, c), one a frame, or (c,); the scale around 1; float32
     returns  (b, f, n, c)
     """
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, scale)
+    return torch.addcmul(shift, torch.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 
 def timestep_embedding(t, dim):
@@ -136,22 +139,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = dim // heads
-        self.q = Linear(dim, dim)
-        self.k = Linear(dim, dim)
-        self.v = Linear(dim, dim)
-        self.o = Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps=1e-6)
-        self.norm_k = RMSNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(dim, eps=1e-6)
 
     def split(self, x):
         """(b, ..., c) -> (b, n, k, d): all tokens, head by head"""
-        return x.view(len(x), -1, self.heads, self.head_dim)
+        return x.view(x.shape[0], -1, self.heads, self.head_dim)
 
     def queries(self, x):
-        return self.split(self.norm_q(self.q(x)))
+        return self.split(rms_norm(linear(x, self.q), self.norm_q))
 
     def keys_values(self, x):
-        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+        k = rms_norm(linear(x, self.k), self.norm_k)
+        return self.split(k), self.split(linear(x, self.v))
 
     def forward(self, x, text):
         """
@@ -159,7 +163,7 @@ class Attention(nn.Module):
         text     keys and values (b, m, k, d), made once a prompt by DiT.text
         returns  (b, f n, c)
         """
-        return self.o(attend(self.queries(x), *text))
+        return linear(attend(self.queries(x), *text), self.o)
 
 
 class SelfAttention(Attention):
@@ -183,7 +187,7 @@ class SelfAttention(Attention):
         if prefix:
             context = attend(q[:, :prefix], keys[:, :prefix], values[:, :prefix])
             y = torch.cat([context, y], dim=1)
-        return self.o(y), (k, v)
+        return linear(y, self.o), (k, v)
 
 
 def learned_modulation(parts, dim):
@@ -199,7 +203,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(c.dim, c.heads)
         self.cross_attn = Attention(c.dim, c.heads)
         self.norm3 = nn.LayerNorm(c.dim, eps=1e-6)
-        self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
+        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
         self.modulation = learned_modulation(6, c.dim)
 
     def forward(self, x, modulation, text, rope, memory, mask, prefix):
@@ -207,14 +211,14 @@ class Block(nn.Module):
         x           (b, f, n, c) float32, the residual stream
         modulation  six of (b, f, 1, c) float32: shift, 1 + scale, gate for self-attention, then for the MLP
         """
-        dtype = self.ffn[0].weight.dtype
+        dtype = self.self_attn.o.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         # self-attention
         y, kv = self.self_attn(modulate(x, shift1, scale1).to(dtype), rope, memory, mask, prefix)
         x = torch.addcmul(x, y.view_as(x), gate1)
         # cross-attention, neither modulated nor gated
-        y = self.norm3(x.to(self.norm3.weight.dtype))
-        x = x + self.cross_attn(y.to(dtype), text).view_as(x)
+        y = modulate(x, self.norm3.bias, self.norm3.weight).to(dtype)
+        x = x + self.cross_attn(y, text).view_as(x)
         # MLP
         y = self.ffn(modulate(x, shift2, scale2).to(dtype))
         return torch.addcmul(x, y, gate2), kv
@@ -239,8 +243,8 @@ class DiT(nn.Module):
         self.config = config
         c = config
         self.patch_embedding = nn.Conv3d(c.channels, c.dim, (1, *c.patch), (1, *c.patch))
-        self.text_embedding = mlp(c.text_dim, c.dim, c.dim, nn.GELU(approximate="tanh"))
-        self.time_embedding = mlp(c.freq_dim, c.dim, c.dim, nn.SiLU())
+        self.text_embedding = MLP(c.text_dim, c.dim, c.dim, nn.GELU(approximate="tanh"))
+        self.time_embedding = MLP(c.freq_dim, c.dim, c.dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
@@ -308,11 +312,9 @@ class DiT(nn.Module):
         # latents to tokens; the patches do not overlap, so the convolution is a matrix product
         p, q = self.config.patch
         h = x.shape[3] // p
-        f = x.shape[1]
-        patches = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+        patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q)
         weight = self.patch_embedding.weight
-        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        x = x.float().unflatten(1, (f, -1))  # (b, f, n, c)
+        x = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias).float()
         n = x.shape[2]
 
         # which frame sees which -> which token sees which; all see the memory

@@ -23,7 +23,6 @@ Context Forcing, arXiv 2602.06028, eq. 8.
 Leaves out: complex128 (float32 angles differ by 1e-6), interpolation and other stretching.
 """
 import torch
-from einops import rearrange, repeat
 
 MAX_POSITION = 1024  # Wan's table ends here: 1,024 latents = 256 s of absolute positions
 
@@ -65,37 +64,33 @@ def rope_angles(time, h, w, d):
 
     # Wan's split: a row and a column get a third of the dims each, rounded down to pairs; time gets the rest.
     side = 2 * (d // 6)
-    by_time = angles(time.to(home), d - 2 * side)
-    by_time = repeat(by_time, "b f p -> b (f h w) p", h=h, w=w)
-    by_row = repeat(angles(rows, side), "h p -> b (f h w) p", b=b, f=f, w=w)
-    by_column = repeat(angles(columns, side), "w p -> b (f h w) p", b=b, f=f, h=h)
-    by_axis = torch.cat([by_time, by_row, by_column], dim=-1)
-    return by_axis.float().to(time.device)
+    by_time = angles(time.to(home), d - 2 * side)[:, :, None, None]
+    by_row = angles(rows, side)[:, None]
+    by_column = angles(columns, side)
+    # (b, f, h, w, p) each
+    by_axis = [pairs.expand(b, f, h, w, -1) for pairs in (by_time, by_row, by_column)]
+    return torch.cat(by_axis, dim=-1).flatten(1, 3).float().to(time.device)
 
 
 def rope_cos_sin(time, h, w, d):
     """
-    time (f,) or (b, f) -> what apply_rope() takes, two tables (1 or b, f h w, 1, d), the same for every head:
-    cos of each pair twice; -sin and sin of each pair.
+    time (f,) or (b, f) -> what apply_rope() takes, (1 or b, f h w, 1, d / 2), the same for every head: the
+    complex numbers cos + i sin of the angles
     """
-    angles = rope_angles(torch.atleast_2d(time), h, w, d)
-    sin = angles.sin()
-    for_pair = repeat(angles.cos(), "b n p -> b n 1 (p pair)", pair=2)
-    for_swapped = rearrange([-sin, sin], "pair b n p -> b n 1 (p pair)")
-    return for_pair, for_swapped
+    angles = rope_angles(torch.atleast_2d(time), h, w, d)[:, :, None]
+    return torch.complex(angles.cos(), angles.sin())
 
 
 def apply_rope(x, cos_sin):
     """
-    x (b, n, k, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
+    x (b, n, k, d): each pair (p, q), as p + i q times cos + i sin, becomes (p cos - q sin, q cos + p sin), in
+    float32
     returns  (b, n, k, d) in x's dtype
     """
-    cos, sin = cos_sin
-    pairs = x.float()
-    # (q, p)
-    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    turned = torch.addcmul(pairs * cos, swapped, sin)
-    return turned.to(x.dtype)
+    # a pair is a complex number, which a product turns
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * cos_sin)
+    return turned.flatten(-2).type_as(x)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
         memory_picture(path.with_suffix(".png"), thumbnails, rollout, networks.vae, prompt)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main():
     started = time.time()
     # 1. what is asked for

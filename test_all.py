@@ -3644,16 +3644,19 @@ def kill_at(call, name):
 
 
 @pytest.mark.parametrize("name, code, at, count", [
-    ("SIGINT", 130, 3, 33),
-    ("SIGTERM", 143, 1, 45)])
+    ("SIGINT", 130, 3, {33, 45}),
+    ("SIGTERM", 143, 1, {45})])
 def test_a_signal_saves_whole_chunks(name, code, at, count, clips, sampled, monkeypatch, tmp_path):
-    """During chunk 3 of a video, and during the first of a clip, all of which and a new one come first."""
+    """
+    While chunk 3 of a video is decoded, beside the making of the next; and during the first of a clip, all of
+    which and a new one come first.
+    """
     words, state = ["--seconds", "4"], tmp_path / "state"
     head_words = [*words, "--save-state", state, *(["--continue", clips[0]] if name == "SIGTERM" else [])]
     whole, _ = sampled(tmp_path / "whole", *head_words)
     monkeypatch.setattr(video, "to_uint8", kill_at(at, name))
     head, stopped = sampled(tmp_path / "o", *head_words)
-    assert stopped == code and len(head) == count
+    assert stopped == code and len(head) in count
     assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     tail, _ = sampled(tmp_path / "o", *words, "--resume", state)
     assert np.array_equal(np.concatenate([head, tail]), whole)
@@ -3819,20 +3822,23 @@ def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next
     def entered(side):
         yield log.append("in")
         log.append("out")
-    event = SimpleNamespace(synchronize=note("arrived"))
-    side = SimpleNamespace(wait_stream=note("wait"), record_event=lambda: event)
+    side = SimpleNamespace(wait_stream=note("wait"))
     for name, value in {"Stream": lambda: side, "current_stream": lambda: None, "stream": entered}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.Tensor, "record_stream", note("in use"))
-    monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(is_cuda=True)]))
+    monkeypatch.setattr(vae, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
     chunks = (note("made")() or x0 for x0 in latents)
     for frames, is_finite in video.decode_beside(vae, chunks):
         log.append("frames")
         made.append(frames)
         assert is_finite
-    decode = ["made", "wait", "in use", "in", "out"]
-    get = ["arrived", "frames"]
-    assert log == [*decode, *decode, *get, *decode, *get, *get]
+    make, inside = ["made", "wait"], ["in", "out"]
+    ours = [word for word in log if word not in inside]
+    assert ours == [*make, *make, "frames", *make, "frames", "frames"]
+    assert [word for word in log if word in inside] == 3 * inside
+    # a chunk goes in once it is there, and out before its frames are
+    for earlier, later in (("wait", "in"), ("out", "frames")):
+        places = ([i for i, word in enumerate(log) if word == name] for name in (earlier, later))
+        assert all(before < after for before, after in zip(*places))
     whole, _ = vae.decode(torch.cat(latents, dim=1))
     close(torch.cat(made).float(), video.to_uint8(whole)[0].float(), 1)
 
@@ -5751,7 +5757,7 @@ def test_a_mask_among_new_frames_leaves_the_memory_in_sight_of_all():
     first = [(apply_rope(k, rope)[:, :8], v[:, :8]) for k, v in kv]
     memory = [LayerCache(k, v, 8) for k, v in first]
     t, mask = torch.zeros(1, 2), mask[:, 1:, 1:]
-    rope = [table[:, 8:] for table in rope]
+    rope = rope[:, 8:]
     later, _ = net(x[:, 1:], t, text, rope, memory, mask=mask)
     close(later, whole[:, 1:], 1e-5)
 

@@ -23,7 +23,6 @@ from einops import rearrange
 from torch import nn
 
 from config import BadInput, in_one_line, warn
-from model import RMSNorm
 from tensors import FETCH, open_file
 
 
@@ -108,8 +107,8 @@ class GatedMLP(nn.Module):
 class TextBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1 = RMSNorm(c.dim)
-        self.norm2 = RMSNorm(c.dim)
+        self.norm1 = nn.RMSNorm(c.dim)
+        self.norm2 = nn.RMSNorm(c.dim)
         self.attn = TextAttention(c)
         self.ffn = GatedMLP(c)
         self.pos_embedding = nn.ModuleDict({"embedding": Embedding(c.buckets, c.heads)})
@@ -132,7 +131,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim)
 
     def forward(self, ids, mask):
         """

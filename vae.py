@@ -54,11 +54,10 @@ class MemBlock(nn.Module):
         self.conv = nn.Sequential(*first, conv(c, c), nn.ReLU(), conv(c, c))
 
     def forward(self, x, past):
-        """x (b, f, c, h, w), past (b, c, h, w) the frame before x -> (b, f, c, h, w)"""
-        before = torch.cat([past[:, None], x[:, :-1]], dim=1)
-        both = rearrange(torch.cat([x, before], dim=2), "b f c h w -> (b f) c h w")
-        out = F.relu(self.conv(both) + rearrange(x, "b f c h w -> (b f) c h w"))
-        return rearrange(out, "(b f) c h w -> b f c h w", b=len(x))
+        """x (b f, c, h, w), past (b, c, h, w) the frame before each video's first -> (b f, c, h, w)"""
+        before = x.roll(1, dims=0)
+        before[::len(x) // len(past)] = past
+        return F.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 
 
 class TPool(nn.Module):
@@ -73,14 +72,16 @@ class TPool(nn.Module):
 
 
 class TGrow(nn.Module):
-    """One frame -> `stride` frames."""
+    """One frame -> `stride` frames, twice as high and wide."""
     def __init__(self, c, stride):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv2d(c, c * stride, 1, bias=False)
 
     def forward(self, x):
-        return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
+        # through channels last, as convolutions have them on a CPU
+        frames = rearrange(self.conv(x), "n (s c) h w -> (n s) h w c", s=self.stride)
+        return F.interpolate(frames.movedim(-1, 1), scale_factor=2)
 
 
 class SoftClamp(nn.Module):
@@ -104,7 +105,8 @@ class TAE(nn.Module):
         layers = [SoftClamp(), conv(config.channels, widths[0]), nn.ReLU()]
         for c, c_next, stride in zip(widths, widths[1:], (1, 2, 2)):
             layers += [MemBlock(c) for _ in range(3)]
-            layers += [nn.Upsample(scale_factor=2), TGrow(c, stride), conv(c, c_next, bias=False)]
+            # TAEHV enlarges first, which gives the same, as TGrow looks at single pixels: four times as many
+            layers += [nn.Identity(), TGrow(c, stride), conv(c, c_next, bias=False)]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], 3))
 
     def initialise(self):
@@ -129,11 +131,10 @@ class TAE(nn.Module):
             if not isinstance(layer, MemBlock):
                 x = layer(x)
                 continue
-            x = rearrange(x, "(b f) c h w -> b f c h w", b=b)
-            before = torch.zeros_like(x[:, 0]) if past is None else past[len(state)]
+            before = torch.zeros_like(x[:b]) if past is None else past[len(state)]
             # what the next piece needs: a copy, because a view would hold all of x
-            state.append(x[:, -1].clone())
-            x = rearrange(layer(x, before), "b f c h w -> (b f) c h w")
+            state.append(x.unflatten(0, (b, -1))[:, -1].clone())
+            x = layer(x, before)
         return rearrange(x, "(b f) c h w -> b f c h w", b=b), state
 
     def encode_frames(self, frames):

@@ -14,6 +14,7 @@ import math
 import re
 import subprocess
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -31,7 +32,7 @@ from memory import CHUNK
 FPS = 16
 # Ctrl-C in the terminal is for us alone: Windows' word for a new session
 NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-TAGS = "-color_range tv -colorspace bt709 -x264-params colorprim=bt709:transfer=bt709"
+TAGS = "-color_range tv -colorspace bt709 -x264-params cabac=1:colorprim=bt709:transfer=bt709"
 FRAMES = 4 * CHUNK  # of a chunk
 THUMBNAILS = 12     # in a row of the memory picture
 SIZE = 128, 64      # pixels of a thumbnail
@@ -68,30 +69,33 @@ def chunks_of(frames):
 
 def decode_beside(vae, chunks):
     """
-    Generator: decodes one chunk after another, and gives its frames once the next is on its way. On cuda that
-    happens in a stream of its own: nothing waits but for the frames' own way to the host.
+    Generator: decodes one chunk after another in a thread beside, and on cuda in a stream of its own; gives
+    its frames once the next is made.
     chunks  iterable of latents (1, 3, c, h, w)
     yields  frames (f, h, w, 3) uint8 on the host, and: is all of the chunk finite?
     """
-    side = torch.cuda.Stream() if next(vae.parameters()).is_cuda else None
+    kind = next(vae.parameters()).device.type
+    side = torch.cuda.Stream() if kind == "cuda" else None
+    # holds for a thread: handed on to the other
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    past = None
 
-    def launch():
-        past = None
+    def decode(x0):
+        nonlocal past
+        with torch.inference_mode(), autocast, torch.cuda.stream(side):  # None: changes nothing
+            decoded, past = vae.decode(x0, past)
+            is_finite = x0.isfinite().all() & decoded.isfinite().all()
+            return to_uint8(decoded)[0].cpu(), is_finite
+
+    def launch(thread):
         for x0 in chunks:
             if side is not None:
                 side.wait_stream(torch.cuda.current_stream())
-                x0.record_stream(side)
-            with torch.cuda.stream(side):  # None: changes nothing
-                decoded, past = vae.decode(x0, past)
-                made = to_uint8(decoded)[0], x0.isfinite().all() & decoded.isfinite().all()
-                made = [part.to("cpu", non_blocking=side is not None) for part in made]
-                arrived = side and side.record_event()
-            yield *made, arrived
+            yield thread.submit(decode, x0)
 
-    for (frames, is_finite, arrived), _ in pairwise(chain(launch(), [None])):
-        if arrived is not None:
-            arrived.synchronize()
-        yield frames, is_finite
+    with ThreadPoolExecutor(1) as thread:
+        for decoded, _ in pairwise(chain(launch(thread), [None])):
+            yield decoded.result()
 
 
 def to_uint8(video):
@@ -117,12 +121,13 @@ def video_writer(path, width, height, comment="", scale=1):
     comment  its metadata
     scale    each pixel becomes a square of so many
     """
-    # squares of pixels, then the colours that the tags promise
-    enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor,format=rgb24"
-    convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+    # the colours that the tags promise, then squares of pixels
+    filters = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+    if scale > 1:
+        filters += f",format=yuv444p,scale=iw*{scale}:ih*{scale}:flags=neighbor"
     words = f"-loglevel level+error -f rawvideo -pix_fmt rgb24 -s {width}x{height} -framerate {FPS} -i -"
-    words += " -c:v libx264 -crf 16 -preset veryfast -abort_on empty_output"
-    words += f" -vf {enlarge},{convert},format=yuv420p -movflags +faststart {TAGS} -y -metadata"
+    words += " -c:v libx264 -crf 16 -preset ultrafast -abort_on empty_output"
+    words += f" -vf {filters},format=yuv420p -movflags +faststart {TAGS} -y -metadata"
     words = [find_ffmpeg(), *words.split(), f"comment={comment}"]
     with whole_or_absent(path) as part, TemporaryFile() as log:
         try:

@@ -243,6 +243,10 @@ def load_tiny(ckpt, device):
     if dit.config.text_dim != encoder.config.dim:
         raise BadInput(f"{ckpt} is no network of the small world: give --wan with it")
     dit.to(device)
+    # column by column in memory: a product with few tokens takes a quarter less time
+    for p in dit.parameters():
+        if p.ndim == 2:
+            p.data = p.mT.contiguous().mT
     encoder.to(device)
     tae.to(device, memory_format=fast_layout(device))
     features = partial(encode_captions, encoder, device)
