@@ -175,7 +175,7 @@ class Rollout:
             keys = apply_rope(keys.flatten(1, 2), held)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
             values = torch.cat([*(segment.values[layer] for segment in segments), room], dim=1)
-            memory.append(LayerCache(keys, values.flatten(1, 2), held.shape[1]))
+            memory.append(LayerCache(keys, values.flatten(1, 2), held[0].shape[1]))
             # values need no rotation: from here on the segments share these, 2.6 GB at full size
             for segment, own in zip(segments, values.split([*sizes, CHUNK], dim=1)):
                 segment.values[layer] = own

@@ -74,23 +74,26 @@ def rope_angles(time, h, w, d):
 
 def rope_cos_sin(time, h, w, d):
     """
-    time (f,) or (b, f) -> what apply_rope() takes, (1 or b, f h w, 1, d / 2), the same for every head: the
-    complex numbers cos + i sin of the angles
+    time (f,) or (b, f) -> what apply_rope() takes, two tables (1 or b, f h w, 1, d), the same for every head:
+    cos of each pair twice; -sin and sin of each pair.
     """
     angles = rope_angles(torch.atleast_2d(time), h, w, d)[:, :, None]
-    return torch.complex(angles.cos(), angles.sin())
+    sin = angles.sin()
+    for_pair = angles.cos().repeat_interleave(2, dim=-1)
+    for_swapped = torch.stack([-sin, sin], dim=-1).flatten(-2)
+    return for_pair, for_swapped
 
 
 def apply_rope(x, cos_sin):
     """
-    x (b, n, k, d): each pair (p, q), as p + i q times cos + i sin, becomes (p cos - q sin, q cos + p sin), in
-    float32
+    x (b, n, k, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
     returns  (b, n, k, d) in x's dtype
     """
-    # a pair is a complex number, which a product turns
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * cos_sin)
-    return turned.flatten(-2).type_as(x)
+    cos, sin = cos_sin
+    pairs = x.float()
+    # (q, p)
+    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(pairs * cos, swapped, sin).type_as(x)
 
 
 if __name__ == "__main__":
