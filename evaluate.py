@@ -2,6 +2,7 @@
 The paper in miniature: what trained models remember and how their pictures hold, by the small world's judge.
 
     python evaluate.py                            # everything; run it again to go on after a stop
+    python evaluate.py --no-hours                 # without the videos of an hour
     python evaluate.py --quick                    # what every preset of memory.py remembers
     python evaluate.py --quick --memory NAME      # one preset, its row and its curve
     python evaluate.py --quick --tau X --steps N  # other than the weights' own, beside what is there
@@ -59,6 +60,7 @@ class Config:
     memory: str = ""     # only the rows of this preset
     tau: float = None    # surprisal threshold in [-1, 1] (default: the weights' own)
     steps: int = None    # denoising steps of the students (default: the weights' own)
+    no_hours: bool = False  # without the videos of an hour, which take longest
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
     ckpt: str = ""       # the student (default: weights/stage2.safetensors)
     out: str = "out"     # folder for lines, tables, figures
@@ -98,7 +100,7 @@ teacher        uniform2    after_real
 """  # weights, memory, worlds of rows
 
 
-def all_rows(first, taus=(), quick=False):
+def all_rows(first, taus=(), quick=False, no_hours=False):
     """
     first    the student's row
     taus     surprisal thresholds of the frontier beside that of the weights
@@ -120,7 +122,7 @@ def all_rows(first, taus=(), quick=False):
         if row["worlds"] in TEACHERS:
             row |= {"tau": None, "steps": None}
         rows.append(row)
-    return rows
+    return [row for row in rows if row["worlds"] != "hour" or not no_hours]
 
 
 def policy_of(row, tau=Policy.tau):
@@ -277,7 +279,7 @@ def main():
     # the rows that are asked for, and before them the student's own, where their lines are there
     plain = dict(zip(ROW, (student, "slowfast", "bounded", "text", None, None)))
     first = plain | {"tau": cfg.tau, "steps": cfg.steps}
-    asked = all_rows(first, taus, cfg.quick)
+    asked = all_rows(first, taus, cfg.quick, cfg.no_hours)
     if cfg.memory:
         asked = pick(asked, {"memory": cfg.memory, "weights": student})
     number = cfg.worlds or (24 if cfg.quick else 64)
