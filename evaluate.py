@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from config import (STUDENT, BadInput, append_line, check_writable, one_of, parse, pick_device, run,  # first
@@ -216,8 +216,12 @@ def make_all(batches, path, device):
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         made = pool.map(run_batch, batches.values()) if workers > 1 else map(run_batch, batches.values())
-        for videos, key in zip(tqdm(made, "videos, 16 at a time", len(batches)), batches):
-            append_line(path, {"key": key, "videos": videos})
+        try:
+            for videos, key in zip(tqdm(made, "videos, 16 at a time", len(batches)), batches):
+                append_line(path, {"key": key, "videos": videos})
+        finally:  # a signal does not wait for videos that are under way
+            for worker in active_children():
+                worker.terminate()
 
 
 # ---- one landmark, under two policies ----------------------------------------------------------------------

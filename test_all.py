@@ -5693,6 +5693,23 @@ def test_a_video_is_made_once_and_again_for_an_edited_preset(run_evaluate, monke
     assert made == 3 and edited_row[7] == row[7]  # so many returns: the old lines do not count
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+def test_a_signal_ends_the_evaluation_and_the_processes_that_make_its_videos(tmp_path):
+    import psutil
+    words = [HERE / "evaluate.py", "--quick", "--device", "cpu", "--out", tmp_path]
+    main = psutil.Popen([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "2"})
+    workers = []
+    # two that make videos, and one that tracks what they share
+    while len(workers) < 3 or min(worker.cpu_times().user for worker in workers[-2:]) < 1:
+        time.sleep(.1)
+        assert main.poll() is None
+        workers = main.children()
+    main.terminate()
+    assert main.wait(20) == 143
+    gone, alive = psutil.wait_procs(workers, 20)
+    assert not alive
+
+
 @evaluates
 def test_rows_count_the_worlds_that_are_asked_for_each_once(run_evaluate, tmp_path):
     few, _ = run_evaluate("--quick --memory infinity --worlds 2")
