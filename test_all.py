@@ -1004,6 +1004,18 @@ def test_a_tenth_of_the_samples_without_errors_and_all_the_others_fill_the_bank(
     assert 30 < bank.count.max() - 500 < 70
 
 
+def test_errors_of_several_processes_enter_the_bank_in_one_order_however_many_they_are():
+    banks = [small_bank(), small_bank()]
+    found = [batch_of_errors(value=float(i), seed=i) for i in range(8)]
+    # one process that accumulates four batches, and two processes in the order of their ranks
+    for bank, order in zip(banks, ((0, 1, 2, 3), (0, 2, 1, 3))):
+        for first in (0, 4):
+            bank.pending = [found[first + i] for i in order]
+            bank.recycle()
+    assert torch.equal(banks[0].errors, banks[1].errors)
+    assert banks[0].count.max() == 4
+
+
 def injected(bank, x, t, **more):
     """What bank.inject() makes of a context of two chunks, and of latents and noise of seven."""
     level = torch.full((len(x),), t)
