@@ -150,7 +150,7 @@ def worlds_of(name, number, seed):
     if name == "after_real":
         return held_out(number, seed)
     if name == "hour":  # few, as they are long; the motion of sample.py's default video
-        return [WorldSpec(first + i, "turn", 12) for i in range((number + 7) // 8)]
+        return [WorldSpec(first + i, "turn", 12) for i in range((number + 3) // 4)]
     return [WorldSpec(first + i) for i in range(number)]
 
 
