@@ -91,6 +91,9 @@ def warn(text):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **about):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **about)
+
     def error(self, message):
         raise BadInput(message)
 
@@ -105,8 +108,7 @@ def parse(cls, argv=None):
     # the comment behind each field is its help
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
     # the text of the file stands above the options
-    parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(usage="%(prog)s [options]", description=inspect.getmodule(cls).__doc__)
     # each field is an option
     options = []
     for field in fields(cls):
@@ -234,8 +236,8 @@ def check_writable(folder):
     """Raises BadInput now, rather than after the work, if the folder cannot be made or written to."""
     folder = Path(folder).absolute()
     with in_one_line(f"cannot write to {folder}", "give another folder"):
-        # the nearest folder that is there
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        # the nearest folder that is there, or link, wherever that leads
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         TemporaryFile(dir=there).close()
 
 
@@ -351,15 +353,29 @@ class StopSignals:
             self.since = now
 
 
-def run(main):
-    """main() with the project's exit codes: 2 bad input (one line, no traceback), 130 Ctrl-C, 143 SIGTERM."""
-    # where they are closed, and under pythonw, there are none
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    # a terminal that is not UTF-8 shows what it lacks as \u732b
-    for stream in (sys.stdout, sys.stderr):
+class Voice:
+    """A stream of words: where nobody hears them (a pipe that closed, a full disk), the work goes on."""
+    def __init__(self, stream):
+        # where it is closed, and under pythonw, there is none
+        self.stream = stream or open(os.devnull, "w")
+        # a terminal that is not UTF-8 shows what it lacks as \u732b
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def run(main):
+    """main() with the project's exit codes: 2 bad input (one line, no traceback), 130 Ctrl-C, 143 SIGTERM."""
+    sys.stdout, sys.stderr = Voice(sys.stdout), Voice(sys.stderr)
     try:
         with StopSignals():
             main()

@@ -13,6 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 from einops import rearrange, repeat
 
+from config import whole_or_absent
 from memory import PRESETS
 from probe import HOUR, MINUTES
 from report import ABSENCES, KINDS, counts, detail, estimate, half_way, label, luck, pick, rows_of
@@ -100,7 +101,8 @@ def draw_all(videos, first, out):
     for name, draw in drawn.items():
         figure = Figure(figsize=(13, 7), layout="tight")
         draw(figure, videos, first)
-        figure.savefig(out / f"{name}.png")
+        with whole_or_absent(out / f"{name}.png") as part:
+            figure.savefig(part)
 
 
 # ---- one landmark, under two policies ----------------------------------------------------------------------
@@ -118,4 +120,5 @@ def draw_strip(rows, path):
     for pictures, (_, right) in zip(strip, rows):
         pictures[-1] = RIGHT if right else WRONG
     strip[:, :, BORDER:-BORDER, BORDER:-BORDER] = large
-    iio.imwrite(path, rearrange(strip, "row n h w c -> (row h) (n w) c"))
+    with whole_or_absent(path) as part:
+        iio.imwrite(part, rearrange(strip, "row n h w c -> (row h) (n w) c"))

@@ -243,6 +243,9 @@ def read_lora(path, names, verify=True):
         found.setdefault(name, {"alpha": told.get("lora_alpha")})[SIDES[match[2]]] = tensor
     if not found:
         raise BadInput(f"--lora {path} holds no LoRA")
+    for name, parts in found.items():
+        if len(parts) < 3:
+            raise BadInput(f"--lora {path}: {name} lacks one of lora_A and lora_B")
     return found
 
 

@@ -17,6 +17,7 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -53,7 +54,9 @@ SHOWN = "scale='max(iw*sar,4)':'max(ih,4)',setsar=1,yadif=deint=interlaced"
 HDR = re.compile("smpte2084|arib-std-b67")
 # ffmpeg's lines, behind who says them: titles of videos may say anything. Of a frame, and of what is broken
 FRAME = re.compile(r"^\[Parsed_showinfo.* pts_time:([-\d.]+) .* s:(\d+x\d+) ", re.M)
-BROKEN = re.compile(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (.*\S)", re.M)
+BROKEN = re.compile(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (Format not on whitelist|.*\S)", re.M)
+# what names other files, which ffmpeg would read: playlists, patterns of names, scripts
+PLAYLISTS = {"concat", "hls", "dash", "imf", "image2", "avisynth", "vapoursynth"}
 TONE_MAPPING = ("zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
                 "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 
@@ -112,6 +115,14 @@ def find_ffmpeg():
         if not imageio_ffmpeg.get_ffmpeg_version():
             raise OSError("it is no ffmpeg")
         return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@lru_cache
+def find_formats(ffmpeg):
+    """All that it can read, but for playlists"""
+    told = subprocess.run([ffmpeg, "-demuxers"], capture_output=True, text=True).stdout
+    names = re.findall(r"^ D[ d.E]* (\S+)", told, re.M)
+    return ",".join(sorted({*names} - PLAYLISTS))
 
 
 @contextmanager
@@ -188,7 +199,9 @@ def decoding(path, filters, *options):
     # an absolute path behind file: is never taken for an option, an address or a pattern
     source = f"file:{Path(path).absolute()}"
     words = "-hide_banner -nostdin -nostats -loglevel level+info -map 0:V:0".split()
-    return [find_ffmpeg(), "-i", source, *words, "-vf", filters, *options, "-"]
+    ffmpeg = find_ffmpeg()
+    formats = ["-format_whitelist", find_formats(ffmpeg)]
+    return [ffmpeg, *formats, "-i", source, *words, "-vf", filters, *options, "-"]
 
 
 def look_through(path, *options):
@@ -213,7 +226,8 @@ def open_clip(path, *options):
         raise BadInput(f"cannot read the clip {path}: there is no such file")
     clip = look_through(path, *options)
     if not clip.seconds:
-        raise BadInput(f"cannot read the clip {path} ({clip.damage or 'no frames'}): give a video file")
+        raise BadInput(f"cannot read the clip {path} ({clip.damage or 'no frames'}): give a video file, no "
+                       "playlist")
     return clip
 
 

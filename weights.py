@@ -13,7 +13,6 @@ Leaves out: image-to-video and 14B models (refused by name).
 """
 import hashlib
 import re
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from config import (BadInput, check_schema, check_writable, fast_layout, in_one_line, one_of, run, warn,
-                    within)
+from config import (BadInput, Parser, check_schema, check_writable, fast_layout, in_one_line, one_of, run,
+                    warn, within)
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
@@ -377,7 +376,9 @@ def check_options(cfg):
 
 
 def main():
-    for file in sys.argv[1:]:
+    parser = Parser(description=__doc__)
+    parser.add_argument("file", nargs="*", help="to be shipped")
+    for file in parser.parse_args().file:
         ship(file)
     for file in sorted(WEIGHTS.glob("*.safetensors")):
         print(f"{file.name:26} {read_file(file)[1].get('facts')}"[:110])
