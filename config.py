@@ -152,6 +152,9 @@ def check_schema(path, value, schema, field="content", fault="is damaged, or not
         fits = type(value) in (int, str) and value in schema
     elif schema is float:
         fits = type(value) in (int, float) and abs(value) < 1e9
+    elif schema is str:
+        # halves of surrogate pairs, as JSON can have them, are no text
+        fits = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
     elif isinstance(schema, torch.dtype):
         fits = torch.is_tensor(value) and value.dtype == schema and value.isfinite().all()
         field += f" (finite, {schema})"

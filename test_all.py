@@ -2882,6 +2882,7 @@ def lists_of_lists(depth):
     ({"x", "y"}, "x", "z", "cannot be 'z'"),
     (float, -1, math.nan, "cannot be nan"),
     (str, "a", lists_of_lists(30), "cannot be .{40}$"),
+    ({"prompt": str}, {"prompt": "猫"}, {"prompt": "a \ud800"}, r"prompt cannot be 'a \\ud800'"),
     (torch.float32, torch.ones(2), torch.ones(2) / 0, r"\(finite, torch.float32\) cannot be tensor\(\[inf"),
     (torch.bfloat16, torch.ones(2).bfloat16(), torch.ones(2), "torch.bfloat16"),
 ])
@@ -2932,6 +2933,30 @@ def test_without_a_terminal_there_is_a_place_for_what_is_told(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     config.run(lambda: print("a", file=sys.stderr, flush=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe that closed is another error there")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_where_nobody_hears_the_work_goes_on(name):
+    """A pipe that closed, a full disk, and both streams, in a process of its own"""
+    code = f"""import config, os, sys, tqdm
+def main():
+    for i in tqdm.tqdm(range(3), file=sys.{name}, mininterval=0):
+        print("x" * 9999, file=sys.{name}, flush=True)
+        config.tell("a", sys.{name})
+    os.write({1 if name == "stderr" else 2}, b"done")
+config.run(main)"""
+    read, write = os.pipe()
+    os.close(read)
+    ends = [write]
+    if os.path.exists("/dev/full"):
+        ends.append(os.open("/dev/full", os.O_WRONLY))
+    for end in ends:
+        ended = subprocess.Popen([sys.executable, "-c", code], cwd=HERE,
+                                 **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, name: end})
+        assert ended.communicate() in ((b"done", None), (None, b"done"))
+        assert ended.returncode == 0
+        os.close(end)
 
 
 def in_a_fresh_python(code, *words, **env):
@@ -3162,7 +3187,10 @@ def test_a_damaged_video_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("name, cause", [
     ("sound.mp4", "matches no streams"),
     ("text.mp4", "moov atom"),
-    ("list.mp4", "give a video file"),
+    ("list.mp4", "not on whitelist.* no playlist"),
+    ("list.ffconcat", "not on whitelist.* no playlist"),
+    ("live.m3u8", "not on whitelist.* no playlist"),
+    ("shot_%d.png", "no playlist"),
     ("folder.mp4", "no such file"),
     ("gone.mp4", "no such file"),
     ("pipe.mp4", "no such file")])
@@ -3170,13 +3198,27 @@ def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
     film(tmp_path / "sound.mp4", "sine=d=1")
     whole = film(tmp_path / "whole.mp4", "testsrc2=s=64x32:r=16:d=1")
     (tmp_path / "text.mp4").write_text("<!doctype html>")
-    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{whole}'\n")
+    # other files, one after another; the last list, which does not end, would be waited for
+    film(tmp_path / "s.ts", whole, "-c", "copy")
+    for list_ in ("list.mp4", "list.ffconcat"):
+        (tmp_path / list_).write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    (tmp_path / "live.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\ns.ts\n")
+    (tmp_path / "shot_%d.png").touch()
+    film(tmp_path / "shot_1.png", whole, "-frames:v", "1", "-update", "1")
     (tmp_path / "folder.mp4").mkdir()
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(BadInput, match=f"{name}.*{cause}") as told:
         video.open_clip(tmp_path / name)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "a.mov", "a.flv", "a.nut", "a.gif", "a.y4m"])
+def test_every_container_of_video_is_read(name, tmp_path):
+    more = {"a.flv": ["-c:v", "flv"], "a.nut": ["-c:v", "ffv1"]}.get(name, [])
+    clip = video.open_clip(film(tmp_path / name, "testsrc2=s=64x32:r=16:d=1", *more))
+    assert len(clip.seconds) == 16
+    assert not clip.damage
 
 
 @pytest.mark.parametrize("exe, told", [
@@ -3410,7 +3452,7 @@ REFUSED = [
     ("--resume broken.pt", "its content, frames cannot be '1'"),
     ("--vae wan", "need --wan"),
     ("--save-state empty.mp4/s", "write"),
-    ("--out empty.mp4/o", "write"),
+    ("--out empty.mp4/o", "write"), ("--out loop", "cannot write to"), ("--out loop/o", "cannot write to"),
     ("--save-state folder", "folder is no file"), ("--out folder", "manifest.jsonl is no file"),
     ("--save-state /dev/null", "null is no file"),
     ("--seed 9223372036854775807 --seeds 2", "from 1 to 1, not 2"), ("--size 64x64", "need --wan"),
@@ -3441,6 +3483,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(words, message, refuse
     # it would be waited for; where there are no pipes, it is not there
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe.mp4")
+    Path("loop").symlink_to("loop")
     Path("lines.txt").write_text("a sea\na\x07 storm\n")
     torch.save({"other": 1}, "other.pt")
     save_plain_state("state.pt", 320)
@@ -4734,6 +4777,14 @@ def test_the_demo_of_a_file_shows_what_it_says(name, tmp_path, monkeypatch, caps
     assert all(Path(picture).exists() for picture in re.findall(r"out/[a-z]+\.png", said))
 
 
+@pytest.mark.parametrize("script", [data, evaluate, live, metrics, sample, train, weights])
+def test_a_script_says_what_it_is_for_and_refuses_other_options(script, refusal, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_script(script, monkeypatch, "--help")
+    assert script.__doc__.strip() in capsys.readouterr().out
+    assert re.search("'-x' is unknown|unrecognized arguments: -x", refusal(script, "-x"))
+
+
 def test_every_demo_is_run():
     sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in set(FILES) - SCRIPTS - {"data"}}
     assert {name for name, source in sources.items() if "\nif __name__" in source} == set(DEMOS)
@@ -5388,10 +5439,16 @@ def test_the_strip_goes_from_the_middle_of_the_view_to_the_middle_of_the_view():
     assert far[3] > 60
 
 
-def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path):
+def test_a_frame_of_the_strip_has_a_border_that_tells_right_from_wrong(tmp_path, monkeypatch):
     frames = np.empty((3, 3, 32, 64), np.uint8)
     frames[:] = np.reshape([5, 7, 9], (3, 1, 1, 1))
-    figures.draw_strip([(frames, True), (frames, False)], tmp_path / "strip.png")
+    path = tmp_path / "strip.png"
+    figures.draw_strip([(frames, True), (frames, False)], path)
+    # a disk that is full half-way leaves it as it is
+    monkeypatch.setattr(figures.iio, "imwrite", lambda part, strip: part.write_text("a") / None)
+    with pytest.raises(TypeError):
+        figures.draw_strip([(frames, True)], path)
+    assert list(tmp_path.iterdir()) == [path]
     picture = iio.imread(tmp_path / "strip.png")
     height = picture.shape[0] // 2
     width = picture.shape[1] // 3
@@ -6243,7 +6300,8 @@ def test_random_networks_are_no_larger_than_any_of_wans(wan, refused):
 
 @pytest.mark.parametrize("change, told", [
     ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 64)}, "blocks.9.* no place"),
-    ({f"{Q}.lora_B.weight": None}, "missing .*'up'.*lora_A and lora_B"),
+    ({f"{Q}.lora_B.weight": None}, f"lora.pt: {Q}.weight lacks one of lora_A and lora_B"),
+    ({"blocks.1.self_attn.k.alpha": torch.tensor(1.)}, "blocks.1.self_attn.k.weight lacks"),
     ({f"{Q}.lora_A.weight": torch.zeros(4, 63)}, "lora_A and lora_B must fit"),
     ({f"{Q}.lora_A.weight": torch.zeros(0, 64)}, "lora_A and lora_B must fit"),
     ({f"{Q}.lora_magnitude_vector": torch.zeros(64)}, "no place"),

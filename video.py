@@ -56,7 +56,7 @@ HDR = re.compile("smpte2084|arib-std-b67")
 FRAME = re.compile(r"^\[Parsed_showinfo.* pts_time:([-\d.]+) .* s:(\d+x\d+) ", re.M)
 BROKEN = re.compile(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (Format not on whitelist|.*\S)", re.M)
 # what names other files, which ffmpeg would read: playlists, patterns of names, scripts
-PLAYLISTS = {"concat", "hls", "dash", "imf", "image2", "avisynth", "vapoursynth"}
+PLAYLISTS = {*"concat hls dash imf image2 avisynth vapoursynth".split()}
 TONE_MAPPING = ("zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
                 "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 
@@ -118,11 +118,11 @@ def find_ffmpeg():
 
 
 @lru_cache
-def find_formats(ffmpeg):
-    """All that it can read, but for playlists"""
-    told = subprocess.run([ffmpeg, "-demuxers"], capture_output=True, text=True).stdout
-    names = re.findall(r"^ D[ d.E]* (\S+)", told, re.M)
-    return ",".join(sorted({*names} - PLAYLISTS))
+def find_formats():
+    """All that ffmpeg can read, but for playlists"""
+    told = subprocess.run([find_ffmpeg(), "-demuxers"], capture_output=True, text=True)
+    names = re.findall(r"^ D[ d.E]* (\S+)", told.stdout, re.M)
+    return ",".join({*names} - PLAYLISTS)
 
 
 @contextmanager
@@ -199,16 +199,14 @@ def decoding(path, filters, *options):
     # an absolute path behind file: is never taken for an option, an address or a pattern
     source = f"file:{Path(path).absolute()}"
     words = "-hide_banner -nostdin -nostats -loglevel level+info -map 0:V:0".split()
-    ffmpeg = find_ffmpeg()
-    formats = ["-format_whitelist", find_formats(ffmpeg)]
-    return [ffmpeg, *formats, "-i", source, *words, "-vf", filters, *options, "-"]
+    given = ["-format_whitelist", find_formats(), "-i", source]
+    return [find_ffmpeg(), *given, *words, "-vf", filters, *options, "-"]
 
 
 def look_through(path, *options):
     """-> Clip, of what ffmpeg tells of each frame; options: more of ffmpeg's"""
     words = decoding(path, f"{SHOWN},showinfo", "-f", "null", *options)
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True)
-    log = done.stderr.decode("utf-8", "replace")
+    log = subprocess.run(words, capture_output=True).stderr.decode("utf-8", "replace")
     found = FRAME.findall(log)
     seconds = [float(second) for second, _ in found]
     sizes = [size for _, size in found] or ["0x0"]
