@@ -278,7 +278,10 @@ def whole_or_absent(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_parts_of_killed_runs(path.parent)
             part.touch()
+            mode = part.stat().st_mode
             yield part
+            # safetensors' files are for their owner alone
+            part.chmod(mode)
             try:
                 os.replace(part, path)
             # Windows: another program has the older file open

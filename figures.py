@@ -95,13 +95,13 @@ def draw_all(videos, first, out):
     except ImportError:
         print("no curves: pip install -r requirements-eval.txt")
         return
-    drawn = {"forgetting": draw_forgetting, "frontier": draw_frontier}
+    drawn = [draw_forgetting, draw_frontier]
     if pick(videos, {"worlds": "hour"}):
-        drawn["drifting"] = draw_drifting
-    for name, draw in drawn.items():
+        drawn.append(draw_drifting)
+    for draw in drawn:
         figure = Figure(figsize=(13, 7), layout="tight")
         draw(figure, videos, first)
-        with whole_or_absent(out / f"{name}.png") as part:
+        with whole_or_absent(out / f"{draw.__name__.removeprefix('draw_')}.png") as part:
             figure.savefig(part)
 
 
@@ -113,7 +113,7 @@ def draw_strip(rows, path):
     """
     frames = np.stack([frames for frames, _ in rows])
     large = repeat(frames, "row n c h w -> row n (h y) (w x) c", y=SCALE, x=SCALE)
-    around = [(0, 0), (0, 0), (BORDER, BORDER), (BORDER, BORDER), (0, 0)]
+    around = [[0], [0], [BORDER], [BORDER], [0]]
     strip = np.pad(large, around, constant_values=255)
     # the borders of the first and of the last tell what is right
     strip[:, 0] = RIGHT

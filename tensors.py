@@ -185,9 +185,10 @@ def find_shards(path):
 # ---- public checkpoints ------------------------------------------------------------------------------------
 
 def go_down(state, levels):
-    """To the weights, below what else a checkpoint holds"""
-    while found := [key for key in levels if isinstance(state.get(key), dict) and state[key]]:
-        state = state[found[0]]
+    """To the weights, below what else a checkpoint holds, which may hold itself"""
+    for _ in levels:
+        found = (state[key] for key in levels if isinstance(state.get(key), dict) and state[key])
+        state = next(found, state)
     return state
 
 

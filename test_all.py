@@ -2824,6 +2824,12 @@ def test_a_file_is_whole_or_absent_and_the_one_before_stays(error, told, tmp_pat
     with config.whole_or_absent(path) as part:
         part.write_text("first")
         assert not path.exists()
+    # read by whom other files are
+    other = tmp_path / "other"
+    other.touch()
+    write_safetensors(tmp_path / "more" / "tensors", {})
+    assert (tmp_path / "more" / "tensors").stat().st_mode == other.stat().st_mode
+    (tmp_path / "more" / "tensors").unlink()
     with pytest.raises((BadInput, KeyboardInterrupt), match=told):
         with config.whole_or_absent(path) as part:
             part.write_text("half")
@@ -6118,6 +6124,11 @@ def patches(*shape):
     return lambda s: s | {"patch_embedding.weight": torch.zeros(*shape, 1, 2, 2)}
 
 
+def within_itself():
+    state = {}
+    return state | {"model": state.setdefault("model", state)}
+
+
 FOREIGN = {
     "is a LoRA": lambda s: {"generator_lora": {"blocks.0.q.lora_A.weight": torch.zeros(4, 64)}, "step": 1},
     "size mismatch for patch_embedding.*5120.*14B": patches(5120, 16),
@@ -6125,6 +6136,7 @@ FOREIGN = {
     "size mismatch.*128.*another kind.*without --wan": patches(128, 16),
     "KeyError: 'text_embedding.0.weight'.*another kind": lambda s: {"conv.weight": torch.zeros(3)},
     "holds no weights": lambda s: {"step": 3},
+    "no weights at top level": lambda s: within_itself(),
     "holds no weights ": lambda s: s | {"head.head.weight": expanded(10 ** 6, 10 ** 6)},
     "Unexpected key.*extra": lambda s: s | {"extra": torch.zeros(1)},
     "torch.int8, is quantised": lambda s: {k: v.to(torch.int8) for k, v in s.items()},

@@ -188,8 +188,7 @@ class Clip:
         filters = f"{self.filters},{times},{cover},crop={width}:{height}"
         words = decoding(self.path, filters, "-f", "rawvideo", "-pix_fmt", "rgb24", *options)
         size = width * height * 3
-        silent = subprocess.DEVNULL
-        with subprocess.Popen(words, stdin=silent, stdout=subprocess.PIPE, stderr=silent) as ffmpeg:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ffmpeg:
             while len(frame := ffmpeg.stdout.read(size)) == size:
                 yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
 

@@ -377,7 +377,7 @@ def check_options(cfg):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("file", nargs="*", help="to be shipped")
+    parser.add_argument("file", nargs="*")
     for file in parser.parse_args().file:
         ship(file)
     for file in sorted(WEIGHTS.glob("*.safetensors")):
