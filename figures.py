@@ -111,14 +111,13 @@ def draw_strip(rows, path):
     """
     rows     list of: frames (n, 3, h, w) uint8; is what came back, in the last, what it was in the first?
     """
-    frames = np.stack([frames for frames, _ in rows])
-    large = repeat(frames, "row n c h w -> row n (h y) (w x) c", y=SCALE, x=SCALE)
-    around = [[0], [0], [BORDER], [BORDER], [0]]
-    strip = np.pad(large, around, constant_values=255)
+    frames, are_right = zip(*rows)
+    large = repeat([*frames], "row n c h w -> row n (h y) (w x) c", y=SCALE, x=SCALE)
+    strip = np.pad(large, [[0], [0], [BORDER], [BORDER], [0]], constant_values=255)
     # the borders of the first and of the last tell what is right
     strip[:, 0] = RIGHT
-    for pictures, (_, right) in zip(strip, rows):
-        pictures[-1] = RIGHT if right else WRONG
+    for pictures, is_right in zip(strip, are_right):
+        pictures[-1] = RIGHT if is_right else WRONG
     strip[:, :, BORDER:-BORDER, BORDER:-BORDER] = large
     with whole_or_absent(path) as part:
         iio.imwrite(part, rearrange(strip, "row n h w c -> (row h) (n w) c"))

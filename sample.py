@@ -152,6 +152,7 @@ def read_options():
     try:
         saved = parse(Config, words)
         check_options(saved)
+        read_switches(saved.prompt, float("inf"))
     except BadInput as error:
         raise BadInput(f"{cfg.resume} is damaged: {error}") from None
     # one that says something else than the state is refused, but for weights that were moved
@@ -295,9 +296,9 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
             frames = min(total, frames + len(decoded))
     # 2. what was made, and the state whatever became of that, before a word that may find nobody
     told = f"wrote {path}"
-    about = {"frames": frames - done, "sha256": hash_file(path)}
+    made = {"file": path.name, **record, "frames": frames - done}
     try:
-        append_line(Path(cfg.out, MANIFEST), {"file": path.name, **record, **about})
+        append_line(Path(cfg.out, MANIFEST), made | {"sha256": hash_file(path)})
     finally:
         if cfg.save_state:
             saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}

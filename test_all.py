@@ -3513,6 +3513,7 @@ HARMFUL = [  # of a state of 8 frames (a chunk, three latents): what it says, it
     ({"clip": -1}, PLAIN, "no 1 chunks"),
     ({"options": {"seed": 2 ** 63}}, PLAIN, "--seed must lie"),
     ({"options": {"steps": 10 ** 9}}, PLAIN, "--steps must lie"),
+    ({"options": {"prompt": "a \ud800"}}, PLAIN, "damaged: the prompt .* no UTF-8"),
     ({"model": 3}, PLAIN, "model cannot be 3"),
     ({}, torch.zeros(3), "no 1 chunks"),
     ({}, PLAIN[:, :0], "no 1 chunks"),
@@ -6355,6 +6356,14 @@ def test_damaged_and_missing_files_say_how_to_get_them(name, raw):
     (raw / name).unlink()
     with pytest.raises(BadInput, match=f"cannot read .*{name}.* hf download .*taehv"):
         load_raw(raw, vae=vae, prompts=["storm"])
+
+
+def test_a_tokenizer_of_another_encoder_is_named(raw):
+    words = json.loads((raw / TOKENIZER).read_text())
+    words["model"]["vocab"]["calm"] = 2 ** 32 - 1
+    (raw / TOKENIZER).write_text(json.dumps(words))
+    with pytest.raises(BadInput, match=f"{TOKENIZER}: an id must lie from 0 to 7, not 4294967295"):
+        load_raw(raw, prompts=["a calm sea"])
 
 
 def test_no_code_of_a_pickle_is_run(tmp_path):

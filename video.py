@@ -198,8 +198,8 @@ def decoding(path, filters, *options):
     # an absolute path behind file: is never taken for an option, an address or a pattern
     source = f"file:{Path(path).absolute()}"
     words = "-hide_banner -nostdin -nostats -loglevel level+info -map 0:V:0".split()
-    given = ["-format_whitelist", find_formats(), "-i", source]
-    return [find_ffmpeg(), *given, *words, "-vf", filters, *options, "-"]
+    return [find_ffmpeg(), "-format_whitelist", find_formats(), "-i", source, *words,
+            "-vf", filters, *options, "-"]
 
 
 def look_through(path, *options):

@@ -158,6 +158,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
     net = load_on_device(net, folder / T5, device, torch.bfloat16)
     for file, prompt in tqdm(missing.items(), desc="text features", delay=5):
         ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
+        within(f"{folder / TOKENIZER}: an id", ids.max(), 0, net.config.vocab - 1)
         write_safetensors(file, {"features": net(ids, torch.ones_like(ids))[0]})
     return files
 
@@ -165,8 +166,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
 def read_features(file, dim):
     with in_one_line(f"cannot read {file}", MADE_AGAIN):
         content, _ = read_file(file, remedy=MADE_AGAIN)
-        fault = f"is damaged, so {MADE_AGAIN}"
-        check_schema(file, content, {"features": torch.bfloat16}, fault=fault)
+        check_schema(file, content, {"features": torch.bfloat16}, fault=f"is damaged, so {MADE_AGAIN}")
         return rearrange(content["features"], "m dim -> m dim", dim=dim)
 
 
@@ -293,8 +293,7 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), l
     dit = load_on_device(dit, path, device, dtype, adapters)
     vae = load_on_device(vae, vae_path, device, dtype)
     name = f"{path.name} + {Path(lora).name}" if lora else path.name
-    stage = facts.get("stage", "")
-    return Networks(dit, vae, features, sampler, name, width, height, scale=1, stage=stage)
+    return Networks(dit, vae, features, sampler, name, width, height, 1, stage=facts.get("stage", ""))
 
 
 def random_wan(wan, size, vae_name, device, dtype):
