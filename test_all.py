@@ -1746,6 +1746,15 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     assert results(out, "teacher") != want
 
 
+def test_a_log_that_was_cut_costs_a_warning_and_no_weights(small_training, capsys):
+    go, out = small_training
+    (out / "vae").mkdir()
+    (out / "vae" / "log.jsonl").write_text('{"step": 1, "seco\n{"step": 1, "seconds": 50}\n')
+    go("--stage", "vae", "--updates", "1")
+    assert load(out / "vae" / "vae.safetensors", TAE, TAEConfig)[1]["seconds"] >= 50
+    assert "log.jsonl, line 1" in capsys.readouterr().err
+
+
 def test_the_recipe_takes_an_hour_a_part_at_most_and_four_in_all():
     presets = [train.TINY[part] for part in train.PARTS["all"]]
     minutes = [preset.updates * preset.seconds / 60 for preset in presets]
@@ -3219,10 +3228,10 @@ def test_what_is_no_video_says_why_in_one_line(name, cause, tmp_path):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "a.mov", "a.flv", "a.nut", "a.gif", "a.y4m"])
+@pytest.mark.parametrize("name", "mp4 mkv ts avi mov flv nut gif y4m".split())
 def test_every_container_of_video_is_read(name, tmp_path):
-    more = {"a.flv": ["-c:v", "flv"], "a.nut": ["-c:v", "ffv1"]}.get(name, [])
-    clip = video.open_clip(film(tmp_path / name, "testsrc2=s=64x32:r=16:d=1", *more))
+    more = {"flv": ["-c:v", "flv"], "nut": ["-c:v", "ffv1"]}.get(name, [])
+    clip = video.open_clip(film(tmp_path / f"a.{name}", "testsrc2=s=64x32:r=16:d=1", *more))
     assert len(clip.seconds) == 16
     assert not clip.damage
 

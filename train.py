@@ -39,8 +39,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, run, tell,  # first
-                    whole_or_absent, within)
+from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, read_lines,  # first
+                    run, tell, whole_or_absent, within)
 
 import imageio.v3 as iio
 import numpy as np
@@ -213,8 +213,8 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     batch = preset.batch * cfg.accumulate * get_processes()
-    log = (Path(cfg.out, part) / "log.jsonl").read_text().splitlines()
-    seconds = sum(json.loads(line).get("seconds", 0) for line in log)
+    log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int})
+    seconds = sum(line.get("seconds", 0) for line in log)
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
              "batch": batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
              "kept": kept, "seconds": round(seconds), "machine": f"{inputs.device.type} {platform.machine()}"}
