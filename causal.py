@@ -28,7 +28,7 @@ import world
 from data import encode_world, fingerprint, make_files, take_frames
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
-from histories import CHUNKS, FULL, LINGERS, Histories, held_frames
+from histories import CLIP_CHUNKS, FULL_MEMORY, LINGERS, Histories, held_frames
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
 from world import WorldSpec
@@ -153,7 +153,7 @@ def teacher_forcing_loss(net, text, pack, grid, shift, context_noise):
 
 def prefix_pack(clips, history):
     """Plain block-causal training on the first 7 chunks: each sees those before it."""
-    frame = torch.arange(CHUNK * FULL).expand(len(history.clip), -1)
+    frame = torch.arange(CHUNK * FULL_MEMORY).expand(len(history.clip), -1)
     latents = clips.frames(history.clip, frame)
     return Pack(latents, frame, latents, frame)
 
@@ -263,7 +263,7 @@ def calibrate(networks):
     histories = Histories(worlds)
     text = networks.dit.text(networks.features(histories.captions))
     device = text[0][0].device
-    x0 = torch.cat([encode_world(networks.vae, spec, CHUNKS * CHUNK, device) for spec in worlds])
+    x0 = torch.cat([encode_world(networks.vae, spec, CLIP_CHUNKS * CHUNK, device) for spec in worlds])
     # how like the chunk before it is each chunk? Keys are compared as a whole (Wan's way) or place by place
     similarities = {}
     for pool in ("mean", "token"):

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import world
 from checkpoint import barrier, get_processes, get_rank
-from histories import CHUNKS, EMPTY_CLIPS, FULL, Histories, History, held_frames
+from histories import CLIP_CHUNKS, EMPTY_CLIPS, FULL_MEMORY, Histories, History, held_frames
 from memory import CHUNK, PRESETS
 from tensors import read_file, read_head, write_safetensors
-from text import read_text
+from text import check_prompt, read_text
 from video import FPS, FRAMES, find_ffmpeg, read_frames
 from weights import WEIGHTS, load_tiny, load_wan
 from world import WorldSpec
@@ -149,12 +149,14 @@ class WorldClips(Histories):
                      contexts
         """
         specs = training_worlds(CLIPS, seed)
-        super().__init__(specs, CHUNKS, evict_first=for_student)
+        super().__init__(specs, evict_first=for_student)
         self.features = features
         self.device = device
-        self.latents = cache(specs, CHUNKS * CHUNK)
+        latents = CLIP_CHUNKS * CHUNK
+        self.latents = cache(specs, latents)
         if for_student:
-            self.empty = cache([replace(spec, empty=True) for spec in specs[:EMPTY_CLIPS]], CHUNKS * CHUNK)
+            empty = [replace(spec, empty=True) for spec in specs[:EMPTY_CLIPS]]
+            self.empty = cache(empty, latents)
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""
@@ -172,11 +174,9 @@ def read_captions(folder):
     for file in sorted(Path(folder).rglob("[!.]*")):
         if file.is_dir() or file.suffix.lower() == ".txt":
             continue
-        text = file.with_suffix(".txt")
         try:
-            caption = read_text(text).strip()
-            if not caption:
-                raise BadInput(f"{text} is empty")
+            caption = read_text(file.with_suffix(".txt")).strip()
+            check_prompt(caption)
             captions[file] = caption
         except BadInput as reason:
             tell(f"skipped: {file}: {reason}")
@@ -190,7 +190,7 @@ def read_whole_chunks(file, width, height):
     The first whole chunks of a video, 25 s at most -> (f, h, w, 3) uint8; BadInput if it is too small or
     damaged.
     """
-    least = frames_of((FULL + AHEAD) * CHUNK)
+    least = frames_of((FULL_MEMORY + AHEAD) * CHUNK)
     frames, clip = read_frames(file, width, height, frames_of((LONGEST + AHEAD) * CHUNK))
     if clip.damage:
         raise BadInput(f"{file} is damaged ({clip.damage})")
@@ -257,7 +257,7 @@ def read_shard_head(file, latent):
     if shape != list(latent):
         raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
                        "see --wan and --size of data.py")
-    if not isinstance(caption, str) or n < (FULL + AHEAD) * CHUNK or len(shapes.get("text", [])) != 2:
+    if not isinstance(caption, str) or n < (FULL_MEMORY + AHEAD) * CHUNK or len(shapes.get("text", [])) != 2:
         raise BadInput(f"{file} lacks a caption, its text or latents enough (it has {n}): {ENCODE_AGAIN}")
     return caption, n
 
@@ -299,7 +299,7 @@ class ClipFolder:
         """Pasts of 7 to 27 chunks, with `ahead` chunks behind them -> History"""
         clip = rng.integers(len(self.files), size=batch)
         last = [min(LONGEST, self.chunks[c] - ahead) for c in clip]
-        chunk = torch.tensor([rng.integers(FULL, n + 1) for n in last])
+        chunk = torch.tensor([rng.integers(FULL_MEMORY, n + 1) for n in last])
         # for half of them every second chunk is kept, for the others surprisal leaves gaps
         keep = torch.stack([keep_with_gaps(rng, LONGEST + 1, rng.random() < .5) for _ in clip])
         held = held_frames(PRESETS["uniform2"], keep, self.evict_first)

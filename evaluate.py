@@ -43,8 +43,8 @@ import figures
 from erft import TARGET
 from memory import CHUNK, PRESETS, Policy
 from paper import orderings
-from probe import (CHUNKS, GIVEN, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher, decode_frames,
-                   decode_minutes, first_own_frame, held_out, measure, measure_minutes)
+from probe import (GIVEN, MINUTE_CHUNKS, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher,
+                   decode_frames, decode_minutes, first_own_frame, held_out, measure, measure_minutes)
 from report import KINDS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, WorldSpec, make_world
@@ -75,7 +75,7 @@ LENGTHS = {  # worlds of a row -> chunks of real video, and of the model's own a
     "real": (GIVEN, 67),
     "returns": (0, 84),
     "swapped": (GIVEN, PROBE_CHUNKS),
-    "hour": (0, CHUNKS * MINUTES[-1] + 1),
+    "hour": (0, MINUTE_CHUNKS * MINUTES[-1] + 1),
     "teacher": (0, 42),
     "after_real": (GIVEN, 7),
 }
@@ -267,7 +267,7 @@ def main():
     cfg = parse(Config)
     if cfg.memory:
         one_of("--memory", cfg.memory, PRESETS)
-    within("--worlds", cfg.worlds, 0, 10 ** 6)
+    within("--worlds", cfg.worlds, 0, 1_000_000)
     within("--tau", cfg.tau, -1, 1)
     within("--steps", cfg.steps, 1, 1000)
     check_writable(cfg.out)

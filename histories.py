@@ -23,11 +23,11 @@ from memory import CHUNK, PRESETS, frames_in_memory
 from video import FRAMES
 from world import WorldSpec
 
-FULL = 7                  # chunks, 21 latents: the shortest past that a target is drawn behind
-CHUNKS = 41               # of a clip: pasts of up to 40 chunks (30 s) and a target
-EMPTY_CLIPS = 384         # clips that are also encoded without houses
-LINGERS = 3.5             # columns: a chunk that moves less lingers; the slowest turn moves 4
-BACK = .5                 # share of the targets whose view is one that comes back
+FULL_MEMORY = 7    # chunks, 21 latents: the shortest past that a target is drawn behind
+CLIP_CHUNKS = 41   # of a clip: pasts of up to 40 chunks (30 s) and a target
+EMPTY_CLIPS = 384  # clips that are also encoded without houses
+LINGERS = 3.5      # columns: a chunk that moves less lingers; the slowest turn moves 4
+BACK = .5          # share of the targets whose view is one that comes back
 
 KEEP_RULES = ("uniform2", "uniform1", "moving")  # of slow memory: a third of the samples each
 OTHER_POLICIES = ("longlive", "longlive21", "infinity", "window")  # those of the comparison ...
@@ -56,7 +56,7 @@ def held_frames(policy, keep, evict_first=True):
 
 class Histories:
     """What memory would hold at each chunk of each clip, and how often that chunk is drawn as a target."""
-    def __init__(self, specs, chunks=CHUNKS, evict_first=True):
+    def __init__(self, specs, chunks=CLIP_CHUNKS, evict_first=True):
         """
         specs        list of WorldSpec
         evict_first  as in memory.frames_in_memory: what a student sees, or (False) a teacher's context
@@ -120,12 +120,12 @@ class Histories:
             # a chunk of a clip: mostly one whose view comes back
             clips = EMPTY_CLIPS if lookup else None
             last = self.moved.shape[1] - ahead
-            back = self.back[name][:clips, FULL:last + 1]
+            back = self.back[name][:clips, FULL_MEMORY:last + 1]
             if not lookup and rng.random() > BACK or not back.any():
                 back = torch.ones_like(back)
             options = back.nonzero()
             clip, chunk = options[rng.integers(len(options))].tolist()
-            chunk += FULL
+            chunk += FULL_MEMORY
             drawn.append((clip, chunk, self.held[name][clip, chunk]))
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))

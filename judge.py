@@ -163,12 +163,19 @@ def track(heading):
 
 
 def turning_rate(path, motion):
-    """Columns travelled over those that the caption's motion asks for; negative: the wrong way."""
+    """
+    Columns travelled over those that the caption's motion asks for; negative: the wrong way. Or from end to
+    end, if that is further off: a camera that goes on where it should turn back travels as much.
+    """
     asked = motion.heading(path[0], np.arange(len(path)))
-    # in steps of a second
-    travelled, wanted = [np.abs(x[FPS:] - x[:-FPS]).sum() for x in (path, asked)]
+
+    def lengths(x):
+        # in steps of a second; from end to end
+        steps = np.abs(x[FPS:] - x[:-FPS])
+        return steps.sum(), np.ptp(x)
+    rates = np.divide(lengths(path), lengths(asked))
     same_way = np.sign((path - path[0]).mean() * (asked - asked[0]).mean())
-    return float(same_way * travelled / wanted)
+    return float(same_way * rates[np.abs(rates - 1).argmax()])
 
 
 # ---- reappearances: what came back -------------------------------------------------------------------------

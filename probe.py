@@ -24,10 +24,10 @@ from world import FPS, HELD_OUT, WorldSpec, make_world
 
 GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
 PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
-PROBED = PRESETS["uniform2"]     # the policy of probes
+PROBE_POLICY = PRESETS["uniform2"]
 SPAN = 5 * FPS      # frames
 MINUTE = 60 * FPS   # frames
-CHUNKS = 80         # of a minute, about
+MINUTE_CHUNKS = 80  # about
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
 HOUR = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")  # what is read in them
 JUMP = 15 / 360 * world.COLUMNS  # between two frames; captions move the camera by 3 columns at most
@@ -67,8 +67,8 @@ def decode_minutes(vae, latents):
     frames = []
     # the decoder needs a moment to know what came before
     for minute in MINUTES:
-        start = max(0, CHUNKS * (minute - 1) - 2)
-        part = latents[:, CHUNK * start:CHUNK * (CHUNKS * minute + 1)]
+        start = max(0, MINUTE_CHUNKS * (minute - 1) - 2)
+        part = latents[:, CHUNK * start:CHUNK * (MINUTE_CHUNKS * minute + 1)]
         frames.append(decode_frames(vae, part)[:, -MINUTE:])
     return np.concatenate(frames, axis=1)
 
@@ -114,7 +114,7 @@ def continue_teacher(networks, specs, given, blocks, shuffle=False):
         past = latents.roll(-1, 0) if shuffle else latents
         more = extend(networks.dit, past, text, networks.grid, networks.sampler, seeds)
         latents = torch.cat([latents, more], dim=1)
-    keep = torch.arange(latents.shape[1] // CHUNK) % PROBED.interval == 0
+    keep = torch.arange(latents.shape[1] // CHUNK) % PROBE_POLICY.interval == 0
     return latents, keep.expand(len(specs), -1)
 
 
@@ -131,12 +131,14 @@ def measure(frames, spec, keep, policy, given):
     keep     (chunks,) bool of the rollout
     returns  dict: validity, last, drift (dB to the nearest frame that the world can draw: of the model's own
              part, of its last 5 s, of its last 10 s less its first 10 s), jumps (a minute), steady (100 if it
-             moves within a tenth of the caption's rate, else 0), landmarks (by sector), returns: of what was
-             due back in the own part and is not in the sink, dicts: the fields of judge.Reappearance, right,
-             held (by the memory, in a latent), follows (does it show the counterfactual world's house?)
+             moves within a tenth of the caption's rate, else 0), starts (100 if it begins where the caption
+             says), landmarks (by sector), returns: of what was due back in the own part and is not in the
+             sink, dicts: the fields of judge.Reappearance, right, held (by the memory, in a latent), follows
+             (does it show the counterfactual world's house?)
     """
     reading = judge.read_video(frames)
-    motion = make_world(spec).motion
+    asked = make_world(spec)
+    motion = asked.motion
     start = first_own_frame(given)
     psnr = reading.psnr[start:]
     drift = psnr[-2 * SPAN:].mean() - psnr[:2 * SPAN].mean()
@@ -157,6 +159,7 @@ def measure(frames, spec, keep, policy, given):
         "drift": float(drift) if len(psnr) >= 3 * SPAN else np.nan,
         "jumps": float(jumps.mean() * MINUTE),
         "steady": 100 * (abs(judge.turning_rate(reading.path, motion) - 1) < .1),
+        "starts": 100 * bool(abs(world.wrap(reading.path[0] - asked.start)) < 8),
         "landmarks": judge.landmark_map(reading.landmark),
         "returns": returns,
     }
@@ -187,7 +190,7 @@ def held_out(n, seed=0):
 
 def probe_student(networks, specs):
     """10 s of every world are given to a causal network, then it goes on -> numbers of read_probe()"""
-    latents, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBED)
+    latents, keep = continue_student(networks, specs, GIVEN, PROBE_CHUNKS, PROBE_POLICY)
     return read_probe(specs, decode_frames(networks.vae, latents), keep)
 
 
@@ -203,7 +206,7 @@ def read_probe(specs, frames, keeps):
     returns (how many were due), validity (dB to the nearest frame that the world can draw)
     """
     # each video by itself, then all that was due back in any
-    videos = [measure(*video, PROBED, GIVEN) for video in zip(frames, specs, keeps)]
+    videos = [measure(*video, PROBE_POLICY, GIVEN) for video in zip(frames, specs, keeps)]
     events = [event for video in videos for event in video["returns"]]
     return {
         "recall": sum(event["right"] for event in events) / max(1, len(events)),

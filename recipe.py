@@ -74,13 +74,13 @@ TINY = {
 }
 # With --wan, one clip a pass: processes times --accumulate should be 64 (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
-FULL = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
-FULL_DISTIL = replace(FULL, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
+FULL_SIZE = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
+FULL_DISTIL = replace(FULL_SIZE, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
                       critic_lr=.2, critic_beta1=0., beta2=.999, critic_passes=5, all_steps=False, clip=2.)
 WAN = {
-    "init_ar": replace(FULL, updates=5000, lr=1e-5, start="base"),
-    "init_ode": replace(FULL, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
-    "teacher": replace(FULL, updates=8000, lr=1e-5, start="base"),
+    "init_ar": replace(FULL_SIZE, updates=5000, lr=1e-5, start="base"),
+    "init_ode": replace(FULL_SIZE, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
+    "teacher": replace(FULL_SIZE, updates=8000, lr=1e-5, start="base"),
     "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
     # a short ramp: half of the rollouts begin with 6 keyframes or more in slow memory
     "stage2": replace(FULL_DISTIL, updates=100, start="stage1", teacher="teacher", guidance=6., save_every=16,

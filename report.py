@@ -13,7 +13,8 @@ seed a row: intervals do not tell what another training would give.
     detail      recall at the shortest absence with ten returns or more
     half-way    seconds out of view up to which returns are right more often than half-way from always to
                 chance, and after which less often: the reach; "beyond" where that is longer than any return
-    steady      videos that move within 10 % of their caption's rate
+    steady      videos that move within 10 % of their caption's rate, and look back where it says
+    starts      videos that begin within a quarter of a sector of the point that their caption names
     drift       validity (dB to the nearest frame of the world) of the last 10 s less that of the first 10 s
     entropy     of the landmarks that a video shows in a minute: 0 where all are the same
 
@@ -153,6 +154,7 @@ def targets(videos, first):
             ("recall after 15 s, %", "at least", 80, counts(ours, "right", 15)),
             ("steady turns, %", "at least", 90, counts(turns, "steady")),
             ("steady looks aside, %", "at least", 80, counts(aside, "steady")),
+            ("starts, %", "at least", 90, counts(ours, "starts")),
             ("jumps a minute", "at most", 1, counts(ours, "jumps")),
             ("last 5 s, dB", "at least", 27.4, counts(ours, "last")),
         ]
@@ -195,6 +197,7 @@ def summary(videos):
         "last 5 s, dB": estimate(counts(videos, "last")),
         "drift": estimate(counts(videos, "drift")),
         "steady, %": estimate(counts(videos, "steady")),
+        "starts, %": estimate(counts(videos, "starts")),
         "jumps a minute": estimate(counts(videos, "jumps")),
         "videos": len(videos),
     }
@@ -210,9 +213,8 @@ def all_tables(videos, first):
             names = [f"{minute} min: {name}" for minute in MINUTES for name in HOUR]
             hours.append(named | {name: estimate(counts(row, name)) for name in names})
             continue
-        # by the kind of motion too, where there are as many of each
-        kinds = KINDS if named["worlds"] == "returns" else ()
-        for motion in ("all", *kinds):
+        # by the kind of motion too
+        for motion in ("all", *KINDS):
             some = row if motion == "all" else pick(row, {"motion": motion})
             named["motion"] = motion
             rows.append(named | summary(some))

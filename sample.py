@@ -37,7 +37,7 @@ from memory import CHUNK
 from tensors import hash_content, hash_file, read_file, write_safetensors
 from text import check_prompt, read_prompts
 from video import (FPS, MANIFEST, THUMBNAILS, chunks_of, decode_beside, find_ffmpeg, frames_in,
-                   memory_picture, read_clip, read_manifest, video_writer)
+                   memory_picture, open_clip, read_clip, read_manifest, video_writer)
 from weights import check_options, load_networks
 from world import GRAMMAR
 
@@ -103,6 +103,8 @@ def check(cfg):
         check_writable(cfg.out)
         check_file(Path(cfg.out, MANIFEST))
         find_ffmpeg()
+    if cfg.continue_:
+        open_clip(cfg.continue_, "-frames:v", "1")
 
 
 def read_switches(prompt, end):

@@ -246,17 +246,14 @@ class Distillation:
         return drawn
 
     def rollout(self, rng, drawn, for_backward):
-        """A batch of the student's own -> dmd.RolloutTrace, text features (b of trace.x), kinds of motion"""
+        """A batch of the student's own -> dmd.RolloutTrace, text features (b of trace.x)"""
         inputs, batch = self.inputs, self.preset.batch
         # prompts, and a seed for each video
         if inputs.prompts:
             captions = self.prompts.take(batch)
-            kinds = ["prompt"] * batch
         else:
             numbers = rng.integers(world.HELD_OUT, size=batch)
-            worlds = [world.make_world(WorldSpec(int(i))) for i in numbers]
-            captions = [w.caption for w in worlds]
-            kinds = [w.motion.kind for w in worlds]
+            captions = [world.make_world(WorldSpec(int(i))).caption for i in numbers]
         seeds = rng.integers(2 ** 62, size=batch)
         features = inputs.features(captions)
 
@@ -275,7 +272,7 @@ class Distillation:
             features = features.repeat(len(trace.x) // batch, 1, 1)
         if not self.preset.sees_context:
             trace.context = trace.context[:, :0]
-        return trace, features, kinds
+        return trace, features
 
     def score_noise(self, x):
         """Noise level (b,) and noise of the scores."""
@@ -283,21 +280,21 @@ class Distillation:
         return t, torch.randn(x.shape, device=x.device)
 
     def critic_pass(self, rng, drawn):
-        trace, features, _ = self.rollout(rng, drawn, for_backward=False)
+        trace, features = self.rollout(rng, drawn, for_backward=False)
         t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             loss, error = dmd.critic_step(self.critic, features, trace, t, noise, self.inputs.grid)
         return {"critic_loss": loss} | error_by_level("fake", error, t)
 
     def student_pass(self, rng, drawn):
-        trace, features, kinds = self.rollout(rng, drawn, for_backward=True)
+        trace, features = self.rollout(rng, drawn, for_backward=True)
         t, noise = self.score_noise(trace.x)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, features, trace, t, noise,
                 self.inputs.grid, self.preset.guidance, self.negative)
         numbers = {"norm": norm.mean().item(), "std": trace.x.std().item()}
-        return drawn | numbers | error_by_level("real", error, t) | kept_and_oldest(trace.rollout, kinds)
+        return drawn | numbers | error_by_level("real", error, t) | kept_and_oldest(trace.rollout)
 
 
 def error_by_level(name, error, t):
@@ -306,11 +303,10 @@ def error_by_level(name, error, t):
     return {f"{name}_{i}": error[quarter == i].mean().item() for i in quarter.unique().tolist()}
 
 
-def kept_and_oldest(roll, kinds):
-    """Of a finished rollout: share of tested chunks that were kept, by motion; oldest keyframe's age, s"""
+def kept_and_oldest(roll):
+    """Of a finished rollout: share of tested chunks that were kept; oldest keyframe's age, s"""
     tested = torch.stack(roll.kept, dim=1)[:, ::roll.memory.policy.interval]
-    kept = tested.float().mean(1)
-    found = {f"kept_{kind}": kept[np.array(kinds) == kind].mean().item() for kind in set(kinds)}
+    found = {"kept": tested.float().mean().item()}
     if roll.memory.slow:
         age = CHUNK * roll.chunk - roll.memory.slow.frame[:, 0]
         found["oldest"] = age.float().mean().item() / 4

@@ -41,7 +41,7 @@ WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_ori
 PREFIXES = re.compile(r"^(((module|base_model|model|diffusion_model)\.)+|lora_unet_)")
 
 # what names and types of tensors tell that cannot be run
-QUANTISED = "is quantised: fetch the model in bf16, fp16 or fp32"
+QUANTISED = "is quantised, or complex: fetch the model in bf16, fp16 or fp32"
 NOT_RUN = {
     r"lora_|lokr_|loha_|hada_w|\.diff(_b)? ": "is a LoRA, not a whole model: give it by --lora",
     r"scale_weight|scaled_fp8|absmax|qweight|torch\.(?!bfloat16|float16|float32|float64)\w+":

@@ -22,7 +22,7 @@ The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad 
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
 and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
-levels), r (exit step), L (chunks of the rollout), kept_<motion> (share of tested chunks) and oldest (age in
+levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks) and oldest (age in
 slow memory, s).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
@@ -90,7 +90,7 @@ class Config:
 
 
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
-PROBED = 16        # held-out worlds that a probe looks at
+PROBE_WORLDS = 16  # held-out, that a probe looks at
 PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
@@ -165,7 +165,7 @@ def look(part, preset, step, inputs, ema, sampler):
     if get_rank() > 0 or not preset.probe_every or step % preset.probe_every:
         return {}
     probe = probe_teacher if part.startswith("teacher") else probe_student
-    return probe(averaged(part, inputs, ema, sampler), held_out(PROBED))
+    return probe(averaged(part, inputs, ema, sampler), held_out(PROBE_WORLDS))
 
 
 def strip_videos(part, m, specs, captions, sampler):
@@ -212,11 +212,10 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         kept = found["kept"]
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
-    batch = preset.batch * cfg.accumulate * get_processes()
     log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int})
     seconds = sum(line.get("seconds", 0) for line in log)
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
-             "batch": batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
+             "batch": preset.batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
              "kept": kept, "seconds": round(seconds), "machine": f"{inputs.device.type} {platform.machine()}"}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
@@ -251,7 +250,7 @@ def write_log(out, numbers):
 def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
     sampler = Sampler(TEACHER_STEPS, TINY["teacher"].shift)
-    found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBED))
+    found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBE_WORLDS))
     write_log(out, {"step": 0, **found})
     print(f"does the teacher use its context? {found}")
 
