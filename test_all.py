@@ -2993,6 +2993,7 @@ class Interrupt:
             _signal.raise_signal(2)
 
 
+_signal.signal(2, _signal.default_int_handler)  # background jobs of a shell ignore it
 sys.meta_path.insert(0, Interrupt)
 """
 HIDE = "import sys; sys.path.insert(0, ''); sys.modules[{!r}] = None"
