@@ -115,7 +115,7 @@ class Session:
     def obey(self):
         """What was asked for last takes hold."""
         before, self.settings = self.settings, self.wanted
-        if not self.frames or self.settings["video"] != before["video"]:
+        if self.settings["video"] != before["video"] or not self.frames and self.settings != before:
             self.begin()
         elif self.settings["prompt"] != before["prompt"]:
             self.rollout.recache(self.text)
@@ -176,7 +176,7 @@ class Session:
             news = self.step()
             cost = time.monotonic() - started
             time.sleep(max(0, due - time.monotonic()))
-            self.publish({**news, "cost": cost, "at": time.time()})
+            self.publish(news | {"cost": cost, "at": time.time()})
             due = max(due, time.monotonic()) + news["frames"] / FPS
             while self.wanted["paused"]:
                 time.sleep(.05)
@@ -198,7 +198,7 @@ class Session:
         with video_writer(path, m.width, m.height, json.dumps(about), m.scale) as write:
             for chunk in range(chunks):
                 strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
-                for frame in np.split(strip, len(strip) // self.networks.height):
+                for frame in np.split(strip, len(strip) // m.height):
                     write(frame)
         return path.read_bytes()
 

@@ -357,7 +357,7 @@ def check(cfg):
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
     within("--lr", cfg.lr, 0, 1000)
     for name, least in {"accumulate": 1, "seed": 0, "updates": 0, "batch": 0}.items():
-        within(f"--{name}", vars(cfg)[name], least, 2 ** 63 - 1)
+        within(f"--{name}", vars(cfg)[name], least, sys.maxsize)
     # and what does not go together
     if cfg.stage == "all" and (cfg.init or cfg.teacher or cfg.data or cfg.wan):
         raise BadInput("--stage all begins with nothing: leave out --init, --teacher, --data and --wan")
