@@ -38,7 +38,7 @@ TRAINING = {
     "stage2": (10, 42, 42 + 21 + 21 + 6),
 }
 BLOCK = 118  # bytes of one block's graph for each number of the residual stream, measured at full size
-REPEATS = 9      # of each measurement
+REPEATS = 9  # of each measurement
 MAPS = {WanVAE: 35, TAE: 27}  # maps of full resolution and width that decoding holds, measured at full size
 
 
@@ -110,6 +110,7 @@ def chunk_seconds(networks, text):
     started = time.perf_counter()
     first = None
     rollout, vae = networks.rollout(networks.text(text)), networks.vae
+    # as many chunks as fill the memory
     for x0 in generate(rollout, [0], 7, networks.sampler, networks.latent):
         video, past = vae.decode(x0)
         video.cpu()  # waits for the device

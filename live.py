@@ -115,6 +115,7 @@ class Session:
     def obey(self):
         """What was asked for last takes hold."""
         before, self.settings = self.settings, self.wanted
+        # another video; or the first, where other words came before its first frame
         if self.settings["video"] != before["video"] or not self.frames and self.settings != before:
             self.begin()
         elif self.settings["prompt"] != before["prompt"]:

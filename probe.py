@@ -131,10 +131,10 @@ def measure(frames, spec, keep, policy, given):
     keep     (chunks,) bool of the rollout
     returns  dict: validity, last, drift (dB to the nearest frame that the world can draw: of the model's own
              part, of its last 5 s, of its last 10 s less its first 10 s), jumps (a minute), steady (100 if it
-             moves within a tenth of the caption's rate, else 0), starts (100 if it begins where the caption
-             says), landmarks (by sector), returns: of what was due back in the own part and is not in the
-             sink, dicts: the fields of judge.Reappearance, right, held (by the memory, in a latent), follows
-             (does it show the counterfactual world's house?)
+             moves within a tenth of the caption's rate and angle, else 0), starts (100 if it begins within 8
+             columns of where the caption says), landmarks (by sector), returns: of what was due back in the
+             own part and is not in the sink, dicts: the fields of judge.Reappearance, right, held (by the
+             memory, in a latent), follows (does it show the counterfactual world's house?)
     """
     reading = judge.read_video(frames)
     asked = make_world(spec)

@@ -22,8 +22,8 @@ The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad 
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
 and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
-levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks) and oldest (age in
-slow memory, s).
+levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks) and oldest (age
+in slow memory, s).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
