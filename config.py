@@ -330,8 +330,8 @@ def append_line(path, record):
 class StopSignals:
     """
     with StopSignals() as stop: Ctrl-C ends the program with 130, SIGTERM and SIGHUP (a closed terminal) with
-    143. Where `patient` is set, the first of them only sets `code`, so that work under way can be finished
-    and saved; one that comes a second later does not wait. (torchrun sends each twice, one after the other.)
+    143. Where `patient` is set, the first of them only sets `code`, for loops to ask; one that comes a second
+    later does not wait (torchrun sends two at once). What is raised in a callback of Python's is swallowed.
     """
     patient = False
     code = 0
@@ -352,11 +352,11 @@ class StopSignals:
     def receive(self, number, stack):
         code = 130 if number == signal.SIGINT else 143
         now = time.monotonic()
-        if not self.patient or self.code and now > self.since + 1:
-            sys.exit(code)
+        is_late = self.code and now > self.since + 1
         if not self.code:
-            self.code = code
-            self.since = now
+            self.code, self.since = code, now
+        if is_late or not self.patient:
+            sys.exit(code)
 
 
 class Voice:

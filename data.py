@@ -145,7 +145,7 @@ class WorldClips(Histories):
         """
         cache        (WorldSpecs, latents) -> latents of so many frames each, as from latent_cache()
         features     captions -> (b, m, text_dim)
-        for_student  also encoded without houses, and histories as a student sees them; False: a teacher's
+        for_student  also encoded without landmarks, and histories as a student sees them; False: a teacher's
                      contexts
         """
         specs = training_worlds(CLIPS, seed)

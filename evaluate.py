@@ -47,11 +47,10 @@ from probe import (GIVEN, MINUTE_CHUNKS, MINUTES, PROBE_CHUNKS, continue_student
                    decode_frames, decode_minutes, first_own_frame, held_out, measure, measure_minutes)
 from report import KINDS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
-from world import FPS, HELD_OUT, WorldSpec, make_world
+from world import FPS, HELD_OUT, PERIODS, WorldSpec, make_world
 
 BATCH = 16     # videos made together
 UNIFORM = {f"uniform{n}": replace(PRESETS["uniform1"], interval=n) for n in range(1, 7)}  # of the frontier
-SECONDS = {"turn": (8, 44), "linger": (18, 44)}  # of the fastest and of the slowest turn in captions
 
 
 @dataclass
@@ -135,13 +134,13 @@ def worlds_of(name, number, seed):
     """The held-out worlds of a row -> list of WorldSpec"""
     first = HELD_OUT + seed
     if name == "returns":
-        # As many of each kind. Turns bring back what was away for 5 to 28 s; more are slow, as these show
-        # fewer returns. Looks aside, 2 to 12 s, are as they are drawn.
+        # As many of each kind. Turns bring back what was away for 5 to 28 s, looks aside for 1 to 6; more are
+        # slow, as these show fewer returns.
         specs = []
         for i in range(number):
             kind = KINDS[i % 3]
             place = (i // 3 / max(1, (number - 1) // 3)) ** .7
-            seconds = round(np.interp(place, (0, 1), SECONDS[kind])) if kind in SECONDS else None
+            seconds = round(np.interp(place, (0, 1), PERIODS[kind]))
             specs.append(WorldSpec(first + i, kind, seconds))
         return specs
     if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks

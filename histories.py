@@ -25,7 +25,7 @@ from world import WorldSpec
 
 FULL_MEMORY = 7    # chunks, 21 latents: the shortest past that a target is drawn behind
 CLIP_CHUNKS = 41   # of a clip: pasts of up to 40 chunks (30 s) and a target
-EMPTY_CLIPS = 384  # clips that are also encoded without houses
+EMPTY_CLIPS = 384  # clips that are also encoded without landmarks
 LINGERS = 3.5      # columns: a chunk that moves less lingers; the slowest turn moves 4
 BACK = .5          # share of the targets whose view is one that comes back
 
@@ -69,10 +69,10 @@ class Histories:
         heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
         self.captions = [w.caption for w in worlds]
 
-        # which houses are half in view or more, at each latent: (b, latents, 8) bool
+        # which landmarks are half in view or more, at each latent: (b, latents, 8) bool
         distance = torch.from_numpy(np.abs(world.offsets(self.heading.numpy())))
         self.in_view = distance < world.WIDTH / 2
-        # when each house was last out of view, before each chunk: (b, chunks, 8), -1 = never
+        # when each landmark was last out of view, before each chunk: (b, chunks, 8), -1 = never
         frame = torch.arange(CHUNK * chunks)[:, None]
         gone = torch.where(distance > world.GONE, frame, -1)
         gone = gone.cummax(1).values[:, CHUNK - 1:-1:CHUNK]
@@ -96,7 +96,7 @@ class Histories:
             policy = PRESETS["slowfast" if name in KEEP_RULES else name]
             self.held[name] = held_frames(policy, self.keep.get(name, every), evict_first)
 
-        # where all houses in view were seen before one of them was gone, and are held: (b, chunks) bool
+        # where all landmarks in view were seen before one of them was gone, and are held: (b, chunks) bool
         self.back = {name: self.comes_back(held) for name, held in self.held.items()}
 
     def comes_back(self, held):
@@ -109,7 +109,7 @@ class Histories:
     def draw_history(self, rng, batch, ahead=1, lookup=False):
         """
         ahead    so many chunks follow the past
-        lookup   only what comes back, and in clips that are also encoded without houses
+        lookup   only what comes back, and in clips that are also encoded without landmarks
         returns  History
         """
         drawn = []

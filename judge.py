@@ -1,13 +1,13 @@
 """
 Reads a video of the small world back: where the camera looks, what it sees, and what came back right.
 
-It is given nothing but frames. A house covers rows 8..25, so what it can never cover tells where the camera
-looks, and what stands in each sector is then the nearest of 30 drawings:
+It is given nothing but frames. A landmark covers rows 8..25, so what it can never cover tells where the
+camera looks, and what stands in each sector is then the nearest of 30 drawings:
 
-    rows  0..3   sky                    one rainbow:    heading
-    rows  4..7   hills                  three of them:  heading, more sharply
-    rows  8..25  hills [ house ] hills  which of 30 it is
-    rows 26..31  ground                 the colour: which of 4 it is; the stripes: heading
+    rows  0..3   sky                       one rainbow:    heading
+    rows  4..7   hills                     three of them:  heading, more sharply
+    rows  8..25  hills [ landmark ] hills  which of 30 it is
+    rows 26..31  ground                    the colour: which of 4 it is; the stripes: heading
 
 A frame is as valid as it is close to the nearest one that world.render() draws, in steps of 1 / SUB column.
 Recall is read from reappearances: a landmark was read, then no pixel of it was in view, then it is back. Its
@@ -22,7 +22,7 @@ blamed on memory. One that the caption's motion brings back, and that does not c
     python judge.py            # prints what it reads from a world whose landmarks are exchanged
 
 References: none, the world is this project's own.
-Leaves out: scenes of anything but sky, hills, ground and one house a sector.
+Leaves out: scenes of anything but sky, hills, ground and one landmark a sector.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -70,19 +70,19 @@ def read_video(frames):
 
 def read_frames(x, ground):
     """x (f, 64, 32, 3), all over one ground -> heading (f,) in [0, 256), Reading's landmark and psnr"""
-    # 1. The heading i, in sub-columns: the most alike of all views without houses.
+    # 1. The heading i, in sub-columns: the most alike of all views without landmarks.
     templates, norms = heading_templates(ground)
     i = (rearrange(uncovered(x), "f w d -> f (w d)") @ templates.T - norms).argmax(1)
     # 2. The landmark of each sector: the nearest of 30 drawings.
     drawings = landmark_drawings(ground)
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
-    # 3. The heading once more, as known houses have the sharpest edges.
+    # 3. The heading once more, as known landmarks have the sharpest edges.
     for step in (4, 2, 1):
         near = np.stack([i, i - step, i + step])
         error = np.stack([frame_error(x, there, landmark, drawings) for there in near])
         i = near[error.argmin(0), np.arange(len(x))]
-    # 4. What counts: houses wholly in view. How far is the frame from the nearest that can be rendered?
+    # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
     nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
     readable = (np.abs(offsets(i / SUB)) <= WHOLE) & (nearest <= READABLE * second)
     psnr = -10 * np.log10(error.min(0).clip(1e-10))
@@ -96,7 +96,7 @@ def view(i):
 
 def uncovered(x):
     """
-    What no house covers.
+    What no landmark covers.
     x        (f, 64, 32, 3)
     returns  (f, 64, 9): for each column the mean of the sky, of the hills and of the ground. A mean weighs as
              much as its rows.
@@ -109,7 +109,7 @@ def uncovered(x):
 @lru_cache(maxsize=None)
 def heading_templates(ground):
     """
-    Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, for all views b without houses.
+    Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, b all views without landmarks.
     returns  templates (256 * SUB, 64 * 9) and norms (256 * SUB,): the nearest has the largest
              x @ template - norm
     """
@@ -120,7 +120,7 @@ def heading_templates(ground):
 
 @lru_cache(maxsize=None)
 def landmark_drawings(ground):
-    """(30, 256 * SUB, 32, 3): the panoramas in which every sector has the same house."""
+    """(30, 256 * SUB, 32, 3): the panoramas in which every sector has the same landmark."""
     return np.stack([panorama(ground, [landmark] * SECTORS) for landmark in range(LANDMARKS)])
 
 
@@ -286,8 +286,8 @@ def chance(maps):
 if __name__ == "__main__":
     spec = WorldSpec(0, "turn", 8)
     video = clip(spec, 0, 14 * FPS)
-    # After 6 s every house is another: what was out of view then comes back wrong.
+    # After 6 s every landmark is another: what was out of view then comes back wrong.
     video[6 * FPS:] = clip(replace(spec, counterfactual=True), 6 * FPS, 8 * FPS)
     for event in reappearances(read_video(video), make_world(spec).motion):
         verdict = "right" if event.right else "WRONG"
-        print(f"house {event.before:2}, {event.absence:.1f} s away, comes back as {event.shown:2}: {verdict}")
+        print(f"kind {event.before:2}, {event.absence:.1f} s away, comes back as {event.shown:2}: {verdict}")

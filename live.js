@@ -137,25 +137,25 @@ function showScore({count, first, now, heading}) {
   const {returns, right, "not kept": lost, "kept but not used": unused} = count;
   $("score").textContent = `${returns} returns: ${right} right, ${returns - right} wrong ` +
     `(${lost} not kept, ${unused} kept but not used)`;
-  showHouses($("first"), first, heading);
-  showHouses($("now"), now, heading);
+  showLandmarks($("first"), first, heading);
+  showLandmarks($("now"), now, heading);
   $("another").replaceChildren();
-  now.forEach((house, sector) => {
-    const isAnother = house && String(house) !== String(first[sector]);
+  now.forEach((landmark, sector) => {
+    const isAnother = landmark && String(landmark) !== String(first[sector]);
     make("span", $("another"), isAnother ? "≠" : "");
   });
 }
 
-// a house a sector, null where none was read; roof and wall are names of colours
-function showHouses(map, houses, heading) {
+// a landmark a sector, null where none was read; roof and wall are names of colours
+function showLandmarks(map, landmarks, heading) {
   map.replaceChildren();
-  for (const house of houses) {
+  for (const landmark of landmarks) {
     const sector = make("span", map);
-    if (!house) continue;
-    make("u", sector).style.background = house[0];
-    make("s", sector).style.background = house[1];
+    if (!landmark) continue;
+    make("u", sector).style.background = landmark[0];
+    make("s", sector).style.background = landmark[1];
   }
-  map.ariaLabel = houses.map(house => house ? house.join(" over ") : "not seen yet").join(", ");
+  map.ariaLabel = landmarks.map(landmark => landmark ? landmark.join(" over ") : "not seen yet").join(", ");
   // what the camera sees, also where it reaches over an end
   for (const turn of [-1, 0, 1]) make("i", map).style.left = `${100 * (heading + turn)}%`;
 }

@@ -28,8 +28,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from config import (STUDENT, check_schema, in_one_line, one_line, parse, pick_device, run,  # first
-                    use_one_thread, warn, within)
+from config import (STUDENT, StopSignals, check_schema, in_one_line, one_line, parse,  # first
+                    pick_device, run, use_one_thread, warn, within)
 
 import imageio.v3 as iio
 import numpy as np
@@ -167,10 +167,10 @@ class Session:
         picture = iio.imwrite("<bytes>", frame, extension=f".{self.kind}", compress_level=1, quality=85)
         return b64encode(picture).decode()
 
-    def run(self):
-        """Chunk after chunk without end, at the rate of the video."""
+    def run(self, stop):
+        """Chunk after chunk at the rate of the video, until `stop` (StopSignals) has a code."""
         due, cost = time.monotonic(), 0
-        while True:
+        while not stop.code:
             # late enough for what is asked meanwhile, early enough to be there in time
             time.sleep(max(0, due - 2 * cost - time.monotonic()))
             started = time.monotonic()
@@ -179,7 +179,7 @@ class Session:
             time.sleep(max(0, due - time.monotonic()))
             self.publish(news | {"cost": cost, "at": time.time()})
             due = max(due, time.monotonic()) + news["frames"] / FPS
-            while self.wanted["paused"]:
+            while self.wanted["paused"] and not stop.code:
                 time.sleep(.05)
 
     def publish(self, news):
@@ -294,7 +294,10 @@ def main():
         webbrowser.open(f"http://{host}:{port}")
     # 4. the video, until Ctrl-C; then no viewer's thread may be within a network
     atexit.register(server.session.working.acquire)
-    server.session.run()
+    with StopSignals() as stop:
+        stop.patient = True
+        server.session.run(stop)
+    sys.exit(stop.code)
 
 
 if __name__ == "__main__":

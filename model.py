@@ -51,7 +51,7 @@ tiny_dit = DiTConfig(
     layers=7,
     freq_dim=64,
     text_dim=64,
-    text_len=96,
+    text_len=32,
     patch=(4, 1),
 )
 

@@ -134,7 +134,7 @@ def measure(frames, spec, keep, policy, given):
              moves within a tenth of the caption's rate and angle, else 0), starts (100 if it begins within 8
              columns of where the caption says), landmarks (by sector), returns: of what was due back in the
              own part and is not in the sink, dicts: the fields of judge.Reappearance, right, held (by the
-             memory, in a latent), follows (does it show the counterfactual world's house?)
+             memory, in a latent), follows (does it show the counterfactual world's landmark?)
     """
     reading = judge.read_video(frames)
     asked = make_world(spec)

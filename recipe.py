@@ -33,7 +33,7 @@ class Preset:
     warmup: int = 100           # updates
     ema_decay: float = .995     # of the averaged weights, an update ...
     ema_start: int = 0          # ... from this one on: before it they are the weights (0: a warm-up instead)
-    shift: float = 3.           # training noise levels: uniform, shifted by this (stages 1, 2: the sampler's)
+    shift: float = 5.           # training noise levels: uniform, shifted by this (stages 1, 2: the sampler's)
     context_noise: float = .15  # most noise on a latent of a clean past: one of one's own making is not clean
     save_every: int = 250       # updates: checkpoints,
     strip_every: int = 500      # strips,
@@ -64,17 +64,17 @@ DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_
 TINY = {
     "vae": Preset(2000, 2e-3, seconds=.75, batch=8, ema_decay=.99, probe_every=0),
     "init_ar": Preset(3900, 1.5e-3, seconds=.9),
-    "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., warmup=50, ema_decay=.99),
+    "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., ema_decay=.99),
     "teacher": Preset(2400, 7e-4, "init_ar", seconds=1.),
     # straight from init_ar, which is better at four steps than init_ode
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
-    "stage2": replace(DISTIL, updates=120, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
-                      critic_alone=80, shortest=14, longest=34, ramp=.25),
+    "stage2": replace(DISTIL, updates=100, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
+                      critic_alone=60, shortest=14, longest=34, ramp=.25),
 }
 # With --wan, one clip a pass: processes times --accumulate should be 64 (teacher and init_ar: 8).
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
-FULL_SIZE = Preset(updates=0, lr=0., batch=1, shift=5., context_noise=0., probe_every=0)
+FULL_SIZE = Preset(updates=0, lr=0., batch=1, context_noise=0., probe_every=0)
 FULL_DISTIL = replace(FULL_SIZE, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
                       critic_lr=.2, critic_beta1=0., beta2=.999, critic_passes=5, all_steps=False, clip=2.)
 WAN = {

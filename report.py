@@ -31,7 +31,7 @@ from config import read_lines
 from judge import chance
 from probe import HOUR, MINUTES
 
-# Seconds, each within a tenth. No gaps: 2 to 12 s come from looks aside, 5 to 28 from turns, 12 to 28 from
+# Seconds, each within a tenth. No gaps: 1 to 6 s come from looks aside, 5 to 28 from turns, 12 to 28 from
 # lingering ones.
 ABSENCES = (2, 2.4, 2.9, 3.5, 4.2, 5, 6, 7.2, 8.7, 10.5, 12.5, 15, 18, 22, 26.5)
 SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes many such returns

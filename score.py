@@ -30,8 +30,8 @@ def motion_of(caption):
         return None
     # Snow. The camera looks from east 90 degrees to the left and back, every 8 seconds.
     kind = "linger" if "lingering" in caption else "aside" if "looks" in caption else "turn"
-    *degrees, seconds = map(int, re.findall(r"\d+", caption))
-    return world.Motion(kind, 1 if " right" in caption else -1, seconds, *degrees)
+    seconds = int(re.findall(r"\d+", caption)[-1])
+    return world.Motion(kind, 1 if " right" in caption else -1, seconds)
 
 
 class Score:
@@ -106,15 +106,14 @@ class Score:
         }
 
     def told(self):
-        """-> dict of what a page shows: heading from 0 to 1, once round; colours of the houses by sector"""
-        houses = [[world.COLOURS[colour] for colour in pair] for pair in world.PAIRS] + [None]
+        """-> dict of what a page shows: heading from 0 to 1, once round; colours of landmarks, by sector"""
+        colours = [[world.COLOURS[colour] for colour in pair] for pair in world.PAIRS] + [None]
         return {
             "count": self.count(),
             "heading": self.path[-1] / COLUMNS % 1,
             "ground": world.GROUNDS[self.ground],
-            "motion": self.motion and self.motion.kind,
-            "first": [houses[landmark] for landmark in self.first],
-            "now": [houses[landmark] for landmark in self.now],
+            "first": [colours[landmark] for landmark in self.first],
+            "now": [colours[landmark] for landmark in self.now],
         }
 
 

@@ -148,10 +148,6 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
 
 # ---- the stages --------------------------------------------------------------------------------------------
 
-def draw_nothing(rng, done):
-    return None
-
-
 @dataclass
 class Stage:
     nets: dict        # name -> network that is trained, averaged and saved; a critic is only trained
@@ -159,7 +155,7 @@ class Stage:
     # of an update, in order: "net" or "critic", whichever moves after it, and (rng, drawn) -> numbers to log
     passes: list
     # (rng, share of the updates that is done) -> `drawn`, what a pass is like in all processes
-    draw: object = draw_nothing
+    draw: object = lambda rng, done: None
     teacher: DiT = None  # frozen
     # what a checkpoint holds besides: an erft.ErrorBank, data.Shuffled prompts
     states: dict = field(default_factory=dict)
@@ -179,7 +175,7 @@ def make_stage(cfg, part, preset, inputs):
     bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
     clips = load_clips(cfg, inputs, for_student=False)
     # the small one recalls more with fresh noise between its steps than along the ODE
-    sampler = Sampler(50, preset.shift, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS, preset.shift)
+    sampler = Sampler(50, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS)
     run_pass = partial(teacher_pass, cfg, preset, inputs, clips, bank)
     return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
 
@@ -237,12 +233,11 @@ class Distillation:
         return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
 
     def draw(self, rng, done):
-        """r: exit step, unless there is none; L: chunks of the rollout"""
-        r = int(rng.integers(len(self.levels)))
+        """L: chunks of the rollout; r: exit step, if there is one"""
         longest = dmd.longest_rollout(done, self.preset.shortest, self.preset.longest, self.preset.ramp)
-        drawn = {"r": r, "L": int(rng.integers(self.preset.shortest, longest + 1))}
-        if self.preset.all_steps:
-            del drawn["r"]
+        drawn = {"L": int(rng.integers(self.preset.shortest, longest + 1))}
+        if not self.preset.all_steps:
+            drawn["r"] = int(rng.integers(len(self.levels)))
         return drawn
 
     def rollout(self, rng, drawn, for_backward):

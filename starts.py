@@ -57,7 +57,7 @@ def hash_starts(cfg, part, preset):
 def tiny_inputs(cfg, part, preset, device):
     """The small world: networks of the part before it, or new ones."""
     torch.manual_seed(cfg.seed)
-    sampler = Sampler(steps=4, shift=preset.shift)
+    sampler = Sampler(shift=3.)
     net = encoder = None
     # the network, and the text encoder that belongs to it
     if part == "init_ar":

@@ -249,7 +249,7 @@ def write_log(out, numbers):
 
 def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
-    sampler = Sampler(TEACHER_STEPS, TINY["teacher"].shift)
+    sampler = Sampler(TEACHER_STEPS)
     found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBE_WORLDS))
     write_log(out, {"step": 0, **found})
     print(f"does the teacher use its context? {found}")

@@ -2,10 +2,10 @@
 A small world where only memory can be right.
 
 A camera turns inside a round panorama of 256 columns and sees 64 of them. Sky and hills run through all
-hues, the same in every world; before them stand 8 houses, one in the middle of each sector of 32 columns,
-whose roof and wall have two random colours. The caption tells ground, start and motion, never the houses:
-what stands where can only be known from having seen it. So "does this model remember?" has an exact answer,
-which judge.py reads from frames alone.
+hues, the same in every world; before them stand 8 landmarks, one in the middle of each sector of 32 columns:
+houses, whose roof and wall have two random colours. The caption tells ground, start and motion, never the
+landmarks: what stands where can only be known from having seen it. So "does this model remember?" has an
+exact answer, which judge.py reads from frames alone.
 
     row  0      sky        sky        sky        one rainbow round the panorama
          4      hills      hills      hills      three rainbows
@@ -18,9 +18,9 @@ which judge.py reads from frames alone.
            |..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|..[ ]..|    # a house
                [------view------]                                             64 columns around the heading
 
-Why this world? No house covers the rainbows, an unmistakable compass: a network always knows where it looks.
-Houses fill most of the view, so memory explains most of what the caption leaves open, and looking things up
-lowers the loss early. All have one silhouette, so recall tests memory and not drawing.
+Why this world? No landmark covers the rainbows, an unmistakable compass: a network always knows where it
+looks. Landmarks fill most of the view, so memory explains most of what the caption leaves open, and looking
+things up lowers the loss early. All have one silhouette, so recall tests memory and not drawing.
 
     python world.py            # draws out/world.png: the three motions, as strips of frames
 
@@ -41,7 +41,7 @@ WIDTH = 64                # of a frame
 HEIGHT = 32
 FPS = 16
 SECTORS = 8
-SECTOR = 32               # columns; house s stands at column 32 s + 16
+SECTOR = 32               # columns; landmark s stands at column 32 s + 16
 HALF = 14                 # a house reaches so many columns to each side, outline included
 # rows at which the parts begin
 SKY = 4                   # rows 0..SKY, then the hills
@@ -80,6 +80,7 @@ OUTLINE_RGB = np.array((.05, .05, .08), np.float32)
 # A lingering turn within a quarter: headings, and the times to get there, 8 times slower near compass points.
 LINGER_HEADING = [0, 8, 56, 64]
 LINGER_TIME = [0, 64, 112, 176]
+PERIODS = {"turn": (8, 44), "linger": (18, 44), "aside": (4, 12)}  # seconds: the shortest, the longest
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ class Motion:
     kind: str         # "turn", "linger" or "aside"
     direction: int    # +1 right, -1 left
     seconds: int      # one turn (turn, linger) or one look aside and back (aside)
-    degrees: int = 0  # aside only: how far the camera looks aside
 
     def heading(self, start, frame):
         """Unwrapped heading (columns, float64) at frame numbers, of a camera that starts at `start`."""
@@ -96,7 +96,7 @@ class Motion:
             return start + self.direction * COLUMNS * t
         if self.kind == "aside":
             there_and_back = 1 - np.abs(1 - 2 * (t % 1))  # 0 .. 1 .. 0
-            return start + self.direction * self.degrees / 360 * COLUMNS * there_and_back
+            return start + self.direction * COLUMNS / 4 * there_and_back
         # linger: speed is a fixed function of heading. From heading to time, let time pass, and back.
         quarter, rest = np.divmod(start, 64)
         time = 176 * quarter + np.interp(rest, LINGER_HEADING, LINGER_TIME)
@@ -109,14 +109,14 @@ CAPTIONS = {
     "turn": "{ground}. The camera turns {side} from {point}, one turn in {motion.seconds} seconds.",
     "linger": "{ground}. The camera turns {side} from {point}, lingering at compass points, "
               "one turn in {motion.seconds} seconds.",
-    "aside": "{ground}. The camera looks from {point} {motion.degrees} degrees to the {side} and back, "
+    "aside": "{ground}. The camera looks from {point} 90 degrees to the {side} and back, "
              "every {motion.seconds} seconds.",
 }
-# A regular expression, readable enough to show. Seconds: 8..44, lingering 18..44, looking aside 4..16.
+# A regular expression, readable enough to show. Seconds: see PERIODS.
 GRAMMAR = (
     r"(Grass|Sand|Snow|Stone)\. The camera "
     r"(turns (left|right) from (north|east|south|west)(, lingering at compass points)?, one turn in"
-    r"|looks from (north|east|south|west) (90|180) degrees to the (left|right) and back, every) \d+ seconds\."
+    r"|looks from (north|east|south|west) 90 degrees to the (left|right) and back, every) \d+ seconds\."
 )
 
 
@@ -126,16 +126,16 @@ GRAMMAR = (
 class WorldSpec:
     """Which world it is: whatever is not fixed here is drawn from the seed."""
     seed: int
-    kind: str = None              # of motion; None: steady turns 50 %, lingering ones 30 %, looks aside 20 %
+    kind: str = None              # of motion
     seconds: int = None           # its period
-    counterfactual: bool = False  # the same place and motion with other houses
+    counterfactual: bool = False  # the same place and motion with other landmarks
     empty: bool = False           # ... and with none
 
 
 @dataclass(frozen=True)
 class World:
     ground: int       # index into GROUNDS
-    landmarks: tuple  # 8 numbers, by sector, of PAIRS: which house stands there
+    landmarks: tuple  # 8 numbers, by sector, of PAIRS: which landmark stands there
     start: int        # heading of the first frame, columns: a compass point
     motion: Motion
 
@@ -154,21 +154,17 @@ def make_world(spec):
     ground = rng.integers(len(GROUNDS))
     landmarks = rng.integers(LANDMARKS, size=SECTORS)
     start = 64 * rng.integers(len(POINTS))
-    kind = rng.choice(["turn", "linger", "aside"], p=[.5, .3, .2])
+    kind = rng.choice(["turn", "linger", "aside"])
     direction = rng.choice([-1, 1])
     kind = spec.kind or kind
-    degrees = 0
-    if kind == "aside":
-        degrees = int(rng.choice([90, 180]))
     # The period: 32 columns a second at most (39 where a lingering turn is fast).
-    fastest = {"turn": 8, "linger": 18, "aside": degrees * 2 // 45}[kind]
-    slowest = fastest + 8 if kind == "aside" else 44
+    fastest, slowest = PERIODS[kind]
     seconds = spec.seconds or rng.integers(fastest, slowest + 1)
     if spec.counterfactual:
         landmarks = np.random.default_rng([spec.seed, 0x3C0, 1]).integers(LANDMARKS, size=SECTORS)
     if spec.empty:
         landmarks = ()
-    return World(ground, tuple(landmarks), start, Motion(kind, direction, seconds, degrees))
+    return World(ground, tuple(landmarks), start, Motion(kind, direction, seconds))
 
 
 def clip(spec, start, frames):
@@ -233,7 +229,7 @@ def integrate(strip):
 
 
 def panorama(ground, landmarks):
-    """(256 * SUB, 32, 3) float32: sky, hills, ground and, where there are any, a house in each sector."""
+    """(256 * SUB, 32, 3) float32: sky, hills, ground and, where there are any, a landmark in each sector."""
     pano = background(ground).copy()
     outline, roof, wall = house()
     for sector, landmark in zip(np.split(pano, SECTORS), landmarks):
@@ -273,7 +269,7 @@ def wrap(columns):
 if __name__ == "__main__":
     import imageio.v3 as iio
     from pathlib import Path
-    specs = [WorldSpec(seed) for seed in (0, 2, 8, 7)]
+    specs = list(map(WorldSpec, (5, 4, 8, 7)))
     frames = [clip(spec, 0, 10 * FPS)[::FPS] for spec in specs]
     picture = rearrange(np.stack(frames), "world f c h w -> (world h) (f w) c")
     Path("out").mkdir(exist_ok=True)
