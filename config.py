@@ -330,8 +330,8 @@ def append_line(path, record):
 class StopSignals:
     """
     with StopSignals() as stop: Ctrl-C ends the program with 130, SIGTERM and SIGHUP (a closed terminal) with
-    143. Where `patient` is set, the first of them only sets `code`, for loops to ask; one that comes a second
-    later does not wait (torchrun sends two at once). What is raised in a callback of Python's is swallowed.
+    143. All set `code`, for loops to ask: an exit raised in a callback of Python's is swallowed. Where
+    `patient` is set, the first does no more; one that comes a second later exits (torchrun sends two at once).
     """
     patient = False
     code = 0

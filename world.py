@@ -126,7 +126,7 @@ GRAMMAR = (
 class WorldSpec:
     """Which world it is: whatever is not fixed here is drawn from the seed."""
     seed: int
-    kind: str = None              # of motion
+    kind: str = None              # of motion; None: any, each as often
     seconds: int = None           # its period
     counterfactual: bool = False  # the same place and motion with other landmarks
     empty: bool = False           # ... and with none
