@@ -331,7 +331,7 @@ class StopSignals:
     """
     with StopSignals() as stop: Ctrl-C ends the program with 130, SIGTERM and SIGHUP (a closed terminal) with
     143. All set `code`, for loops to ask: an exit raised in a callback of Python's is swallowed. Where
-    `patient` is set, the first does no more; one that comes a second later exits (torchrun sends two at once).
+    `patient` is set, the first does no more; one a second later exits (torchrun sends two at once).
     """
     patient = False
     code = 0
