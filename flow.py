@@ -194,7 +194,9 @@ class Rollout:
         policy = self.memory.policy
         places = policy.sink + policy.slow + policy.fast - CHUNK
         is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
-        net = self.compiled if self.compiled is not None and is_full else self.net
+        # nor where a prompt switches: without modulation it would be compiled once more
+        is_usual = is_full and modulation is not None
+        net = self.compiled if self.compiled is not None and is_usual else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
     def entries(self, frame, x0, kv):

@@ -108,8 +108,8 @@ class GatedMLP(nn.Module):
 class TextBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1 = nn.RMSNorm(c.dim)
-        self.norm2 = nn.RMSNorm(c.dim)
+        self.norm1 = nn.RMSNorm(c.dim, eps=1e-6)
+        self.norm2 = nn.RMSNorm(c.dim, eps=1e-6)
         self.attn = TextAttention(c)
         self.ffn = GatedMLP(c)
         self.pos_embedding = nn.ModuleDict({"embedding": Embedding(c.buckets, c.heads)})
@@ -132,7 +132,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
 
     def forward(self, ids, mask):
         """

@@ -292,7 +292,8 @@ def train(cfg, part, device, stop):
     is_first = get_rank() == 0
     saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
     # a chain goes on with what is not there yet
-    if cfg.stage == "all" and (out / f"{part}.safetensors").exists():
+    weights = out / f"{part}.safetensors"
+    if cfg.stage == "all" and weights.exists():
         return
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
     if is_first:
@@ -302,6 +303,9 @@ def train(cfg, part, device, stop):
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
     others = {"ema": ema, **stage.states}
     step = load_checkpoint(out, nets, every_optimizer, others, not cfg.no_verify)
+    # finished: the next part has begun with this very file
+    if step == preset.updates and weights.exists():
+        return
     if part.startswith("stage2") and step == 0 and is_first and not cfg.wan:
         check_teacher(out, inputs, stage.teacher)
 

@@ -88,7 +88,7 @@ def decode_beside(vae, chunks):
         with torch.inference_mode(), autocast, torch.cuda.stream(side):  # None: changes nothing
             decoded, past = vae.decode(x0, past)
             is_finite = x0.isfinite().all() & decoded.isfinite().all()
-            return to_uint8(decoded)[0].cpu(), is_finite
+            return to_uint8(decoded)[0].cpu(), bool(is_finite)
 
     def launch(thread):
         for x0 in chunks:

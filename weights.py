@@ -139,13 +139,13 @@ def encode_prompts(prompts, folder, cache, device, verify):
     The files of prompts' features, (m, dim) bfloat16 of a prompt's m <= 512 tokens, made where they are
     missing. The encoder (11.4 GB) is loaded on the CPU where the device has no room for it, and then gone.
     """
-    # named by a hash of the cleaned text and of what encodes it
-    with in_one_line(f"cannot read {folder / T5}", FETCH):
-        encoder = (folder / T5).stat()
+    # named by a hash of the cleaned text and of what encodes it: the file's start, alike on every node
+    with in_one_line(f"cannot read {folder / T5}", FETCH), open(folder / T5, "rb") as encoder:
+        start = encoder.read(2 ** 20)
     files = []
     for prompt in prompts:
-        made_by = clean(prompt), encoder.st_size, encoder.st_mtime_ns
-        key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+        made_by = hashlib.sha256(start + clean(prompt).encode())
+        key = made_by.hexdigest()[:32]
         files.append(cache / f"{key}.safetensors")
     missing = {file: prompt for file, prompt in zip(files, prompts) if not file.exists()}
     if not missing:
