@@ -35,10 +35,10 @@ def make_optimizers(cfg, preset, nets):
             critic_betas = (preset.critic_beta1, preset.beta2)
             groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=critic_betas, weight_decay=.01)]
             continue
-        # Muon for the transformers' matrices; the same lr means the same size of step
+        # Muon for the transformers' matrices and the autoencoder's kernels; the same lr, the same size of step
         for path, p in net.named_parameters():
             is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
-            use_muon = is_matrix and not preset.teacher and not cfg.wan
+            use_muon = (is_matrix or p.ndim == 4) and not preset.teacher and not cfg.wan
             (matrices if use_muon else others).append(p)
     groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
     if matrices:
@@ -47,7 +47,7 @@ def make_optimizers(cfg, preset, nets):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices; a rate means as large a step as AdamW's."""
+    """For matrices, and kernels as matrices (out, in h w); a rate means as large a step as AdamW's."""
     def __init__(self, params, lr=1e-3, weight_decay=.1, momentum=.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -60,10 +60,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 # Nesterov's momentum
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 # decay, and the step
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-.2 * group["lr"] * math.sqrt(max(p.shape)))
+                p.add_(update.view_as(p), alpha=-.2 * group["lr"] * math.sqrt(max(update.shape)))
 
 
 def orthogonalise(x, steps=5):

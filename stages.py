@@ -73,7 +73,7 @@ def vae_pass(inputs, batch, rng, drawn):
     others = covariance - covariance.diag().diag()
     unit = mean.square().mean() + (std - 1).square().mean()
     unit = unit + others.square().sum(1).mean()
-    loss = mse + .5 * motion + .5 * speed + .02 * unit
+    loss = mse + motion + 2 * speed + .02 * unit
     loss.backward()
     psnr = -10 * math.log10(mse.item())
     losses = {"motion": motion, "speed": speed, "unit": unit, "loss": loss}
