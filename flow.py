@@ -190,13 +190,11 @@ class Rollout:
         returns     v, and one (keys, values) a layer of the chunk's tokens
         """
         memory, rope = self.context
-        # the compiled net only when memory is full
+        # the compiled net only when memory is full, and where no prompt switches: nothing is compiled twice
         policy = self.memory.policy
         places = policy.sink + policy.slow + policy.fast - CHUNK
         is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
-        # nor where a prompt switches: without modulation it would be compiled once more
-        is_usual = is_full and modulation is not None
-        net = self.compiled if self.compiled is not None and is_usual else self.net
+        net = self.compiled if is_full and modulation is not None and self.compiled else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
     def entries(self, frame, x0, kv):

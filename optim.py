@@ -35,7 +35,7 @@ def make_optimizers(cfg, preset, nets):
             critic_betas = (preset.critic_beta1, preset.beta2)
             groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=critic_betas, weight_decay=.01)]
             continue
-        # Muon for the transformers' matrices and the autoencoder's kernels; the same lr, the same size of step
+        # Muon for the transformers' matrices and the autoencoder's kernels; of one lr, steps are of one size
         for path, p in net.named_parameters():
             is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
             use_muon = (is_matrix or p.ndim == 4) and not preset.teacher and not cfg.wan

@@ -1796,7 +1796,11 @@ def test_an_optimizer_step_moves_weights_along_the_clipped_mean_gradient():
         assert torch.allclose(weight, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (60, 24), (24, 60), (24, 5, 3, 3)])
+@pytest.mark.parametrize("shape", [
+    (24, 24),
+    (60, 24),
+    (24, 60),
+    (24, 5, 3, 3)])
 def test_muon_is_pytorchs_but_for_its_rounding_to_bfloat16_and_takes_kernels_as_matrices(shape):
     mine = torch.nn.Parameter(noise(*shape))
     plain = torch.nn.Parameter(noise(*shape).flatten(1))

@@ -14,16 +14,14 @@ recipe.py; what each stage starts from, in starts.py; what it minimises, in stag
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and up to 8 processes are one
 that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and a
-length of its own, equal in up to 8 batches, which 8 devices run side by side. Each part of a stage writes
-out/<part>/: log.jsonl (a JSON object an update), strip_*.png (look at them), two checkpoints, and at the end
-<part>.safetensors, the averages. On two nodes --out must be a disk that both see.
+length of its own. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an update), strip_*.png
+(look at them), two checkpoints, at the end <part>.safetensors, the averages. Nodes share the disk of --out.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds,
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
 and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
-levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks) and oldest (age
-in slow memory, s).
+levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks), oldest (s in slow memory).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
@@ -296,8 +294,6 @@ def train(cfg, part, device, stop):
     if cfg.stage == "all" and weights.exists():
         return
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
-    if is_first:
-        announce(cfg, part, preset, inputs, ema)
 
     # ---- resume
     every_optimizer = [*optimizers["net"], *optimizers["critic"]]
@@ -310,6 +306,8 @@ def train(cfg, part, device, stop):
         check_teacher(out, inputs, stage.teacher)
 
     # ---- the loop
+    if is_first:
+        announce(cfg, part, preset, inputs, ema)
     stop.patient = True  # until the update under way is done
     bad_in_a_row = 0
     latest = {}
@@ -337,9 +335,8 @@ def train(cfg, part, device, stop):
         bar.set_postfix({name: f"{value:.3g}" for name, value in latest.items()})
         bar.update()
         if bad_in_a_row == BAD_IN_A_ROW:
-            newest = max(map(str, out.glob("step_*")), default="none")
-            raise SystemExit(f"stopped: {bad_in_a_row} updates in a row were not finite; "
-                             f"last good checkpoint: {newest}")
+            raise SystemExit(f"stopped: {bad_in_a_row} updates in a row were not finite; run the same "
+                             "command to go on from the newest checkpoint")
         # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)

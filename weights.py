@@ -144,8 +144,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
         start = encoder.read(2 ** 20)
     files = []
     for prompt in prompts:
-        made_by = hashlib.sha256(start + clean(prompt).encode())
-        key = made_by.hexdigest()[:32]
+        key = hashlib.sha256(start + clean(prompt).encode()).hexdigest()[:32]
         files.append(cache / f"{key}.safetensors")
     missing = {file: prompt for file, prompt in zip(files, prompts) if not file.exists()}
     if not missing:
