@@ -194,7 +194,8 @@ class Rollout:
         policy = self.memory.policy
         places = policy.sink + policy.slow + policy.fast - CHUNK
         is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
-        net = self.compiled if is_full and modulation is not None and self.compiled else self.net
+        is_usual = is_full and modulation is not None and self.compiled is not None
+        net = self.compiled if is_usual else self.net
         return net(x, t, text or self.text, rope, memory, modulation=modulation)
 
     def entries(self, frame, x0, kv):
