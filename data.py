@@ -253,7 +253,7 @@ def read_shard_head(file, latent):
     shapes, about = read_head(file, ENCODE_AGAIN)
     caption = about.get("caption")
     # does it fit this model, and is it long enough?
-    n, *shape = shapes.get("latents", [0])
+    n, *shape = shapes.get("latents") or [0]
     if shape != list(latent):
         raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
                        "see --wan and --size of data.py")

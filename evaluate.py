@@ -269,6 +269,7 @@ def main():
     within("--worlds", cfg.worlds, 0, 1_000_000)
     within("--tau", cfg.tau, -1, 1)
     within("--steps", cfg.steps, 1, 1000)
+    within("--seed", cfg.seed, 0, 10 ** 9)
     check_writable(cfg.out)
     device = pick_device(cfg.device)
     # which networks are there

@@ -154,7 +154,7 @@ def read_options():
     try:
         saved = parse(Config, words)
         check_options(saved)
-        read_switches(saved.prompt, float("inf"))
+        read_switches(saved.prompt, LONGEST)
     except BadInput as error:
         raise BadInput(f"{cfg.resume} is damaged: {error}") from None
     # one that says something else than the state is refused, but for weights that were moved
@@ -175,7 +175,7 @@ def read_options():
 def read_all_prompts(cfg):
     """-> prompts, of which some may stand there twice, and {prompt: its switches}"""
     # a video whose state is saved may go on to a later switch
-    read = partial(read_switches, end=float("inf") if cfg.save_state else cfg.seconds)
+    read = partial(read_switches, end=LONGEST if cfg.save_state else cfg.seconds)
     prompts = read_prompts(cfg.prompts, read) if cfg.prompts else [cfg.prompt]
     return prompts, {prompt: read(prompt) for prompt in prompts}
 

@@ -1768,7 +1768,7 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
 def test_a_log_that_was_cut_costs_a_warning_and_no_weights(small_training, capsys):
     go, out = small_training
     (out / "vae").mkdir()
-    (out / "vae" / "log.jsonl").write_text('{"step": 1, "seco\n{"step": 1, "seconds": 50}\n')
+    (out / "vae" / "log.jsonl").write_text('{"step": 1, "seco\n{"step": 1, "seconds": 50}\n{"step": 2, "seconds": "x"}')
     go("--stage", "vae", "--updates", "1")
     assert load(out / "vae" / "vae.safetensors", TAE, TAEConfig)[1]["seconds"] >= 50
     assert "log.jsonl, line 1" in capsys.readouterr().err
@@ -2586,6 +2586,7 @@ def read_all(folder):
     (CLIP, None, "lacks a caption"),
     (CLIP, [3], "lacks a caption"),
     ({}, "a", "needed are"),
+    (CLIP | {"latents": ZEROS[0, 0, 0, 0]}, "a", "needed are"),
     (CLIP | {"latents": ZEROS[:10]}, "a", "it has 10"),
     ({"latents": ZEROS}, "a", "its text"),
     (CLIP | {"latents": ZEROS / 0}, "a", r"latents \(finite, torch.bfloat16\)"),
@@ -3473,6 +3474,7 @@ def save_plain_state(path, frames=9, latents=torch.zeros(1, 3, 16, 4, 8), out="e
 REFUSED = [
     ("--seconds 0", "0.01"),
     ("--seconds nan", "0.01"),
+    ("--save-state s --prompt a|1e308:b", "before the end"),
     ("--seeds 0", "1"),
     ("--steps 0", "1"),
     ("--tau 2", "-1"),
@@ -4790,7 +4792,7 @@ def test_a_file_is_written_to_be_read(name):
 # the whole is to come down to 38,000
 @pytest.mark.parametrize("names, most", [
     (METHOD, 11_000),
-    (set(FILES), 58_286),
+    (set(FILES), 58_336),
 ], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
@@ -6089,6 +6091,12 @@ def test_saved_weights_come_back_with_what_made_them(small_net, tmp_path):
     state, about = read_file(tmp_path / "shipped" / "net.safetensors")
     assert about == read_file(file)[1]
     assert all(torch.equal(state[name], p.bfloat16()) for name, p in small_net.state_dict().items())
+    # of whatever else: one line
+    torch.save({"generator": {"x": torch.ones(3)}}, tmp_path / "gen.pt")
+    save_weights(file, {"x": torch.tensor([math.nan])}, small_net.config, facts)
+    for other in (file, tmp_path / "gen.pt"):
+        with pytest.raises(BadInput, match="is no file that train.py wrote"):
+            weights.ship(other, tmp_path / "shipped")
 
 
 def test_networks_are_built_without_values_and_fresh_ones_start_as_ever():
@@ -6281,7 +6289,7 @@ IMPOSSIBLE = {  # what weights may say of themselves, by field
     "patch": [[0, 1], 3],
     "width": [64],
     "facts": [3],
-    "sampler": [[], {"steps": math.inf}, {"pool": "x"}, {"shift": math.nan}],
+    "sampler": [[], {"steps": math.inf}, {"pool": "x"}, {"shift": math.nan}, {"shift": 0.}],
 }
 
 
@@ -6815,7 +6823,8 @@ def test_networks_without_all_their_weights_are_refused(score_videos, capsys):
     (evaluate, "--memory slofast", "did you mean slowfast?"),
     (evaluate, "--worlds -1", "from 0 to"),
     (evaluate, "--tau 2", "from -1 to 1"),
-    (evaluate, "--steps 0", "from 1 to")])
+    (evaluate, "--steps 0", "from 1 to"),
+    (evaluate, "--seed -5", "from 0 to")])
 def test_bad_input_for_an_evaluation_is_told_in_one_line(script, words, told, score_videos, refusal):
     Path("dogs").write_text("A dog.")
     Path("birds").write_text("A bird.")

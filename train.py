@@ -210,8 +210,8 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         kept = found["kept"]
         sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
-    log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int})
-    seconds = sum(line.get("seconds", 0) for line in log)
+    log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int, "seconds": float})
+    seconds = sum(line["seconds"] for line in log)
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
              "batch": preset.batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
              "kept": kept, "seconds": round(seconds), "machine": f"{inputs.device.type} {platform.machine()}"}
@@ -249,7 +249,7 @@ def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
     sampler = Sampler(TEACHER_STEPS)
     found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBE_WORLDS))
-    write_log(out, {"step": 0, **found})
+    write_log(out, {"step": 0, "seconds": 0, **found})
     print(f"does the teacher use its context? {found}")
 
 

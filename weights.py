@@ -67,6 +67,7 @@ def save_weights(path, state, config, facts):
 def ship(file, folder=WEIGHTS):
     """A copy in bfloat16, to sample from: a stage that starts there would not see how little it changes."""
     state, about = read_file(file)
+    check_schema(file, [*state.values()], [torch.float32], "weights", "is no file that train.py wrote")
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
     write_safetensors(Path(folder, Path(file).name), state, about)
 
@@ -84,7 +85,9 @@ def make_checked(cls, path, field, told, layers=0):
 def make_sampler(path, facts):
     """The Sampler that a file's facts tell of"""
     check_schema(path, facts, {"stage": (str, NoneType)}, "facts")
-    return make_checked(Sampler, path, "sampler", facts.get("sampler", {}))
+    sampler = make_checked(Sampler, path, "sampler", facts.get("sampler", {}))
+    within(f"{path}: shift of its sampler", sampler.shift, .01, 100)
+    return sampler
 
 
 def load(path, build, make_config):
