@@ -8,6 +8,7 @@ under another name and renamed when it is there: whole or absent; beside its fil
 """
 import json
 import os
+import re
 import shutil
 import warnings
 
@@ -18,7 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from config import BadInput, check_schema, warn, write_text
-from tensors import hash_file, read_json
+from records import read_json
+from tensors import hash_file
 
 # one process may use torch.distributed.checkpoint, too
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -58,7 +60,8 @@ def training_state(nets, optimizers, others):
 
 def find_checkpoints(folder):
     """The newest last; copies of other names are somebody's own"""
-    return sorted(folder.glob("step_[0-9][0-9][0-9][0-9][0-9][0-9]"))
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,9}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def list_hashes(folder):
@@ -138,10 +141,10 @@ def keep_settings(folder, settings, passes):
     file = folder / "settings.json"
     given = json.loads(json.dumps(settings))
     saved = {**given, "passes": []}
-    # what has not begun may still change
-    has_trained = find_checkpoints(folder) or any(folder.glob("*.safetensors"))
-    if file.exists() and has_trained:
-        saved = read_json(file)
+    # what has not begun may still change, and weights without settings were put there by hand
+    has_trained = find_checkpoints(folder) or file.exists() and any(folder.glob("*.safetensors"))
+    if has_trained:
+        saved = read_json(file, "what trained here cannot be told: give another --out")
         check_schema(file, saved, {"passes": [int]})
         if passes in saved["passes"]:
             del given["accumulate"]

@@ -14,7 +14,6 @@ import argparse
 import difflib
 import inspect
 import itertools
-import json
 import os
 import platform
 import re
@@ -297,32 +296,6 @@ def write_text(path, text):
     """A file of UTF-8, whole or absent"""
     with whole_or_absent(path) as part:
         part.write_text(text, "utf-8")
-
-
-def read_lines(path, schema):
-    """
-    A file of JSON, an object a line -> list of those that are as check_schema() wants them; the others are
-    warned about. Where there is no file: an empty list.
-    """
-    check_file(path)
-    read = []
-    content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            check_schema(path, record, schema, f"line {number}")
-            read.append(record)
-        except (ValueError, RecursionError) as error:  # BadInput, too
-            warn(f"passed over: {path}, line {number}: {error}")
-    return read
-
-
-def append_line(path, record):
-    """One line more, or the file as it was"""
-    with whole_or_absent(path) as part:
-        before = path.read_bytes() if path.exists() else b""
-        line = json.dumps(record, ensure_ascii=False).encode()
-        part.write_bytes(b"\n".join([*before.splitlines(), line, b""]))
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, parse,  # first
-                    pick_device, run, tell)
+from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, in_one_line,  # first
+                    parse, pick_device, run, tell, within)
 
 import numpy as np
 import torch
@@ -208,7 +208,9 @@ def encode_videos(cfg, device):
     find_ffmpeg()
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with in_one_line("RANK or WORLD_SIZE is no number", "start with torchrun, or unset them", ValueError):
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    within("RANK, which torchrun sets,", rank, 0, processes - 1)
     new = {}
     for file in list(captions)[rank::processes]:
         shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
@@ -248,7 +250,7 @@ def keep_with_gaps(rng, chunks, has_gaps):
     return torch.from_numpy(surprises | (not has_gaps)) & (torch.arange(chunks) % 2 == 0)
 
 
-def read_shard_head(file, latent):
+def read_shard_head(file, latent, text_dim):
     """-> caption and number of latents of a clip of encode_videos(); BadInput if they cannot be right"""
     shapes, about = read_head(file, ENCODE_AGAIN)
     caption = about.get("caption")
@@ -257,15 +259,17 @@ def read_shard_head(file, latent):
     if shape != list(latent):
         raise BadInput(f"{file} holds latents {shape}, needed are {list(latent)}: "
                        "see --wan and --size of data.py")
-    if not isinstance(caption, str) or n < (FULL_MEMORY + AHEAD) * CHUNK or len(shapes.get("text", [])) != 2:
-        raise BadInput(f"{file} lacks a caption, its text or latents enough (it has {n}): {ENCODE_AGAIN}")
+    has_text = isinstance(caption, str) and shapes.get("text", [])[1:] == [text_dim]
+    if not has_text or n < (FULL_MEMORY + AHEAD) * CHUNK:
+        raise BadInput(f"{file} lacks a caption, its text (dim {text_dim}) or latents enough (it has {n}): "
+                       f"{ENCODE_AGAIN}")
     return caption, n
 
 
 class ClipFolder:
     """What encode_videos() wrote, read when it is drawn."""
-    def __init__(self, folder, latent, device, evict_first=True):
-        """latent: (c, h, w) that the model takes; evict_first as for Histories"""
+    def __init__(self, folder, latent, text_dim, device, evict_first=True):
+        """latent (c, h, w), text_dim: what the model takes; evict_first as for Histories"""
         self.device = device
         self.files = sorted((Path(folder) / "clips").rglob("[!.]*.safetensors"))
         if not self.files:
@@ -274,7 +278,7 @@ class ClipFolder:
         self.captions = []
         self.chunks = []
         for file in self.files:
-            caption, latents = read_shard_head(file, latent)
+            caption, latents = read_shard_head(file, latent, text_dim)
             self.captions.append(caption)
             self.chunks.append(latents // CHUNK)
         self.evict_first = evict_first

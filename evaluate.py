@@ -32,8 +32,8 @@ from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
-from config import (STUDENT, BadInput, append_line, check_writable, one_of, parse, pick_device, run,  # first
-                    within, write_text)
+from config import (STUDENT, BadInput, check_writable, one_of, parse, pick_device, run, within,  # first
+                    write_text)
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from memory import CHUNK, PRESETS, Policy
 from paper import orderings
 from probe import (GIVEN, MINUTE_CHUNKS, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher,
                    decode_frames, decode_minutes, first_own_frame, held_out, measure, measure_minutes)
+from records import append_line
 from report import KINDS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, PERIODS, WorldSpec, make_world
@@ -116,8 +117,10 @@ def all_rows(first, taus=(), quick=False, no_hours=False):
     rows += [first | {"worlds": "hour", "memory": policy} for policy in PRESETS]
     rows.append(first | {"positions": "unbounded"})
     # what it comes from, from both starts, and its teachers
-    for line in OTHERS.strip().replace("student", first["weights"]).splitlines():
+    for line in OTHERS.strip().splitlines():
         row = first | dict(zip(("weights", "memory", "worlds"), line.split()))
+        if row["weights"] == "student":
+            row["weights"] = first["weights"]
         if row["worlds"] in TEACHERS:
             row |= {"tau": None, "steps": None}
         rows.append(row)

@@ -120,7 +120,8 @@ def score_video(path, prompt, dino, clip, words):
     ids = words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(clip.device)
     # features, 16 frames at a time: some kB a frame stay
     f, g = [], []
-    frames = source.read(source.width, source.height)
+    # ffmpeg before version 5 repeats the last frame
+    frames = islice(source.read(source.width, source.height), len(source.seconds))
     while batch := list(islice(frames, BATCH)):
         x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
         images, text = clip_features(clip, x, ids)

@@ -27,9 +27,9 @@ from itertools import product
 
 import numpy as np
 
-from config import read_lines
 from judge import chance
 from probe import HOUR, MINUTES
+from records import read_lines
 
 # Seconds, each within a tenth. No gaps: 1 to 6 s come from looks aside, 5 to 28 from turns, 12 to 28 from
 # lingering ones.
@@ -43,7 +43,8 @@ ROW = ("weights", "memory", "positions", "worlds", "tau", "steps")  # of a video
 
 def read_videos(path):
     """-> key -> list of videos; none if there is no file yet"""
-    lines = read_lines(path, {"key": str, "videos": [dict]})
+    video = dict.fromkeys(("weights", "memory", "positions", "worlds", "motion"), str) | {"seed": int}
+    lines = read_lines(path, {"key": str, "videos": [video]})
     return {line["key"]: line["videos"] for line in lines}
 
 
@@ -56,7 +57,7 @@ def rows_of(videos):
     """-> lists of videos, one a row, in the order in which they come"""
     rows = {}
     for video in videos:
-        rows.setdefault(tuple(video[name] for name in ROW), []).append(video)
+        rows.setdefault(tuple(video.get(name) for name in ROW), []).append(video)
     return list(rows.values())
 
 

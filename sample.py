@@ -23,7 +23,7 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, append_line, check_file, check_schema, check_writable,
+from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, check_writable,
                     fast_attention, in_one_line, parse, pick_device, run, tell, use_one_thread, warn, within)
 
 import torch
@@ -34,6 +34,7 @@ from bench import bench, memory_estimate, peak_memory
 from erft import extend
 from flow import generate
 from memory import CHUNK
+from records import append_line
 from tensors import hash_content, hash_file, read_file, write_safetensors
 from text import check_prompt, read_prompts
 from video import (FPS, MANIFEST, THUMBNAILS, chunks_of, decode_beside, find_ffmpeg, frames_in,

@@ -107,7 +107,8 @@ def load_inputs(cfg, part, preset, device):
     inputs.policy = replace(PRESETS["slowfast"], tau=inputs.sampler.tau)
     # clips, with their captions
     if cfg.data and not prompts:
-        inputs.folder = ClipFolder(cfg.data, inputs.latent, device, evict_first=part == "init_ar")
+        inputs.folder = ClipFolder(cfg.data, inputs.latent, inputs.dit.config.text_dim, device,
+                                   evict_first=part == "init_ar")
         prompts = inputs.folder.captions
     inputs.prompts = prompts
     # text features: those of clips lie beside them, but for the caption of a strip

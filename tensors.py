@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from config import BadInput, check_file, check_schema, in_one_line, whole_or_absent
+from records import read_json
 
 # what is to be done about a file that cannot be read
 FETCH = ("check the path, or fetch it again; what --wan needs comes by hf download Wan-AI/Wan2.1-T2V-1.3B, "
@@ -86,14 +87,6 @@ def open_file(path):
     """For its bytes; a pipe would be waited for, and a device may have no end."""
     check_file(path)
     return open(path, "rb")
-
-
-def read_json(path):
-    """The object in a file of JSON, of 1 MB at most"""
-    with in_one_line(f"cannot read {path}", FETCH), open_file(path) as file:
-        content = json.loads(file.read(1 << 20))
-    check_schema(path, content, dict)
-    return content
 
 
 def write_safetensors(path, tensors, about=None):
@@ -228,7 +221,7 @@ def read_lora(path, names, verify=True):
     """
     state, _ = read_file(path, verify=verify)
     config = Path(path).with_name("adapter_config.json")
-    told = read_json(config) if config.exists() else {}
+    told = read_json(config, FETCH) if config.exists() else {}
     check_schema(config, {"lora_alpha": 1} | told, {"lora_alpha": float})
     # kohya's names have _ for every dot
     places = {name.removesuffix(".weight").replace(".", "_"): name for name in names}

@@ -77,6 +77,7 @@ import model
 import optim
 import paper
 import probe
+import records
 import report
 import sample
 import score
@@ -1696,6 +1697,10 @@ def test_a_checkpoint_that_finds_no_room_is_told_and_the_one_before_and_copies_s
         assert load_newest(tmp_path) == (step - 2, step - 2)
         save_at(tmp_path, step)
     assert all(copied.exists() for copied in copies)
+    # a million updates have one digit more
+    save_at(tmp_path, 1_000_000)
+    assert load_newest(tmp_path)[0] == 1_000_000
+    assert [path.name for path in checkpoint.find_checkpoints(tmp_path)] == ["step_000006", "step_1000000"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -1757,6 +1762,9 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     (out / "teacher" / "settings.json").write_text('{"passes": 3}')
     with pytest.raises(BadInput, match="settings.json is damaged"):
         again()
+    (out / "teacher" / "settings.json").unlink()
+    with pytest.raises(BadInput, match="settings.json .*: what trained here cannot be told"):
+        again("--seed", "7")
     # what has trained nothing yet may still change
     for folder in (out / "teacher").glob("step_*"):
         shutil.rmtree(folder)
@@ -2481,6 +2489,17 @@ def test_without_ffmpeg_no_clip_is_called_unreadable(script, out, told, refusal,
     assert told in refusal(script, "--videos", tmp_path, "--out", out)
 
 
+@pytest.mark.parametrize("rank, told", [("3", "from 0 to 0, not 3"), ("x", "RANK or WORLD_SIZE is no number")])
+@pytest.mark.parametrize("script", [data, train])
+def test_a_rank_without_its_processes_is_refused(script, rank, told, refusal, videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if script is train:
+        assert "cannot join the other processes" in refusal(train, "--stage", "vae", "--out", tmp_path)
+    else:
+        assert told in refusal(data, "--videos", videos, "--out", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def encoded(videos, tmp_path_factory):
     """What data.py makes of them, on two processes one after another -> folder, what they printed"""
@@ -2520,7 +2539,7 @@ def test_a_clip_that_is_encoded_is_not_encoded_again(encoded, videos, monkeypatc
 
 @pytest.fixture
 def folder_clips(encoded):
-    return data.ClipFolder(encoded[0], (16, 4, 8), CPU, evict_first=False)
+    return data.ClipFolder(encoded[0], (16, 4, 8), 64, CPU, evict_first=False)
 
 
 @uses_videos
@@ -2577,7 +2596,7 @@ CLIP = {"latents": ZEROS, "text": torch.zeros(3, 64).bfloat16()}
 
 
 def read_all(folder):
-    clips = data.ClipFolder(folder, (16, 4, 8), CPU)
+    clips = data.ClipFolder(folder, (16, 4, 8), 64, CPU)
     clips.frames(torch.tensor([0]), torch.arange(42)[None])
     clips.text([0])
 
@@ -2589,6 +2608,7 @@ def read_all(folder):
     (CLIP | {"latents": ZEROS[0, 0, 0, 0]}, "a", "needed are"),
     (CLIP | {"latents": ZEROS[:10]}, "a", "it has 10"),
     ({"latents": ZEROS}, "a", "its text"),
+    (CLIP | {"text": CLIP["text"][:, :32]}, "a", "its text .dim 64"),
     (CLIP | {"latents": ZEROS / 0}, "a", r"latents \(finite, torch.bfloat16\)"),
     (CLIP | {"latents": ZEROS.int()}, "a", r"latents \(finite, torch.bfloat16\)")])
 def test_a_clips_file_that_cannot_be_right_is_named(content, caption, told, tmp_path):
@@ -3335,16 +3355,35 @@ def test_folders_may_have_any_name(folder, tmp_path, monkeypatch):
 
 def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_record(tmp_path, capsys):
     record = {"file": "猫-0.mp4", "prompt": "猫", "seed": 0, "options": {}, "model": "a", "sha256": "c"}
-    config.append_line(tmp_path / "manifest.jsonl", record)
+    records.append_line(tmp_path / "manifest.jsonl", record)
     with open(tmp_path / "manifest.jsonl", "a") as file:
         file.write('{"file": 3}\n[[[\n' + "[" * 100_000 + '\n{"file": "half')
     later = {**record, "seed": 1}
-    config.append_line(tmp_path / "manifest.jsonl", later)
+    records.append_line(tmp_path / "manifest.jsonl", later)
     assert video.read_manifest(tmp_path) == {"猫-0.mp4": later}
     assert not video.read_manifest(tmp_path / "x")
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 4
     assert all(f"line {n}:" in line for n, line in enumerate(told, 2))
+
+
+def test_programs_that_add_to_a_file_at_once_lose_no_line_and_a_full_disk_adds_none(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    code = "import records, sys; [records.append_line(sys.argv[1], {'n': n}) for n in range(200)]"
+    words = [sys.executable, "-c", code, path]
+    programs = [subprocess.Popen(words, cwd=HERE) for _ in range(3)]
+    assert [program.wait() for program in programs] == [0, 0, 0]
+    assert Counter(line["n"] for line in records.read_lines(path, {"n": int})) == dict.fromkeys(range(200), 3)
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, line):
+            return super().write(line[:5])
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Full(path, "a+"))
+    with pytest.raises(BadInput, match="the disk is full"):
+        records.append_line(path, {"n": 1})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
 
 
 PALE = video.PALE
@@ -3652,7 +3691,7 @@ def test_only_the_same_video_takes_the_place_of_a_file(tmp_path):
     assert named(tmp_path, "a")[0] == second
     assert named(tmp_path, "a", overwrite=True)[0] == first
     sha256 = hashlib.sha256(b"video").hexdigest()
-    config.append_line(tmp_path / "manifest.jsonl", {**record, "file": first.name, "sha256": sha256})
+    records.append_line(tmp_path / "manifest.jsonl", {**record, "file": first.name, "sha256": sha256})
     assert named(tmp_path, "a")[0] == first
     stoppable = sample.Config(out=tmp_path, save_state="state")
     assert sample.name_video(stoppable, record, video.read_manifest(tmp_path), set()) == second
@@ -4720,7 +4759,7 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = """config rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
+ORDER = """config records rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
            dmd checkpoint optim histories data probe recipe report paper figures causal starts stages evaluate
            metrics sample live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
@@ -5346,16 +5385,16 @@ def test_lines_give_back_what_was_written_and_bad_ones_are_named_and_made_again(
     path = tmp_path / "a.jsonl"
     assert report.read_videos(path) == {}
     for line in lines:
-        config.append_line(path, line)
+        records.append_line(path, line)
     assert report.read_videos(path) == made
     first, second, third = path.read_text().splitlines()
-    for line in (second[:-9], "[1, 2]", "{}", '{"key": "b", "videos": [3]}', "[" * 100_000):
+    for line in (second[:-9], "[1, 2]", "{}", '{"key": "b", "videos": [3]}', '{"key": "b", "videos": [{}]}', "[" * 100_000):
         path.write_text("\n".join([first, line, third, ""]))
         assert list(report.read_videos(path)) == ["a", "c"]
         assert re.fullmatch("warning: passed over: .*a.jsonl, line 2: .*\n", capsys.readouterr().err)
     # a last line that was cut short
     path.write_text("\n".join([first, third, second])[:-9])
-    config.append_line(path, lines[1])
+    records.append_line(path, lines[1])
     assert report.read_videos(path) == made
 
 
@@ -5691,6 +5730,10 @@ def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slo
     whole = evaluate.all_rows(FIRST, (.9, .97))
     short = evaluate.all_rows(FIRST, (.9, .97), no_hours=True)
     assert short == [row for row in whole if row["worlds"] != "hour"] != whole
+    # a student of any name
+    named = evaluate.all_rows(FIRST | {"weights": "my student"}, (.9, .97))
+    assert [replaced | {"weights": "stage2"} for replaced in report.pick(named, {"weights": "my student"})] == (
+        report.pick(whole, {"weights": "stage2"}))
     rows = report.pick(whole, {"worlds": "returns"})
     policies = {evaluate.policy_of(row, .94) for row in rows}
     slots = [p for p in policies if (p.sink, p.slow, p.fast) == (3, 12, 6)]

@@ -26,7 +26,6 @@ levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks)
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
 import copy
-import json
 import math
 import os
 import platform
@@ -37,7 +36,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, one_of, parse, pick_device, read_lines,  # first
+from config import (BadInput, StopSignals, check_writable, in_one_line, one_of, parse, pick_device,  # first
                     run, tell, whole_or_absent, within)
 
 import imageio.v3 as iio
@@ -59,6 +58,7 @@ from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
 from probe import check_teacher_uses_context, held_out, probe_student, probe_teacher
 from recipe import PARTS, TINY, WAN, hash_recipe
+from records import append_line, read_lines
 from stages import TARGET_CHUNKS, TEACHER_STEPS, make_stage
 from starts import hash_starts, load_inputs
 from text import encode_captions
@@ -241,8 +241,7 @@ def describe(cfg, part, preset):
 
 def write_log(out, numbers):
     if get_rank() == 0:
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
+        append_line(out / "log.jsonl", {name: round(value, 6) for name, value in numbers.items()})
 
 
 def check_teacher(out, inputs, teacher):
@@ -380,7 +379,8 @@ def main():
     if "RANK" in os.environ:  # torchrun started this process
         # gradients travel between devices, flags and errors between hosts
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        with in_one_line("cannot join the other processes", "start with torchrun, or unset RANK"):
+            dist.init_process_group(backend, timeout=PATIENCE)
     try:
         with StopSignals() as stop:
             sees_nothing = cfg.stage == "2" and cfg.teacher_context == "none"

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # comes with imageio
 
-from config import BadInput, in_one_line, read_lines, warn, whole_or_absent
+from config import BadInput, in_one_line, warn, whole_or_absent
 from memory import CHUNK
+from records import read_lines
 
 FPS = 16
 # Ctrl-C in the terminal is for us alone: Windows' word for a new session

@@ -29,8 +29,9 @@ from config import (BadInput, Parser, check_schema, check_writable, fast_layout,
 from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
+from records import read_json
 from tensors import (ANOTHER_KIND, FETCH, empty_net, load_on_device, load_state_dict_strict, read_file,
-                     read_json, read_lora, write_safetensors)
+                     read_lora, write_safetensors)
 from text import TextConfig, TextEncoder, clean, encode_captions, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
@@ -105,7 +106,7 @@ def load(path, build, make_config):
 
 def build_dit(state, config_file):
     """The DiT, whose sizes Wan's config.json states"""
-    told = read_json(config_file)
+    told = read_json(config_file, FETCH)
     sizes = {name: told.get(theirs) for name, theirs in WAN_SIZES.items()}
     sizes["text_dim"] = state["text_embedding.0.weight"].shape[1]
     return DiT(make_checked(DiTConfig, config_file, "content", sizes, len(state)))
