@@ -30,6 +30,7 @@ def read_lines(path, schema):
     read = []
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content.splitlines(), 1):
+        # two that ended a cut line at once leave an empty one
         if not line:
             continue
         try:
@@ -47,6 +48,7 @@ def append_line(path, record):
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with in_one_line(f"cannot write {path}", "is the disk full, or that a folder?", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # whoever writes, a line is added behind all that is there
         with open(path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))

@@ -37,6 +37,7 @@ from model import DiT
 from starts import NEGATIVE, load_clips, load_part, load_wan_part
 from world import WorldSpec
 
+LATENT_NOISE = .5  # most noise on the latents that the tiny autoencoder decodes in training
 NO_TEXT = .1      # teacher: share of the samples without text,
 NO_CONTEXT = .4   # and without context: Stage 1's real score has none
 TARGET_CHUNKS = erft.TARGET // CHUNK
@@ -56,8 +57,9 @@ def vae_pass(inputs, batch, rng, drawn):
     video = torch.from_numpy(np.stack(clips)).to(inputs.device) * 2 - 1
     with inputs.autocast:
         z = vae.encode(video)
-        # noise on the latents: neighbouring latents must decode alike, which makes them easy to generate
-        decoded, _ = vae.run(vae.decoder, z + .1 * torch.randn_like(z), None)
+        # noise on the latents: what fills the picture must stand out of it, so landmarks are most of them
+        level = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, device=z.device)
+        decoded, _ = vae.run(vae.decoder, z + level * torch.randn_like(z), None)
     # pixels, and how they change from frame to frame: without it frames come in pairs. The first latent is
     # one frame, decoded to four of which the last counts
     real = video * .5 + .5
