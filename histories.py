@@ -117,15 +117,17 @@ class Histories:
             # a policy or keep rule
             other = rng.random() < OTHER and ahead == 1 and not lookup
             name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
-            # a chunk of a clip: mostly one whose view comes back
+            # chunks whose view comes back, or those of which it does not
             clips = EMPTY_CLIPS if lookup else None
             last = self.moved.shape[1] - ahead
-            back = self.back[name][:clips, FULL_MEMORY:last + 1]
-            if not lookup and rng.random() > BACK or not back.any():
-                back = torch.ones_like(back)
-            options = back.nonzero()
-            clip, chunk = options[rng.integers(len(options))].tolist()
-            chunk += FULL_MEMORY
+            options = self.back[name][:clips, FULL_MEMORY:last + 1]
+            if not lookup and rng.random() > BACK:
+                options = ~options
+            if not options.any():
+                options = torch.ones_like(options)
+            # a clip first, or the first turn of fast ones were hardly ever drawn
+            clip = int(rng.choice(options.any(1).nonzero()[:, 0].numpy()))
+            chunk = FULL_MEMORY + int(rng.choice(options[clip].nonzero()[:, 0].numpy()))
             drawn.append((clip, chunk, self.held[name][clip, chunk]))
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))

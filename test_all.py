@@ -1408,10 +1408,10 @@ def test_most_of_what_a_look_aside_shows_again_comes_back():
 
 
 @pytest.mark.parametrize("given, least, most", [
-    ({"ahead": 7}, .65, .8),
-    ({}, .65, .8),
+    ({"ahead": 7}, .45, .6),
+    ({}, .45, .6),
     ({"lookup": True}, 1, 1)])
-def test_most_targets_are_views_that_come_back_and_they_have_room_behind_them(given, least, most):
+def test_half_of_the_targets_are_views_that_come_back_and_they_have_room_behind_them(given, least, most):
     histories = Histories(MOTIONS, 30)
     history = histories.draw_history(np.random.default_rng(0), 1000, **given)
     assert history.chunk.min() >= 7
@@ -1421,6 +1421,14 @@ def test_most_targets_are_views_that_come_back_and_they_have_room_behind_them(gi
         is_drawn = (held[history.clip, history.chunk] == history.frame).all(1)
         back |= histories.back[name][history.clip, history.chunk] & is_drawn
     assert least <= back.float().mean() <= most
+
+
+def test_clips_in_which_little_is_new_show_it_as_often_as_others():
+    """Else the first turn of a fast one is hardly ever seen, and the network goes back to what it knows."""
+    specs = [WorldSpec(0, "turn", 8), *(WorldSpec(i, "turn", 44) for i in range(1, 10))]
+    history = Histories(specs, 30).draw_history(np.random.default_rng(0), 2000)
+    is_first_turn = (history.clip == 0) & (history.chunk < 11)
+    assert .5 / 10 < is_first_turn.float().mean() < .2
 
 
 @pytest.mark.parametrize("given, share", [
