@@ -40,11 +40,11 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 
 # Which history a pass has, and how often.
 HISTORIES = {
-    "prefix": .50,  # the first 7 chunks, each predicted from those before it: text to video
-    "full": .35,    # all that a memory policy holds
+    "prefix": .35,  # the first 7 chunks, each predicted from those before it: text to video
+    "full": .30,    # all that a memory policy holds
     # the same, but without landmarks since one of those in view was last out of it: they must be looked up,
     # continuing the picture is not enough
-    "lookup": .15,
+    "lookup": .35,
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
 
