@@ -192,8 +192,8 @@ def run_batch(batch):
 
 
 # the files by which a video is made and measured
-CODE = ("config rope memory world video judge flow model vae wan_vae tensors text weights erft checkpoint "
-        "data histories probe evaluate").split()
+CODE = ("config records rope memory world video judge flow model vae wan_vae tensors text weights erft "
+        "checkpoint data histories probe evaluate").split()
 
 
 @lru_cache
