@@ -8,7 +8,6 @@ under another name and renamed when it is there: whole or absent; beside its fil
 """
 import json
 import os
-import re
 import shutil
 import warnings
 
@@ -60,7 +59,7 @@ def training_state(nets, optimizers, others):
 
 def find_checkpoints(folder):
     """The newest last; copies of other names are somebody's own"""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,9}", path.name)]
+    found = [path for path in folder.glob("step_??????*") if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

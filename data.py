@@ -16,8 +16,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, in_one_line,  # first
-                    parse, pick_device, run, tell, within)
+from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, parse,  # first
+                    pick_device, run, tell, within)
 
 import numpy as np
 import torch
@@ -208,8 +208,7 @@ def encode_videos(cfg, device):
     find_ffmpeg()
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
-    with in_one_line("RANK or WORLD_SIZE is no number", "start with torchrun, or unset them", ValueError):
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     within("RANK, which torchrun sets,", rank, 0, processes - 1)
     new = {}
     for file in list(captions)[rank::processes]:

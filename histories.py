@@ -117,7 +117,7 @@ class Histories:
             # a policy or keep rule
             other = rng.random() < OTHER and ahead == 1 and not lookup
             name = str(rng.choice(OTHER_POLICIES if other else KEEP_RULES))
-            # chunks whose view comes back, or those of which it does not
+            # the chunks whose view comes back, or all others
             clips = EMPTY_CLIPS if lookup else None
             last = self.moved.shape[1] - ahead
             options = self.back[name][:clips, FULL_MEMORY:last + 1]
@@ -125,9 +125,9 @@ class Histories:
                 options = ~options
             if not options.any():
                 options = torch.ones_like(options)
-            # a clip first, or the first turn of fast ones were hardly ever drawn
-            clip = int(rng.choice(options.any(1).nonzero()[:, 0].numpy()))
-            chunk = FULL_MEMORY + int(rng.choice(options[clip].nonzero()[:, 0].numpy()))
+            # a clip first: among all chunks the first turns of fast clips would hardly ever be met
+            clip = rng.choice(options.any(1).nonzero().flatten())
+            chunk = FULL_MEMORY + rng.choice(options[clip].nonzero().flatten())
             drawn.append((clip, chunk, self.held[name][clip, chunk]))
         clip, chunk, frame = zip(*drawn)
         return History(torch.tensor(clip), torch.tensor(chunk), torch.stack(frame))

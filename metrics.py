@@ -120,8 +120,7 @@ def score_video(path, prompt, dino, clip, words):
     ids = words(prompt, truncation=True, max_length=longest, return_tensors="pt").to(clip.device)
     # features, 16 frames at a time: some kB a frame stay
     f, g = [], []
-    # ffmpeg before version 5 repeats the last frame
-    frames = islice(source.read(source.width, source.height), len(source.seconds))
+    frames = source.read(source.width, source.height)
     while batch := list(islice(frames, BATCH)):
         x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
         images, text = clip_features(clip, x, ids)
@@ -129,6 +128,9 @@ def score_video(path, prompt, dino, clip, words):
         g.append(images)
     if source.damage:
         raise BadInput(f"{path} is damaged ({source.damage})")
+    # old versions of ffmpeg leave frames out, or repeat them
+    if len(f) != len(source.seconds):
+        raise BadInput(f"{path}: this ffmpeg cannot count its frames: pip install -U imageio-ffmpeg")
     f, g = torch.cat(f), torch.cat(g)
     seconds = torch.tensor(source.seconds) - source.seconds[0]
     # the table's columns: what it is, VBench's, the paper's

@@ -42,17 +42,17 @@ def make_optimizers(cfg, preset, nets):
             (matrices if use_muon else others).append(p)
     groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
     if matrices:
-        groups["net"].append(Muon(matrices, weight_decay=.01))
+        groups["net"].append(Muon(matrices))
     return groups
 
 
 class Muon(torch.optim.Optimizer):
     """For matrices, and kernels as matrices (out, in h w); a rate means as large a step as AdamW's."""
-    def __init__(self, params, lr=1e-3, weight_decay=.1, momentum=.95):
+    def __init__(self, params, lr=1e-3, weight_decay=.01, momentum=.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

@@ -20,6 +20,7 @@ from data import encode_world, frames_of
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK, PRESETS, frames_in_memory
+from video import to_uint8
 from world import FPS, HELD_OUT, WorldSpec, make_world
 
 GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
@@ -58,7 +59,7 @@ def decode_frames(vae, latents):
     for chunk in latents.split(CHUNK, dim=1):
         with fast_autocast(latents.device):
             video, past = vae.decode(chunk, past)
-        frames.append((video * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy())
+        frames.append(to_uint8(video).movedim(-1, -3).cpu().numpy())
     return np.concatenate(frames, axis=1)
 
 

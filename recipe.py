@@ -64,10 +64,10 @@ DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_
 # of small batches, as a network learns by the number of its steps here, and of large rates
 MANY_STEPS = Preset(updates=0, lr=0., batch=8, save_every=500, strip_every=1000, probe_every=1000)
 TINY = {
-    "vae": Preset(1400, 2e-3, seconds=.85, batch=8, ema_decay=.99, probe_every=0),
+    "vae": Preset(1400, 2e-3, seconds=1., batch=8, ema_decay=.99, probe_every=0),
     "init_ar": replace(MANY_STEPS, updates=8000, lr=6e-3, seconds=.44),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., ema_decay=.99),
-    "teacher": replace(MANY_STEPS, updates=6000, lr=4e-3, start="init_ar", seconds=.45),
+    "teacher": replace(MANY_STEPS, updates=6000, lr=2.5e-3, start="init_ar", seconds=.45),
     # straight from init_ar, which is better at four steps than init_ode
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),

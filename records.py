@@ -1,8 +1,8 @@
 """
-Files of records: JSON, an object in the whole file or an object a line.
+Files of records: JSON, one object in the whole file, or one a line.
 
-A program that is stopped, a full disk, or two that write at once cost no line but their own; a line that is
-damaged is told of and passed over.
+Lines are added by one write, so several programs can add to a file at once, and one that is stopped, or finds
+the disk full, spoils no line but its own. A damaged line is told of and passed over.
 
 Leaves out: reading a long file piece by piece.
 """
@@ -12,10 +12,19 @@ import os
 from config import check_file, check_schema, in_one_line, warn
 
 
-def read_json(path, remedy):
-    """The object in a file of JSON, of 1 MB at most; remedy: what to do about one that cannot be read"""
+def open_file(path):
+    """For its bytes; BadInput for a pipe, which would be waited for, and a device, which may have no end."""
     check_file(path)
-    with in_one_line(f"cannot read {path}", remedy), open(path, "rb") as file:
+    return open(path, "rb")
+
+
+def read_json(path, remedy):
+    """
+    The object in a file of JSON, of 1 MB at most.
+    remedy   what to do about a file that cannot be read: it ends the BadInput that says so
+    returns  dict
+    """
+    with in_one_line(f"cannot read {path}", remedy), open_file(path) as file:
         content = json.loads(file.read(1 << 20))
     check_schema(path, content, dict)
     return content
@@ -23,16 +32,14 @@ def read_json(path, remedy):
 
 def read_lines(path, schema):
     """
-    A file of JSON, an object a line -> list of those that are as check_schema() wants them; the others are
-    warned about. Where there is no file: an empty list.
+    A file of JSON, an object a line; none if there is no file. Others are warned about and passed over.
+    schema   of an object, for check_schema()
+    returns  list of dicts; raises BadInput for what is no file
     """
     check_file(path)
     read = []
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content.splitlines(), 1):
-        # two that ended a cut line at once leave an empty one
-        if not line:
-            continue
         try:
             record = json.loads(line)
             check_schema(path, record, schema, f"line {number}")
@@ -43,12 +50,12 @@ def read_lines(path, schema):
 
 
 def append_line(path, record):
-    """One line more, in one write, as another program may be adding its own; or the file as it was"""
+    """record, a dict, becomes the last line of the file; on BadInput (a full disk) the file is as it was."""
     check_file(path)
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with in_one_line(f"cannot write {path}", "is the disk full, or that a folder?", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # whoever writes, a line is added behind all that is there
+        # "a": whoever else is writing, this goes behind all that is there
         with open(path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))

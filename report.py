@@ -43,7 +43,7 @@ ROW = ("weights", "memory", "positions", "worlds", "tau", "steps")  # of a video
 
 def read_videos(path):
     """-> key -> list of videos; none if there is no file yet"""
-    video = dict.fromkeys(("weights", "memory", "positions", "worlds", "motion"), str) | {"seed": int}
+    video = dict.fromkeys(("motion", *ROW[:4]), str) | {"seed": int}
     lines = read_lines(path, {"key": str, "videos": [video]})
     return {line["key"]: line["videos"] for line in lines}
 
@@ -208,7 +208,7 @@ def all_tables(videos, first):
     """first: the student's row -> title -> table"""
     rows, curves, hours = [], [], []
     for row in rows_of(videos):
-        named = {name: row[0][name] for name in ("weights", "memory", "positions", "worlds")}
+        named = {name: row[0][name] for name in ROW[:4]}
         named["memory"] = label(row[0])
         if named["worlds"] == "hour":
             names = [f"{minute} min: {name}" for minute in MINUTES for name in HOUR]

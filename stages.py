@@ -57,7 +57,7 @@ def vae_pass(inputs, batch, rng, drawn):
     video = torch.from_numpy(np.stack(clips)).to(inputs.device) * 2 - 1
     with inputs.autocast:
         z = vae.encode(video)
-        # noise on the latents: what fills the picture must stand out of it, so landmarks are most of them
+        # noise on the latents: what is small in them is lost, so what fills the picture becomes large
         level = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, device=z.device)
         decoded, _ = vae.run(vae.decoder, z + level * torch.randn_like(z), None)
     # pixels, and how they change from frame to frame: without it frames come in pairs. The first latent is

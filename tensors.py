@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from config import BadInput, check_file, check_schema, in_one_line, whole_or_absent
-from records import read_json
+from config import BadInput, check_schema, in_one_line, whole_or_absent
+from records import open_file, read_json
 
 # what is to be done about a file that cannot be read
 FETCH = ("check the path, or fetch it again; what --wan needs comes by hf download Wan-AI/Wan2.1-T2V-1.3B, "
@@ -82,12 +82,6 @@ def hash_content(tensors, about):
 
 
 # ---- one file ----------------------------------------------------------------------------------------------
-
-def open_file(path):
-    """For its bytes; a pipe would be waited for, and a device may have no end."""
-    check_file(path)
-    return open(path, "rb")
-
 
 def write_safetensors(path, tensors, about=None):
     """A safetensors file, whole or not at all; about: what it says of itself, a dict for JSON"""

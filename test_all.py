@@ -1290,7 +1290,7 @@ def test_each_kind_of_history_is_drawn_as_often_as_the_table_says(histories):
     rng = np.random.default_rng(0)
     drawn = Counter(causal.draw_kind(histories, rng, 0.) for _ in range(4000))
     assert all(abs(drawn[kind] / 4000 - share) < .03 for kind, share in histories.items())
-    assert sum(histories.values()) == pytest.approx(1)
+    assert math.fsum(histories.values()) == 1
     assert "lookup" not in causal.FOLDER_HISTORIES
 
 
@@ -1784,7 +1784,8 @@ def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
 def test_a_log_that_was_cut_costs_a_warning_and_no_weights(small_training, capsys):
     go, out = small_training
     (out / "vae").mkdir()
-    (out / "vae" / "log.jsonl").write_text('{"step": 1, "seco\n{"step": 1, "seconds": 50}\n{"step": 2, "seconds": "x"}')
+    lines = ['{"step": 1, "seco', '{"step": 1, "seconds": 50}', '{"step": 2, "seconds": "x"}']
+    (out / "vae" / "log.jsonl").write_text("\n".join(lines))
     go("--stage", "vae", "--updates", "1")
     assert load(out / "vae" / "vae.safetensors", TAE, TAEConfig)[1]["seconds"] >= 50
     assert "log.jsonl, line 1" in capsys.readouterr().err
@@ -2499,15 +2500,11 @@ def test_without_ffmpeg_no_clip_is_called_unreadable(script, out, told, refusal,
     assert told in refusal(script, "--videos", tmp_path, "--out", out)
 
 
-@pytest.mark.parametrize("rank, told", [("3", "from 0 to 0, not 3"), ("x", "RANK or WORLD_SIZE is no number")])
-@pytest.mark.parametrize("script", [data, train])
-def test_a_rank_without_its_processes_is_refused(script, rank, told, refusal, videos, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
+def test_a_rank_without_its_processes_is_refused(refusal, videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if script is train:
-        assert "cannot join the other processes" in refusal(train, "--stage", "vae", "--out", tmp_path)
-    else:
-        assert told in refusal(data, "--videos", videos, "--out", tmp_path)
+    assert "from 0 to 0, not 3" in refusal(data, "--videos", videos, "--out", tmp_path)
+    assert "cannot join the other processes" in refusal(train, "--stage", "vae", "--out", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -2846,10 +2843,11 @@ def test_copies_of_the_shipped_autoencoder_move_as_evenly_as_the_world():
 
 
 def test_a_quarter_of_a_latents_variance_and_more_tells_which_landmarks_stand_there():
-    """Of what it tells little, a network learns little: with a seventh memory was not learned in 8,000 updates."""
+    """With an eighth init_ar recalled .74 after 8,000 updates, with a half 1.0 after 5,000."""
     specs = [WorldSpec(world.HELD_OUT + 500 + i) for i in range(8)]
-    ours = torch.cat([encode_world(shipped_vae(), spec, 21, CPU) for spec in specs])
-    others = torch.cat([encode_world(shipped_vae(), replace(spec, counterfactual=True), 21, CPU) for spec in specs])
+    others = [replace(spec, counterfactual=True) for spec in specs]
+    ours, others = (torch.cat([encode_world(shipped_vae(), spec, 21, CPU) for spec in some])
+                    for some in (specs, others))
     assert (ours - others).square().mean() > ours.var() / 4
 
 
@@ -3398,7 +3396,12 @@ def test_a_manifest_gives_back_what_was_written_and_passes_over_what_is_no_recor
 
 def test_programs_that_add_to_a_file_at_once_lose_no_line_and_a_full_disk_adds_none(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
-    code = "import records, sys; from pathlib import Path; [records.append_line(Path(sys.argv[1]), {'n': n}) for n in range(200)]"
+    code = """
+import records, sys
+from pathlib import Path
+for n in range(200):
+    records.append_line(Path(sys.argv[1]), {"n": n})
+"""
     words = [sys.executable, "-c", code, path]
     programs = [subprocess.Popen(words, cwd=HERE) for _ in range(3)]
     assert [program.wait() for program in programs] == [0, 0, 0]
@@ -4788,9 +4791,9 @@ def test_bench_prints_parts_and_speed_at_any_size(sampled, tmp_path, capsys):
 # ---- the code itself ---------------------------------------------------------------------------------------
 
 # a file imports only files that stand before it
-ORDER = """config records rope memory world video judge score flow model vae wan_vae tensors text weights bench erft
-           dmd checkpoint optim histories data probe recipe report paper figures causal starts stages evaluate
-           metrics sample live train""".split()
+ORDER = """config records rope memory world video judge score flow model vae wan_vae tensors text weights
+           bench erft dmd checkpoint optim histories data probe recipe report paper figures causal starts
+           stages evaluate metrics sample live train""".split()
 METHOD = {"rope", "memory", "model", "flow", "dmd", "erft"}
 SCRIPTS = {"evaluate", "live", "metrics", "sample", "train"}
 # PIL and imageio_ffmpeg are imageio's own
@@ -4860,7 +4863,7 @@ def test_a_file_is_written_to_be_read(name):
 # the whole is to come down to 38,000
 @pytest.mark.parametrize("names, most", [
     (METHOD, 11_000),
-    (set(FILES), 58_634),
+    (set(FILES), 58_586),
 ], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
@@ -5417,7 +5420,8 @@ def test_lines_give_back_what_was_written_and_bad_ones_are_named_and_made_again(
         records.append_line(path, line)
     assert report.read_videos(path) == made
     first, second, third = path.read_text().splitlines()
-    for line in (second[:-9], "[1, 2]", "{}", '{"key": "b", "videos": [3]}', '{"key": "b", "videos": [{}]}', "[" * 100_000):
+    no_videos = ['{"key": "b", "videos": [3]}', '{"key": "b", "videos": [{}]}']
+    for line in (second[:-9], "[1, 2]", "{}", *no_videos, "[" * 100_000):
         path.write_text("\n".join([first, line, third, ""]))
         assert list(report.read_videos(path)) == ["a", "c"]
         assert re.fullmatch("warning: passed over: .*a.jsonl, line 2: .*\n", capsys.readouterr().err)
@@ -5762,7 +5766,8 @@ def test_the_frontier_is_of_uniform_intervals_1_to_6_and_three_taus_at_equal_slo
     # a student of any name
     named = evaluate.all_rows(FIRST | {"weights": "my student"}, (.9, .97))
     ours = report.pick(named, {"weights": "my student"})
-    assert [row | {"weights": FIRST["weights"]} for row in ours] == report.pick(whole, {"weights": FIRST["weights"]})
+    student = {"weights": FIRST["weights"]}
+    assert [row | student for row in ours] == report.pick(whole, student)
     rows = report.pick(whole, {"worlds": "returns"})
     policies = {evaluate.policy_of(row, .94) for row in rows}
     slots = [p for p in policies if (p.sink, p.slow, p.fast) == (3, 12, 6)]
@@ -6847,6 +6852,16 @@ def test_any_video_is_scored_at_its_times(score_videos, grey_networks):
     level = 18 * 10 / 219 * 255  # of the one frame near 10 s
     assert float(row["clip_t_10"]) == pytest.approx(100 / math.hypot(level, 100), abs=.01)
     assert row["clip_t_20"] == "nan"
+
+
+def test_a_video_of_which_ffmpeg_gives_fewer_frames_than_it_tells_of_is_no_score(
+        score_videos, grey_networks, monkeypatch, capsys):
+    """As ffmpeg 4.2 does: of a webm of 50 frames 49, of a GIF of 96 it gives 200."""
+    read = video.Clip.read
+    monkeypatch.setattr(video.Clip, "read", lambda clip, *size: list(read(clip, *size))[1:])
+    with pytest.raises(SystemExit, match="2"):
+        score_videos("--videos in")
+    assert "a-cat-0.mp4: this ffmpeg cannot count its frames" in capsys.readouterr().out
 
 
 def test_videos_that_cannot_be_read_are_listed_and_the_list_that_made_a_set_scores_it(

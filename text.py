@@ -24,7 +24,8 @@ from einops import rearrange
 from torch import nn
 
 from config import BadInput, in_one_line, warn
-from tensors import FETCH, open_file
+from records import open_file
+from tensors import FETCH
 
 
 @dataclass
