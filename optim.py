@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # which get_state_dict gives: None
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
