@@ -96,8 +96,13 @@ def check(cfg):
         raise BadInput("--save-state and --resume are for one video of the student: leave out --prompts, "
                        "--seeds, --bench and --teacher, and --continue with --resume; --teacher goes on from "
                        "a clip: give --continue CLIP, and no --bench")
+    own = ("memory", "positions", "tau", "compile")  # of the student
+    if cfg.teacher and any(getattr(cfg, name) != getattr(Config, name) for name in own):
+        raise BadInput(f"--teacher has one memory of its own: leave out --{', --'.join(own)}")
     # what would be found out after the work
     if cfg.save_state:
+        if cfg.save_state in (cfg.continue_, cfg.ckpt, cfg.lora):
+            raise BadInput(f"--save-state would write over {cfg.save_state}: give another name")
         check_file(cfg.save_state)
         check_writable(Path(cfg.save_state).parent)
     if not cfg.bench:

@@ -2163,6 +2163,9 @@ def test_a_teacher_that_looks_at_its_context_recalls_more_of_its_own_past_than_o
     ("1 --batch -1", "must lie"),
     ("2 --init nowhere.safetensors", "nowhere.safetensors"),
     ("1 --size 8x8", "needs --wan"),
+    ("vae --init x", "vae has no use for"),
+    ("init --teacher x", "init has no use for"),
+    ("1 --teacher-context none", "1 has no use for"),
     ("vae --data clips", "needs --wan"),
     (f"1 --out {Path(__file__).as_posix()}/o", "cannot write to"),
 ])
@@ -3573,7 +3576,11 @@ REFUSED = [
     ("--prompts lines.txt", "lines.txt, line 2: the prompt is empty, has control"),
     ("--resume s --bench", "one video"), ("--resume s --continue c.mp4", "--continue with --resume"),
     ("--wan nowhere", "download"), ("--wan random --size 100x100", "multiples of 16"),
-    ("--wan random --vae tea", "did you mean tae")]
+    ("--wan random --vae tea", "did you mean tae"),
+    ("--wan random:32x1 --ckpt empty.mp4", "weights of its own"), ("--wan random --lora x", "weights of its own"),
+    ("--teacher --continue empty.mp4 --memory window", "leave out --memory"),
+    ("--teacher --continue empty.mp4 --tau 0", "--tau"),
+    ("--continue empty.mp4 --save-state empty.mp4", "would write over empty.mp4")]
 REFUSED_PROMPTS = [
     ("", "prompt is empty"),
     ("a | 1:", "prompt is empty"),

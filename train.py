@@ -351,18 +351,19 @@ def train(cfg, part, device, stop):
 
 
 def check(cfg):
-    # each option
     one_of("--stage", cfg.stage, PARTS)
     one_of("--dtype", cfg.dtype, ("", "bf16", "fp32"))
     one_of("--teacher-context", cfg.teacher_context, ("memory", "none"))
-    within("--lr", cfg.lr, 0, 1000)
-    for name, least in {"accumulate": 1, "seed": 0, "updates": 0, "batch": 0}.items():
+    for name, least in {"accumulate": 1, "seed": 0, "updates": 0, "batch": 0, "lr": 0}.items():
         within(f"--{name}", vars(cfg)[name], least, sys.maxsize)
-    # and what does not go together
     if cfg.stage == "all" and (cfg.init or cfg.teacher or cfg.data or cfg.wan):
         raise BadInput("--stage all begins with nothing: leave out --init, --teacher, --data and --wan")
     if cfg.wan and cfg.stage == "vae":
         raise BadInput("--stage vae is not for --wan: Wan2.1 is the base model, and brings its autoencoder")
+    last = TINY[PARTS[cfg.stage][-1]]
+    if (cfg.init and not last.start or cfg.teacher and not last.teacher
+            or cfg.teacher_context == "none" and "2" not in cfg.stage):
+        raise BadInput(f"--stage {cfg.stage} has no use for that --init, --teacher or --teacher-context")
     if cfg.size and not cfg.wan:
         raise BadInput("--size needs --wan")
     if cfg.data and not cfg.wan and cfg.stage in ("vae", "init"):
@@ -383,8 +384,7 @@ def main():
             dist.init_process_group(backend, timeout=PATIENCE)
     try:
         with StopSignals() as stop:
-            sees_nothing = cfg.stage == "2" and cfg.teacher_context == "none"
-            parts = PARTS["2_none" if sees_nothing else cfg.stage]
+            parts = PARTS["2_none" if cfg.teacher_context == "none" else cfg.stage]
             for number, part in enumerate(parts, 1):
                 if part == "init_ar" and cfg.init:
                     continue  # a causal model is given: only its four steps are wanted

@@ -375,6 +375,8 @@ def check_options(cfg):
     within("--seed", cfg.seed, 0, 2 ** 63 - 1)
     if not cfg.wan and (cfg.size or cfg.vae or cfg.lora):
         raise BadInput("--size, --vae and --lora need --wan: the tiny networks come in one form")
+    if cfg.wan.startswith("random") and (cfg.ckpt or cfg.lora):
+        raise BadInput("--wan random makes weights of its own: leave out --ckpt and --lora")
 
 
 def main():
