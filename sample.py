@@ -101,7 +101,8 @@ def check(cfg):
         raise BadInput(f"--teacher has one memory of its own: leave out --{', --'.join(own)}")
     # what would be found out after the work
     if cfg.save_state:
-        if cfg.save_state in (cfg.continue_, cfg.ckpt, cfg.lora):
+        taken = [cfg.continue_, cfg.ckpt, cfg.lora, Path(cfg.out, MANIFEST)]
+        if Path(cfg.save_state) in map(Path, taken):
             raise BadInput(f"--save-state would write over {cfg.save_state}: give another name")
         check_file(cfg.save_state)
         check_writable(Path(cfg.save_state).parent)

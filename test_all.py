@@ -3580,7 +3580,9 @@ REFUSED = [
     ("--wan random:32x1 --ckpt empty.mp4", "weights of its own"), ("--wan random --lora x", "weights of its own"),
     ("--teacher --continue empty.mp4 --memory window", "leave out --memory"),
     ("--teacher --continue empty.mp4 --tau 0", "--tau"),
-    ("--continue empty.mp4 --save-state empty.mp4", "would write over empty.mp4")]
+    ("--continue empty.mp4 --save-state ./empty.mp4", "would write over ./empty.mp4"),
+    ("--out folder --save-state folder/manifest.jsonl", "would write over folder"),
+    ("--out new --save-state new/manifest.jsonl", "would write over new")]
 REFUSED_PROMPTS = [
     ("", "prompt is empty"),
     ("a | 1:", "prompt is empty"),
