@@ -6678,8 +6678,8 @@ def test_on_a_gpu_every_stage_goes_on_with_what_belongs_to_the_host_there(stage,
     part = out / train.PARTS[stage][-1]
     load_checkpoint, hosted = train.load_checkpoint, []
 
-    def watched(folder, nets, optimizers, *rest):
-        step = load_checkpoint(folder, nets, optimizers, *rest)
+    def watched(folder, nets, optimizers, others, verify):
+        step = load_checkpoint(folder, nets, optimizers, others, verify)
         if step:
             states = [state for optimizer in optimizers for state in optimizer.state.values()]
             hosted.extend(state["step"] for state in states if "step" in state)
