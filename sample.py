@@ -128,12 +128,15 @@ def read_switches(prompt, end):
         except ValueError:
             raise BadInput("cannot read a prompt switch: write 'a text | 20: the text from 20 s on', "
                            f"or \\| for a bar, not {part!r}") from None
-        if not before < second < end:
-            raise BadInput(f"the prompt switches must come one after another, before the end at {end:g} s")
+        # what is not a time of the video counts as 0, so it does not come after
+        chunk = chunks_of(second * FPS) if 0 < second < end else 0
+        if not before < chunk < chunks_of(end * FPS):
+            raise BadInput("the prompt switches must come one after another, each in a chunk (0.75 s) of its "
+                           f"own, no later than the last of the {end:g} s")
         text = text.replace("\\|", "|").strip()
         check_prompt(text)
-        switches[chunks_of(second * FPS) if second else 0] = text
-        before = second
+        switches[chunk] = text
+        before = chunk
     return switches
 
 

@@ -3548,7 +3548,7 @@ def save_plain_state(path, frames=9, latents=torch.zeros(1, 3, 16, 4, 8), out="e
 REFUSED = [
     ("--seconds 0", "0.01"),
     ("--seconds nan", "0.01"),
-    ("--save-state s --prompt a|1e308:b", "before the end"),
+    ("--save-state s --prompt a|1e308:b", "no later than"),
     ("--seeds 0", "1"),
     ("--steps 0", "1"),
     ("--tau 2", "-1"),
@@ -3591,7 +3591,9 @@ REFUSED_PROMPTS = [
     ("x" * 4001, "more than 4000 letters"),
     ("a \x1b[31m", "control characters"), ("a | 1: b \0", "control characters"),
     ("a | 9: b | 9: c", "one after"),
-    ("a | 20: b", "before the end"),
+    ("a | 20: b", "no later than the last"),
+    ("a | 9: b | 9.01: c", "a chunk (0.75 s) of its own"),
+    ("a | 19.4: b", "no later than the last"),  # which begins at 19.3 s
     ("a | nan: b", "one after")]
 
 
