@@ -101,10 +101,14 @@ def check(cfg):
         raise BadInput(f"--teacher has one memory of its own: leave out --{', --'.join(own)}")
     # what would be found out after the work
     if cfg.save_state:
-        taken = [cfg.continue_, cfg.ckpt, cfg.lora, Path(cfg.out, MANIFEST)]
-        if Path(cfg.save_state) in map(Path, taken):
-            raise BadInput(f"--save-state would write over {cfg.save_state}: give another name")
         check_file(cfg.save_state)
+        if Path(cfg.save_state) == Path(cfg.out, MANIFEST):
+            raise BadInput(f"{cfg.save_state} is the manifest: give --save-state another name")
+        if Path(cfg.save_state).exists():
+            try:
+                read_state(cfg.save_state, verify=False, remedy="")
+            except BadInput:
+                raise BadInput(f"{cfg.save_state} is there, and no state: give another name") from None
         check_writable(Path(cfg.save_state).parent)
     if not cfg.bench:
         check_writable(cfg.out)
@@ -149,15 +153,20 @@ def warn_of_grammar(texts):
 
 # ---- a video that goes on later ---------------------------------------------------------------------------
 
+def read_state(path, verify, remedy):
+    """-> its tensors, what else it says; raises BadInput, with the remedy, for any other file"""
+    state, about = read_file(path, verify=verify, remedy=remedy)
+    check_schema(path, {**about, "latents": state.get("latents")}, STATE)
+    return state, about
+
+
 def read_options():
     """-> the options, those of --resume among them; latents of its video, or None; what its file says"""
     cfg = parse(Config)
     check(cfg)
     if not cfg.resume:
         return cfg, None, {"frames": 0, "clip": 0}
-    remedy = "give a file that --save-state wrote"
-    state, about = read_file(cfg.resume, verify=not cfg.no_verify, remedy=remedy)
-    check_schema(cfg.resume, {**about, "latents": state.get("latents")}, STATE)
+    state, about = read_state(cfg.resume, not cfg.no_verify, "give a file that --save-state wrote")
     # a file may hold anything: only these options count, and they are read as the command line is
     words = [f"--{name}={value}" for name, value in about["options"].items()
              if name in OPTIONS + FILES and value is not None]

@@ -3580,9 +3580,8 @@ REFUSED = [
     ("--wan random:32x1 --ckpt empty.mp4", "weights of its own"), ("--wan random --lora x", "weights of its own"),
     ("--teacher --continue empty.mp4 --memory window", "leave out --memory"),
     ("--teacher --continue empty.mp4 --tau 0", "--tau"),
-    ("--continue empty.mp4 --save-state ./empty.mp4", "would write over ./empty.mp4"),
-    ("--out folder --save-state folder/manifest.jsonl", "would write over folder"),
-    ("--out new --save-state new/manifest.jsonl", "would write over new")]
+    ("--save-state empty.mp4", "no state: give"), ("--save-state lines.txt", "no state: give"),
+    ("--save-state other.pt", "no state: give"), ("--out new --save-state new/manifest.jsonl", "the manifest")]
 REFUSED_PROMPTS = [
     ("", "prompt is empty"),
     ("a | 1:", "prompt is empty"),
@@ -3919,7 +3918,8 @@ def test_a_chunk_that_is_not_finite_ends_the_run(name, bias, refused, monkeypatc
 def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
         sampled, tmp_path, monkeypatch, capsys):
     state = tmp_path / "state"
-    state.write_text("before")
+    save_plain_state(state)
+    before = state.read_bytes()
 
     def write_half(tensors, path, about):
         Path(path).write_bytes(b"half")
@@ -3928,7 +3928,7 @@ def test_a_state_that_finds_no_room_leaves_the_one_before_and_the_video(
     monkeypatch.setattr(tensors, "save_file", write_half)
     assert sampled(tmp_path / "o", "--seconds", ".3", "--steps", "1", "--save-state", state)[1] == 2
     assert "No space left on device): is the disk full?" in capsys.readouterr().err
-    assert state.read_text() == "before"
+    assert state.read_bytes() == before
     assert len(list((tmp_path / "o").glob("*.mp4"))) == 1
     # nor is it where the manifest finds no room, or where nobody reads what is told
     monkeypatch.setattr(tensors, "save_file", save)
