@@ -102,8 +102,6 @@ def check(cfg):
     # what would be found out after the work
     if cfg.save_state:
         check_file(cfg.save_state)
-        if Path(cfg.save_state) == Path(cfg.out, MANIFEST):
-            raise BadInput(f"{cfg.save_state} is the manifest: give --save-state another name")
         if Path(cfg.save_state).exists():
             try:
                 read_state(cfg.save_state, verify=False, remedy="")
