@@ -129,7 +129,7 @@ def score_video(path, prompt, dino, clip, words):
     if source.damage:
         raise BadInput(f"{path} is damaged ({source.damage})")
     # old versions of ffmpeg leave frames out, or repeat them
-    if len(f) != len(source.seconds):
+    if sum(map(len, f)) != len(source.seconds):
         raise BadInput(f"{path}: this ffmpeg cannot count its frames: pip install -U imageio-ffmpeg")
     f, g = torch.cat(f), torch.cat(g)
     seconds = torch.tensor(source.seconds) - source.seconds[0]

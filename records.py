@@ -62,6 +62,7 @@ def append_line(path, record):
             # a last line that was cut short stays one of its own
             if file.read(1) not in (b"", b"\n"):
                 line = b"\n" + line
+            # all of it, or nothing
             if file.write(line) < len(line):
                 file.truncate(size)
                 raise OSError("the disk is full")
