@@ -8,6 +8,7 @@ under another name and renamed when it is there: whole or absent; beside its fil
 """
 import json
 import os
+import platform
 import shutil
 import warnings
 
@@ -126,6 +127,27 @@ def load_checkpoint(folder, nets, optimizers, others, verify=True):
     if checkpoints:
         raise BadInput(f"no checkpoint in {folder} can be read: delete that folder to train from the start")
     return 0
+
+
+def claim(folder):
+    """The folder is this run's; BadInput where another, that is alive, trains there."""
+    if get_rank() > 0:
+        return
+    import psutil  # comes with imageio[ffmpeg]
+    file = folder / "running.json"
+    me = psutil.Process()
+    if file.exists():
+        other = read_json(file, "delete it")
+        check_schema(file, other, {"machine": str, "process": range(2 ** 31), "started": int})
+        # numbers of processes come again
+        is_alive = other["machine"] == platform.node() and psutil.pid_exists(other["process"])
+        if is_alive and other["process"] != me.pid:
+            started = psutil.Process(other["process"]).create_time()
+            if abs(started - other["started"]) < 5:
+                raise BadInput(f"process {other['process']} is training in {folder}: wait for it, or give "
+                               "another --out")
+    mine = {"machine": platform.node(), "process": me.pid, "started": round(me.create_time())}
+    write_text(file, json.dumps(mine))
 
 
 def keep_settings(folder, settings, passes):

@@ -35,7 +35,7 @@ from erft import extend
 from flow import generate
 from memory import CHUNK
 from records import append_line
-from tensors import hash_content, hash_file, read_file, write_safetensors
+from tensors import hash_content, hash_file, read_file, read_head, write_safetensors
 from text import check_prompt, read_prompts
 from video import (FPS, MANIFEST, THUMBNAILS, chunks_of, decode_beside, find_ffmpeg, frames_in,
                    memory_picture, open_clip, read_clip, read_manifest, video_writer)
@@ -47,8 +47,7 @@ OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "size", "vae
 FILES = ["ckpt", "lora", "wan"]
 LONGEST = 86400  # seconds
 # what a state says beside its latents; also frames that are written, and how many chunks are a clip's
-STATE = {"latents": torch.float32, "options": dict, "model": str, "clip": int,
-         "frames": range(1, LONGEST * FPS)}
+STATE = {"options": dict, "model": str, "clip": int, "frames": range(1, LONGEST * FPS)}
 
 
 @dataclass
@@ -104,7 +103,8 @@ def check(cfg):
         check_file(cfg.save_state)
         if Path(cfg.save_state).exists():
             try:
-                read_state(cfg.save_state, verify=False, remedy="")
+                _, about = read_head(cfg.save_state, remedy="")
+                check_schema(cfg.save_state, about, STATE)
             except BadInput:
                 raise BadInput(f"{cfg.save_state} is there, and no state: give another name") from None
         check_writable(Path(cfg.save_state).parent)
@@ -151,20 +151,16 @@ def warn_of_grammar(texts):
 
 # ---- a video that goes on later ---------------------------------------------------------------------------
 
-def read_state(path, verify, remedy):
-    """-> its tensors, what else it says; raises BadInput, with the remedy, for any other file"""
-    state, about = read_file(path, verify=verify, remedy=remedy)
-    check_schema(path, {**about, "latents": state.get("latents")}, STATE)
-    return state, about
-
-
 def read_options():
     """-> the options, those of --resume among them; latents of its video, or None; what its file says"""
     cfg = parse(Config)
     check(cfg)
     if not cfg.resume:
         return cfg, None, {"frames": 0, "clip": 0}
-    state, about = read_state(cfg.resume, not cfg.no_verify, "give a file that --save-state wrote")
+    state, about = read_file(cfg.resume, verify=not cfg.no_verify,
+                             remedy="give a file that --save-state wrote")
+    check_schema(cfg.resume, about, STATE)
+    check_schema(cfg.resume, state.get("latents"), torch.float32, "latents")
     # a file may hold anything: only these options count, and they are read as the command line is
     words = [f"--{name}={value}" for name, value in about["options"].items()
              if name in OPTIONS + FILES and value is not None]

@@ -16,7 +16,7 @@ from data import ClipFolder, WorldClips, latent_cache
 from flow import Sampler
 from memory import PRESETS
 from model import DiT, DiTConfig, tiny_dit
-from tensors import hash_file
+from tensors import hash_file, load_state_dict_strict, read_public
 from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
 from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
@@ -87,6 +87,10 @@ def load_wan_part(cfg, name, given, device):
         raise BadInput(f"--wan needs {name}: give a file by --init or --teacher, or train it in this --out")
     networks = load_wan(cfg.wan, "" if is_base else file, cfg.size, "wan", device, torch.float32,
                         Path(cfg.out, "text"), verify=not cfg.no_verify)
+    # random ones are where a chain begins
+    if cfg.wan.startswith("random") and not is_base:
+        state, _ = read_public(file, not cfg.no_verify)
+        load_state_dict_strict(networks.dit, state, str(file))
     networks.dit.config.recompute = True
     return networks
 

@@ -93,11 +93,17 @@ def write_safetensors(path, tensors, about=None):
         save_file(tensors, part, {"about": entry})
 
 
+def read_about(path, file):
+    """What an open safetensors file says of itself"""
+    about = json.loads((file.metadata() or {}).get("about", "{}"))
+    check_schema(path, about, dict, "metadata")
+    return about
+
+
 def read_safetensors(path, verify):
     with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        about = read_about(path, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    check_schema(path, about, dict, "metadata")
     claimed = about.pop("sha256", None)
     # files of others say nothing
     if verify and (claimed or about) and claimed != hash_content(tensors, about):
@@ -153,8 +159,9 @@ def read_file(path, device="cpu", verify=True, remedy=FETCH):
 
 def read_head(path, remedy):
     """Of a safetensors file of this project, without its values: name -> shape, and what it says of itself"""
-    tensors, about = read_file(path, verify=False, remedy=remedy)
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}, about
+    with in_one_line(f"cannot read {path}", remedy), safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        return shapes, read_about(path, file)
 
 
 def find_shards(path):

@@ -46,6 +46,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1736,6 +1737,35 @@ def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_
         passes(2, 2)
 
 
+def test_a_folder_in_which_another_run_trains_is_refused_until_that_has_ended(tmp_path):
+    checkpoint.claim(tmp_path)
+    checkpoint.claim(tmp_path)  # the same process again
+    file = tmp_path / "running.json"
+    other = psutil.Process(os.getppid())
+    told = json.loads(file.read_text()) | {"process": other.pid, "started": round(other.create_time())}
+    file.write_text(json.dumps(told))
+    with pytest.raises(BadInput, match=f"process {other.pid} is training in .*another --out"):
+        checkpoint.claim(tmp_path)
+    # its number is another's now, it has ended, or nobody can tell
+    for change in ({"started": told["started"] - 60}, {"process": 2 ** 31 - 1}, {"machine": "elsewhere"}):
+        file.write_text(json.dumps(told | change))
+        checkpoint.claim(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(BadInput, match="running.json"):
+        checkpoint.claim(tmp_path)
+
+
+def test_a_chain_of_random_full_size_networks_goes_on_from_its_own_weights(tmp_path):
+    cfg = train.Config(wan="random:32x1", size="32x32", out=str(tmp_path))
+    first = starts.load_wan_part(cfg, "stage1", "", CPU).dit
+    own = {name: x + 1 for name, x in first.state_dict().items()}
+    file = tmp_path / "stage1" / "stage1.safetensors"
+    save_weights(file, own, first.config, {})
+    for given in ("", str(file)):
+        again = starts.load_wan_part(cfg, "stage1", given, CPU).dit.state_dict()
+        assert all(torch.equal(again[name], x) for name, x in own.items())
+
+
 def test_other_settings_do_not_go_on_with_a_run_and_are_named(small_training):
     go, out = small_training
     words = ["--stage", "teacher", "--updates", "1", "--batch", "2"]
@@ -1862,7 +1892,7 @@ def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, s
         return numbers
     monkeypatch.setattr(module, f"{which}_step", broken)
     stage, part = ("teacher", "teacher") if which == "teacher" else ("1", "stage1")
-    with pytest.raises(SystemExit, match="2 updates in a row"):
+    with pytest.raises(SystemExit, match=r"2 updates in a row.* go on from .*step_00000\d"):
         go("--stage", stage, "--updates", "9")
     averages = [checkpoint_of(folder)[1] for folder in sorted((out / part).glob("step_*"))]
     before, after = averages
@@ -3228,6 +3258,16 @@ def test_frames_are_read_at_their_times_whatever_the_rate(tmp_path):
     once = [frame.mean() / 255 * 219 / 50 for frame in source.read(64, 32)]
     assert len(once) == 60
     np.testing.assert_allclose(once, source.seconds, atol=.03)
+
+
+def test_a_gap_of_hours_is_not_filled(tmp_path):
+    gap = "testsrc=s=64x32:r=16:d=2,setpts='PTS+if(gte(N,16),36000/TB,0)'"
+    path = film(tmp_path / "a.mkv", gap, "-fps_mode", "vfr")
+    begun = time.monotonic()
+    frames, _ = video.read_frames(path, 64, 32, 48)
+    assert time.monotonic() - begun < 30  # a hundred if copies are made for ten hours
+    assert np.diff(frames[:17].astype(int), axis=0).any((1, 2, 3)).sum() == 15
+    assert len(frames) == 48 and not np.diff(frames[16:].astype(int), axis=0).any()
 
 
 def test_fields_of_different_times_show_no_comb(tmp_path):

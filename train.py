@@ -51,8 +51,8 @@ import causal
 import erft
 import world
 from bench import training_memory
-from checkpoint import (any_process, barrier, get_processes, get_rank, keep_settings, load_checkpoint,
-                        save_checkpoint)
+from checkpoint import (any_process, barrier, claim, find_checkpoints, get_processes, get_rank, keep_settings,
+                        load_checkpoint, save_checkpoint)
 from dmd import keyframe_histogram
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
@@ -287,6 +287,7 @@ def train(cfg, part, device, stop):
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
     is_first = get_rank() == 0
+    claim(out)
     saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
     # a chain goes on with what is not there yet
     weights = out / f"{part}.safetensors"
@@ -334,8 +335,9 @@ def train(cfg, part, device, stop):
         bar.set_postfix({name: f"{value:.3g}" for name, value in latest.items()})
         bar.update()
         if bad_in_a_row == BAD_IN_A_ROW:
+            newest = ["the start", *find_checkpoints(out)][-1]
             raise SystemExit(f"stopped: {bad_in_a_row} updates in a row were not finite; run the same "
-                             "command to go on from the newest checkpoint")
+                             f"command to go on from {newest}")
         # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)

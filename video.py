@@ -177,15 +177,18 @@ class Clip:
     damage: str        # what ffmpeg found broken first, "" for nothing
     seconds: list      # when each frame is shown
 
-    def read(self, width, height, *options, rate=None):
+    def read(self, width, height, most=0):
         """
-        Generator of all frames (height, width, 3) uint8, scaled and cut at the sides.
-        options  more of ffmpeg's
-        rate     frames a second (default: each frame of the file once, at `seconds`)
+        Generator of frames (height, width, 3) uint8, scaled and cut at the sides.
+        most     0: each frame of the file once, at `seconds`; else so many at first, at 16 a second
         """
         cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
         # any constant rate, so that ffmpeg neither drops nor repeats a frame
-        times = f"fps={rate}" if rate else "settb=1/16,setpts=N,fps=16"
+        times, options = "settb=1/16,setpts=N,fps=16", []
+        # a frame hours later, too, is shown at the end: else copies would be made for all that time
+        if most:
+            times = f"setpts='min(PTS,{most / FPS}/TB)',fps={FPS}"
+            options = ["-frames:v", str(most)]
         filters = f"{self.filters},{times},{cover},crop={width}:{height}"
         words = decoding(self.path, filters, "-f", "rawvideo", "-pix_fmt", "rgb24", *options)
         size = width * height * 3
@@ -235,7 +238,7 @@ def read_frames(path, width, height, most):
     returns  (f, height, width, 3) uint8, and the Clip, as far as it was read
     """
     clip = open_clip(path, "-t", str(most / FPS))
-    frames = list(clip.read(width, height, "-frames:v", str(most), rate=FPS))
+    frames = list(clip.read(width, height, most))
     return np.array(frames, np.uint8).reshape(-1, height, width, 3), clip
 
 
