@@ -56,7 +56,7 @@ def memory_estimate(networks):
     """Bytes at the peak of sampling, prompt switches included, once memory is full."""
     config, policy, vae = networks.dit.config, networks.policy, networks.vae
     weight, tokens = networks.dit.blocks[0].ffn[0].weight, math.prod(networks.grid)
-    held = policy.sink + policy.slow + policy.fast - CHUNK
+    held = policy.size - CHUNK
     # keys as they are kept, keys rotated, values: each with room for a chunk; both of the pass
     latents = 3 * (held + CHUNK) + 2 * CHUNK
     places = latents * tokens + 2 * config.text_len
@@ -141,7 +141,7 @@ def bench(networks, text):
     steps, policy = networks.sampler.steps, networks.policy
     weight = networks.dit.blocks[0].ffn[0].weight
     # 1. what the FLOPs allow on this device
-    held = policy.sink + policy.slow + policy.fast - CHUNK
+    held = policy.size - CHUNK
     work = (steps + 1) * flops(networks.dit.config, math.prod(networks.grid), held)
     n = 8192 if weight.is_cuda else 2048  # a GPU is done with a smaller one before it is asked again
     x = torch.randn(n, n, device=weight.device, dtype=weight.dtype)

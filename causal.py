@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import world
+from config import BadInput
 from data import encode_world, fingerprint, make_files, take_frames
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
@@ -109,7 +110,7 @@ def packed_forward(net, text, pack, xt, t, grid):
     p = pack.past_frame.shape[1]
     x = torch.cat([pack.past, xt], dim=1)
     levels = F.pad(t, (p, 0))
-    rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.dim // net.config.heads)
+    rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.head_dim)
     mask = packed_attention_mask(pack).to(t.device)
     v, _ = net(x, levels, text, rope, mask=mask, with_kv=False)
     return v[:, p:]
@@ -200,7 +201,10 @@ def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent,
         seeds = range(first, min(first + batch, len(captions)))
         return vars(record_trajectories(rollout, seeds, chunks, sampler, latent))
 
-    mark = fingerprint(net)
+    if ODE_STEPS % sampler.steps:
+        raise BadInput(f"init_ode needs a start whose sampler has {ODE_STEPS} steps or a fraction of them, "
+                       f"not {sampler.steps}: give another --init")
+    mark = fingerprint(net, repr([captions, chunks, sampler, latent]))
     starts = range(0, len(captions), batch)
     files = {Path(folder, f"trajectories_{mark}_{first:05d}.safetensors"): first for first in starts}
     made = make_files(files, record, "ODE trajectories")
@@ -213,15 +217,14 @@ def record_trajectories(rollout, seeds, chunks, sampler, latent):
     # the sampler's levels are every fourth of these
     levels = [*schedule(ODE_STEPS, sampler.shift), 0.]
     every = ODE_STEPS // sampler.steps
-    device = rollout.text[0][0].device
     videos = []
     for chunk in range(chunks):
         rollout.read_context()
         # Euler steps along the ODE, down to t = 0
-        states = [draw_noise(seeds, chunk, 0, (CHUNK, *latent), device)]
+        states = [draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.device)]
         for level, below in pairwise(levels):
             x = states[-1]
-            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=device))
+            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=x.device))
             states.append(x + (below - level) * v)
         rollout.append(states[-1])
         videos.append(torch.stack(states[::every], dim=2).bfloat16().cpu())

@@ -47,6 +47,14 @@ def any_process(flag):
     return flags.item() > 0
 
 
+def gather(mine):
+    """Lists of all processes, one after another. A collective."""
+    shares = [mine] * get_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(shares, mine)
+    return sum(shares, [])
+
+
 def training_state(nets, optimizers, others):
     """
     nets        ModuleDict of all that is trained
@@ -66,12 +74,14 @@ def find_checkpoints(folder):
 
 def list_hashes(folder):
     """What sha256sum prints of a checkpoint's files. A collective: each process reads a share of them."""
+    def line(file):
+        try:
+            return f"{hash_file(file)}  {file.name}\n"
+        # all are told, rather than left waiting
+        except OSError as error:
+            return f"{error}\n"
     files = sorted(file for file in folder.iterdir() if file.name != "sha256")
-    mine = [f"{hash_file(file)}  {file.name}\n" for file in files[get_rank()::get_processes()]]
-    shares = [mine] * get_processes()
-    if dist.is_initialized():
-        dist.all_gather_object(shares, mine)
-    return "".join(sorted(sum(shares, [])))
+    return "".join(sorted(gather([line(file) for file in files[get_rank()::get_processes()]])))
 
 
 def first_reason(error):

@@ -25,8 +25,8 @@ difference is the gradient of a KL divergence, and moves the student's videos to
 
     The small world can afford more: all of its rollout is denoised in full, and the gradient passes through
     every step of a target chunk (all_steps). Then the critic learns from each 21 latents of a rollout that
-    have a context, targets_of(), and for some updates it learns alone: as long as it is no more than a copy
-    of the teacher, fake - real is noise, which Adam scales up to full steps.
+    come after a full memory, targets_of(), and for some updates it learns alone: as long as it is no more
+    than a copy of the teacher, fake - real is noise, which Adam scales up to full steps.
 
 A rollout is made without a graph. The gradient reaches the weights in a second pass, chunk by chunk: only the
 exit step of a target chunk is run again with a graph, and thrown away before the next. So training holds one
@@ -49,12 +49,10 @@ from erft import predict_velocity
 from flow import Rollout, add_noise, denoise, flow_matching_loss, guide, shifted, x0_from_v
 from memory import CHUNK, PRESETS, Entries, frames_in_memory
 
-LOWEST_LEVEL, HIGHEST_LEVEL = 0.02, 0.98  # noise levels of the scores are clamped to this
-
 
 def score_level(u, shift=5.0):
     """Uniform u (b,) in [0, 1) -> noise level of the scores, shifted and clamped."""
-    return shifted(u, shift).clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
+    return shifted(u, shift).clamp(0.02, 0.98)
 
 
 def dmd_gradient(x, fake, real):
@@ -127,12 +125,13 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
     exit_step     the target's chunks are denoised up to this step (0-based), those before it in full; None =
                   the target too, and backward() passes through all of its steps
     fresh_noise   (chunk, step) -> noise (b, 3, c, h, w)
-    chunks        length of the rollout; the last `target` of them are the target
+    chunks        length of the rollout
+    target        how many chunks at its end are scored
     for_backward  False: exits and entries stay empty, all that a critic needs
     returns       RolloutTrace
     """
-    def predict(x, level):
-        return roll.predict(x, torch.full(x.shape[:2], level, device=x.device))[0]
+    def predict(x, t, level):
+        return roll.predict(x, t)[0]
 
     # every chunk before the target is denoised in full
     video = []
@@ -176,7 +175,7 @@ def targets_of(latents, keep, policy, target):
     returns  context (n b, m, c, h, w), x (n b, 3 target, c, h, w)
     """
     last = keep.shape[1] - target
-    full = (policy.sink + policy.slow + policy.fast) // CHUNK
+    full = policy.size // CHUNK
     # what the student's memory held at each chunk, before room was made for it
     held = frames_in_memory(policy, keep.cpu(), evict_first=False)
     videos = torch.arange(len(latents))[:, None]
@@ -221,8 +220,7 @@ def exit_x0(trace, exit, features):
     del segments  # 5 GB at full size
     text = net.text(features)
 
-    def predict(x, level):
-        t = torch.full(x.shape[:2], level, device=x.device)
+    def predict(x, t, level):
         return net(x, t, text, rope, memory, with_kv=False)[0]
 
     # the same input, the same noise

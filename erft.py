@@ -52,8 +52,7 @@ def predict_velocity(net, context, xt, t, text, grid):
     """
     n, f = context.shape[1], xt.shape[1]
     # positions follow one another, context first
-    head_dim = net.config.dim // net.config.heads
-    rope = rope_cos_sin(torch.arange(n + f, device=xt.device), *grid, head_dim)
+    rope = rope_cos_sin(torch.arange(n + f, device=xt.device), *grid, net.config.head_dim)
     # the context is clean, t = 0, and sees only itself: prefix
     clean = torch.zeros(context.shape[:2], device=t.device)
     x = torch.cat([context, xt], dim=1)
@@ -80,8 +79,7 @@ def extend(net, history, text, grid, sampler, seeds, keep=None):
     def fresh_noise(step):
         return draw_noise(seeds, m, step, (TARGET, *history.shape[2:]), history.device)
 
-    def predict(x, level):
-        t = torch.full(x.shape[:2], level, device=x.device)
+    def predict(x, t, level):
         return predict_velocity(net, context, x, t, text, grid)
 
     levels = schedule(sampler.steps, sampler.shift)
@@ -142,31 +140,20 @@ class ErrorBank:
         """Residuals into the bank; of samples without injection a tenth, or small errors would flood it."""
         rng = np.random.default_rng([found.seed, 1])
         taken = found.injected.numpy() | (rng.random(len(found.t)) < KEEP_CLEAN)
-        levels = self.bucket(found.t).tolist()
+        buckets = self.bucket(found.t).tolist()
         for i in taken.nonzero()[0]:
             for half, error in ((OF_LATENTS, found.latent[i]), (OF_NOISE, found.noise[i])):
                 for chunk in error.split(CHUNK):
-                    self.put(rng, half, levels[i], chunk)
+                    # into the next free place, or in place of a random one
+                    place = int(self.count[half, buckets[i]])
+                    if place < self.size:
+                        self.count[half, buckets[i]] += 1
+                    else:
+                        place = int(rng.integers(self.size))
+                    self.errors[half, buckets[i], place] = chunk
 
-    def put(self, rng, half, level, chunk):
-        """One error (3, c, h, w) into the next free place, or in place of a random one."""
-        place = int(self.count[half, level])
-        if place < self.size:
-            self.count[half, level] += 1
-        else:
-            place = int(rng.integers(self.size))
-        self.errors[half, level, place] = chunk
-
-    def recycle(self):
-        """
-        What is pending in all processes goes into every bank, in an order that does not depend on how many
-        they are: a collective.
-        """
-        batches = self.pending
-        if torch.distributed.is_initialized():
-            gathered = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, self.pending)
-            batches = sum(gathered, [])
+    def recycle(self, batches):
+        """What was pending in all processes goes into every bank, whatever their number in the same order."""
         for found in sorted(batches, key=lambda found: found.seed):
             self.push(found)
         self.pending = []
@@ -191,21 +178,20 @@ class ErrorBank:
         """
         context, x0, noise = context.clone(), x0.clone(), noise.clone()
         chosen = torch.from_numpy(rng.random(len(t)) < p)
-        levels = self.bucket(t).tolist()
+        buckets = self.bucket(t).tolist()
         for i in chosen.nonzero()[:, 0].tolist():
             in_context, in_latents, in_noise = rng.random(3) < (CONTEXT_CHANCE, LATENT_CHANCE, NOISE_CHANCE)
             # into the past: of any level, an error of its own every three latents
             if in_context:
                 for at in range(0, context.shape[1], CHUNK):
                     if at >= CHUNK or rng.random() < SINK_CHANCE:
-                        chunk = context[i, at:at + CHUNK]
-                        chunk += self.draw(rng, OF_LATENTS)[:len(chunk)].to(chunk)
+                        context[i, at:at + CHUNK] += self.draw(rng, OF_LATENTS).to(context)
             # into what will be noised, and into the noise: of the level at which the sample is noised
             for at in range(0, x0.shape[1], CHUNK):
                 if in_latents:
-                    x0[i, at:at + CHUNK] += self.draw(rng, OF_LATENTS, levels[i]).to(x0)
+                    x0[i, at:at + CHUNK] += self.draw(rng, OF_LATENTS, buckets[i]).to(x0)
                 if in_noise:
-                    noise[i, at:at + CHUNK] += self.draw(rng, OF_NOISE, levels[i]).to(noise)
+                    noise[i, at:at + CHUNK] += self.draw(rng, OF_NOISE, buckets[i]).to(noise)
         return context, x0, noise, chosen
 
 
@@ -245,7 +231,7 @@ if __name__ == "__main__":
         def __init__(self):
             super().__init__()
             self.bias = torch.nn.Parameter(torch.tensor(.5))
-            self.config = SimpleNamespace(dim=32, heads=1)
+            self.config = SimpleNamespace(head_dim=32)
 
         def text(self, features):
             return features
@@ -264,4 +250,4 @@ if __name__ == "__main__":
         print(f"batch {batch}, {int(bank.count.sum())} errors in the bank:")
         loss = teacher_step(net, bank, batch, ones, ones, 0 * ones, t, None, (2, 4), p=1)
         print(f"its v is off v* by {loss ** .5:.3f}")
-        bank.recycle()
+        bank.recycle(bank.pending)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from memory import CHUNK, Entries, LayerCache, Memory, chunk_descriptor, concatenate, similarity
+from memory import CHUNK, Entries, LayerCache, Memory, chunk_descriptor, similarity
 from rope import absolute_positions, apply_rope, bounded_positions, rope_cos_sin
 
 
@@ -137,7 +137,7 @@ class Rollout:
 
     def rope(self, held, new):
         """Frame numbers held (b, m) and, after them, new (b, f) -> cos and sin of both at their positions"""
-        size = *self.grid, self.net.config.dim // self.net.config.heads
+        size = *self.grid, self.net.config.head_dim
         if self.positions == "unbounded":
             return [rope_cos_sin(time, *size) for time in absolute_positions(held, new)]
         # bounded positions depend only on how many latents there are: made once
@@ -191,8 +191,7 @@ class Rollout:
         """
         memory, rope = self.context
         # the compiled net only when memory is full, and where no prompt switches: nothing is compiled twice
-        policy = self.memory.policy
-        places = policy.sink + policy.slow + policy.fast - CHUNK
+        places = self.memory.policy.size - CHUNK
         is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
         is_usual = is_full and modulation is not None and self.compiled is not None
         net = self.compiled if is_usual else self.net
@@ -244,8 +243,8 @@ class Rollout:
         self.text = text
         self.context = None
         # frames and latents stay; the old keys and values make room for the new
-        held = concatenate([Entries(segment.frame, segment.latent) for segment in self.memory.segments()])
         self.memory.drop_keys()
+        held = self.memory.read()
         # a clean pass over every three latents
         first = (len(held) - 1) % CHUNK + 1
         sizes = [first] + [CHUNK] * ((len(held) - first) // CHUNK)
@@ -270,7 +269,7 @@ class Rollout:
 def denoise(predict, x, levels, fresh_noise, renoise=True):
     """
     From noise to a clean sample, in the steps of `levels`.
-    predict      x_t (b, f, c, h, w), noise level (a number) -> v
+    predict      x_t (b, f, c, h, w), noise level as t (b, f) and as a number -> v
     x            pure noise, at levels[0]
     levels       noise levels from schedule()
     fresh_noise  step number -> noise of x's shape
@@ -279,7 +278,7 @@ def denoise(predict, x, levels, fresh_noise, renoise=True):
     """
     for step, level in enumerate(levels):
         t = torch.full(x.shape[:2], level, device=x.device)
-        v = predict(x, level)
+        v = predict(x, t, level)
         x0 = x0_from_v(x, v, t)
         if step + 1 == len(levels):
             return x0, x
@@ -308,17 +307,16 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
     levels = schedule(sampler.steps, sampler.shift)
     # AdaLN's shifts, scales and gates depend on the noise level alone: once a video
     clean = torch.zeros(len(seeds), CHUNK, device=rollout.device)
-    times = {level: clean + level for level in (*levels, 0.)}
-    modulations = {level: rollout.net.time(t) for level, t in times.items()}
+    modulations = {level: rollout.net.time(clean + level) for level in (*levels, 0.)}
 
     def fresh_noise(step):
         return draw_noise(seeds, rollout.chunk, step, (CHUNK, *latent), rollout.device)
 
-    def predict(x, level):
-        v, _ = rollout.predict(x, times[level], modulation=modulations[level])
+    def predict(x, t, level):
+        v, _ = rollout.predict(x, t, modulation=modulations[level])
         if sampler.guidance == 1:
             return v
-        v_uncond, _ = rollout.predict(x, times[level], uncond, modulations[level])
+        v_uncond, _ = rollout.predict(x, t, uncond, modulations[level])
         return guide(v, v_uncond, sampler.guidance)
 
     # real latents first: a clean pass each

@@ -49,6 +49,11 @@ class Policy:
     interval: int = 2      # test every so many chunks
     tau: float = 0.95      # surprisal: keep below this similarity
 
+    @property
+    def size(self):
+        """Latents that it holds, the chunk being generated included"""
+        return self.sink + self.slow + self.fast
+
     def calibrated(self, tau):
         """The policy with the tau of a network's weights, unless it names one of its own -> Policy"""
         return self if self.tau != Policy.tau else replace(self, tau=tau)

@@ -43,6 +43,10 @@ class DiTConfig:  # the defaults are Wan2.1-T2V-1.3B
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be a multiple of twice the heads, {self.heads}")
 
+    @property
+    def head_dim(self):
+        return self.dim // self.heads
+
 
 tiny_dit = DiTConfig(
     dim=128,

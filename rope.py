@@ -44,13 +44,16 @@ def absolute_positions(held, new):
     return held, new
 
 
-def rope_angles(time, h, w, d):
+def rope_cos_sin(time, h, w, d):
     """
-    time     (b, f)  temporal positions
+    time     (f,) or (b, f) temporal positions
     h, w     latent rows and columns after patching
     d        head dim, even
-    returns  (b, f h w, d / 2) float32 angles; token order is (f h w), pair order time, row, column
+    returns  what apply_rope() takes, two float32 tables (1 or b, f h w, 1, d), the same for every head: cos
+             of each pair twice; -sin and sin of each pair. Tokens in the order (f h w), pairs time, row,
+             column
     """
+    time = torch.atleast_2d(time)
     b, f = time.shape
     # Made on the CPU in float64, which not every device has, and moved once as float32.
     home = "meta" if time.is_meta else "cpu"
@@ -69,17 +72,11 @@ def rope_angles(time, h, w, d):
     by_column = angles(columns, side)
     # (b, f, h, w, p) each
     by_axis = [pairs.expand(b, f, h, w, -1) for pairs in (by_time, by_row, by_column)]
-    return torch.cat(by_axis, dim=-1).flatten(1, 3).float().to(time.device)
-
-
-def rope_cos_sin(time, h, w, d):
-    """
-    time (f,) or (b, f) -> what apply_rope() takes, two tables (1 or b, f h w, 1, d), the same for every head:
-    cos of each pair twice; -sin and sin of each pair.
-    """
-    angles = rope_angles(torch.atleast_2d(time), h, w, d)[:, :, None]
-    sin = angles.sin()
-    for_pair = angles.cos().repeat_interleave(2, dim=-1)
+    # (b, f h w, 1, d / 2)
+    angle = torch.cat(by_axis, dim=-1).flatten(1, 3).unsqueeze(2)
+    angle = angle.float().to(time.device)
+    sin = angle.sin()
+    for_pair = angle.cos().repeat_interleave(2, dim=-1)
     for_swapped = torch.stack([-sin, sin], dim=-1).flatten(-2)
     return for_pair, for_swapped
 

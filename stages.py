@@ -115,16 +115,15 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     net, batch = inputs.dit, preset.batch
     # a real past as memory would hold it, and the 21 latents that follow
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
-    first, frame = CHUNK * history.chunk, history.frame
     # some samples have no text, some no context, and start where a video starts
     has_context = torch.from_numpy(rng.random(batch) >= NO_CONTEXT)
     has_text = torch.from_numpy(rng.random(batch) >= NO_TEXT).to(inputs.device)
-    first = first * has_context
+    first = CHUNK * history.chunk * has_context
     features = clips.text(history.clip)
     nothing = inputs.features([""] * batch)
     nothing = F.pad(nothing, (0, 0, 0, features.shape[1] - nothing.shape[1]))
     features = torch.where(has_text[:, None, None], features, nothing)
-    context = clips.frames(history.clip, frame)
+    context = clips.frames(history.clip, history.frame)
     x0 = clips.frames(history.clip, first[:, None] + torch.arange(erft.TARGET))
     # one noise level a sample
     t = shifted(torch.rand(batch), preset.shift).to(x0.device)
@@ -139,7 +138,7 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     for rows in groups:
         if not len(rows):
             continue
-        places = frame.shape[1] if has_context[rows[0]] else 0
+        places = context.shape[1] if has_context[rows[0]] else 0
         rows = rows.to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
@@ -189,9 +188,8 @@ def causal_stage(cfg, preset, inputs):
         nets["text"] = inputs.encoder
     clips = load_clips(cfg, inputs, for_student=True)
     histories = causal.FOLDER_HISTORIES if inputs.folder else causal.HISTORIES
-    sampler = Sampler() if cfg.wan else inputs.sampler
     run_pass = partial(teacher_forcing_pass, inputs, preset, clips)
-    return Stage(nets, sampler, [("net", run_pass)], partial(causal.draw_kind, histories))
+    return Stage(nets, inputs.sampler, [("net", run_pass)], partial(causal.draw_kind, histories))
 
 
 def few_steps_stage(cfg, preset, inputs):

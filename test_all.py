@@ -1013,8 +1013,7 @@ def test_errors_of_several_processes_enter_the_bank_in_one_order_however_many_th
     # one process that accumulates four batches, and two processes in the order of their ranks
     for bank, order in zip(banks, ((0, 1, 2, 3), (0, 2, 1, 3))):
         for first in (0, 4):
-            bank.pending = [found[first + i] for i in order]
-            bank.recycle()
+            bank.recycle([found[first + i] for i in order])
     assert torch.equal(banks[0].errors, banks[1].errors)
     assert banks[0].count.max() == 4
 
@@ -1303,8 +1302,8 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
     def rollout_of(some):
         return Rollout(net, random_text(net, len(some)), PRESETS["slowfast"], (2, 4))
 
-    def trajectories():
-        return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, Sampler(4, 3.), latent, 2)
+    def trajectories(sampler=Sampler(4, 3.)):
+        return causal.ode_trajectories(tmp_path, net, rollout_of, captions, 9, sampler, latent, 2)
     made = trajectories()
     assert made.x.shape == (3, 27, 5, *latent)
     assert made.past_frame.shape == (3, 9, 18)
@@ -1318,8 +1317,14 @@ def test_ode_trajectories_are_the_models_own_sampling_and_are_made_once(tmp_path
         contexts = frames_in_memory(PRESETS["slowfast"], torch.stack(roll.kept, dim=1))
         for i, held in enumerate(contexts[:9]):
             assert torch.equal(made.past_frame[seeds, i], padded(held, 18))
+    with pytest.raises(BadInput, match="16 steps or a fraction of them, not 3"):
+        trajectories(Sampler(3))
     monkeypatch.setattr(causal, "record_trajectories", None)  # from here on all is on disk
     assert torch.equal(trajectories().x, made.x)
+    # those of other captions are others
+    captions[0] = "d"
+    with pytest.raises(TypeError, match="NoneType"):
+        trajectories()
 
 
 def padded(held, places):
@@ -1891,6 +1896,8 @@ def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, s
             next(net.parameters()).grad.fill_(math.nan)
         return numbers
     monkeypatch.setattr(module, f"{which}_step", broken)
+    push, pushed = erft.ErrorBank.push, []
+    monkeypatch.setattr(erft.ErrorBank, "push", lambda bank, found: (pushed.append(found), push(bank, found)))
     stage, part = ("teacher", "teacher") if which == "teacher" else ("1", "stage1")
     with pytest.raises(SystemExit, match=r"2 updates in a row.* go on from .*step_00000\d"):
         go("--stage", stage, "--updates", "9")
@@ -1898,6 +1905,7 @@ def test_bad_updates_in_a_row_stop_the_run_and_leave_the_averages_alone(which, s
     before, after = averages
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert logged(out / part)[-1]["skipped"] == 2
+    assert len(pushed) == (2 if which == "teacher" else 0)  # of the first update: with and without a past
 
 
 def test_averages_follow_the_weights_slowly_and_are_what_is_saved(small_training, monkeypatch):
@@ -2230,7 +2238,7 @@ def test_on_gpus_each_process_has_its_own_and_flags_still_travel_between_hosts(
     def part(cfg, name, at, stop):
         assert checkpoint.any_process(True) and not checkpoint.any_process(False)
         checkpoint.barrier()
-        erft.ErrorBank((1, 2, 2), levels=2).recycle()
+        assert checkpoint.gather([at]) == [at]
         calls.append(at)
     monkeypatch.setattr(dist, "init_process_group", emulated)
     monkeypatch.setattr(train, "train", part)

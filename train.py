@@ -51,8 +51,8 @@ import causal
 import erft
 import world
 from bench import training_memory
-from checkpoint import (any_process, barrier, claim, find_checkpoints, get_processes, get_rank, keep_settings,
-                        load_checkpoint, save_checkpoint)
+from checkpoint import (any_process, barrier, claim, find_checkpoints, gather, get_processes, get_rank,
+                        keep_settings, load_checkpoint, save_checkpoint)
 from dmd import keyframe_histogram
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
@@ -322,9 +322,9 @@ def train(cfg, part, device, stop):
         if is_finite:
             update_ema(ema, nets, get_ema_decay(preset, step))
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        # 3. the errors of this update go into the bank
-        if "bank" in stage.states:
-            stage.states["bank"].recycle()
+        # 3. the teacher's errors go into the bank, unless the update was none
+        if bank := stage.states.get("bank"):
+            bank.recycle(gather(bank.pending if is_finite else []))
         step += 1
         is_over = any_process(stop.code > 0) or step == preset.updates
         # 4. look at it, and log
