@@ -162,8 +162,8 @@ def claim(folder):
 
 def keep_settings(folder, settings, passes):
     """
-    The settings of a run lie beside its checkpoints from its first update on; BadInput names those that are
-    others now, as a run does not become another one.
+    The settings of a run lie beside its checkpoints: written before its first update, binding from its first
+    checkpoint on. BadInput names those that are others now, as a run does not become another one.
     settings  name -> value, for JSON; "accumulate" among them
     passes    of an update now, in all processes together; as many may be shared otherwise among them
     returns   what is saved: settings, and all numbers of passes that there were

@@ -108,9 +108,10 @@ class Exit:
 @dataclass
 class RolloutTrace:
     """What a rollout leaves behind: a video for the scores, and all that backward() needs."""
+    # what the scores see; where a critic learns from several targets a video, there are more than b of each
     context: torch.Tensor  # (b, n, c, h, w): what the memory held when the target began; n = 0 in Stage 1
+    x: torch.Tensor        # (b, f, c, h, w): the target, the video's end
     video: torch.Tensor    # (b, 3 chunks, c, h, w): all of it
-    x: torch.Tensor        # (b, f, c, h, w): the target, its end
     rollout: Rollout       # its memory knows frames and latents, but no keys any more
     exits: list            # an Exit for each target chunk
     entries: list          # Entries that hold, each once, all that the target's chunks saw
@@ -160,11 +161,11 @@ def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=T
             entries.append(made)
         video.append(x0)
     # 21 latents of keys and values at full size are 6 GB: nobody reads these again
-    roll.context = None
+    roll.view = None
     roll.memory.drop_keys()
     video = torch.cat(video, dim=1)
     context = torch.cat([video[:, :0], *context], dim=1)
-    return RolloutTrace(context, video, video[:, -CHUNK * target:], roll, exits, entries)
+    return RolloutTrace(context, video[:, -CHUNK * target:], video, roll, exits, entries)
 
 
 def targets_of(latents, keep, policy, target):

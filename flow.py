@@ -120,7 +120,7 @@ class Rollout:
         self.pool = pool
         self.memory = Memory(policy)
         self.chunk = 0          # number of the next chunk
-        self.context = None     # what read_context() returned
+        self.view = None     # what read_context() returned
         self.descriptor = None  # of the last chunk's keys
         self.similarities = []  # one (b,) a chunk, on the device: to the chunk before ...
         self.kept = []          # ... and whether its first latent is to become a keyframe
@@ -153,8 +153,8 @@ class Rollout:
         returns  memory (None or one LayerCache a layer), and rope of the chunk's tokens
         """
         self.memory.evict(CHUNK)
-        self.context = self.rotated(self.memory.segments())
-        return self.context
+        self.view = self.rotated(self.memory.segments())
+        return self.view
 
     def rotated(self, segments, new=None):
         """
@@ -163,23 +163,23 @@ class Rollout:
         """
         new = self.next_frames() if new is None else new
         frames = [segment.frame for segment in segments] or [new[:, :0]]
-        held, current = self.rope(torch.cat(frames, dim=1), new)
+        held_rope, rope = self.rope(torch.cat(frames, dim=1), new)
         if not segments:
-            return None, current
+            return None, rope
         # room for the chunk's own; what stands there is overwritten
         room = segments[-1].keys[0][:, :1].expand(-1, CHUNK, -1, -1, -1)
         sizes = [len(segment) for segment in segments]
         memory = []
         for layer in range(len(segments[0].keys)):
             keys = torch.cat([segment.keys[layer] for segment in segments], dim=1)
-            keys = apply_rope(keys.flatten(1, 2), held)
+            keys = apply_rope(keys.flatten(1, 2), held_rope)
             keys = torch.cat([keys, room.flatten(1, 2)], dim=1)
             values = torch.cat([*(segment.values[layer] for segment in segments), room], dim=1)
-            memory.append(LayerCache(keys, values.flatten(1, 2), held[0].shape[1]))
+            memory.append(LayerCache(keys, values.flatten(1, 2), held_rope[0].shape[1]))
             # values need no rotation: from here on the segments share these, 2.6 GB at full size
             for segment, own in zip(segments, values.split([*sizes, CHUNK], dim=1)):
                 segment.values[layer] = own
-        return memory, current
+        return memory, rope
 
     def predict(self, x, t, text=None, modulation=None):
         """
@@ -189,8 +189,9 @@ class Rollout:
         modulation  None, or net.time(t) if it is made already
         returns     v, and one (keys, values) a layer of the chunk's tokens
         """
-        memory, rope = self.context
-        # the compiled net only when memory is full, and where no prompt switches: nothing is compiled twice
+        memory, rope = self.view
+        # the compiled net only for generate(), which gives a modulation, and when memory is full: passes of
+        # other lengths (recache) would be compiled anew
         places = self.memory.policy.size - CHUNK
         is_full = memory is not None and memory[0].held == places * math.prod(self.grid)
         is_usual = is_full and modulation is not None and self.compiled is not None
@@ -200,7 +201,7 @@ class Rollout:
     def entries(self, frame, x0, kv):
         """Frame numbers (b, 3), latents (b, 3, c, h, w), (keys, values) of the clean pass -> Entries"""
         m = frame.shape[1]
-        # (b, m n, k, d) -> (b, m, n, k, d)
+        # (b, m n, heads, d) -> (b, m, n, heads, d)
         keys, values = ([x.unflatten(1, (m, -1)) for x in layers] for layers in zip(*kv))
         return Entries(frame, x0, keys, values)
 
@@ -224,7 +225,7 @@ class Rollout:
         if keep is None:
             keep = self.memory.policy.should_keep(self.chunk, similar)
         # into fast memory; what the chunk has seen makes room for what the next one will see
-        self.context = None
+        self.view = None
         entries = self.entries(self.next_frames().expand(len(x0), -1), x0, kv)
         self.memory.push(entries, keep)
         self.descriptor = descriptor
@@ -241,7 +242,7 @@ class Rollout:
         no multiple of three, the first are fewer). Which frames are held does not change.
         """
         self.text = text
-        self.context = None
+        self.view = None
         # frames and latents stay; the old keys and values make room for the new
         self.memory.drop_keys()
         held = self.memory.read()
@@ -250,10 +251,10 @@ class Rollout:
         sizes = [first] + [CHUNK] * ((len(held) - first) // CHUNK)
         encoded = []
         for frame, x0 in zip(held.frame.split(sizes, dim=1), held.latent.split(sizes, dim=1)):
-            self.context = self.rotated(encoded, new=frame)
+            self.view = self.rotated(encoded, new=frame)
             _, kv = self.predict(x0, torch.zeros(x0.shape[:2], device=x0.device))
             encoded.append(self.entries(frame, x0, kv))
-            self.context = None
+            self.view = None
         # the next chunk is compared with the last one as the new text sees it
         self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
         # back into the segments, freed layer by layer

@@ -61,7 +61,8 @@ class Histories:
         specs        list of WorldSpec
         evict_first  as in memory.frames_in_memory: what a student sees, or (False) a teacher's context
         """
-        # where the camera looks, in columns, unwrapped: 12 frames a chunk, the first frame of all 4 times
+        # where the camera looks, in columns, unwrapped: 12 frames a chunk; the first latent of a video is one
+        # frame, which counts four times
         frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
         worlds = [world.make_world(spec) for spec in specs]
         heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
@@ -77,7 +78,7 @@ class Histories:
         gone = torch.where(distance > world.GONE, frame, -1)
         gone = gone.cummax(1).values[:, CHUNK - 1:-1:CHUNK]
         gone = F.pad(gone, (0, 0, 1, 0), value=-1)
-        # of those in each chunk's last view: when the one that was away longest ago was away (b, chunks)
+        # of the landmarks in view at each chunk's end, the earliest of these; -1 = none (b, chunks)
         was_gone = (gone >= 0) & self.in_view[:, CHUNK - 1::CHUNK]
         apart = torch.where(was_gone, gone, CHUNK * chunks)
         self.apart = apart.amin(2)

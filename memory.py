@@ -7,7 +7,8 @@ keyframe, and the oldest keyframe is dropped. The same class runs every policy o
 (sizes and a keep rule), and runs on indices alone to tell what a policy would hold.
 
     Context Forcing, eq. 7:  keep chunk i  if  sim(k_i, k_{i-1}) < tau
-    k_i = chunk_descriptor(keys of chunk i), sim = similarity(), tau = Policy.tau, all = Policy.should_keep()
+    k_i = chunk_descriptor(keys of chunk i), sim = similarity(), tau = Policy.tau; all of it:
+    Policy.should_keep()
 
 When is what decided? A chunk of 3 latents enters fast memory with its keys of the clean pass; whether it is
 kept is decided then. It moves when it leaves fast memory, so no latent is ever held twice:
@@ -82,8 +83,7 @@ class Entries:
     """m latent frames in the KV cache, oldest first, with the keys and values of their n tokens each."""
     frame: torch.Tensor                         # (b, m) frame numbers
     latent: torch.Tensor = None                 # (b, m, c, h, w)
-    # One tensor a layer, (b, m, n, k, d) of k heads of d dims; keys are not rotated yet, because positions
-    # change with age.
+    # one tensor a layer, (b, m, n, heads, d); keys are not rotated yet, because positions change with age
     keys: list = field(default_factory=list)
     values: list = field(default_factory=list)
 
@@ -131,15 +131,15 @@ def replace_oldest(keep, held, newest):
 @dataclass
 class LayerCache:
     """What a chunk attends to in one layer: rotated keys, and values, with room for its own behind them."""
-    keys: torch.Tensor    # (b, s + room, k, d)
-    values: torch.Tensor  # (b, s + room, k, d)
+    keys: torch.Tensor    # (b, s + room, heads, d)
+    values: torch.Tensor  # (b, s + room, heads, d)
     held: int             # s
 
     def extend(self, keys, values):
         """
-        The chunk's own (b, n, k, d), rotated, behind what is held -> all keys, all values (b, s + n, k, d).
-        Each pass over the chunk overwrites the one before it; where gradients are wanted, or the room is not
-        that of the chunk, copies are made.
+        The chunk's own (b, n, heads, d), rotated, behind what is held -> all keys, all values, (b, s + n,
+        heads, d) each. Each pass over the chunk overwrites the one before it; where gradients are wanted, or
+        the room is not that of the chunk, copies are made.
         """
         fits = self.held + keys.shape[1] == self.keys.shape[1]
         if torch.is_grad_enabled() or not fits:
@@ -213,7 +213,7 @@ class Memory:
             segment.keys, segment.values = [], []
 
     def set_layer(self, keys, values):
-        """Keys and values (b, m, n, k, d) of the next layer, for all that is held, in the order of read()."""
+        """Keys and values (b, m, n, heads, d) of the next layer, of all that is held, in read()'s order."""
         sizes = [len(segment) for segment in self.segments()]
         pieces = zip(self.segments(), keys.split(sizes, dim=1), values.split(sizes, dim=1))
         for segment, some_keys, some_values in pieces:
@@ -228,7 +228,7 @@ def size(segment):
 def chunk_descriptor(keys, pool="mean"):
     """
     What a chunk's keys say about how it looks (k_i of eq. 7).
-    keys     one (b, n, k, d) a layer, clean pass, before rotation
+    keys     one (b, n, heads, d) a layer, clean pass, before rotation
     pool     "mean" averages over the chunk's tokens (p = 1, Wan); "token" keeps one mean per place of the
              frame (p = n / 3), which sees a small turn that the mean over the frame hides
     returns  (layers, b, p, k d) float32

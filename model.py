@@ -120,14 +120,14 @@ def attend(q, k, v, mask=None):
     """
     Softmax attention. On a CPU another kernel runs while gradients are enabled, so the same call gives other
     last bits with and without torch.no_grad().
-    q        (b, n, k, d); k, v (b, s, k, d)
+    q        (b, n, heads, d); k, v (b, s, heads, d)
     mask     None, or (b or 1, 1, n, s) bool, True = seen
-    returns  (b, n, k d)
+    returns  (b, n, heads d)
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, k, n or s, d)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, n or s, d)
     # on a CPU the backward of this takes half the time of the fused kernel's
     if q.is_cpu and torch.is_grad_enabled():
-        score = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, k, n, s)
+        score = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, heads, n, s)
         if mask is not None:
             score = score + torch.zeros_like(mask, dtype=score.dtype).masked_fill_(~mask, -1e9)
         with torch.autocast("cpu", enabled=False):
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(dim, eps=1e-6)
 
     def split(self, x):
-        """(b, ..., c) -> (b, n, k, d): all tokens, head by head"""
+        """(b, ..., c) -> (b, n, heads, d): all tokens, head by head"""
         return x.view(x.shape[0], -1, self.heads, self.head_dim)
 
     def queries(self, x):
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def forward(self, x, text):
         """
         x        (b, f, n, c)
-        text     keys and values (b, m, k, d), made once a prompt by DiT.text
+        text     keys and values (b, m, heads, d), made once a prompt by DiT.text
         returns  (b, f n, c)
         """
         return linear(attend(self.queries(x), *text), self.o)
@@ -173,12 +173,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def forward(self, x, rope, memory, mask, prefix):
         """
-        x        (b, f, m, c), n = f m tokens
-        rope     cos and sin of the n tokens (rope_cos_sin)
+        x        (b, f, n, c): n tokens a frame
+        rope     cos and sin of the f n tokens (rope_cos_sin)
         memory   None, or what stands before them in the KV cache, a memory.LayerCache of s tokens
-        mask     None, or (b or 1, 1, n, s + n) bool
+        mask     None, or (b or 1, 1, f n, s + f n) bool
         prefix   the first so many tokens see each other only, the others see everything: two calls, no mask
-        returns  (b, n, c), and this call's own keys, not rotated, and values
+                 and no memory
+        returns  (b, f n, c), and this call's own keys, not rotated, and values
         """
         k, v = self.keys_values(x)
         q = apply_rope(self.queries(x), rope)
@@ -271,7 +272,7 @@ class DiT(nn.Module):
         """
         features (b, m, text_dim), zero where padded; made text_len long by zeros, which ARE attended, as in
         Wan
-        returns  one (keys, values) pair a layer, each (b, text_len, k, d): computed once a prompt
+        returns  one (keys, values) pair a layer, each (b, text_len, heads, d): computed once a prompt
         """
         features = F.pad(features, (0, 0, 0, self.config.text_len - features.shape[1]))
         x = self.text_embedding(features.to(self.text_embedding[0].weight.dtype))
@@ -310,7 +311,7 @@ class DiT(nn.Module):
         modulation  None, or self.time(t), where the same t returns again and again
         with_kv     False: the second of what is returned stays empty; of 42 latents of Wan it would be 12 GB
         returns     v (b, f, c, h, w) float32, the velocity noise - x0; and one (keys, values) pair a layer of
-                    x's tokens, keys after norm_k and before rotation, each (b, f n, k, d)
+                    x's tokens, keys after norm_k and before rotation, each (b, f n, heads, d)
         source: Wan 2.1 (order of the modulations: shift, scale, gate)
         """
         # latents to tokens; the patches do not overlap, so the convolution is a matrix product

@@ -68,9 +68,10 @@ TINY = {
     "init_ar": replace(MANY_STEPS, updates=8000, lr=6e-3, seconds=.44),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., ema_decay=.99),
     "teacher": replace(MANY_STEPS, updates=6000, lr=2.5e-3, start="init_ar", seconds=.45),
-    # straight from init_ar, which is better at four steps than init_ode
+    # straight from init_ar; critics of both stages learn at 1.2e-4
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
+    # the ramp is over before the student moves: it is for the critic
     "stage2": replace(DISTIL, updates=100, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
                       critic_alone=60, shortest=14, longest=34, ramp=.25),
 }

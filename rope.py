@@ -83,8 +83,8 @@ def rope_cos_sin(time, h, w, d):
 
 def apply_rope(x, cos_sin):
     """
-    x (b, n, k, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
-    returns  (b, n, k, d) in x's dtype
+    x (b, n, heads, d): each pair (p, q) becomes (p cos - q sin, q cos + p sin), in float32
+    returns  (b, n, heads, d) in x's dtype
     """
     cos, sin = cos_sin
     pairs = x.float()

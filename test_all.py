@@ -850,7 +850,7 @@ def test_a_critics_rollout_is_the_students_and_keeps_no_keys():
     assert torch.equal(trace.x, for_critic.x)
     assert torch.equal(trace.context, for_critic.context)
     assert not for_critic.exits and not for_critic.entries
-    assert for_critic.rollout.context is None
+    assert for_critic.rollout.view is None
 
 
 def test_the_critic_learns_all_21_latents_of_a_whole_video_that_have_a_context():

@@ -12,16 +12,17 @@ recipe.py; what each stage starts from, in starts.py; what it minimises, in stag
     ... --wan Wan2.1-T2V-1.3B --data prompts.txt --init ode_init.pt    # full size: stages teacher, init, 1, 2
 
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
-is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and up to 8 processes are one
-that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and a
-length of its own. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an update), strip_*.png
+is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and 2, 4 or 8 processes are
+one that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and
+a length of its own. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an update), strip_*.png
 (look at them), two checkpoints, at the end <part>.safetensors, the averages. Nodes share the disk of --out.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds,
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
 and 2 have critic_loss and critic_grad, norm (DMD's normaliser), std (of the student's latents), fake_0..3 and
 real_0..3 (squared error of the critic's x0, and of the teacher's to the student's, by quarter of the noise
-levels), r (exit step), L (chunks of the rollout), kept (share of tested chunks), oldest (s in slow memory).
+levels), r (exit step, at full size), L (chunks of the student's rollout), kept (share of its tested chunks),
+oldest (s in slow memory).
 
 References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. Leaves out: LoRA.
 """
@@ -112,10 +113,10 @@ def get_ema_decay(preset, step):
 
 def seed_pass(cfg, step, number, micro):
     """
-    All that is random in pass `number` of an update, for its batch `micro` of this process: two generators of
-    numpy's, and torch's own. One process that accumulates up to 8 batches draws what as many processes draw.
-    returns  one for what all processes draw alike (8 batches do, or as many as there are processes), since
-             sharded networks ask each of them for as many forward passes; and one for this batch alone
+    Seeds all that is random in pass `number` of an update, for batch `micro` of this process: torch's own
+    generator, and two of numpy's. It depends on which batch of the update this is, not on the process.
+    returns  a generator for what 8 batches draw alike (with 3, 5, 6, 7 processes more), because sharded
+             networks need as many forward passes in every process; and one for this batch alone
     """
     batch = micro * get_processes() + get_rank()
     group = batch // math.lcm(ALIKE, get_processes())
@@ -197,8 +198,8 @@ def save_strip(part, preset, step, inputs, ema, sampler, out):
     with inputs.autocast:
         videos = strip_videos(part, m, specs, captions, sampler)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
-    with whole_or_absent(out / f"strip_{step:06d}.png") as part:
-        iio.imwrite(part, strip.cpu().numpy())
+    with whole_or_absent(out / f"strip_{step:06d}.png") as file:
+        iio.imwrite(file, strip.cpu().numpy())
 
 
 def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
