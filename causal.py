@@ -26,12 +26,13 @@ from einops import rearrange
 
 import world
 from config import BadInput
-from data import encode_world, fingerprint, make_files, take_frames
+from data import encode_world, make_files, take_frames
 from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
                   schedule, shifted, v_from_x0)
 from histories import CLIP_CHUNKS, FULL_MEMORY, LINGERS, Histories, held_frames
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
+from tensors import hash_content
 from world import WorldSpec
 
 COPIES = 4               # noised copies of a target share one clean past: most of the compute is supervised
@@ -204,7 +205,7 @@ def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent,
     if ODE_STEPS % sampler.steps:
         raise BadInput(f"init_ode needs a start whose sampler has {ODE_STEPS} steps or a fraction of them, "
                        f"not {sampler.steps}: give another --init")
-    mark = fingerprint(net, repr([captions, chunks, sampler, latent]))
+    mark = hash_content(net.state_dict(), repr([captions, chunks, sampler, latent]))[:8]
     starts = range(0, len(captions), batch)
     files = {Path(folder, f"trajectories_{mark}_{first:05d}.safetensors"): first for first in starts}
     made = make_files(files, record, "ODE trajectories")
@@ -264,7 +265,7 @@ def calibrate(networks):
     worlds = [WorldSpec(i, "turn", 40 + i % 5) for i in range(8)]
     worlds += [WorldSpec(i, "linger") for i in range(8)]
     histories = Histories(worlds)
-    text = networks.dit.text(networks.features(histories.captions))
+    text = networks.text(*histories.captions)
     device = text[0][0].device
     x0 = torch.cat([encode_world(networks.vae, spec, CLIP_CHUNKS * CHUNK, device) for spec in worlds])
     # how like the chunk before it is each chunk? Keys are compared as a whole (Wan's way) or place by place

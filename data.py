@@ -11,7 +11,6 @@ run that was stopped goes on where it stopped.
 
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ import world
 from checkpoint import barrier, get_processes, get_rank
 from histories import CLIP_CHUNKS, EMPTY_CLIPS, FULL_MEMORY, Histories, History, held_frames
 from memory import CHUNK, PRESETS
-from tensors import read_file, read_head, write_safetensors
+from tensors import hash_content, read_file, read_head, write_safetensors
 from text import check_prompt, read_text
 from video import FPS, FRAMES, find_ffmpeg, read_frames
 from weights import WEIGHTS, load_tiny, load_wan
@@ -55,7 +54,7 @@ class Config:
 
 def frames_of(latents):
     """Video frames of n latents: the first latent is one frame, each later one is four."""
-    return 1 + 4 * (latents - 1)
+    return max(0, 4 * latents - 3)
 
 
 # ---- the small world: latents ------------------------------------------------------------------------------
@@ -72,14 +71,6 @@ def encode_world(tae, spec, latents, device):
     video = torch.from_numpy(world.clip(spec, 0, frames_of(latents))[None])
     with fast_autocast(device):
         return tae.encode(video.to(device) * 2 - 1).float()
-
-
-def fingerprint(net, about=""):
-    """Eight letters that tell these weights, and whatever `about` says, from others."""
-    digest = hashlib.sha256(about.encode())
-    for p in net.parameters():
-        digest.update(p.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:8]
 
 
 def make_files(files, make, title):
@@ -104,7 +95,8 @@ def latent_cache(folder, tae, worlds, latents, device):
         return {"latents": encode_world(tae, spec, latents, device).bfloat16()}
 
     # others never meet these latents: the folder's name depends on autoencoder and worlds
-    folder = Path(folder, f"clips_{fingerprint(tae, repr((worlds[0], worlds[-1], latents)))}")
+    mark = hash_content(tae.state_dict(), repr((worlds[0], worlds[-1], latents)))[:8]
+    folder = Path(folder, f"clips_{mark}")
     files = {folder / f"{i:05d}.safetensors": spec for i, spec in enumerate(worlds)}
     return torch.cat([clip["latents"] for clip in make_files(files, encode, "encoding clips")])
 
@@ -274,12 +266,9 @@ class ClipFolder:
         if not self.files:
             raise BadInput(f"--data {folder} holds no clips that data.py encoded")
         # captions and lengths, from the heads of the files
-        self.captions = []
-        self.chunks = []
-        for file in self.files:
-            caption, latents = read_shard_head(file, latent, text_dim)
-            self.captions.append(caption)
-            self.chunks.append(latents // CHUNK)
+        heads = [read_shard_head(file, latent, text_dim) for file in self.files]
+        self.captions, lengths = zip(*heads)
+        self.chunks = [n // CHUNK for n in lengths]
         self.evict_first = evict_first
 
     def read(self, clip, name):

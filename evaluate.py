@@ -40,13 +40,14 @@ import torch
 from tqdm import tqdm
 
 import figures
+from data import frames_of
 from erft import TARGET
 from memory import CHUNK, PRESETS, Policy
 from paper import orderings
 from probe import (GIVEN, MINUTE_CHUNKS, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher,
-                   decode_frames, decode_minutes, first_own_frame, held_out, measure, measure_minutes)
+                   decode_frames, decode_minutes, held_out, measure, measure_minutes)
 from records import append_line
-from report import KINDS, ROW, all_tables, markdown, pick, read_videos
+from report import MOTIONS, ROW, all_tables, markdown, pick, read_videos
 from weights import WEIGHTS, load_tiny
 from world import FPS, HELD_OUT, PERIODS, WorldSpec, make_world
 
@@ -100,27 +101,27 @@ teacher        uniform2    after_real
 """  # weights, memory, worlds of rows
 
 
-def all_rows(first, taus=(), quick=False, no_hours=False):
+def all_rows(student_row, taus=(), quick=False, no_hours=False):
     """
-    first    the student's row
+    student_row  what its rows share
     taus     surprisal thresholds of the frontier beside that of the weights
     returns  the rows of the tables; a new preset of memory.py gets its own by its name
     """
     # what each policy remembers, and whose memory the student follows
-    rows = [first | {"worlds": "returns", "memory": policy} for policy in PRESETS]
-    rows.append(first | {"worlds": "swapped", "memory": "uniform2"})
+    rows = [student_row | {"worlds": "returns", "memory": policy} for policy in PRESETS]
+    rows.append(student_row | {"worlds": "swapped", "memory": "uniform2"})
     if quick:
         return rows
     # the frontier, at equal slots; an hour; positions that nobody trained
-    rows += [first | {"worlds": "returns", "memory": policy} for policy in UNIFORM]
-    rows += [first | {"worlds": "returns", "tau": tau} for tau in taus]
-    rows += [first | {"worlds": "hour", "memory": policy} for policy in PRESETS]
-    rows.append(first | {"positions": "unbounded"})
+    rows += [student_row | {"worlds": "returns", "memory": policy} for policy in UNIFORM]
+    rows += [student_row | {"worlds": "returns", "tau": tau} for tau in taus]
+    rows += [student_row | {"worlds": "hour", "memory": policy} for policy in PRESETS]
+    rows.append(student_row | {"positions": "unbounded"})
     # what it comes from, from both starts, and its teachers
     for line in OTHERS.strip().splitlines():
-        row = first | dict(zip(("weights", "memory", "worlds"), line.split()))
+        row = student_row | dict(zip(("weights", "memory", "worlds"), line.split()))
         if row["weights"] == "student":
-            row["weights"] = first["weights"]
+            row["weights"] = student_row["weights"]
         if row["worlds"] in TEACHERS:
             row |= {"tau": None, "steps": None}
         rows.append(row)
@@ -135,16 +136,16 @@ def policy_of(row, tau=Policy.tau):
 
 def worlds_of(name, number, seed):
     """The held-out worlds of a row -> list of WorldSpec"""
-    first = HELD_OUT + seed
+    first_seed = HELD_OUT + seed
     if name == "returns":
         # As many of each kind. Turns bring back what was away for 5 to 28 s, looks aside for 1 to 6; more are
         # slow, as these show fewer returns.
         specs = []
         for i in range(number):
-            kind = KINDS[i % 3]
+            kind = MOTIONS[i % 3]
             place = (i // 3 / max(1, (number - 1) // 3)) ** .7
             seconds = round(np.interp(place, (0, 1), PERIODS[kind]))
-            specs.append(WorldSpec(first + i, kind, seconds))
+            specs.append(WorldSpec(first_seed + i, kind, seconds))
         return specs
     if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks
         specs = held_out(number // 2, seed)
@@ -152,8 +153,8 @@ def worlds_of(name, number, seed):
     if name == "after_real":
         return held_out(number, seed)
     if name == "hour":  # few, as they are long; the motion of sample.py's default video
-        return [WorldSpec(first + i, "turn", 12) for i in range((number + 3) // 4)]
-    return [WorldSpec(first + i) for i in range(number)]
+        return [WorldSpec(first_seed + i, "turn", 12) for i in range((number + 3) // 4)]
+    return [WorldSpec(first_seed + i) for i in range(number)]
 
 
 # ---- making and measuring ----------------------------------------------------------------------------------
@@ -197,8 +198,8 @@ CODE = ("config records rope memory world video judge flow model vae wan_vae ten
 
 
 @lru_cache
-def fingerprint(path):
-    """Of what a file holds; in code, comments and layout do not count"""
+def hash_of_file(path):
+    """Of what a file holds; in code, comments and layout do not count, docstrings do"""
     content = path.read_bytes()
     if path.suffix == ".py":
         content = ast.dump(ast.parse(content)).encode()
@@ -209,13 +210,14 @@ def key_of(row, specs, files, device):
     """Of videos: a hash of their row, policy, worlds, networks and code"""
     paths = [files[name] for name in (row["weights"], "text", "vae")]
     paths += [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    made_by = repr([row, policy_of(row), specs, *map(fingerprint, paths)])
+    made_by = repr([row, policy_of(row), specs, *map(hash_of_file, paths)])
     return hashlib.sha256(made_by.encode()).hexdigest()[:16]
 
 
 def make_all(batches, path, device):
     """Key -> batch: makes all videos and adds a line a batch; on a CPU, by a process of one thread a core."""
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    # Windows can wait for 61 at most
+    workers = min(61, torch.get_num_threads()) if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         made = pool.map(run_batch, batches.values()) if workers > 1 else map(run_batch, batches.values())
         try:
@@ -228,7 +230,7 @@ def make_all(batches, path, device):
 
 # ---- one landmark, under two policies ----------------------------------------------------------------------
 
-def forgotten(videos, first):
+def forgotten(videos, student_row):
     """
     The first landmark that a steady turn leaves in the real part, and that comes back right under slowfast
     and wrong under longlive.
@@ -236,9 +238,9 @@ def forgotten(videos, first):
     """
     found = {}
     for memory in ("slowfast", "longlive"):
-        for video in pick(videos, first | {"worlds": "real", "motion": "turn", "memory": memory}):
+        for video in pick(videos, student_row | {"worlds": "real", "motion": "turn", "memory": memory}):
             for event in video["returns"]:
-                if event["left"] < first_own_frame(GIVEN) and event["shown"] >= 0:
+                if event["left"] < frames_of(GIVEN * CHUNK) and event["shown"] >= 0:
                     place = video["seed"], event["sector"], event["left"]
                     found.setdefault(place, []).append((video, event))
     for both in found.values():
@@ -285,8 +287,8 @@ def main():
     taus = [round(1 - apart * (1 - tau), 4) for apart in (2, .5)]
     # the rows that are asked for, and before them the student's own, where their lines are there
     plain = dict(zip(ROW, (student, "slowfast", "bounded", "text", None, None)))
-    first = plain | {"tau": cfg.tau, "steps": cfg.steps}
-    asked = all_rows(first, taus, cfg.quick, cfg.no_hours)
+    student_row = plain | {"tau": cfg.tau, "steps": cfg.steps}
+    asked = all_rows(student_row, taus, cfg.quick, cfg.no_hours)
     if cfg.memory:
         asked = pick(asked, {"memory": cfg.memory, "weights": student})
     number = cfg.worlds or (24 if cfg.quick else 64)
@@ -299,20 +301,20 @@ def main():
     # videos that were not made yet, then all that are there
     path = Path(cfg.out, "evaluate.jsonl")
     made = read_videos(path)
-    missing = [key for key, (row, *_) in batches.items() if row in asked and key not in made]
-    make_all({key: batches[key] for key in missing}, path, device)
+    missing = {key: batch for key, batch in batches.items() if batch[0] in asked and key not in made}
+    make_all(missing, path, device)
     made = read_videos(path)
     videos = [video for key in batches for video in made.get(key, [])]
     if not any(video.get("returns") for video in videos):
         raise BadInput("no landmark is due back in any of these videos: ask for more --worlds, or longer "
                        "videos (LENGTHS in evaluate.py)")
-    tables = all_tables(videos, first) | {"The paper's orderings": orderings(videos, first)}
+    tables = all_tables(videos, student_row) | {"The paper's orderings": orderings(videos, student_row)}
     text = f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py.\n"
     text += markdown(tables)
     write_text(path.with_suffix(".md"), text)
     print(text)
-    figures.draw_all(videos, first, path.parent)
-    make_strip(forgotten(videos, first), files, device, path.with_name("strip.png"))
+    figures.draw_all(videos, student_row, path.parent)
+    make_strip(forgotten(videos, student_row), files, device, path.with_name("strip.png"))
 
 
 if __name__ == "__main__":

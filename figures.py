@@ -15,8 +15,8 @@ from einops import rearrange, repeat
 
 from config import whole_or_absent
 from memory import PRESETS
-from probe import HOUR, MINUTES
-from report import ABSENCES, KINDS, counts, detail, estimate, half_way, label, luck, pick, rows_of
+from probe import HOUR_NUMBERS, MINUTES
+from report import ABSENCES, MOTIONS, counts, detail, estimate, half_way, label, luck, pick, rows_of
 
 LONGEST = 30  # seconds out of view, more than any return
 
@@ -27,7 +27,7 @@ RIGHT = 40, 170, 80
 WRONG = 225, 50, 50
 
 
-# ---- curves: first is the student's row --------------------------------------------------------------------
+# ---- curves: student_row is what the student's rows share -------------------------------------------------
 
 def curve(videos, what="right"):
     """-> seconds out of view, of two videos at least; the mean and both ends of its interval: (4, n)"""
@@ -39,9 +39,9 @@ def curve(videos, what="right"):
     return np.reshape(points, (-1, 4)).T
 
 
-def draw_forgetting(figure, videos, first):
+def draw_forgetting(figure, videos, student_row):
     """Figure 1: slowfast in every plot, four others beside it"""
-    rows = {name: pick(videos, first | {"worlds": "returns", "memory": name}) for name in PRESETS}
+    rows = {name: pick(videos, student_row | {"worlds": "returns", "memory": name}) for name in PRESETS}
     names = [name for name in rows if rows[name] and name != "slowfast"]
     plots = figure.subplots(1, (len(names) + 3) // 4 or 1, squeeze=False)[0]
     for i, axes in enumerate(plots):
@@ -57,10 +57,10 @@ def draw_forgetting(figure, videos, first):
         axes.legend()
 
 
-def draw_frontier(figure, videos, first):
+def draw_frontier(figure, videos, student_row):
     """Uniform rules, and dashed surprisal; a column a kind of motion"""
-    rules = rows_of(pick(videos, {"weights": first["weights"], "worlds": "returns"}))
-    for kind, (above, below) in zip(KINDS, figure.subplots(2, 3).T):
+    rules = rows_of(pick(videos, {"weights": student_row["weights"], "worlds": "returns"}))
+    for kind, (above, below) in zip(MOTIONS, figure.subplots(2, 3).T):
         for row in rules:
             memory, some = row[0]["memory"], pick(row, {"motion": kind})
             if memory.startswith(("uniform", "slowfast")):
@@ -76,19 +76,19 @@ def draw_frontier(figure, videos, first):
         above.legend(fontsize="small")
 
 
-def draw_drifting(figure, videos, first):
+def draw_drifting(figure, videos, student_row):
     """Policies of the student, and dashed other students"""
-    for axes, name in zip(figure.subplots(1, len(HOUR)), HOUR):
+    for axes, name in zip(figure.subplots(1, len(HOUR_NUMBERS)), HOUR_NUMBERS):
         for row in rows_of(pick(videos, {"worlds": "hour"})):
             weights = row[0]["weights"]
-            style = "o-" if weights == first["weights"] else "s--"
+            style = "o-" if weights == student_row["weights"] else "s--"
             found = [estimate(counts(row, f"{minute} min: {name}"))[0] for minute in MINUTES]
             axes.plot(MINUTES, found, style, label=f"{weights}, {label(row[0])}")
         axes.set(title=name, xscale="log", xlabel="minute", xticks=MINUTES, xticklabels=MINUTES)
     axes.legend()
 
 
-def draw_all(videos, first, out):
+def draw_all(videos, student_row, out):
     """All curves, into the folder out"""
     try:
         from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def draw_all(videos, first, out):
         drawn.append(draw_drifting)
     for draw in drawn:
         figure = Figure(figsize=(13, 7), layout="tight")
-        draw(figure, videos, first)
+        draw(figure, videos, student_row)
         with whole_or_absent(out / f"{draw.__name__.removeprefix('draw_')}.png") as part:
             figure.savefig(part)
 

@@ -264,7 +264,7 @@ def is_in_memory(event, reading, latents):
 
 def chunk_of(frame):
     """The chunk that draws a video frame: three latents of four frames, but the first latent is one frame."""
-    return (frame + 3) // 4 // 3
+    return (frame + 3) // 12
 
 
 # ---- chance: what recall is by luck ------------------------------------------------------------------------

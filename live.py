@@ -28,7 +28,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from config import (STUDENT, StopSignals, check_schema, in_one_line, one_line, parse,  # first
+from config import (STUDENT, BadInput, StopSignals, check_schema, in_one_line, one_line, parse,  # first
                     pick_device, run, use_one_thread, warn, within)
 
 import imageio.v3 as iio
@@ -193,10 +193,12 @@ class Session:
         """-> bytes of an mp4 of all that was made so far; raises BadInput"""
         # another video may begin meanwhile
         folder, chunks = self.folder, chunks_of(self.frames)
+        if not self.frames:
+            raise BadInput("nothing is made yet")
         about = {"AI-generated": True, "model": self.networks.name, "settings": self.changes}
         path = Path(folder.name, "live.mp4")
         m = self.networks
-        with video_writer(path, m.width, m.height, json.dumps(about), m.scale) as write:
+        with video_writer(path, m.width, m.height, json.dumps(about, ensure_ascii=False), m.scale) as write:
             for chunk in range(chunks):
                 strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
                 for frame in np.split(strip, len(strip) // m.height):
@@ -291,7 +293,8 @@ def main():
     if not host.startswith("127."):
         warn(f"whoever reaches {host} can watch and steer")
     if not cfg.no_browser:
-        webbrowser.open(f"http://{host}:{port}")
+        # 0.0.0.0 is all of this machine's addresses
+        webbrowser.open(f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}")
     # 4. the video, until Ctrl-C; then no viewer's thread may be within a network
     atexit.register(server.session.working.acquire)
     with StopSignals() as stop:

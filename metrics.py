@@ -109,8 +109,7 @@ def windows(name, cosines, seconds):
     The paper's, of the cosines (n,) of all frames, shown at `seconds` (n,)
     returns  {name_t: mean around t, NaN behind the end}
     """
-    near = {t: (seconds - t).abs() <= .5 + 1e-5 for t in SECONDS}
-    return {f"{name}_{t}": cosines[near[t]].mean().item() for t in SECONDS}
+    return {f"{name}_{t}": cosines[(seconds - t).abs() <= .5 + 1e-5].mean().item() for t in SECONDS}
 
 
 def score_video(path, prompt, dino, clip, words):

@@ -44,10 +44,10 @@ def tables():
     return {name: paper[name] for name in ("table1", "table2", "table3")}
 
 
-def orderings(videos, first):
+def orderings(videos, student_row):
     """
     Is the paper's method better here than what it is better than there?
-    first    the student's row
+    student_row  what the student's rows share
     returns  rows of a table
     """
     found = []
@@ -57,8 +57,8 @@ def orderings(videos, first):
                 continue
             # the two rows here, of the same worlds
             other = SYSTEMS[row["system"]]
-            ours = pick(videos, first | {"worlds": other["worlds"]})
-            theirs = pick(videos, first | other)
+            ours = pick(videos, student_row | {"worlds": other["worlds"]})
+            theirs = pick(videos, student_row | other)
             if not ours or not theirs:
                 continue
             # the same as in the paper?

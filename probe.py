@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from einops import rearrange
 
 import judge
 import world
@@ -28,9 +27,10 @@ PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back
 PROBE_POLICY = PRESETS["uniform2"]
 SPAN = 5 * FPS      # frames
 MINUTE = 60 * FPS   # frames
-MINUTE_CHUNKS = 80  # about
+MINUTE_CHUNKS = 80  # of a video's first minute 3 frames fewer
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
-HOUR = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")  # what is read in them
+# what is read in them
+HOUR_NUMBERS = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")
 JUMP = 15 / 360 * world.COLUMNS  # between two frames; captions move the camera by 3 columns at most
 
 
@@ -43,7 +43,7 @@ def conditions(networks, specs, given):
     given     chunks of real video
     returns   net.text of the captions, real latents (b, 3 given, c, h, w)
     """
-    text = networks.dit.text(networks.features([make_world(spec).caption for spec in specs]))
+    text = networks.text(*[make_world(spec).caption for spec in specs])
     device = text[0][0].device
     if given == 0:
         return text, torch.zeros(len(specs), 0, *networks.latent, device=device)
@@ -90,15 +90,11 @@ def continue_student(networks, specs, given, chunks, policy, positions="bounded"
         list(generate(rollout, seeds, 0, sampler, networks.latent, history=history))
     if swap:
         rollout.memory.evict(CHUNK)
-        rollout.memory.slow = rollout.memory.slow.apply(swap_neighbours)
+        neighbours = torch.arange(len(specs)) ^ 1
+        rollout.memory.slow = rollout.memory.slow.apply(lambda x: x[neighbours])
     # the student's own part
     own = generate(rollout, seeds, chunks, sampler, networks.latent)
     return torch.cat([history, *own], dim=1), torch.stack(rollout.kept, dim=1).cpu()
-
-
-def swap_neighbours(x):
-    pairs = rearrange(x, "(pair two) ... -> pair two ...", two=2)
-    return rearrange(pairs.flip(1), "pair two ... -> (pair two) ...")
 
 
 @torch.no_grad()
@@ -119,10 +115,6 @@ def continue_teacher(networks, specs, given, blocks, shuffle=False):
     return latents, keep.expand(len(specs), -1)
 
 
-def first_own_frame(given):
-    return frames_of(given * CHUNK) if given else 0
-
-
 # ---- what a video tells, as numbers that report.py counts --------------------------------------------------
 
 def measure(frames, spec, keep, policy, given):
@@ -140,7 +132,7 @@ def measure(frames, spec, keep, policy, given):
     reading = judge.read_video(frames)
     asked = make_world(spec)
     motion = asked.motion
-    start = first_own_frame(given)
+    start = frames_of(given * CHUNK)
     psnr = reading.psnr[start:]
     drift = psnr[-2 * SPAN:].mean() - psnr[:2 * SPAN].mean()
     jumps = np.abs(np.diff(reading.path)) > JUMP
@@ -167,7 +159,7 @@ def measure(frames, spec, keep, policy, given):
 
 
 def measure_minutes(frames):
-    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> dict: "1 min: ..", each of HOUR; a number"""
+    """frames (4 x 960, 3, 32, 64) uint8, of decode_minutes() -> {"1 min: ..", of HOUR_NUMBERS: number}"""
     readings = [judge.read_video(part) for part in np.split(frames, len(MINUTES))]
     maps = np.array([judge.landmark_map(reading.landmark) for reading in readings])
     found = {}
@@ -178,7 +170,7 @@ def measure_minutes(frames):
         share = count / count.sum()
         numbers = [reading.psnr.mean(), -(share * np.log2(share)).sum(),
                    100 * (there & (landmarks == maps[0])).mean()]
-        found |= {f"{minute} min: {name}": float(x) for name, x in zip(HOUR, numbers)}
+        found |= {f"{minute} min: {name}": float(x) for name, x in zip(HOUR_NUMBERS, numbers)}
     return found
 
 

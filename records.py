@@ -1,8 +1,8 @@
 """
 Files of records: JSON, one object in the whole file, or one a line.
 
-Lines are added by one write, so several programs can add to a file at once, and one that is stopped, or finds
-the disk full, spoils no line but its own. A damaged line is told of and passed over.
+Lines are added by one write, so several programs can add to a file at once (not on Windows), and one that is
+stopped, or finds the disk full, spoils no line but its own. A damaged line is told of and passed over.
 
 Leaves out: reading a long file piece by piece.
 """

@@ -19,23 +19,22 @@ seed a row: intervals do not tell what another training would give.
     entropy     of the landmarks that a video shows in a minute: 0 where all are the same
 
 References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8.
-Leaves out: what another training seed would give; assumptions 1 and 2.
+Leaves out: what another training seed would give; tests of the paper's assumptions 1 and 2.
 """
 import math
-import operator
 from itertools import product
 
 import numpy as np
 
 from judge import chance
-from probe import HOUR, MINUTES
+from probe import HOUR_NUMBERS, MINUTES
 from records import read_lines
 
 # Seconds, each within a tenth. No gaps: 1 to 6 s come from looks aside, 5 to 28 from turns, 12 to 28 from
 # lingering ones.
 ABSENCES = (2, 2.4, 2.9, 3.5, 4.2, 5, 6, 7.2, 8.7, 10.5, 12.5, 15, 18, 22, 26.5)
 SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes many such returns
-KINDS = ("turn", "linger", "aside")  # of motion
+MOTIONS = ("turn", "linger", "aside")  # of motion
 ROW = ("weights", "memory", "positions", "worlds", "tau", "steps")  # of a video: which row it is in
 
 
@@ -137,17 +136,15 @@ def luck(videos):
 
 # ---- tables: lists of dicts of words, numbers, or means with both ends of their intervals ------------------
 
-RELATIONS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
-
-
-def targets(videos, first):
+def targets(videos, student_row):
     """
-    What the student, whose row is `first`, is to reach from text and after real video. Decided by the numbers
-    themselves and not by how a table rounds them.
+    What the student is to reach from text and after real video. Decided by the numbers themselves and not by
+    how a table rounds them.
+    student_row  what the student's rows share
     """
     table = []
     for start in ("text", "real"):
-        ours = pick(videos, first | {"worlds": start})
+        ours = pick(videos, student_row | {"worlds": start})
         aside = pick(ours, {"motion": "aside"})
         turns = [video for video in ours if video not in aside]
         wanted = [
@@ -160,18 +157,19 @@ def targets(videos, first):
             ("last 5 s, dB", "at least", 27.4, counts(ours, "last")),
         ]
         if start == "real":
-            swapped = pick(videos, first | {"worlds": "swapped", "memory": "uniform2"})
+            swapped = pick(videos, student_row | {"worlds": "swapped", "memory": "uniform2"})
             wanted.append(("follow exchanged memories, %", "at least", 90, counts(swapped, "follows")))
         # better than its own start and than the causal model, by intervals that do not touch
         measures = {"recall": "right", "steady": "steady"}
         for weights, (name, what) in product(("stage1", "init_ar"), measures.items()):
-            theirs = pick(videos, first | {"worlds": start, "weights": weights})
+            theirs = pick(videos, student_row | {"worlds": start, "weights": weights})
             gap = estimate(counts(ours, what))[1] - estimate(counts(theirs, what))[2]
             wanted.append((f"{name}, gap to {weights}'s interval", "above", 0, np.array([(gap, 1)])))
         # and is it reached?
         for what, relation, bound, count in wanted:
             found = float(estimate(count)[0])
-            met = "yes" if RELATIONS[relation](found, bound) else "no"
+            is_met = {"at least": found >= bound, "at most": found <= bound, "above": found > bound}[relation]
+            met = "yes" if is_met else "no"
             table.append({"videos": start, "target": what, "": f"{relation} {bound}", "found": found,
                           "met": "no data" if math.isnan(found) else met})
     return table
@@ -204,24 +202,25 @@ def summary(videos):
     }
 
 
-def all_tables(videos, first):
-    """first: the student's row -> title -> table"""
+def all_tables(videos, student_row):
+    """-> title -> table"""
     rows, curves, hours = [], [], []
     for row in rows_of(videos):
         named = {name: row[0][name] for name in ROW[:4]}
         named["memory"] = label(row[0])
         if named["worlds"] == "hour":
-            names = [f"{minute} min: {name}" for minute in MINUTES for name in HOUR]
+            names = [f"{minute} min: {name}" for minute in MINUTES for name in HOUR_NUMBERS]
             hours.append(named | {name: estimate(counts(row, name)) for name in names})
             continue
         # by the kind of motion too
-        for motion in ("all", *KINDS):
+        for motion in ("all", *MOTIONS):
             some = row if motion == "all" else pick(row, {"motion": motion})
             named["motion"] = motion
             rows.append(named | summary(some))
             recall = {f"{x:g} s": estimate(counts(some, "right", x)) for x in ABSENCES}
             curves.append(named | recall)
-    return {"Targets": targets(videos, first), "All rows": rows, "Recall by seconds out of view, %": curves,
+    return {"Targets": targets(videos, student_row), "All rows": rows,
+            "Recall by seconds out of view, %": curves,
             "Drifting over an hour": hours}
 
 

@@ -47,7 +47,7 @@ OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "size", "vae
 FILES = ["ckpt", "lora", "wan"]
 LONGEST = 86400  # seconds
 # what a state says beside its latents; also frames that are written, and how many chunks are a clip's
-STATE = {"options": dict, "model": str, "clip": int, "frames": range(1, LONGEST * FPS)}
+STATE = {"options": dict, "model": str, "clip": int, "frames": range(1, LONGEST * FPS + 1)}
 
 
 @dataclass
@@ -297,8 +297,9 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
             if stop.code and number > len(old):
                 return
     # 1. decode and write one chunk after another, but for what is in an earlier file
-    comment = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
-    with video_writer(path, networks.width, networks.height, json.dumps(comment), networks.scale) as write:
+    about = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
+    comment = json.dumps(about, ensure_ascii=False)
+    with video_writer(path, networks.width, networks.height, comment, networks.scale) as write:
         for decoded, is_finite in decode_beside(networks.vae, until_signal()):
             if not is_finite:
                 raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "

@@ -199,7 +199,7 @@ def few_steps_stage(cfg, preset, inputs):
     captions = causal.ode_captions(inputs.prompts, cfg.seed)
 
     def rollout_of(captions):
-        return inputs.rollout(net.text(inputs.features(captions)))
+        return inputs.rollout(inputs.text(*captions))
 
     chunks, together = (TARGET_CHUNKS, 1) if cfg.wan else (causal.ODE_CHUNKS, 32)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bool(cfg.wan)):

@@ -19,7 +19,7 @@ from model import DiT, DiTConfig, tiny_dit
 from tensors import hash_file, load_state_dict_strict, read_public
 from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import DIT, WEIGHTS, Networks, load, load_wan, wan_text
+from weights import DIT, WEIGHTS, Networks, is_random, load, load_wan, wan_text
 
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -83,12 +83,12 @@ def load_wan_part(cfg, name, given, device):
     """A network of Wan's form, in a weights.Networks."""
     file = find_weights(cfg, name, given)
     is_base = file == Path(cfg.wan, DIT)
-    if is_base and name != "base" and not cfg.wan.startswith("random"):
+    if is_base and name != "base" and not is_random(cfg.wan):
         raise BadInput(f"--wan needs {name}: give a file by --init or --teacher, or train it in this --out")
     networks = load_wan(cfg.wan, "" if is_base else file, cfg.size, "wan", device, torch.float32,
                         Path(cfg.out, "text"), verify=not cfg.no_verify)
     # random ones are where a chain begins
-    if cfg.wan.startswith("random") and not is_base:
+    if is_random(cfg.wan) and not is_base:
         state, _ = read_public(file, not cfg.no_verify)
         load_state_dict_strict(networks.dit, state, str(file))
     networks.dit.config.recompute = True

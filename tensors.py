@@ -50,8 +50,8 @@ NOT_RUN = {
     r"\.attn1\.": "is in the layout of diffusers: fetch the original files",
 }
 
-LORA_KEY = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up|alpha)(\.\w+)?")
-SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
+LORA_KEY = re.compile(r"(.+)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up)|(?P<alpha>alpha))"
+                      r"(?:\.\w+)?")
 
 # stay float32: they are small, and what they do shows in bf16
 FLOAT32 = re.compile(r"time_|head\.|.*(modulation|norm3)")
@@ -83,10 +83,9 @@ def hash_content(tensors, about):
 
 # ---- one file ----------------------------------------------------------------------------------------------
 
-def write_safetensors(path, tensors, about=None):
+def write_safetensors(path, tensors, about={}):
     """A safetensors file, whole or not at all; about: what it says of itself, a dict for JSON"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = about or {}
     # one entry, because several would stand in the file in any order
     entry = json.dumps({**about, "sha256": hash_content(tensors, about)})
     with whole_or_absent(path) as part, in_one_line(f"cannot write {path}", "is the disk full?"):
@@ -179,7 +178,7 @@ def find_shards(path):
 # ---- public checkpoints ------------------------------------------------------------------------------------
 
 def go_down(state, levels):
-    """To the weights, below what else a checkpoint holds, which may hold itself"""
+    """Down to the dict of weights, below any of these levels, one within another"""
     for _ in levels:
         found = (state[key] for key in levels if isinstance(state.get(key), dict) and state[key])
         state = next(found, state)
@@ -191,7 +190,7 @@ def bare(name):
 
 
 def is_whole(x):
-    """A tensor with all its numbers? One that is sparse, or as large as its shape says alone, is none."""
+    """No sparse tensor, and none that has fewer numbers than its shape says."""
     return torch.is_tensor(x) and x.layout == torch.strided and x.nbytes <= x.untyped_storage().nbytes()
 
 
@@ -235,7 +234,7 @@ def read_lora(path, names, verify=True):
         # in 8 bits or fewer
         if tensor.element_size() < 2:
             raise BadInput(f"--lora {path}, with {tensor.dtype}, {QUANTISED}")
-        found.setdefault(name, {"alpha": told.get("lora_alpha")})[SIDES[match[2]]] = tensor
+        found.setdefault(name, {"alpha": told.get("lora_alpha")})[match.lastgroup] = tensor
     if not found:
         raise BadInput(f"--lora {path} holds no LoRA")
     for name, parts in found.items():
@@ -277,12 +276,11 @@ def empty_net(path, build, verify=True):
     return net, facts
 
 
-def load_on_device(net, path, device, dtype, lora=None):
+def load_on_device(net, path, device, dtype, lora={}):
     """
     Fills a net on the meta device from a public file, each tensor in the type that it stays in.
     lora  what read_lora() gives, merged into the weights
     """
-    lora = lora or {}
     ready = {}
     for number, name in enumerate(net.state_dict()):
         # mapped anew: pages that were read count as this process's memory until the file is closed

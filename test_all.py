@@ -1471,7 +1471,7 @@ def test_latents_are_encoded_once_and_never_taken_for_those_of_other_worlds_or_w
     for others in (worlds[:2], [replace(spec, empty=True) for spec in worlds]):
         cached(others)
         assert encoded == others
-    assert data.fingerprint(tae) != data.fingerprint(TAE(tiny_tae))
+    assert tensors.hash_content(tae.state_dict(), "") != tensors.hash_content(TAE(tiny_tae).state_dict(), "")
 
 
 # ---- training: updates, averages, checkpoints, processes ---------------------------------------------------
@@ -4897,9 +4897,14 @@ def tokens_by_line(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    silent = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = [token.start[0] for token in tokens if tokenize.tok_name[token.type] not in silent]
+    silent = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER FSTRING_END".split()
+    lines, inside = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        # from Python 3.12 on an f-string comes in parts: it is one token, as before
+        if name not in silent and not inside:
+            lines.append(token.start[0])
+        inside += (name == "FSTRING_START") - (name == "FSTRING_END")
     return Counter(line for line in lines if line not in docstrings)
 
 
@@ -5500,7 +5505,7 @@ def test_tables_hold_numbers_a_row_what_was_asked_for_and_the_kind_of_motion():
     videos += [video_row([(6., False, True)], i, row=others, drift=1.25) for i in range(9)]
     tables = report.all_tables(videos, FIRST)
     whole, turn, linger, aside, other, *_ = tables["All rows"]
-    assert [row["motion"] for row in (whole, turn, linger, aside)] == ["all", *report.KINDS]
+    assert [row["motion"] for row in (whole, turn, linger, aside)] == ["all", *report.MOTIONS]
     assert turn["detail, %"].tolist() == [100] * 3
     assert turn["half-way, s"] == 6
     assert whole["detail, %"][0] == 50
@@ -5569,7 +5574,7 @@ def test_an_ordering_agrees_with_the_papers_or_does_not_or_is_not_significant(ou
 def test_figures_have_five_policies_at_most_in_a_plot_and_each_motion_its_frontier(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     videos = []
-    for memory, kind in itertools.product([*PRESETS, "uniform3", "uniform6"], report.KINDS):
+    for memory, kind in itertools.product([*PRESETS, "uniform3", "uniform6"], report.MOTIONS):
         row = FIRST | {"memory": memory, "worlds": "returns"}
         for i in range(12):
             returns = [(6., i > 3, 1), (22., i > 6, 1)]
@@ -5674,7 +5679,7 @@ def test_of_each_minute_of_an_hour_validity_entropy_and_likeness_to_the_first_ar
         60: (3.5, 0, 0),
     }
     for minute, numbers in wanted.items():
-        told = [found[f"{minute} min: {name}"] for name in report.HOUR]
+        told = [found[f"{minute} min: {name}"] for name in report.HOUR_NUMBERS]
         assert told == pytest.approx(numbers)
 
 
@@ -5688,7 +5693,7 @@ def drawn_frames(spec, frames):
     return (clip(spec, 0, frames) * 255).round().astype(np.uint8)
 
 
-HOUR = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR}
+HOUR = {f"{minute} min: {name}": 1. for minute in report.MINUTES for name in report.HOUR_NUMBERS}
 
 
 def test_a_real_video_measures_as_perfect_and_a_spoilt_one_shows_it():
@@ -5786,8 +5791,18 @@ def test_the_threshold_is_the_weights_own_unless_the_preset_or_the_row_names_one
 
 
 def test_neighbours_exchange_their_slow_memories_and_only_landmarks_differ():
-    x = torch.arange(8).view(4, 2)
-    assert torch.equal(probe.swap_neighbours(x), x[[1, 0, 3, 2]])
+    m = load_tiny(WEIGHTS / "stage2.safetensors", CPU)
+    specs = [WorldSpec(i, "turn", 9) for i in range(4)]
+    slow = []
+    for swap in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            rollouts = []
+            patch.setattr(probe, "Rollout", lambda *about: rollouts.append(Rollout(*about)) or rollouts[-1])
+            probe.continue_student(m, specs, 9, 0, PRESETS["uniform2"], swap=swap)
+        rollouts[0].memory.evict(CHUNK)
+        slow.append(rollouts[0].memory.slow)
+    assert torch.equal(slow[1].latent, slow[0].latent[[1, 0, 3, 2]])
+    assert torch.equal(slow[1].values[-1], slow[0].values[-1][[1, 0, 3, 2]])
     first, second, *_ = specs = evaluate.worlds_of("swapped", 7, 5)
     assert len(specs) == 6
     assert second == replace(first, counterfactual=True)
@@ -5811,7 +5826,7 @@ def test_the_shipped_student_is_evaluated_from_its_file():
 def test_captions_with_returns_are_of_each_motion_and_spread_from_soon_to_late():
     specs = evaluate.worlds_of("returns", 24, 0)
     motions = [make_world(spec).motion for spec in specs]
-    seconds = {kind: [m.seconds for m in motions if m.kind == kind] for kind in report.KINDS}
+    seconds = {kind: [m.seconds for m in motions if m.kind == kind] for kind in report.MOTIONS}
     assert len({spec.seed for spec in specs}) == 24
     assert {len(found) for found in seconds.values()} == {8}
     for kind, ends in world.PERIODS.items():
@@ -5863,7 +5878,7 @@ def test_comments_and_layout_of_code_do_not_count(tmp_path):
     for i, text in enumerate(["a = 1", "a  =  1  # one", "a = 2"]):
         path = tmp_path / f"{i}.py"
         path.write_text(text)
-        prints.append(evaluate.fingerprint(path))
+        prints.append(evaluate.hash_of_file(path))
     assert prints[0] == prints[1] != prints[2]
 
 

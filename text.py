@@ -87,8 +87,8 @@ class TextAttention(nn.Module):
 
     def forward(self, x, bias):
         """x (b, m, dim); bias (1 or b, k, m, m) is added to the scores, which are not divided by sqrt(d)"""
-        qkv = [project(x) for project in (self.q, self.k, self.v)]
-        q, k, v = (rearrange(y, "b m (k d) -> b k m d", k=self.heads) for y in qkv)
+        qkv = (self.q, self.k, self.v)
+        q, k, v = (rearrange(project(x), "b m (k d) -> b k m d", k=self.heads) for project in qkv)
         # no 1/sqrt(d): the weights were trained without it
         score = torch.einsum("bkqd,bksd->bkqs", q, k) + bias
         y = torch.einsum("bkqs,bksd->bkqd", score.float().softmax(-1).to(v.dtype), v)

@@ -53,7 +53,7 @@ RECORD = {"file": str, "prompt": str, "seed": int, "options": dict, "model": str
 # what is read: ffmpeg turns it upright by itself; pixels are made square, missing lines of fields filled in
 SHOWN = "scale='max(iw*sar,4)':'max(ih,4)',setsar=1,yadif=deint=interlaced"
 HDR = re.compile("smpte2084|arib-std-b67")
-# ffmpeg's lines, behind who says them: titles of videos may say anything. Of a frame, and of what is broken
+# lines of ffmpeg behind its own marks, as titles may say anything: of a frame, and of what is broken
 FRAME = re.compile(r"^\[Parsed_showinfo.* pts_time:([-\d.]+) .* s:(\d+x\d+) ", re.M)
 BROKEN = re.compile(r"^(?:\[[^]]* @ \w+\] )?\[(?:error|fatal)\] (Format not on whitelist|.*\S)", re.M)
 # what names other files, which ffmpeg would read: playlists, patterns of names, scripts
@@ -305,11 +305,11 @@ def memory_picture(path, thumbnails, rollout, vae, prompt):
 def draw_surprisal(page, rollout):
     """A bar for each chunk; in a long video for several: their most, and the share kept -> what it shows"""
     policy = rollout.memory.policy
-    surprisal = (1 - torch.cat(rollout.similarities)).clamp(min=0)
-    kept = torch.cat(rollout.kept).float() * bool(policy.slow)
+    surprisal = (1 - torch.cat(rollout.similarities).cpu()).clamp(min=0)
+    kept = torch.cat(rollout.kept).cpu().float() * bool(policy.slow)
     bars = min(len(kept), BARS_AT_MOST)
-    heights = F.adaptive_max_pool1d(surprisal[None], bars)[0].cpu().numpy()
-    shares = F.adaptive_avg_pool1d(kept[None], bars)[0].cpu().numpy()
+    heights = F.adaptive_max_pool1d(surprisal[None], bars)[0].numpy()
+    shares = F.adaptive_avg_pool1d(kept[None], bars)[0].numpy()
     # a column of pixels for each bar, which is stretched
     threshold = 1 - policy.tau
     top = max(threshold, *heights, 1e-6)

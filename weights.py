@@ -45,15 +45,14 @@ T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 
-# of config.json, and what is called otherwise there
-WAN_SIZES = {"dim": "dim", "ffn_dim": "ffn_dim", "heads": "num_heads", "layers": "num_layers",
-             "freq_dim": "freq_dim", "text_len": "text_len"}
+# of config.json; ours have no num_
+WAN_SIZES = "dim ffn_dim num_heads num_layers freq_dim text_len".split()
 
 TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
 
-# what a field may be that a file states, by its type
+# type of a field -> what a file may say it is
 SIZE = range(1, 2 ** 14)
-KINDS = {int: SIZE, tuple: [SIZE], bool: bool, float: float, str: {"mean", "token"}}
+SCHEMAS = {int: SIZE, tuple: [SIZE], bool: bool, float: float, str: {"mean", "token"}}
 
 MADE_AGAIN = "it is made again"
 
@@ -66,7 +65,7 @@ def save_weights(path, state, config, facts):
 
 
 def ship(file, folder=WEIGHTS):
-    """A copy in bfloat16, to sample from: a stage that starts there would not see how little it changes."""
+    """A copy in bfloat16, to sample from: updates smaller than its rounding would be lost there."""
     state, about = read_file(file)
     check_schema(file, [*state.values()], [torch.float32], "weights", "is no file that train.py wrote")
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
@@ -76,7 +75,7 @@ def ship(file, folder=WEIGHTS):
 def make_checked(cls, path, field, told, layers=0):
     """cls(**told), a dataclass, of what a file says, which may be anything, but of `layers` layers at most"""
     check_schema(path, told, dict, field)
-    schema = {each.name: KINDS[each.type] for each in fields(cls) if each.name in told}
+    schema = {each.name: SCHEMAS[each.type] for each in fields(cls) if each.name in told}
     check_schema(path, told, schema, field)
     within(f"{path}: layers", told.get("layers"), 1, layers)
     with in_one_line(f"cannot read {path}", ANOTHER_KIND):
@@ -107,7 +106,7 @@ def load(path, build, make_config):
 def build_dit(state, config_file):
     """The DiT, whose sizes Wan's config.json states"""
     told = read_json(config_file, FETCH)
-    sizes = {name: told.get(theirs) for name, theirs in WAN_SIZES.items()}
+    sizes = {name.removeprefix("num_"): told.get(name) for name in WAN_SIZES}
     sizes["text_dim"] = state["text_embedding.0.weight"].shape[1]
     return DiT(make_checked(DiTConfig, config_file, "content", sizes, len(state)))
 
@@ -181,7 +180,7 @@ def wan_text(wan, cache, prompts, device, verify=True, dim=DiTConfig.text_dim):
     dim      text_dim
     returns  function: list of texts -> (b, m, text_dim), zero where padded
     """
-    if str(wan).startswith("random"):
+    if is_random(wan):
         return lambda texts: torch.zeros(len(texts), 1, dim, device=device)
     find_files = partial(encode_prompts, folder=Path(wan), cache=cache, device=device, verify=verify)
 
@@ -227,9 +226,9 @@ class Networks:
         p, q = self.dit.config.patch
         return h // p, w // q
 
-    def text(self, text):
-        """What the DiT attends to for one text"""
-        return self.dit.text(self.features([text]))
+    def text(self, *texts):
+        """What the DiT attends to for each text, one a video"""
+        return self.dit.text(self.features(texts))
 
     def rollout(self, text):
         """One video from nothing; text: what self.text() gives."""
@@ -256,6 +255,11 @@ def load_tiny(ckpt, device):
                     stage=facts.get("stage", ""))
 
 
+def is_random(wan):
+    """Does --wan ask for random weights? It may be a folder with such a name, too."""
+    return bool(re.fullmatch("random(:.*)?", str(wan)))
+
+
 def two_numbers(option, words, multiple):
     """'832x480' -> 832, 480: multiples of 16 and of `multiple`"""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", words)
@@ -276,7 +280,7 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), l
     lora        "" or a file of a LoRA, which may be that of ckpt
     verify      the checksums of files
     """
-    if str(wan).startswith("random"):
+    if is_random(wan):
         return random_wan(wan, size, vae_name, device, dtype)
     folder = Path(wan)
     width, height = two_numbers("--size", size or "832x480", 16)
@@ -356,11 +360,11 @@ def load_networks(cfg, shipped, texts, device, dtype):
 
 def warn_of_stage(cfg, networks, wanted):
     """Weights that run, but were not made for what they are used for"""
-    if cfg.wan and not cfg.ckpt and not cfg.wan.startswith("random"):
+    if cfg.wan and not cfg.ckpt and not is_random(cfg.wan):
         warn("Wan's base model was not trained to work causally, nor in few steps: "
              "give a student of it by --ckpt")
-    bidirectional = ("base", "teacher")
-    if networks.stage and (networks.stage in bidirectional) != (wanted in bidirectional):
+    # teacher_plain, too
+    if networks.stage and networks.stage.startswith("teacher") != (wanted == "teacher"):
         warn(f"{networks.name} comes from stage {networks.stage}, where a {wanted} is wanted")
 
 
@@ -375,7 +379,7 @@ def check_options(cfg):
     within("--seed", cfg.seed, 0, 2 ** 63 - 1)
     if not cfg.wan and (cfg.size or cfg.vae or cfg.lora):
         raise BadInput("--size, --vae and --lora need --wan: the tiny networks come in one form")
-    if cfg.wan.startswith("random") and (cfg.ckpt or cfg.lora):
+    if is_random(cfg.wan) and (cfg.ckpt or cfg.lora):
         raise BadInput("--wan random makes weights of its own: leave out --ckpt and --lora")
 
 
