@@ -30,8 +30,8 @@ from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
 from records import read_json
-from tensors import (ANOTHER_KIND, FETCH, empty_net, load_on_device, load_state_dict_strict, read_file,
-                     read_lora, write_safetensors)
+from tensors import (ANOTHER_KIND, FETCH, empty_net, hash_file, load_on_device, load_state_dict_strict,
+                     read_file, read_lora, write_safetensors)
 from text import TextConfig, TextEncoder, clean, encode_captions, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
@@ -67,7 +67,11 @@ def save_weights(path, state, config, facts):
 def ship(file, folder=WEIGHTS):
     """A copy in bfloat16, to sample from: updates smaller than its rounding would be lost there."""
     state, about = read_file(file)
-    check_schema(file, [*state.values()], [torch.float32], "weights", "is no file that train.py wrote")
+    whose = "is no file that train.py wrote"
+    check_schema(file, [*state.values()], [torch.float32], "weights", whose)
+    check_schema(file, about, {"facts": dict}, "metadata", whose)
+    # by this the parts that started from it name it
+    about["facts"]["sha256"] = hash_file(file)
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
     write_safetensors(Path(folder, Path(file).name), state, about)
 
