@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import warnings
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -139,25 +140,30 @@ def load_checkpoint(folder, nets, optimizers, others, verify=True):
     return 0
 
 
+@contextmanager
 def claim(folder):
-    """The folder is this run's; BadInput where another, that is alive, trains there."""
+    """with claim(folder): it is this run's; BadInput where another, that is alive, trains there."""
     if get_rank() > 0:
+        yield
         return
     import psutil  # comes with imageio[ffmpeg]
     file = folder / "running.json"
-    me = psutil.Process()
     if file.exists():
         other = read_json(file, "delete it")
         check_schema(file, other, {"machine": str, "process": range(2 ** 31), "started": int})
-        # numbers of processes come again
-        is_alive = other["machine"] == platform.node() and psutil.pid_exists(other["process"])
-        if is_alive and other["process"] != me.pid:
+        # killed ones leave it there, and numbers of processes come again
+        if other["machine"] == platform.node() and psutil.pid_exists(other["process"]):
             started = psutil.Process(other["process"]).create_time()
             if abs(started - other["started"]) < 5:
                 raise BadInput(f"process {other['process']} is training in {folder}: wait for it, or give "
                                "another --out")
+    me = psutil.Process()
     mine = {"machine": platform.node(), "process": me.pid, "started": round(me.create_time())}
     write_text(file, json.dumps(mine))
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def keep_settings(folder, settings, passes):

@@ -1743,21 +1743,22 @@ def test_a_run_may_be_shared_out_among_other_numbers_of_processes_and_remembers_
 
 
 def test_a_folder_in_which_another_run_trains_is_refused_until_that_has_ended(tmp_path):
-    checkpoint.claim(tmp_path)
-    checkpoint.claim(tmp_path)  # the same process again
     file = tmp_path / "running.json"
-    other = psutil.Process(os.getppid())
-    told = json.loads(file.read_text()) | {"process": other.pid, "started": round(other.create_time())}
-    file.write_text(json.dumps(told))
-    with pytest.raises(BadInput, match=f"process {other.pid} is training in .*another --out"):
-        checkpoint.claim(tmp_path)
-    # its number is another's now, it has ended, or nobody can tell
+    with checkpoint.claim(tmp_path):
+        told = json.loads(file.read_text())
+        assert told["process"] == os.getpid()
+        with pytest.raises(BadInput, match=f"process {os.getpid()} is training in .*another --out"):
+            with checkpoint.claim(tmp_path):
+                pass
+    assert not file.exists()
+    # its number is another's now, it was killed, or nobody can tell
     for change in ({"started": told["started"] - 60}, {"process": 2 ** 31 - 1}, {"machine": "elsewhere"}):
         file.write_text(json.dumps(told | change))
-        checkpoint.claim(tmp_path)
+        with checkpoint.claim(tmp_path):
+            assert json.loads(file.read_text()) == told
     file.write_text("[]")
-    with pytest.raises(BadInput, match="running.json"):
-        checkpoint.claim(tmp_path)
+    with pytest.raises(BadInput, match="running.json"), checkpoint.claim(tmp_path):
+        pass
 
 
 def test_a_chain_of_random_full_size_networks_goes_on_from_its_own_weights(tmp_path):
@@ -2290,7 +2291,7 @@ def in_each_of_two_processes(out):
 
 
 def train_in_bf16(out, *words):
-    train_small(out / "bf16", "--stage", "2", "--updates", "2", "--dtype", "bf16", *words)
+    train_small(out / "small_bf16", "--stage", "2", "--updates", "2", "--dtype", "bf16", *words)
 
 
 def train_full_size(out, dtype, *words):
@@ -2400,7 +2401,7 @@ def test_two_processes_that_go_on_equal_two_that_were_not_stopped_bit_for_bit(st
     ("two", "fp32", "stage1", 1e-6),
     ("two_one", "fp32", "stage1", 1e-6),
     ("two", "bf16", "stage1", 1e-4),
-    ("two", "bf16", "stage2", 1e-4)])
+    ("two", "small_bf16", "stage2", 1e-4)])
 def test_networks_that_two_processes_share_out_are_those_of_one_and_bf16_changes_little(
         run, folder, part, most, two_processes):
     """In the form of the full size (stage1), where weights are sharded, and in the small world (stage2)."""

@@ -288,7 +288,6 @@ def train(cfg, part, device, stop):
     out = Path(cfg.out, part)
     out.mkdir(parents=True, exist_ok=True)
     is_first = get_rank() == 0
-    claim(out)
     saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
     # a chain goes on with what is not there yet
     weights = out / f"{part}.safetensors"
@@ -393,7 +392,8 @@ def main():
                     continue  # a causal model is given: only its four steps are wanted
                 if get_rank() == 0:
                     print(f"part {number} of {len(parts)}: {part}")
-                train(cfg, part, device, stop)
+                with claim(Path(cfg.out, part)):
+                    train(cfg, part, device, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
