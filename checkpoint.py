@@ -81,7 +81,9 @@ def list_hashes(folder):
         # all are told, rather than left waiting
         except OSError as error:
             return f"{error}\n"
-    files = sorted(file for file in folder.iterdir() if file.name != "sha256")
+    # one process says which there are: over a network disk others may see fewer
+    names = [file.name for file in folder.iterdir() if file.name != "sha256"] if get_rank() == 0 else []
+    files = [folder / name for name in sorted(gather(names))]
     return "".join(sorted(gather([line(file) for file in files[get_rank()::get_processes()]])))
 
 

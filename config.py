@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -204,19 +204,6 @@ def fast_layout(device):
 def fast_autocast(device):
     """Autocast to bfloat16 where that is faster than float32, and to nothing elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
-
-
-def fast_attention(device):
-    """
-    with fast_attention(device): on cuda attention tries its kernels in this order, the fastest first; one
-    that cannot run the case at hand is passed over.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
 
 
 def use_one_thread():

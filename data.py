@@ -267,8 +267,8 @@ class ClipFolder:
             raise BadInput(f"--data {folder} holds no clips that data.py encoded")
         # captions and lengths, from the heads of the files
         heads = [read_shard_head(file, latent, text_dim) for file in self.files]
-        self.captions, lengths = zip(*heads)
-        self.chunks = [n // CHUNK for n in lengths]
+        self.captions = [caption for caption, _ in heads]
+        self.chunks = [n // CHUNK for _, n in heads]
         self.evict_first = evict_first
 
     def read(self, clip, name):

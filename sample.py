@@ -23,8 +23,8 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 # first: see its head
-from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, check_writable,
-                    fast_attention, in_one_line, parse, pick_device, run, tell, use_one_thread, warn, within)
+from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, check_writable, in_one_line,
+                    parse, pick_device, run, tell, use_one_thread, warn, within)
 
 import torch
 from einops import rearrange
@@ -343,7 +343,7 @@ def main():
     dtype = torch.bfloat16 if bf16 else torch.float32
     cfg.dtype = "bf16" if bf16 else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cfg.wan)
-    with autocast, fast_attention(device), StopSignals() as stop:
+    with autocast, StopSignals() as stop:
         # 3. networks
         networks = load_networks(cfg, "teacher" if cfg.teacher else STUDENT, texts, device, dtype)
         total, videos = frames_in(cfg.seconds), len(prompts) * cfg.seeds

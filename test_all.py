@@ -54,7 +54,6 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -4053,15 +4052,6 @@ def test_memory_is_flat_600_seconds_need_what_60_seconds_need(tmp_path):
         told = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=True).stdout
         peaks.append(float(re.search(r"peak memory ([\d.]+)", told)[1]))
     assert peaks[1] <= 1.05 * peaks[0]
-
-
-@pytest.mark.parametrize("device, set_by_us", [("cpu", False), ("mps", False), ("cuda", True)])
-def test_the_order_of_attention_kernels_is_set_on_cuda_alone(device, set_by_us):
-    before = torch._C._get_sdp_priority_order()
-    with config.fast_attention(torch.device(device)):
-        first = torch._C._get_sdp_priority_order()[0]
-        assert (first == int(SDPBackend.CUDNN_ATTENTION)) == set_by_us
-    assert torch._C._get_sdp_priority_order() == before
 
 
 def test_a_chunk_is_decoded_in_a_stream_of_its_own_beside_the_making_of_the_next(monkeypatch):
