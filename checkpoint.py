@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,10 @@ def load_checkpoint(folder, nets, optimizers, others, verify=True):
 
 @contextmanager
 def claim(folder):
-    """with claim(folder): it is this run's; BadInput where another, that is alive, trains there."""
+    """
+    with claim(folder): it is this run's, as running.json in it says as long as that lasts. BadInput where
+    another run trains there that is alive on this machine.
+    """
     if get_rank() > 0:
         yield
         return
@@ -153,10 +156,10 @@ def claim(folder):
     if file.exists():
         other = read_json(file, "delete it")
         check_schema(file, other, {"machine": str, "process": range(2 ** 31), "started": int})
-        # killed ones leave it there, and numbers of processes come again
-        if other["machine"] == platform.node() and psutil.pid_exists(other["process"]):
+        # one that was killed leaves it there, and numbers of processes come again
+        with suppress(psutil.Error):
             started = psutil.Process(other["process"]).create_time()
-            if abs(started - other["started"]) < 5:
+            if other["machine"] == platform.node() and abs(started - other["started"]) < 5:
                 raise BadInput(f"process {other['process']} is training in {folder}: wait for it, or give "
                                "another --out")
     me = psutil.Process()

@@ -322,7 +322,7 @@ def train(cfg, part, device, stop):
         if is_finite:
             update_ema(ema, nets, get_ema_decay(preset, step))
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        # 3. the teacher's errors go into the bank, unless the update was none
+        # 3. the teacher's errors go into the bank, unless the update failed
         if bank := stage.states.get("bank"):
             bank.recycle(gather(bank.pending if is_finite else []))
         step += 1
