@@ -42,11 +42,13 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 
 # Which history a pass has, and how often.
 HISTORIES = {
-    "prefix": .35,  # the first 7 chunks, each predicted from those before it: text to video
+    # the first chunk, of far more worlds: how fast the camera moves is read off the text in this one alone
+    "opening": .15,
+    "prefix": .25,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .30,    # all that a memory policy holds
     # the same, but without landmarks since one of those in view was last out of it: they must be looked up,
     # continuing the picture is not enough
-    "lookup": .35,
+    "lookup": .30,
 }
 FOLDER_HISTORIES = {"prefix": .15, "full": .85}  # the same for folders of videos
 
@@ -135,6 +137,8 @@ def draw_pack(clips, kind, rng, batch):
     kind     of HISTORIES
     returns  (b,) numbers of the clips, and a Pack of them
     """
+    if kind == "opening":
+        return opening_pack(clips, rng, batch)
     history = clips.draw_history(rng, batch, lookup=kind == "lookup")
     pack = prefix_pack(clips, history) if kind == "prefix" else history_pack(clips, history, kind)
     return history.clip, pack
@@ -151,6 +155,14 @@ def teacher_forcing_loss(net, text, pack, grid, shift, context_noise):
     pack = replace(pack, past=augment_context_noise(pack.past, context_noise))
     v = packed_forward(net, text, pack, xt, t, grid)
     return flow_matching_loss(v, v_star).mean()
+
+
+def opening_pack(clips, rng, batch):
+    """-> (b,) numbers of the clips, and noised copies of their first chunk, behind nothing"""
+    opening = torch.from_numpy(rng.integers(len(clips.openings), size=batch))
+    frame = torch.arange(CHUNK).repeat(COPIES).expand(batch, -1)
+    target = take_frames(clips.openings, opening, frame, clips.device)
+    return len(clips.latents) + opening, Pack(target[:, :0], frame[:, :0], target, frame)
 
 
 def prefix_pack(clips, history):

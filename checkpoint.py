@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import BadInput, check_schema, warn, write_text
+from config import BadInput, warn, write_text
 from records import read_json
 from tensors import hash_file
 
@@ -154,8 +154,8 @@ def claim(folder):
     import psutil  # comes with imageio[ffmpeg]
     file = folder / "running.json"
     if file.exists():
-        other = read_json(file, "delete it")
-        check_schema(file, other, {"machine": str, "process": range(2 ** 31), "started": int})
+        schema = {"machine": str, "process": range(2 ** 31), "started": int}
+        other = read_json(file, "delete it", schema)
         # one that was killed leaves it there, and numbers of processes come again
         with suppress(psutil.Error):
             started = psutil.Process(other["process"]).create_time()
@@ -179,15 +179,13 @@ def keep_settings(folder, settings, passes):
     passes    of an update now, in all processes together; as many may be shared otherwise among them
     returns   what is saved: settings, and all numbers of passes that there were
     """
-    # through JSON, as they come back
     file = folder / "settings.json"
-    given = json.loads(json.dumps(settings))
+    given = dict(settings)
     saved = {**given, "passes": []}
     # what has not begun may still change, and weights without settings were put there by hand
     has_trained = find_checkpoints(folder) or file.exists() and any(folder.glob("*.safetensors"))
     if has_trained:
-        saved = read_json(file, "what trained here cannot be told: give another --out")
-        check_schema(file, saved, {"passes": [int]})
+        saved = read_json(file, "what trained here cannot be told: give another --out", {"passes": [int]})
         if passes in saved["passes"]:
             del given["accumulate"]
         differ = [f"{name} {saved.get(name)}, not {value}" for name, value in given.items()

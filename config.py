@@ -64,9 +64,9 @@ def in_one_line(what, remedy, kind=Exception):
     """Any error of the kind inside becomes one BadInput: what cannot be done (the cause): what to do."""
     try:
         yield
+    except BadInput:
+        raise
     except kind as error:
-        if isinstance(error, BadInput):
-            raise
         cause = one_line(f"{type(error).__name__}: {error}")
         # torch's own advice is to run the code
         if "Weights only load failed" in cause:
@@ -114,12 +114,11 @@ def parse(cls, argv=None):
         option = "--" + field.name.strip("_").replace("_", "-")
         options.append(option)
         default = "" if field.default in ("", None) else f" [{field.default}]"
-        about = (comments.get(field.name, "") + default).replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(option, dest=field.name, action="store_true", help=about)
-        else:
-            parser.add_argument(option, dest=field.name, type=field.type, default=field.default, help=about,
-                                metavar=field.type.__name__.upper())
+        about = (comments[field.name] + default).replace("%", "%%")
+        kind = {"action": "store_true"}
+        if field.type is not bool:
+            kind = {"type": field.type, "default": field.default, "metavar": field.type.__name__.upper()}
+        parser.add_argument(option, dest=field.name, help=about, **kind)
     # what is left over is unknown
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -130,7 +129,7 @@ def parse(cls, argv=None):
 def one_of(name, value, allowed):
     """Raises BadInput that names the nearest allowed value."""
     if value not in allowed:
-        near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(value, allowed, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise BadInput(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
 

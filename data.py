@@ -31,9 +31,10 @@ from tensors import hash_content, read_file, read_head, write_safetensors
 from text import check_prompt, read_text
 from video import FPS, FRAMES, find_ffmpeg, read_frames
 from weights import WEIGHTS, load_tiny, load_wan
-from world import WorldSpec
+from world import PERIODS, WorldSpec
 
-CLIPS = 768         # training clips of the small world
+CLIPS = 1152        # training clips of the small world ...
+OPENINGS = 8192     # ... and worlds of which the first chunk alone is met, each with a caption of its own
 # folders of videos
 LONGEST = 27        # chunks of the longest past (20 s) ...
 AHEAD = 7           # ... and of what follows it
@@ -60,9 +61,17 @@ def frames_of(latents):
 # ---- the small world: latents ------------------------------------------------------------------------------
 
 def training_worlds(clips, seed):
-    """WorldSpecs of a training run's clips; never held-out ones."""
+    """
+    WorldSpecs of a training run's clips; never held-out ones. Of every second one the rate is drawn evenly,
+    and not the period: how a fast turn goes on is seen for a few chunks only, until all comes back.
+    """
     rng = np.random.default_rng([seed, 0xDA7A])
-    return [WorldSpec(s) for s in rng.integers(world.HELD_OUT, size=clips).tolist()]
+    specs = [WorldSpec(s) for s in rng.integers(world.HELD_OUT, size=clips).tolist()]
+    for i in range(1, clips, 2):
+        fastest, slowest = PERIODS[world.make_world(specs[i]).motion.kind]
+        rate = np.random.default_rng([specs[i].seed, 0xFA57]).uniform(1 / slowest, 1 / fastest)
+        specs[i] = replace(specs[i], seconds=round(1 / rate))
+    return specs
 
 
 @torch.no_grad()
@@ -137,10 +146,11 @@ class WorldClips(Histories):
         """
         cache        (WorldSpecs, latents) -> latents of so many frames each, as from latent_cache()
         features     captions -> (b, m, text_dim)
-        for_student  also encoded without landmarks, and histories as a student sees them; False: a teacher's
-                     contexts
+        for_student  also encoded without landmarks, more worlds' openings, and histories as a student sees
+                     them; False: a teacher's contexts
         """
-        specs = training_worlds(CLIPS, seed)
+        worlds = training_worlds(CLIPS + OPENINGS, seed)
+        specs, others = worlds[:CLIPS], worlds[CLIPS:]
         super().__init__(specs, evict_first=for_student)
         self.features = features
         self.device = device
@@ -149,6 +159,9 @@ class WorldClips(Histories):
         if for_student:
             empty = [replace(spec, empty=True) for spec in specs[:EMPTY_CLIPS]]
             self.empty = cache(empty, latents)
+            # clips of these numbers have a first chunk only
+            self.openings = cache(others, CHUNK)
+            self.captions += [world.make_world(spec).caption for spec in others]
 
     def frames(self, clip, frame):
         """Latents (b, f, c, h, w) of frames (b, f) of clips (b,)"""

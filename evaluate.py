@@ -219,7 +219,8 @@ def make_all(batches, path, device):
     # Windows can wait for 61 at most
     workers = min(61, torch.get_num_threads()) if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        made = pool.map(run_batch, batches.values()) if workers > 1 else map(run_batch, batches.values())
+        run_each = pool.map if workers > 1 else map
+        made = run_each(run_batch, batches.values())
         try:
             for videos, key in zip(tqdm(made, "videos, 16 at a time", len(batches)), batches):
                 append_line(path, {"key": key, "videos": videos})
@@ -279,11 +280,11 @@ def main():
     device = pick_device(cfg.device)
     # which networks are there
     files = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
-    student = Path(cfg.ckpt or STUDENT).stem
-    if cfg.ckpt:
-        files[student] = Path(cfg.ckpt)
+    ckpt = Path(cfg.ckpt or WEIGHTS / f"{STUDENT}.safetensors")
+    student = ckpt.stem
+    files[student] = ckpt
     # the frontier's taus: similarities twice, and half as far below 1 as for the weights' own
-    tau = load_tiny(files[student], device).sampler.tau
+    tau = load_tiny(ckpt, device).sampler.tau
     taus = [round(1 - apart * (1 - tau), 4) for apart in (2, .5)]
     # the rows that are asked for, and before them the student's own, where their lines are there
     plain = dict(zip(ROW, (student, "slowfast", "bounded", "text", None, None)))

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from config import whole_or_absent
 from memory import PRESETS
 from probe import HOUR_NUMBERS, MINUTES
-from report import ABSENCES, MOTIONS, counts, detail, estimate, half_way, label, luck, pick, rows_of
+from report import ABSENCES, MOTIONS, counts, detail, estimate, half_way, label, luck, mean, pick, rows_of
 
 LONGEST = 30  # seconds out of view, more than any return
 
@@ -68,7 +68,7 @@ def draw_frontier(figure, videos, student_row):
                 seconds, right, *_ = curve(some)
                 style = "s--" if memory == "slowfast" else "o-"
                 above.plot(seconds, right, style, label=label(row[0]))
-                below.plot(estimate(detail(some))[0], min(half_way(some), LONGEST), style)
+                below.plot(detail(some)[0], min(half_way(some), LONGEST), style)
         above.set(title=kind, xlabel="seconds out of view", ylabel="right returns, %", xlim=(0, LONGEST))
         below.set(xlabel="detail: right after the shortest absence, %", xlim=(0, 102))
         below.set(ylabel="reach: half-way, s", ylim=(0, LONGEST + 1))
@@ -82,7 +82,7 @@ def draw_drifting(figure, videos, student_row):
         for row in rows_of(pick(videos, {"worlds": "hour"})):
             weights = row[0]["weights"]
             style = "o-" if weights == student_row["weights"] else "s--"
-            found = [estimate(counts(row, f"{minute} min: {name}"))[0] for minute in MINUTES]
+            found = [mean(row, f"{minute} min: {name}")[0] for minute in MINUTES]
             axes.plot(MINUTES, found, style, label=f"{weights}, {label(row[0])}")
         axes.set(title=name, xscale="log", xlabel="minute", xticks=MINUTES, xticklabels=MINUTES)
     axes.legend()

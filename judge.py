@@ -25,7 +25,7 @@ References: none, the world is this project's own.
 Leaves out: scenes of anything but sky, hills, ground and one landmark a sector.
 """
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -72,16 +72,16 @@ def read_frames(x, ground):
     """x (f, 64, 32, 3), all over one ground -> heading (f,) in [0, 256), Reading's landmark and psnr"""
     # 1. The heading i, in sub-columns: the most alike of all views without landmarks.
     templates, norms = heading_templates(ground)
-    i = (rearrange(uncovered(x), "f w d -> f (w d)") @ templates.T - norms).argmax(1)
+    i = (uncovered(x) @ templates.T - norms).argmax(1)
     # 2. The landmark of each sector: the nearest of 30 drawings.
     drawings = landmark_drawings(ground)
     distance = landmark_distances(x, i, drawings)
     landmark = distance.argmin(-1)
     # 3. The heading once more, as known landmarks have the sharpest edges.
     for step in (4, 2, 1):
-        near = np.stack([i, i - step, i + step])
+        near = i, i - step, i + step
         error = np.stack([frame_error(x, there, landmark, drawings) for there in near])
-        i = near[error.argmin(0), np.arange(len(x))]
+        i = np.choose(error.argmin(0), near)
     # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
     nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
     readable = (np.abs(offsets(i / SUB)) <= WHOLE) & (nearest <= READABLE * second)
@@ -98,15 +98,15 @@ def uncovered(x):
     """
     What no landmark covers.
     x        (f, 64, 32, 3)
-    returns  (f, 64, 9): for each column the mean of the sky, of the hills and of the ground. A mean weighs as
-             much as its rows.
+    returns  (f, 64 * 9): for each column the mean of the sky, of the hills and of the ground. A mean weighs
+             as much as its rows.
     """
     sky, hills, _, floor = np.split(x, [SKY, TOP, FOOT], axis=2)
     means = [part.mean(2) * part.shape[2] ** .5 for part in (sky, hills, floor)]
-    return np.concatenate(means, -1)
+    return rearrange(np.concatenate(means, -1), "f w d -> f (w d)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def heading_templates(ground):
     """
     Finds the nearest heading by one product: |x - b|^2 = x^2 - 2 x b + b^2, b all views without landmarks.
@@ -114,11 +114,10 @@ def heading_templates(ground):
              x @ template - norm
     """
     b = uncovered(panorama(ground, ())[view(np.arange(COLUMNS * SUB))])
-    b = rearrange(b, "i w d -> i (w d)")
     return b, (b ** 2).sum(1) / 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def landmark_drawings(ground):
     """(30, 256 * SUB, 32, 3): the panoramas in which every sector has the same landmark."""
     return np.stack([panorama(ground, [landmark] * SECTORS) for landmark in range(LANDMARKS)])

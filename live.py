@@ -99,10 +99,10 @@ class Session:
 
     def begin(self):
         """A new video, of which nothing is remembered."""
-        sampler, latent = self.networks.sampler, self.networks.latent
-        uncond = self.networks.text("") if sampler.guidance != 1 else None
-        self.rollout = self.networks.rollout(self.text)
-        self.chunks = generate(self.rollout, [self.settings["seed"]], sys.maxsize, sampler, latent, uncond)
+        m, seeds = self.networks, [self.settings["seed"]]
+        uncond = m.text("") if m.sampler.guidance != 1 else None
+        self.rollout = m.rollout(self.text)
+        self.chunks = generate(self.rollout, seeds, sys.maxsize, m.sampler, m.latent, uncond)
         self.past = None    # of the autoencoder
         self.frames = 0     # made so far
         self.pictures = {}  # of each latent that is held

@@ -15,7 +15,7 @@ import math
 from itertools import product
 from pathlib import Path
 
-from report import compare, counts, estimate, markdown, pick
+from report import compare, markdown, mean, pick
 
 FILE = Path(__file__).parent / "assets" / "paper_tables.json"
 
@@ -72,8 +72,8 @@ def orderings(videos, student_row):
                 "score": score,
                 "its own there": rows[-1][score],
                 "theirs there": row[score],
-                "ours here": estimate(counts(ours, SCORES[score])),
-                "theirs here": estimate(counts(theirs, SCORES[score])),
+                "ours here": mean(ours, SCORES[score]),
+                "theirs here": mean(theirs, SCORES[score]),
                 "the ordering": verdict,
             })
     return found

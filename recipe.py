@@ -7,7 +7,7 @@ References: Self-Forcing, arXiv 2506.08009 (learning rates, EMA and guidance of 
 Leaves out: schedules of their own for each network of a part.
 """
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from erft import INJECTED
 
@@ -28,7 +28,7 @@ class Preset:
     updates: int
     lr: float                   # peak
     start: str = ""             # whose weights it starts from; "" = nothing
-    seconds: float = 0.         # an update, about, on two cores
+    seconds: float = field(default=0., repr=False)  # an update, about, on two cores: no part of hash_recipe
     batch: int = 16             # clips a process and pass
     warmup: int = 100           # updates
     ema_decay: float = .995     # of the averaged weights, an update ...
@@ -65,9 +65,9 @@ DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_
 MANY_STEPS = Preset(updates=0, lr=0., batch=8, save_every=500, strip_every=1000, probe_every=1000)
 TINY = {
     "vae": Preset(1400, 2e-3, seconds=1., batch=8, ema_decay=.99, probe_every=0),
-    "init_ar": replace(MANY_STEPS, updates=8000, lr=6e-3, seconds=.44),
+    "init_ar": replace(MANY_STEPS, updates=7000, lr=6e-3, seconds=.44),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., ema_decay=.99),
-    "teacher": replace(MANY_STEPS, updates=6000, lr=2.5e-3, start="init_ar", seconds=.45),
+    "teacher": replace(MANY_STEPS, updates=5000, lr=2.5e-3, start="init_ar", seconds=.45),
     # straight from init_ar; critics of both stages learn at 1.2e-4
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),

@@ -18,15 +18,16 @@ def open_file(path):
     return open(path, "rb")
 
 
-def read_json(path, remedy):
+def read_json(path, remedy, schema={}):
     """
     The object in a file of JSON, of 1 MB at most.
     remedy   what to do about a file that cannot be read: it ends the BadInput that says so
+    schema   of the object, for check_schema()
     returns  dict
     """
     with in_one_line(f"cannot read {path}", remedy), open_file(path) as file:
         content = json.loads(file.read(1 << 20))
-    check_schema(path, content, dict)
+    check_schema(path, content, schema)
     return content
 
 

@@ -90,6 +90,11 @@ def estimate(counts):
     return np.array([total / n, *np.percentile(means, (2.5, 97.5))])
 
 
+def mean(videos, what, absence=None):
+    """Of what counts() takes -> what estimate() gives"""
+    return estimate(counts(videos, what, absence))
+
+
 def compare(ours, theirs, what):
     """
     How is `what` of our videos beside theirs, world by world?
@@ -109,12 +114,12 @@ def compare(ours, theirs, what):
 
 
 def detail(videos):
-    """Recall after the shortest absence after which ten or more are due back -> counts"""
+    """Recall after the shortest absence after which ten or more are due back -> what estimate() gives"""
     for absence in ABSENCES:
         found = counts(videos, "right", absence)
         if found.sum(0)[1] >= 10:
-            return found
-    return np.zeros((1, 2))
+            return estimate(found)
+    return np.full(3, math.nan)
 
 
 def half_way(videos, what="right"):
@@ -148,30 +153,29 @@ def targets(videos, student_row):
         aside = pick(ours, {"motion": "aside"})
         turns = [video for video in ours if video not in aside]
         wanted = [
-            ("recall after 6 s, %", "at least", 90, counts(ours, "right", 6)),
-            ("recall after 15 s, %", "at least", 80, counts(ours, "right", 15)),
-            ("steady turns, %", "at least", 90, counts(turns, "steady")),
-            ("steady looks aside, %", "at least", 80, counts(aside, "steady")),
-            ("starts, %", "at least", 90, counts(ours, "starts")),
-            ("jumps a minute", "at most", 1, counts(ours, "jumps")),
-            ("last 5 s, dB", "at least", 27.4, counts(ours, "last")),
+            ("recall after 6 s, %", "at least", 90, mean(ours, "right", 6)),
+            ("recall after 15 s, %", "at least", 80, mean(ours, "right", 15)),
+            ("steady turns, %", "at least", 90, mean(turns, "steady")),
+            ("steady looks aside, %", "at least", 80, mean(aside, "steady")),
+            ("starts, %", "at least", 90, mean(ours, "starts")),
+            ("jumps a minute", "at most", 1, mean(ours, "jumps")),
+            ("last 5 s, dB", "at least", 27.4, mean(ours, "last")),
         ]
         if start == "real":
             swapped = pick(videos, student_row | {"worlds": "swapped", "memory": "uniform2"})
-            wanted.append(("follow exchanged memories, %", "at least", 90, counts(swapped, "follows")))
+            wanted.append(("follow exchanged memories, %", "at least", 90, mean(swapped, "follows")))
         # better than its own start and than the causal model, by intervals that do not touch
-        measures = {"recall": "right", "steady": "steady"}
-        for weights, (name, what) in product(("stage1", "init_ar"), measures.items()):
+        for weights in ("stage1", "init_ar"):
             theirs = pick(videos, student_row | {"worlds": start, "weights": weights})
-            gap = estimate(counts(ours, what))[1] - estimate(counts(theirs, what))[2]
-            wanted.append((f"{name}, gap to {weights}'s interval", "above", 0, np.array([(gap, 1)])))
+            for name, what in {"recall": "right", "steady": "steady"}.items():
+                gap = mean(ours, what)[1] - mean(theirs, what)[2]
+                wanted.append((f"{name}, gap to {weights}'s interval", "above", 0, [gap]))
         # and is it reached?
-        for what, relation, bound, count in wanted:
-            found = float(estimate(count)[0])
+        for what, relation, bound, (found, *_) in wanted:
             is_met = {"at least": found >= bound, "at most": found <= bound, "above": found > bound}[relation]
-            met = "yes" if is_met else "no"
+            met = "no data" if math.isnan(found) else "yes" if is_met else "no"
             table.append({"videos": start, "target": what, "": f"{relation} {bound}", "found": found,
-                          "met": "no data" if math.isnan(found) else met})
+                          "met": met})
     return table
 
 
@@ -186,18 +190,18 @@ def label(video):
 
 def summary(videos):
     return {
-        "recall, %": estimate(counts(videos, "right")),
+        "recall, %": mean(videos, "right"),
         "returns": int(counts(videos, "right").sum(0)[1]),
-        "ceiling": estimate(counts(videos, "held")),
+        "ceiling": mean(videos, "held"),
         "chance": 100 * luck(videos),
-        "detail, %": estimate(detail(videos)),
+        "detail, %": detail(videos),
         "half-way, s": half_way(videos),
         "ceiling's": half_way(videos, "held"),
-        "last 5 s, dB": estimate(counts(videos, "last")),
-        "drift": estimate(counts(videos, "drift")),
-        "steady, %": estimate(counts(videos, "steady")),
-        "starts, %": estimate(counts(videos, "starts")),
-        "jumps a minute": estimate(counts(videos, "jumps")),
+        "last 5 s, dB": mean(videos, "last"),
+        "drift": mean(videos, "drift"),
+        "steady, %": mean(videos, "steady"),
+        "starts, %": mean(videos, "starts"),
+        "jumps a minute": mean(videos, "jumps"),
         "videos": len(videos),
     }
 
@@ -210,15 +214,14 @@ def all_tables(videos, student_row):
         named["memory"] = label(row[0])
         if named["worlds"] == "hour":
             names = [f"{minute} min: {name}" for minute in MINUTES for name in HOUR_NUMBERS]
-            hours.append(named | {name: estimate(counts(row, name)) for name in names})
+            hours.append(named | {name: mean(row, name) for name in names})
             continue
         # by the kind of motion too
         for motion in ("all", *MOTIONS):
             some = row if motion == "all" else pick(row, {"motion": motion})
             named["motion"] = motion
             rows.append(named | summary(some))
-            recall = {f"{x:g} s": estimate(counts(some, "right", x)) for x in ABSENCES}
-            curves.append(named | recall)
+            curves.append(named | {f"{x:g} s": mean(some, "right", x) for x in ABSENCES})
     return {"Targets": targets(videos, student_row), "All rows": rows,
             "Recall by seconds out of view, %": curves,
             "Drifting over an hour": hours}

@@ -100,14 +100,12 @@ def check(cfg):
         raise BadInput(f"--teacher has one memory of its own: leave out --{', --'.join(own)}")
     # what would be found out after the work
     if cfg.save_state:
-        check_file(cfg.save_state)
-        if Path(cfg.save_state).exists():
-            try:
-                _, about = read_head(cfg.save_state, remedy="")
-                check_schema(cfg.save_state, about, STATE)
-            except BadInput:
-                raise BadInput(f"{cfg.save_state} is there, and no state: give another name") from None
-        check_writable(Path(cfg.save_state).parent)
+        state = Path(cfg.save_state)
+        check_file(state)
+        if state.exists():
+            _, about = read_head(state, "it is there, and no state: give another name")
+            check_schema(state, about, STATE, fault="is there, and no state: give another name")
+        check_writable(state.parent)
     if not cfg.bench:
         check_writable(cfg.out)
         check_file(Path(cfg.out, MANIFEST))
@@ -125,11 +123,9 @@ def read_switches(prompt, end):
     before = -1
     for part in re.split(r"(?<!\\)\|", f"0: {prompt}"):
         second, _, text = part.partition(":")
-        try:
+        with in_one_line("cannot read a prompt switch",
+                         "write 'a text | 20: the text from 20 s on', or \\| for a bar"):
             second = float(second)
-        except ValueError:
-            raise BadInput("cannot read a prompt switch: write 'a text | 20: the text from 20 s on', "
-                           f"or \\| for a bar, not {part!r}") from None
         # what is not a time of the video counts as 0, so it does not come after
         chunk = chunks_of(second * FPS) if 0 < second < end else 0
         if not before < chunk < chunks_of(end * FPS):
@@ -312,9 +308,9 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
             frames = min(total, frames + len(decoded))
     # 2. what was made, and the state whatever became of that, before a word that may find nobody
     told = f"wrote {path}"
-    made = {"file": path.name, **record, "frames": frames - done}
     try:
-        append_line(Path(cfg.out, MANIFEST), made | {"sha256": hash_file(path)})
+        made = {"file": path.name, **record, "frames": frames - done, "sha256": hash_file(path)}
+        append_line(Path(cfg.out, MANIFEST), made)
     finally:
         if cfg.save_state:
             saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import barrier, get_processes, get_rank
-from config import BadInput, fast_layout, has_bf16
+from config import BadInput, fast_layout
 from data import ClipFolder, WorldClips, latent_cache
 from flow import Sampler
 from memory import PRESETS
@@ -122,9 +122,8 @@ def load_inputs(cfg, part, preset, device):
         inputs.features = wan_text(cfg.wan, Path(cfg.out, "text"), mine, device, not cfg.no_verify,
                                    inputs.dit.config.text_dim)
         barrier()
-    use_bf16 = cfg.dtype == "bf16" or not cfg.dtype and has_bf16(device)
     # without its cache: gradients of sharded weights that several passes share in one context get lost there
-    inputs.autocast = torch.autocast(device.type, torch.bfloat16, use_bf16, cache_enabled=False)
+    inputs.autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16", cache_enabled=False)
     return inputs
 
 

@@ -35,7 +35,6 @@ SHARD = re.compile(r"-\d+-of-(\d+)\.\w+$")  # one of several files
 
 # where public checkpoints keep their weights: at the top level, or under the first of these, or under both
 LEVELS = ("generator_ema", "generator", "ema", "shadow", "model", "module", "state_dict", "generator_lora")
-LORA_LEVELS = ("generator_lora", "lora", *LEVELS)
 
 # what training code leaves in names
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.|base_layer\.")
@@ -110,21 +109,20 @@ def read_safetensors(path, verify):
     return tensors, about
 
 
-def read_pickle(path, device, is_zip, verify):
+def read_pickle(path, is_zip, verify):
     if is_zip and verify:
         with zipfile.ZipFile(path) as archive:
             # torch.save compresses nothing, and a bomb would
-            is_compressed = any(entry.compress_type for entry in archive.infolist())
-            if is_compressed or archive.testzip():
+            if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                 raise ValueError("damaged: not what its CRC-32 says; --no-verify takes it as it is")
     # mapped from disk rather than read, unless torch would believe a name that is wrong
     source = path if is_zip and path.suffix != ".safetensors" else BytesIO(path.read_bytes())
-    content = torch.load(source, map_location=device, weights_only=True, mmap=source is path)
+    content = torch.load(source, map_location="cpu", weights_only=True, mmap=source is path)
     check_schema(path, content, dict)
     return content
 
 
-def read_one(path, device, verify):
+def read_one(path, verify):
     """One file -> its content, and what it says of itself"""
     with open_file(path) as file:
         head = file.read(9)
@@ -134,10 +132,10 @@ def read_one(path, device, verify):
     # as torch.save writes, and wrote before 1.6
     if not head.startswith((b"PK", b"\x80")):
         raise ValueError(f"it begins with {head}, {NO_TENSORS}")
-    return read_pickle(path, device, head.startswith(b"PK"), verify), {}
+    return read_pickle(path, head.startswith(b"PK"), verify), {}
 
 
-def read_file(path, device="cpu", verify=True, remedy=FETCH):
+def read_file(path, verify=True, remedy=FETCH):
     """
     A file of tensors, or all that belong together: by their folder, its index.json, or one of them.
     verify   its checksum, where it has one
@@ -151,7 +149,7 @@ def read_file(path, device="cpu", verify=True, remedy=FETCH):
     merged = {}
     for file in files:
         with in_one_line(f"cannot read {file}", remedy):
-            content, about = read_one(file, device, verify)
+            content, about = read_one(file, verify)
             merged |= content
     return merged, about
 
@@ -226,7 +224,7 @@ def read_lora(path, names, verify=True):
     # kohya's names have _ for every dot
     places = {name.removesuffix(".weight").replace(".", "_"): name for name in names}
     found = {}
-    for key, tensor in go_down(state, LORA_LEVELS).items():
+    for key, tensor in go_down(state, ("generator_lora", "lora", *LEVELS)).items():
         match = LORA_KEY.fullmatch(key.removesuffix(".weight"))
         name = match and places.get(bare(match[1]).replace(".", "_"))
         if not name or not torch.is_tensor(tensor):
@@ -266,13 +264,13 @@ def load_state_dict_strict(net, state, name="weights"):
     return net.eval().requires_grad_(False)
 
 
-def empty_net(path, build, verify=True):
+def empty_net(path, build, verify):
     """build(state dict of a public file), which it fits, without values; and the file's facts"""
     state, facts = read_public(path, verify)
     with in_one_line(f"cannot read {path}", ANOTHER_KIND), torch.device("meta"):
         net = build(state)
         shapes = {name: tensor.to("meta") for name, tensor in state.items()}
-        net.load_state_dict(shapes, assign=True)
+        net.load_state_dict(shapes)
     return net, facts
 
 
@@ -293,4 +291,4 @@ def load_on_device(net, path, device, dtype, lora={}):
         kept = torch.float32 if FLOAT32.match(name) else dtype
         # a copy also of what has that type, where the rest is converted: it would keep the file open
         ready[name] = tensor.to(device, kept, copy=tensor.dtype != dtype)
-    return load_state_dict_strict(net, ready, str(path))
+    return load_state_dict_strict(net, ready, path)

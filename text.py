@@ -11,7 +11,6 @@ References: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; Wan 2.1 (names and sha
 cleaning of prompts). Tested on golden vectors of the official code.
 Leaves out: a tokenizer of its own (the full-size encoder reads tokenizer.json with the package `tokenizers`).
 """
-import codecs
 import html
 import math
 import re
@@ -45,12 +44,13 @@ class TextConfig:  # the defaults are UMT5-XXL
 
 END = 1  # the id of the mark that ends a text; 0 pads
 MOST_LETTERS = 4000  # of a prompt
+MOST_TOKENS = 512  # of a prompt, the end mark among them
 MOST_BYTES = 2 ** 28  # of a text: a pipe may have no end
 
 tiny_text = TextConfig(vocab=1000, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2)
 
 
-def bucket(offset, buckets=32):
+def bucket(offset, buckets):
     """
     offset   key position minus query position, any int tensor
     returns  bucket number of the same shape: half for each sign, 8 exact distances, then logarithmic up to
@@ -171,8 +171,8 @@ def encode_captions(encoder, device, captions):
 
 def open_text(path):
     """A file; -, standard input; /dev/fd/N, which is <(command). Other pipes may be waited for in vain"""
-    match = re.fullmatch(r"/dev/fd/(\d+)", "/dev/fd/0" if str(path) == "-" else str(path))
-    return open(int(match[1]), "rb", closefd=False) if match else open_file(path)
+    match = re.fullmatch(r"-|/dev/fd/(\d+)", str(path))
+    return open(int(match[1] or 0), "rb", closefd=False) if match else open_file(path)
 
 
 def read_text(path):
@@ -181,7 +181,7 @@ def read_text(path):
         content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
-        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
@@ -198,13 +198,14 @@ def read_prompts(path, check=check_prompt):
     """A UTF-8 file, one prompt a line -> list of str; check(prompt) raises BadInput for a bad one."""
     prompts = []
     # not splitlines(), which ends lines at marks within them too
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1):
-        if line.strip():
+    lines = map(str.strip, re.split(r"\r\n|\r|\n", read_text(path)))
+    for number, line in enumerate(lines, 1):
+        if line:
             try:
-                check(line.strip())
+                check(line)
             except BadInput as error:
                 raise BadInput(f"{path}, line {number}: {error}") from None
-            prompts.append(line.strip())
+            prompts.append(line)
     if not prompts:
         raise BadInput(f"{path} holds no prompts: write one a line")
     return prompts
@@ -229,16 +230,15 @@ def read_tokenizer(path):
     return tokenizer
 
 
-def tokenise(tokenizer, prompt, length):
-    """-> ids (1, m), m <= length: the cleaned prompt and an end mark. The DiT pads the features, not this."""
+def tokenise(tokenizer, prompt):
+    """-> ids (1, m), m <= 512: the cleaned prompt and an end mark. The DiT pads the features, not this."""
     ids = tokenizer.encode(clean(prompt), add_special_tokens=False).ids
-    if len(ids) >= length:
-        warn(f"{len(ids) + 1} tokens, cut after {length}: {prompt[:60]!r}")
-    return torch.tensor([ids[:length - 1] + [END]])
+    if len(ids) >= MOST_TOKENS:
+        warn(f"{len(ids) + 1} tokens, cut after {MOST_TOKENS}: {prompt[:60]!r}")
+    return torch.tensor([ids[:MOST_TOKENS - 1] + [END]])
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     encoder = TextEncoder(tiny_text)
     ids, mask = words_to_ids(["Snow. The camera turns right from north, one turn in 16 seconds."])
     features = encoder(ids, mask)

@@ -37,8 +37,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, in_one_line, one_of, parse, pick_device,  # first
-                    run, tell, whole_or_absent, within)
+from config import (BadInput, StopSignals, check_writable, has_bf16, in_one_line, one_of, parse,  # first
+                    pick_device, run, tell, whole_or_absent, within)
 
 import imageio.v3 as iio
 import numpy as np
@@ -213,9 +213,10 @@ def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int, "seconds": float})
     seconds = sum(line["seconds"] for line in log)
+    machine = f"{inputs.device.type} {platform.machine()} {cfg.dtype}"
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
              "batch": preset.batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
-             "kept": kept, "seconds": round(seconds), "machine": f"{inputs.device.type} {platform.machine()}"}
+             "kept": kept, "seconds": round(seconds), "machine": machine}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
@@ -379,6 +380,8 @@ def main():
     check_writable(cfg.out)
     check(cfg)
     device = pick_device(cfg.device)
+    # a run that goes on elsewhere goes on as it was
+    cfg.dtype = cfg.dtype or ("bf16" if has_bf16(device) else "fp32")
     if "RANK" in os.environ:  # torchrun started this process
         # gradients travel between devices, flags and errors between hosts
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

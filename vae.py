@@ -22,6 +22,7 @@ on golden vectors. The small world uses it at small width, trained by train.py -
 Leaves out: the I2V and TAESD variants of TAEHV.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,7 @@ class TAEConfig:
 
 tiny_tae = TAEConfig(encoder=32, decoder=(64, 64, 48, 32))
 
-
-def conv(c_in, c_out, stride=1, bias=True):
-    return nn.Conv2d(c_in, c_out, 3, padding=1, stride=stride, bias=bias)
+conv = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class MemBlock(nn.Module):

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -91,15 +90,16 @@ def decode_beside(vae, chunks):
             is_finite = x0.isfinite().all() & decoded.isfinite().all()
             return to_uint8(decoded)[0].cpu(), bool(is_finite)
 
-    def launch(thread):
-        for x0 in chunks:
-            if side is not None:
-                side.wait_stream(torch.cuda.current_stream())
-            yield thread.submit(decode, x0)
-
     with ThreadPoolExecutor(1) as thread:
-        for decoded, _ in pairwise(chain(launch(thread), [None])):
-            yield decoded.result()
+        before = None
+        for x0 in chunks:
+            if side:
+                side.wait_stream(torch.cuda.current_stream())
+            now = thread.submit(decode, x0)
+            if before:
+                yield before.result()
+            before = now
+        yield before.result()
 
 
 def to_uint8(video):
@@ -206,30 +206,23 @@ def decoding(path, filters, *options):
             "-vf", filters, *options, "-"]
 
 
-def look_through(path, *options):
-    """-> Clip, of what ffmpeg tells of each frame; options: more of ffmpeg's"""
+def open_clip(path, *options):
+    """-> Clip; raises BadInput that says why the file cannot be read; options: more of ffmpeg's"""
+    if not Path(path).is_file():
+        raise BadInput(f"cannot read the clip {path}: there is no such file")
+    # what ffmpeg tells of each frame
     words = decoding(path, f"{SHOWN},showinfo", "-f", "null", *options)
     log = subprocess.run(words, capture_output=True).stderr.decode("utf-8", "replace")
-    found = FRAME.findall(log)
-    seconds = [float(second) for second, _ in found]
-    sizes = [size for _, size in found] or ["0x0"]
-    damage = BROKEN.findall(log)
+    frames, damage = FRAME.findall(log), BROKEN.findall(log)
+    if not frames:
+        raise BadInput(f"cannot read the clip {path} ({[*damage, 'no frames'][0]}): give a video file, no "
+                       "playlist")
+    seconds, sizes = zip(*frames)
     if len(set(sizes)) > 1:
         damage.append("its frames change their size")
     width, height = map(int, sizes[0].split("x"))
     filters = f"{SHOWN},{TONE_MAPPING}" if HDR.search(log) else SHOWN
-    return Clip(path, width, height, filters, "".join(damage[:1]), seconds)
-
-
-def open_clip(path, *options):
-    """-> Clip; raises BadInput that says why the file cannot be read"""
-    if not Path(path).is_file():
-        raise BadInput(f"cannot read the clip {path}: there is no such file")
-    clip = look_through(path, *options)
-    if not clip.seconds:
-        raise BadInput(f"cannot read the clip {path} ({clip.damage or 'no frames'}): give a video file, no "
-                       "playlist")
-    return clip
+    return Clip(path, width, height, filters, "".join(damage[:1]), [*map(float, seconds)])
 
 
 def read_frames(path, width, height, most):

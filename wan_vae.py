@@ -113,7 +113,8 @@ class FrameAttention(nn.Module):
         return x + each_frame(self.attend, x)
 
     def attend(self, x):
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (s c) h w -> s n 1 (h w) c", s=3)
+        # contiguous: kernels that keep no table of scores want the channels of a pixel side by side
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (s c) h w -> s n 1 (h w) c", s=3).contiguous()
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[-2]))
 
@@ -130,13 +131,12 @@ class Downsample(nn.Module):
     def forward(self, x, state):
         x = each_frame(self.resample, x)
         conv = self.time_conv
-        if conv is None:
-            return x
-        if conv not in state:
-            # the first frame passes time by, and is remembered
+        if conv in state:
+            return conv(x, state)
+        # the first frame passes time by, and is remembered
+        if conv is not None:
             state[conv] = x
-            return x
-        return conv(x, state)
+        return x
 
 
 class Upsample(nn.Module):
@@ -148,11 +148,11 @@ class Upsample(nn.Module):
 
     def forward(self, x, state):
         conv = self.time_conv
-        if conv is not None and conv not in state:
+        if conv in state:
+            x = rearrange(conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
+        elif conv is not None:
             # the first frame passes time by, and is not even remembered: two frames of zeros are
             state[conv] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
-        elif conv is not None:
-            x = rearrange(conv(x, state), "b (s c) f h w -> b c (f s) h w", s=2)
         return each_frame(self.resample, x)
 
 
@@ -164,10 +164,9 @@ class Decoder(CausalSequential):
     def forward(self, x, state):
         layers = [self.conv1, self.middle, *self.upsamples, self.head]
         doubling = [i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)]
-        early, late = layers[:doubling[-1] + 1], layers[doubling[-1] + 1:]
-        x = CausalSequential(*early)(x, state)
-        frames = [CausalSequential(*late)(frame, state) for frame in x.split(1, dim=2)]
-        return torch.cat(frames, dim=2)
+        late = CausalSequential(*layers[doubling[-1] + 1:])
+        x = CausalSequential(*layers[:doubling[-1] + 1])(x, state)
+        return torch.cat([late(frame, state) for frame in x.split(1, dim=2)], dim=2)
 
 
 def residual_blocks(c_in, c_out, blocks):

@@ -39,7 +39,6 @@ from wan_vae import WanVAE, WanVAEConfig
 WEIGHTS = Path(__file__).parent / "weights"
 
 # files of a raw Wan2.1-T2V-1.3B folder
-CONFIG = "config.json"
 DIT = "diffusion_pytorch_model.safetensors"
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
@@ -47,8 +46,6 @@ VAES = {"wan": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
 
 # of config.json; ours have no num_
 WAN_SIZES = "dim ffn_dim num_heads num_layers freq_dim text_len".split()
-
-TEXT_LENGTH = 512  # tokens of a prompt at most, its end mark among them
 
 # type of a field -> what a file may say it is
 SIZE = range(1, 2 ** 14)
@@ -102,7 +99,7 @@ def load(path, build, make_config):
         make_sampler(path, about["facts"])
         net = build(make_checked(make_config, path, "config", about["config"], len(state)))
     state = {name: tensor.float() for name, tensor in state.items()}
-    return load_state_dict_strict(net, state, str(path)), about["facts"]
+    return load_state_dict_strict(net, state, path), about["facts"]
 
 
 # ---- public files: the raw Wan folder and students trained from it -----------------------------------------
@@ -118,7 +115,7 @@ def build_dit(state, config_file):
 def build_text(state):
     vocab, dim = state["token_embedding.weight"].shape
     buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
-    config = TextConfig(
+    return TextEncoder(TextConfig(
         vocab=vocab,
         dim=dim,
         dim_attn=len(state["blocks.0.attn.q.weight"]),
@@ -126,8 +123,7 @@ def build_text(state):
         heads=heads,
         layers=sum(key.endswith("attn.q.weight") for key in state),
         buckets=buckets,
-    )
-    return TextEncoder(config)
+    ))
 
 
 def build_vae(state):
@@ -163,7 +159,7 @@ def encode_prompts(prompts, folder, cache, device, verify):
     net, _ = empty_net(folder / T5, build_text, verify)
     net = load_on_device(net, folder / T5, device, torch.bfloat16)
     for file, prompt in tqdm(missing.items(), desc="text features", delay=5):
-        ids = tokenise(tokenizer, prompt, TEXT_LENGTH).to(device)
+        ids = tokenise(tokenizer, prompt).to(device)
         within(f"{folder / TOKENIZER}: an id", ids.max(), 0, net.config.vocab - 1)
         write_safetensors(file, {"features": net(ids, torch.ones_like(ids))[0]})
     return files
@@ -291,7 +287,7 @@ def load_wan(wan, ckpt, size, vae_name, device, dtype, text_cache, prompts=(), l
     # what is there, and does it fit?
     path = Path(ckpt or folder / DIT)
     vae_path = folder / VAES[vae_name]
-    dit, facts = empty_net(path, partial(build_dit, config_file=folder / CONFIG), verify)
+    dit, facts = empty_net(path, partial(build_dit, config_file=folder / "config.json"), verify)
     sampler = make_sampler(path, facts)
     adapters = read_lora(lora, dit.state_dict(), verify) if lora else {}
     if not lora and any("lora" in key for key in read_file(path, verify=False)[0]):

@@ -30,7 +30,7 @@ References: none, the world is this project's own.
 Leaves out: camera pitch, depth, moving things.
 """
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -185,7 +185,7 @@ def rainbow(x, value, saturation, rounds):
     return value * (1 - saturation * np.minimum(hue, 4 - hue).clip(0, 1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def background(ground):
     """(256 * SUB, 32, 3): sky, hills and ground before integration."""
     x = (np.arange(COLUMNS * SUB) + .5) / SUB
@@ -197,7 +197,7 @@ def background(ground):
     return np.where(y < SKY, sky, np.where(y < HORIZON, hills, floor)).clip(0, 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def house():
     """-> outline, roof, wall (SECTOR * SUB, 32, 1): what share of each sub-column and row they cover"""
     x = np.abs((np.arange(SECTOR * SUB)[:, None] + .5) / SUB - SECTOR / 2)  # from the middle
