@@ -28,7 +28,6 @@ import hashlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -83,7 +82,11 @@ LENGTHS = {  # worlds of a row -> chunks of real video, and of the model's own a
 TEACHERS = ("teacher", "after_real")  # made 21 latents at a time
 
 
-OTHERS = """
+TABLE = """
+student        presets     returns
+student        uniform2    swapped
+student        uniforms    returns
+student        presets     hour
 student        slowfast    text
 stage1         slowfast    text
 init_ar        slowfast    text
@@ -98,7 +101,8 @@ stage2_none    slowfast    hour
 teacher        uniform2    teacher
 teacher_plain  uniform2    teacher
 teacher        uniform2    after_real
-"""  # weights, memory, worlds of rows
+""".strip().splitlines()  # of rows: weights, memory or several, worlds; the first two are those of --quick
+SEVERAL = {"presets": PRESETS, "uniforms": UNIFORM}
 
 
 def all_rows(student_row, taus=(), quick=False, no_hours=False):
@@ -107,25 +111,24 @@ def all_rows(student_row, taus=(), quick=False, no_hours=False):
     taus     surprisal thresholds of the frontier beside that of the weights
     returns  the rows of the tables; a new preset of memory.py gets its own by its name
     """
-    # what each policy remembers, and whose memory the student follows
-    rows = [student_row | {"worlds": "returns", "memory": policy} for policy in PRESETS]
-    rows.append(student_row | {"worlds": "swapped", "memory": "uniform2"})
-    if quick:
-        return rows
-    # the frontier, at equal slots; an hour; positions that nobody trained
-    rows += [student_row | {"worlds": "returns", "memory": policy} for policy in UNIFORM]
-    rows += [student_row | {"worlds": "returns", "tau": tau} for tau in taus]
-    rows += [student_row | {"worlds": "hour", "memory": policy} for policy in PRESETS]
-    rows.append(student_row | {"positions": "unbounded"})
-    # what it comes from, from both starts, and its teachers
-    for line in OTHERS.strip().splitlines():
-        row = student_row | dict(zip(("weights", "memory", "worlds"), line.split()))
-        if row["weights"] == "student":
-            row["weights"] = student_row["weights"]
-        if row["worlds"] in TEACHERS:
+    # what each policy remembers, and whose memory the student follows; an hour; what it comes from, from both
+    # starts, and its teachers
+    rows = []
+    for line in TABLE[:2] if quick else TABLE:
+        weights, memory, worlds = line.split()
+        if no_hours and worlds == "hour":
+            continue
+        row = student_row | {"worlds": worlds}
+        if weights != "student":
+            row["weights"] = weights
+        if worlds in TEACHERS:
             row |= {"tau": None, "steps": None}
-        rows.append(row)
-    return [row for row in rows if row["worlds"] != "hour" or not no_hours]
+        rows += [row | {"memory": policy} for policy in SEVERAL.get(memory, [memory])]
+    if not quick:
+        # the frontier, at equal slots; positions that nobody trained
+        rows += [student_row | {"worlds": "returns", "tau": tau} for tau in taus]
+        rows.append(student_row | {"positions": "unbounded"})
+    return rows
 
 
 def policy_of(row, tau=Policy.tau):
@@ -148,8 +151,8 @@ def worlds_of(name, number, seed):
             specs.append(WorldSpec(first_seed + i, kind, seconds))
         return specs
     if name == "swapped":  # pairs of neighbours: one place and motion, two sets of landmarks
-        specs = held_out(number // 2, seed)
-        return [replace(spec, counterfactual=other) for spec, other in product(specs, (False, True))]
+        return [replace(spec, counterfactual=other) for spec in held_out(number // 2, seed)
+                for other in (False, True)]
     if name == "after_real":
         return held_out(number, seed)
     if name == "hour":  # few, as they are long; the motion of sample.py's default video
@@ -181,7 +184,7 @@ def make_videos(row, specs, files, device):
 
 def run_batch(batch):
     """(row, list of WorldSpec, files, device) -> videos, as report.py has them"""
-    row, specs, files, device = batch
+    row, specs, *_ = batch
     videos = []
     for frames, keep, spec in zip(*make_videos(*batch), specs):
         if row["worlds"] == "hour":
@@ -220,9 +223,9 @@ def make_all(batches, path, device):
     workers = min(61, torch.get_num_threads()) if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         run_each = pool.map if workers > 1 else map
-        made = run_each(run_batch, batches.values())
         try:
-            for videos, key in zip(tqdm(made, "videos, 16 at a time", len(batches)), batches):
+            made = tqdm(run_each(run_batch, batches.values()), "videos, 16 at a time", len(batches))
+            for videos, key in zip(made, batches):
                 append_line(path, {"key": key, "videos": videos})
         finally:  # a signal does not wait for videos that are under way
             for worker in active_children():

@@ -71,7 +71,7 @@ class Histories:
         self.captions = [w.caption for w in worlds]
 
         # which landmarks are half in view or more, at each latent: (b, latents, 8) bool
-        distance = torch.from_numpy(np.abs(world.offsets(self.heading.numpy())))
+        distance = torch.from_numpy(world.offsets(self.heading.numpy()))
         self.in_view = distance < world.WIDTH / 2
         # when each landmark was last out of view, before each chunk: (b, chunks, 8), -1 = never
         frame = torch.arange(CHUNK * chunks)[:, None]

@@ -30,10 +30,9 @@ from itertools import combinations
 
 import numpy as np
 from einops import rearrange
-from numpy.lib.stride_tricks import sliding_window_view
 
 from world import (COLUMNS, FOOT, FPS, GONE, GROUND_RGB, LANDMARKS, SECTOR, SECTORS, SKY, SUB, TOP, WHOLE,
-                   WIDTH, WorldSpec, clip, make_world, offsets, panorama, wrap)
+                   WIDTH, WorldSpec, apart, clip, make_world, offsets, panorama)
 
 # The best drawing is at most half as far as any other. Measured, with margins tested: clips, blurred and at
 # 26 dB, < .48 as far; halves, morphs, mixed colours, nothing, > .62.
@@ -52,7 +51,7 @@ class Reading:
 
 def read_video(frames):
     """frames (f, 3, 32, 64) float in [0, 1] or uint8 -> Reading, from the frames alone."""
-    x = rearrange(np.asarray(frames), "f c h w -> f w h c")  # pixel columns first, as panoramas are
+    x = rearrange(frames, "f c h w -> f w h c")  # pixel columns first, as panoramas are
     if x.dtype == np.uint8:
         x = x / np.float32(255)
     # The ground, by its mean colour.
@@ -83,8 +82,8 @@ def read_frames(x, ground):
         error = np.stack([frame_error(x, there, landmark, drawings) for there in near])
         i = np.choose(error.argmin(0), near)
     # 4. What counts: landmarks wholly in view. How far is the frame from the nearest that can be rendered?
-    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    readable = (np.abs(offsets(i / SUB)) <= WHOLE) & (nearest <= READABLE * second)
+    nearest, second = np.sort(rearrange(distance, "f s l -> l f s"), 0)[:2]
+    readable = (offsets(i / SUB) <= WHOLE) & (nearest <= READABLE * second)
     psnr = -10 * np.log10(error.min(0).clip(1e-10))
     return i / SUB % COLUMNS, np.where(readable, landmark, -1), psnr
 
@@ -136,8 +135,7 @@ def landmark_distances(x, i, drawings):
     # Column by column, then the sum over those of each sector.
     error = np.zeros((len(x), WIDTH, LANDMARKS), np.float32)
     for landmark, drawn in enumerate(drawings):
-        difference = drawn[column, TOP:FOOT] - seen
-        error[..., landmark] = (difference ** 2).sum((2, 3))
+        error[..., landmark] = ((drawn[column, TOP:FOOT] - seen) ** 2).sum((2, 3))
     sectors = (column // (SECTOR * SUB))[..., None] == np.arange(SECTORS)
     return np.einsum("fwl,fws->fsl", error, sectors).clip(1e-3)
 
@@ -153,12 +151,11 @@ def frame_error(x, i, landmark, drawings):
 
 def track(heading):
     """(f,) columns -> (f,) unwrapped, up to 4 misread frames in a row replaced, turning points kept."""
-    near = sliding_window_view(np.pad(heading, 4, mode="edge"), 9)  # (f, 9)
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(heading, 4, mode="edge"), 9)  # (f, 9)
     # The median on a circle is the one that is nearest to all.
-    apart = np.abs(wrap(near[:, :, None] - near[:, None])).sum(-1)
-    median = near[np.arange(len(near)), apart.argmin(-1)]
-    is_close = np.abs(wrap(heading - median)) < 6
-    return np.unwrap(np.where(is_close, heading, median), period=COLUMNS)
+    far = apart(near[:, :, None] - near[:, None]).sum(-1)
+    median = np.choose(far.argmin(-1), near.T)
+    return np.unwrap(np.where(apart(heading - median) < 6, heading, median), period=COLUMNS)
 
 
 def turning_rate(path, motion):
@@ -202,12 +199,12 @@ class Reappearance:
 def reappearances(reading, motion):
     """All of a video, sector by sector, given the caption's motion: list of Reappearance."""
     found = []
-    path, frames = reading.path, len(reading.path)
-    for sector, far in enumerate(np.abs(offsets(path)).T):
+    path = reading.path
+    for sector, far in enumerate(offsets(path).T):
         landmark = reading.landmark[:, sector]
         gone = np.cumsum(far > GONE)  # how many frames so far showed no pixel of it
         whole = np.flatnonzero(far <= WHOLE)
-        for last, back in zip(whole, [*whole[1:], frames - 1]):
+        for last, back in zip(whole, [*whole[1:], len(path) - 1]):
             # What was it, before it left?
             before = first_readable(landmark[last::-1])
             if before < 0 or gone[back] == gone[last]:
@@ -221,9 +218,8 @@ def reappearances(reading, motion):
                     continue  # the video ends before that
                 away = gone[back] - gone[last]
                 shown = first_readable(landmark[gone == gone[back]])
-            away = float(away / FPS)
             in_sink = bool(far[:9].min() <= WHOLE)
-            found.append(Reappearance(sector, left, away, before, shown, in_sink))
+            found.append(Reappearance(sector, left, float(away / FPS), before, shown, in_sink))
     return found
 
 
@@ -242,10 +238,10 @@ def due_back(motion, path, left, sector):
     # Where in the first period is the camera now? Nearest to this heading, going this way.
     direction = np.sign(path[left] - path[max(0, left - FPS // 2)])
     same_way = np.sign(np.diff(ideal))[:period] == direction
-    far = np.abs(wrap(ideal[:period] - path[left]))
+    far = apart(ideal[:period] - path[left])
     now = np.where(same_way, far, np.inf).argmin()
     # From there on, for a period. A landmark at the edge of the view may be missed by a few columns.
-    far = np.abs(offsets(ideal[now:now + period])[:, sector])
+    far = offsets(ideal[now:now + period])[:, sector]
     due = np.flatnonzero(far <= WHOLE - 4)
     if not same_way.any() or not len(due):
         return np.inf, np.inf
@@ -257,13 +253,8 @@ def is_in_memory(event, reading, latents):
     The ceiling of recall: does one of `latents`, the numbers of those held at event.returned, show it wholly
     in view? Latent 0 is video frame 0, latent j frames 4j - 3 .. 4j.
     """
-    whole = np.flatnonzero(np.abs(offsets(reading.path)[:, event.sector]) <= WHOLE)
+    whole = np.flatnonzero(offsets(reading.path)[:, event.sector] <= WHOLE)
     return bool(np.isin((whole + 3) // 4, latents).any())
-
-
-def chunk_of(frame):
-    """The chunk that draws a video frame: three latents of four frames, but the first latent is one frame."""
-    return (frame + 3) // 12
 
 
 # ---- chance: what recall is by luck ------------------------------------------------------------------------

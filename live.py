@@ -88,7 +88,7 @@ class Session:
         """What the next chunk is to obey, a dict of some of SETTINGS; raises BadInput"""
         check_schema("an order", order, dict, fault="makes no sense")
         with self.working:
-            wanted = {name: order.get(name, before) for name, before in self.wanted.items()}
+            wanted = {name: order.get(name, self.wanted[name]) for name in SETTINGS}
             check_schema("an order", wanted, SETTINGS, fault="makes no sense")
             check_prompt(wanted["prompt"])
             within("tau", wanted["tau"], -1, 1)
@@ -114,25 +114,27 @@ class Session:
 
     def obey(self):
         """What was asked for last takes hold."""
-        before, self.settings = self.settings, self.wanted
+        before, now = self.settings, self.wanted
+        self.settings = now
         # another video; or the first, where other words came before its first frame
-        if self.settings["video"] != before["video"] or not self.frames and self.settings != before:
+        if now["video"] != before["video"] or not self.frames and now != before:
             self.begin()
-        elif self.settings["prompt"] != before["prompt"]:
+        elif now["prompt"] != before["prompt"]:
             self.rollout.recache(self.text)
-        policy = replace(PRESETS[self.settings["memory"]], tau=self.settings["tau"])
-        if policy != self.rollout.memory.policy:
-            self.rollout.memory.change_policy(policy)
+        rollout, policy = self.rollout, replace(PRESETS[now["memory"]], tau=now["tau"])
+        if policy != rollout.memory.policy:
+            rollout.memory.change_policy(policy)
         # absolute positions end with Wan's table
-        is_past = CHUNK * (self.rollout.chunk + 1) > MAX_POSITION
-        self.rollout.positions = "bounded" if is_past else self.settings["positions"]
-        if self.settings is not before or not self.changes:
-            self.changes = [*self.changes[-14:], {"second": self.frames / FPS, **self.settings}]
+        is_past = CHUNK * (rollout.chunk + 1) > MAX_POSITION
+        rollout.positions = "bounded" if is_past else now["positions"]
+        if now is not before or not self.changes:
+            self.changes = [*self.changes[-14:], {"second": self.frames / FPS, **now}]
 
     def step(self):
         """Makes the next chunk -> dict of what a page shows of it"""
         self.obey()
-        memory, vae, chunk = self.rollout.memory, self.networks.vae, self.rollout.chunk
+        rollout, vae = self.rollout, self.networks.vae
+        memory, chunk = rollout.memory, rollout.chunk
         # 1. frames
         x0 = next(self.chunks)
         video, self.past = vae.decode(x0, self.past)
@@ -141,7 +143,7 @@ class Session:
         Path(self.folder.name, f"{chunk}").write_text(strip)
         self.frames += len(frames)
         # 2. surprisal: was it tested, and is the chunk kept?
-        similar, kept = self.rollout.similarities.pop(), self.rollout.kept.pop()
+        similar, kept = rollout.similarities.pop(), rollout.kept.pop()
         is_tested = chunk % memory.policy.interval == 0
         bar = 1 - similar.item(), is_tested, memory.policy.slow > 0 and kept.item()
         self.bars = [*self.bars[-79:], bar]
@@ -153,9 +155,9 @@ class Session:
         # 4. what memory holds; the pictures of all else go
         held = memory.frames()[0].tolist()
         self.pictures = {number: self.pictures[number] for number in held}
-        sizes = [size(segment) for segment in (memory.sink, memory.slow, memory.fast)]
         news = {"made": self.frames, "frames": len(frames), "strip": strip, "bars": self.bars,
-                "held": [*self.pictures.items()], "sizes": sizes}
+                "held": [*self.pictures.items()],
+                "sizes": [size(segment) for segment in (memory.sink, memory.slow, memory.fast)]}
         # 5. what came back, beside the latents that the chunk did not bring itself
         if self.kind == "png":
             self.score.read(frames, held[:-CHUNK], self.settings["prompt"])
@@ -195,14 +197,13 @@ class Session:
         folder, chunks = self.folder, chunks_of(self.frames)
         if not self.frames:
             raise BadInput("nothing is made yet")
-        about = {"AI-generated": True, "model": self.networks.name, "settings": self.changes}
-        path = Path(folder.name, "live.mp4")
         m = self.networks
+        about = {"AI-generated": True, "model": m.name, "settings": self.changes}
+        path = Path(folder.name, "live.mp4")
         with video_writer(path, m.width, m.height, json.dumps(about, ensure_ascii=False), m.scale) as write:
             for chunk in range(chunks):
-                strip = iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text()))
-                for frame in np.split(strip, len(strip) // m.height):
-                    write(frame)
+                # frames below one another: their bytes come one after another
+                write(iio.imread(b64decode(Path(folder.name, f"{chunk}").read_text())))
         return path.read_bytes()
 
 
@@ -223,14 +224,14 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 super().handle()
             except (ValueError, RecursionError) as error:  # BadInput, too
-                self.reply(one_line(error), status=400)
+                self.reply(one_line(error).encode(), status=400)
 
-    def reply(self, text="", kind="text/plain; charset=utf-8", status=200):
+    def reply(self, content=b"", kind="text/plain; charset=utf-8", status=200):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
-        self.wfile.write(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
+        self.wfile.write(content)
 
     def is_own(self):
         """Does the page itself ask? That of another site has another name, whatever that resolves to."""
@@ -245,9 +246,9 @@ class Handler(BaseHTTPRequestHandler):
         session, length = self.server.session, int(self.headers["Content-Length"] or 0)
         match self.command, self.path:
             case _ if not self.is_own():
-                self.reply("this page answers to its own address only", status=403)
+                self.reply(b"this page answers to its own address only", status=403)
             case _ if not 0 <= length <= 4096:
-                self.reply("an order has at most 4 KB", status=413)
+                self.reply(b"an order has at most 4 KB", status=413)
             case "GET", "/":
                 self.reply(Path(__file__).with_suffix(".html").read_bytes(), "text/html")
             case "GET", "/live.js":
@@ -267,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
                         data = session.data
                     self.wfile.write(f"data: {data}\n\n".encode())
             case _:
-                self.reply("no such page", status=404)
+                self.reply(b"no such page", status=404)
 
     do_POST = do_GET
 

@@ -26,19 +26,18 @@ from pathlib import Path
 from config import (BadInput, check_writable, in_one_line, parse, pick_device, run, tell,  # first
                     whole_or_absent, write_text)
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
 from paper import beside
-from report import counts, estimate, markdown
+from report import counts, markdown, mean
 from text import read_prompts
 from video import find_ffmpeg, open_clip, read_manifest
 
 BATCH = 16  # frames
-SECONDS = (10, 20, 30, 40, 50, 60)  # where the paper reads its scores
+SECONDS = range(10, 70, 10)  # 10, .., 60: where the paper reads its scores
 NO_VIDEOS = {".png", ".jpg", ".txt", ".csv", ".md", ".json", ".jsonl", ".safetensors"}
 DINO_COLOURS = (.485, .456, .406), (.229, .224, .225)  # mean and deviation
 CLIP_COLOURS = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -71,16 +70,16 @@ def load_network(option, folder, kinds):
         return network.eval(), words
 
 
-def prepare(frames, side, mode, colours, device):
+def prepare(frames, side, mode, colours):
     """The shorter side resized as VBench does it, not antialiased; colours normalised"""
     size = [side * n // min(frames.shape[-2:]) for n in frames.shape[-2:]]
-    mean, deviation = torch.tensor(colours, device=device)[:, :, None, None]
-    return (F.interpolate(frames.to(device).float(), size, mode=mode) / 255 - mean) / deviation
+    mean, deviation = torch.tensor(colours, device=frames.device)[:, :, None, None]
+    return (F.interpolate(frames.float(), size, mode=mode) / 255 - mean) / deviation
 
 
 def dino_features(network, frames):
     """The CLS token of the whole frame"""
-    x = prepare(frames, 224, "bilinear", DINO_COLOURS, network.device)
+    x = prepare(frames, 224, "bilinear", DINO_COLOURS)
     # DINO's positions are those of 224 x 224 pixels; DINOv2 fits them to the size unasked
     more = {"interpolate_pos_encoding": True} if network.config.model_type == "vit" else {}
     return F.normalize(network(x, **more).last_hidden_state[:, 0]).cpu()
@@ -89,7 +88,7 @@ def dino_features(network, frames):
 def clip_features(network, frames, ids):
     """Of the middle square; ids: the prompt's tokens -> features of the frames, of the prompt (1, d)"""
     side = network.config.vision_config.image_size
-    x = prepare(frames, side, "bicubic", CLIP_COLOURS, network.device)
+    x = prepare(frames, side, "bicubic", CLIP_COLOURS)
     top, left = (round((n - side) / 2) for n in x.shape[-2:])
     found = network(pixel_values=x[..., top:top + side, left:left + side], **ids)
     return found.image_embeds.cpu(), found.text_embeds.cpu()
@@ -99,9 +98,9 @@ def clip_features(network, frames, ids):
 
 def consistency(features):
     """VBench's, of (n, d); NaN for one frame, which has no pair"""
-    before, now = features[:-1], features[1:]
-    to_last, to_first = (now * before).sum(1), now @ features[0]
-    return (to_last.clamp(min=0) + to_first.clamp(min=0)).mean().item() / 2
+    now = features[1:]
+    to_last, to_first = (now * features[:-1]).sum(1), now @ features[0]
+    return (F.relu(to_last) + F.relu(to_first)).mean().item() / 2
 
 
 def windows(name, cosines, seconds):
@@ -121,16 +120,16 @@ def score_video(path, prompt, dino, clip, words):
     f, g = [], []
     frames = source.read(source.width, source.height)
     while batch := list(islice(frames, BATCH)):
-        x = rearrange(torch.from_numpy(np.stack(batch)), "b h w c -> b c h w")
+        x = torch.from_numpy(rearrange(batch, "b h w c -> b c h w")).to(dino.device)
         images, text = clip_features(clip, x, ids)
-        f.append(dino_features(dino, x))
-        g.append(images)
+        f.extend(dino_features(dino, x))
+        g.extend(images)
     if source.damage:
         raise BadInput(f"{path} is damaged ({source.damage})")
     # old versions of ffmpeg leave frames out, or repeat them
-    if sum(map(len, f)) != len(source.seconds):
+    if len(f) != len(source.seconds):
         raise BadInput(f"{path}: this ffmpeg cannot count its frames: pip install -U imageio-ffmpeg")
-    f, g = torch.cat(f), torch.cat(g)
+    f, g = torch.stack(f), torch.stack(g)
     seconds = torch.tensor(source.seconds) - source.seconds[0]
     # the table's columns: what it is, VBench's, the paper's
     row = {"video": path.name, "prompt": prompt, "subject": consistency(f), "background": consistency(g)}
@@ -197,10 +196,8 @@ def main():
         writer.writeheader()
         writer.writerows(rows)
     # the scores stand behind video and prompt; how many videos are so long?
-    scores = []
-    for name in list(rows[0])[2:]:
-        found = counts(rows, name)
-        scores.append({"score": name, "mean": 100 * estimate(found), "videos": int(found.sum(0)[1])})
+    scores = [{"score": name, "mean": 100 * mean(rows, name),
+               "videos": int(counts(rows, name).sum(0)[1])} for name in list(rows[0])[2:]]
     means = {row["score"]: row["mean"][0] for row in scores}
     text = markdown({"Scores, times 100": scores} | beside(means), 2)
     write_text(path.with_suffix(".md"), text)

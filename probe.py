@@ -13,14 +13,13 @@ import numpy as np
 import torch
 
 import judge
-import world
 from config import fast_autocast
 from data import encode_world, frames_of
 from erft import extend
 from flow import Rollout, generate
 from memory import CHUNK, PRESETS, frames_in_memory
-from video import to_uint8
-from world import FPS, HELD_OUT, WorldSpec, make_world
+from video import chunks_of, to_uint8
+from world import COLUMNS, FPS, HELD_OUT, WorldSpec, apart, make_world
 
 GIVEN = 14          # chunks of real history: 42 latents, 165 frames, 10.3 s
 PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back what they showed
@@ -31,7 +30,7 @@ MINUTE_CHUNKS = 80  # of a video's first minute 3 frames fewer
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
 # what is read in them
 HOUR_NUMBERS = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")
-JUMP = 15 / 360 * world.COLUMNS  # between two frames; captions move the camera by 3 columns at most
+JUMP = 15 / 360 * COLUMNS  # between two frames; captions move the camera by 3 columns at most
 
 
 # ---- videos of the small world: real first chunks, then the model's own ------------------------------------
@@ -45,7 +44,7 @@ def conditions(networks, specs, given):
     """
     text = networks.text(*[make_world(spec).caption for spec in specs])
     device = text[0][0].device
-    if given == 0:
+    if not given:
         return text, torch.zeros(len(specs), 0, *networks.latent, device=device)
     return text, torch.cat([encode_world(networks.vae, spec, given * CHUNK, device) for spec in specs])
 
@@ -131,28 +130,27 @@ def measure(frames, spec, keep, policy, given):
     """
     reading = judge.read_video(frames)
     asked = make_world(spec)
-    motion = asked.motion
     start = frames_of(given * CHUNK)
     psnr = reading.psnr[start:]
     drift = psnr[-2 * SPAN:].mean() - psnr[:2 * SPAN].mean()
-    jumps = np.abs(np.diff(reading.path)) > JUMP
     # what came back, what memory held at each chunk, and what stands in the other world
     contexts = frames_in_memory(policy, keep[None])
     others = make_world(replace(spec, counterfactual=not spec.counterfactual)).landmarks
     returns = []
-    for event in judge.reappearances(reading, motion):
+    for event in judge.reappearances(reading, asked.motion):
         if event.returned >= start and not event.in_sink:
-            chunk = min(judge.chunk_of(event.returned), len(contexts) - 1)
-            held = judge.is_in_memory(event, reading, contexts[chunk][0].tolist())
+            # at the chunk that draws this frame, or the last
+            latents = contexts[:chunks_of(event.returned + 1)][-1][0]
+            held = judge.is_in_memory(event, reading, latents)
             follows = event.shown == int(others[event.sector])
             returns.append(vars(event) | {"right": event.right, "held": held, "follows": follows})
     return {
         "validity": float(psnr.mean()),
         "last": float(psnr[-SPAN:].mean()),
         "drift": float(drift) if len(psnr) >= 3 * SPAN else np.nan,
-        "jumps": float(jumps.mean() * MINUTE),
-        "steady": 100 * (abs(judge.turning_rate(reading.path, motion) - 1) < .1),
-        "starts": 100 * bool(abs(world.wrap(reading.path[0] - asked.start)) < 8),
+        "jumps": float((np.abs(np.diff(reading.path)) > JUMP).mean() * MINUTE),
+        "steady": 100 * (abs(judge.turning_rate(reading.path, asked.motion) - 1) < .1),
+        "starts": 100 * bool(apart(reading.path[0] - asked.start) < 8),
         "landmarks": judge.landmark_map(reading.landmark),
         "returns": returns,
     }
@@ -201,9 +199,11 @@ def read_probe(specs, frames, keeps):
     # each video by itself, then all that was due back in any
     videos = [measure(*video, PROBE_POLICY, GIVEN) for video in zip(frames, specs, keeps)]
     events = [event for video in videos for event in video["returns"]]
+    right, held = (sum(event[what] for event in events) / max(1, len(events))
+                   for what in ("right", "held"))
     return {
-        "recall": sum(event["right"] for event in events) / max(1, len(events)),
-        "ceiling": sum(event["held"] for event in events) / max(1, len(events)),
+        "recall": right,
+        "ceiling": held,
         "chance": judge.chance([video["landmarks"] for video in videos]),
         "returns": len(events),
         "validity": float(np.mean([video["validity"] for video in videos])),
@@ -213,9 +213,8 @@ def read_probe(specs, frames, keeps):
 def check_teacher_uses_context(networks, specs):
     """Recall from each world's own past and from another's: numbers for the log."""
     own = probe_teacher(networks, specs)
-    shuffled = probe_teacher(networks, specs, shuffle=True)
     return {
         "teacher_recall": own["recall"],
-        "teacher_shuffled_recall": shuffled["recall"],
+        "teacher_shuffled_recall": probe_teacher(networks, specs, shuffle=True)["recall"],
         "teacher_chance": own["chance"],
     }

@@ -20,7 +20,6 @@ import judge
 import world
 from world import COLUMNS, FPS, SECTORS
 
-FRAMES = 12         # of a chunk
 WINDOW = 180 * FPS  # frames in which returns are counted
 
 
@@ -61,39 +60,34 @@ class Score:
             self.motion, self.since = motion, self.end
         # 1. with the chunk before, which is read better now that it has neighbours on both sides
         older = len(self.path) - len(self.frames)
-        begin = self.end - len(self.frames)
         frames = rearrange(frames, "f h w c -> f c h w")
         reading = judge.read_video(np.concatenate([self.frames, frames]))
         path = np.unwrap(np.concatenate([self.path[:older], reading.path]), period=COLUMNS)
-        landmark = np.concatenate([self.landmark[:older], reading.landmark])
+        self.path = path[-WINDOW:]
+        self.landmark = np.concatenate([self.landmark[:older], reading.landmark])[-WINDOW:]
         self.frames = frames
         self.end += len(frames)
         # 2. what a latent shows wholly: that of 4 frames, but the first latent is one frame
-        whole = np.abs(world.offsets(reading.path)) <= world.WHOLE
-        latents = (np.arange(begin, self.end) + 3) // 4
+        whole = world.offsets(reading.path) <= world.WHOLE
+        latents = (np.arange(self.end - len(whole), self.end) + 3) // 4
         views = {latent: whole[latents == latent].any(0) for latent in latents.tolist()}
-        self.views = {latent: self.views.get(latent) for latent in beside} | views
+        self.views = {latent: self.views[latent] for latent in beside} | views
         held = np.any([self.views[latent] for latent in beside], axis=0)
         # 3. what stands where
         for seen in reading.landmark:
             self.first = np.where(self.first < 0, seen, self.first)
             self.now = np.where(seen < 0, self.now, seen)
-        # 4. what came back in the last minutes
-        self.path, self.landmark = path[-WINDOW:], landmark[-WINDOW:]
+        # 4. what came back in the last minutes; of a Reading, reappearances() asks path and landmark alone
         self.held = np.concatenate([self.held, np.full((len(frames), SECTORS), held)])[-WINDOW:]
-        self.find_returns(replace(reading, path=self.path, landmark=self.landmark))
-        self.ground = int(reading.ground[-1])
-
-    def find_returns(self, window):
-        """window: judge.Reading"""
-        start = self.end - len(window.path)
+        self.ground = reading.ground[-1]
+        start = self.end - len(self.path)
         self.events = {event: found for event, found in self.events.items() if event[1] >= start}
-        for event in judge.reappearances(window, self.motion) if self.motion else []:
+        for event in judge.reappearances(self, self.motion) if self.motion else []:
             left = start + event.left
             # what left under another motion is not missed, but counts where it is seen again
             if left >= self.since or event.shown >= 0:
                 returned = min(event.returned, len(self.held) - 1)
-                self.events[event.sector, left] = event.right, bool(self.held[returned, event.sector])
+                self.events[event.sector, left] = event.right, self.held[returned, event.sector]
 
     def count(self):
         """-> dict: returns in the last minutes, and how each ended"""
@@ -123,8 +117,8 @@ if __name__ == "__main__":
     for chunk in range(28):
         # out of view, every landmark becomes another after 10 s; memory holds the last 18 latents
         shown = replace(spec, counterfactual=chunk > 13)
-        frames = world.clip(shown, max(0, FRAMES * chunk - 3), FRAMES if chunk else 9)
+        frames = world.clip(shown, max(0, 12 * chunk - 3), 12 if chunk else 9)
         frames = (rearrange(frames, "f c h w -> f h w c") * 255).astype(np.uint8)
-        score.read(frames, range(max(0, 3 * chunk - 18), 3 * chunk), world.make_world(spec).caption)
+        score.read(frames, range(3 * chunk)[-18:], world.make_world(spec).caption)
         if chunk in (13, 27):
             print(f"after {score.end / FPS:.1f} s:", score.count())

@@ -141,10 +141,10 @@ class World:
 
     @property
     def caption(self):
-        template = CAPTIONS[self.motion.kind]
         side = "right" if self.motion.direction > 0 else "left"
         point = POINTS[int(self.start) // 64]
-        return template.format(ground=GROUNDS[self.ground], side=side, point=point, motion=self.motion)
+        return CAPTIONS[self.motion.kind].format(ground=GROUNDS[self.ground], side=side, point=point,
+                                                 motion=self.motion)
 
 
 def make_world(spec):
@@ -154,12 +154,11 @@ def make_world(spec):
     ground = rng.integers(len(GROUNDS))
     landmarks = rng.integers(LANDMARKS, size=SECTORS)
     start = 64 * rng.integers(len(POINTS))
-    kind = rng.choice(["turn", "linger", "aside"])
+    kind = rng.choice(list(PERIODS))
     direction = rng.choice([-1, 1])
     kind = spec.kind or kind
     # The period: 32 columns a second at most (39 where a lingering turn is fast).
-    fastest, slowest = PERIODS[kind]
-    seconds = spec.seconds or rng.integers(fastest, slowest + 1)
+    seconds = spec.seconds or rng.integers(*PERIODS[kind], endpoint=True)
     if spec.counterfactual:
         landmarks = np.random.default_rng([spec.seed, 0x3C0, 1]).integers(LANDMARKS, size=SECTORS)
     if spec.empty:
@@ -179,20 +178,20 @@ def clip(spec, start, frames):
 # looks equally sharp at every sub-pixel phase), and integrated over each pixel. Between sub-columns that
 # integral is linear.
 
-def rainbow(x, value, saturation, rounds):
-    """Columns x (n,) -> (n, 3): a hue that runs round the panorama so many times."""
-    hue = ([5, 3, 1] + x[:, None] / COLUMNS * 6 * rounds) % 6  # of red, green, blue
-    return value * (1 - saturation * np.minimum(hue, 4 - hue).clip(0, 1))
+def rainbow(x, value, rounds):
+    """Columns x (n, 1, 1) -> (n, 1, 3): a hue that runs round the panorama so many times."""
+    hue = ([5, 3, 1] + x / COLUMNS * 6 * rounds) % 6  # of red, green, blue
+    return value * (1 - .60 * np.minimum(hue, 4 - hue).clip(0, 1))
 
 
 @cache
 def background(ground):
     """(256 * SUB, 32, 3): sky, hills and ground before integration."""
-    x = (np.arange(COLUMNS * SUB) + .5) / SUB
+    x = (np.arange(COLUMNS * SUB)[:, None, None] + .5) / SUB
     y = np.arange(HEIGHT)[:, None]
-    sky = rainbow(x, .95, .60, rounds=1)[:, None]
-    hills = rainbow(x, .60, .60, rounds=3)[:, None]
-    stripes = np.sign(np.sin(2 * np.pi * x / 16))[:, None, None]
+    sky = rainbow(x, .95, rounds=1)
+    hills = rainbow(x, .60, rounds=3)
+    stripes = np.sign(np.sin(2 * np.pi * x / 16))
     floor = GROUND_RGB[ground] * (1 + .10 * stripes)
     return np.where(y < SKY, sky, np.where(y < HORIZON, hills, floor)).clip(0, 1)
 
@@ -209,13 +208,11 @@ def house():
         wall = (y >= EAVES) & (y < FOOT - border) & (x < 12 - border)
         return roof, wall
 
-    def share(part):
-        return reduce(part.astype(float), "x (y sub) -> x y 1", "mean", sub=8)
-
     roof, wall = inside(1)
-    door = (x < 2.5) & (y >= EAVES + 3) & wall
+    wall &= (x >= 2.5) | (y < EAVES + 3)  # but for the door
     outer = np.logical_or(*inside(0))
-    return share(outer & ~roof & ~(wall & ~door)), share(roof), share(wall & ~door)
+    parts = np.array([outer & ~roof & ~wall, roof, wall], float)
+    return reduce(parts, "part x (y sub) -> part x y 1", "mean", sub=8)
 
 
 def integrate(strip):
@@ -233,9 +230,9 @@ def panorama(ground, landmarks):
     pano = background(ground).copy()
     outline, roof, wall = house()
     for sector, landmark in zip(np.split(pano, SECTORS), landmarks):
-        colours = [COLOUR_RGB[c] for c in PAIRS[landmark]]
+        above, below = COLOUR_RGB[list(PAIRS[landmark])]
         sector *= 1 - outline - roof - wall
-        sector += OUTLINE_RGB * outline + colours[0] * roof + colours[1] * wall
+        sector += OUTLINE_RGB * outline + above * roof + below * wall
     return integrate(pano)
 
 
@@ -257,13 +254,14 @@ GONE = WIDTH // 2 + HALF       # ... and beyond this: no pixel of it in view
 
 
 def offsets(heading):
-    """(...) -> (..., 8): columns from the heading to each landmark's middle, in [-128, 128)."""
+    """(...) -> (..., 8): how many columns each landmark's middle is off the heading, 128 at most"""
     middle = np.arange(SECTORS) * SECTOR + SECTOR // 2
-    return wrap(middle - heading[..., None])
+    return apart(middle - heading[..., None])
 
 
-def wrap(columns):
-    return (columns + COLUMNS // 2) % COLUMNS - COLUMNS // 2
+def apart(columns):
+    """The same number of columns by the shorter way round, without a sign"""
+    return np.abs((columns + COLUMNS // 2) % COLUMNS - COLUMNS // 2)
 
 
 if __name__ == "__main__":
@@ -271,7 +269,7 @@ if __name__ == "__main__":
     from pathlib import Path
     specs = list(map(WorldSpec, (5, 4, 8, 7)))
     frames = [clip(spec, 0, 10 * FPS)[::FPS] for spec in specs]
-    picture = rearrange(np.stack(frames), "world f c h w -> (world h) (f w) c")
+    picture = rearrange(frames, "world f c h w -> (world h) (f w) c")
     Path("out").mkdir(exist_ok=True)
     iio.imwrite("out/world.png", (picture * 255).astype(np.uint8))
     print("drawn in out/world.png: ten seconds of each of")
