@@ -138,10 +138,9 @@ def chunk_seconds(networks, text):
 
 def bench(networks, text):
     """Where a chunk's time goes; frames a second, and their share of what the FLOPs allow."""
-    steps, policy = networks.sampler.steps, networks.policy
+    steps, held = networks.sampler.steps, networks.policy.size - CHUNK
     weight = networks.dit.blocks[0].ffn[0].weight
     # 1. what the FLOPs allow on this device
-    held = policy.size - CHUNK
     work = (steps + 1) * flops(networks.dit.config, math.prod(networks.grid), held)
     n = 8192 if weight.is_cuda else 2048  # a GPU is done with a smaller one before it is asked again
     x = torch.randn(n, n, device=weight.device, dtype=weight.dtype)

@@ -16,7 +16,6 @@ mask).
 Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ from einops import rearrange
 import world
 from config import BadInput
 from data import encode_world, make_files, take_frames
-from flow import (Rollout, add_noise, augment_context_noise, draw_noise, flow_matching_loss, over_frames,
-                  schedule, shifted, v_from_x0)
+from flow import (Rollout, add_noise, augment_context_noise, denoise, draw_noise, flow_matching_loss,
+                  over_frames, schedule, shifted, v_from_x0)
 from histories import CLIP_CHUNKS, FULL_MEMORY, LINGERS, Histories, held_frames
 from memory import CHUNK, PRESETS
 from rope import rope_cos_sin
@@ -96,26 +95,22 @@ def packed_attention_mask(pack):
     return older | (group[:, :, None] == group[:, None])
 
 
-def packed_positions(pack):
-    """Bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past."""
-    b, p = pack.past_frame.shape
-    seen = packed_attention_mask(pack)[:, p:, :p].sum(2)
-    target = seen + pack.target_frame % CHUNK
-    return torch.cat([torch.arange(p).expand(b, -1), target], dim=1)
-
-
 def packed_forward(net, text, pack, xt, t, grid):
     """
     What a Rollout would see, in one pass.
     xt, t    (b, f, c, h, w), (b, f) the noised target
     returns  v (b, f, c, h, w) of the target
     """
-    p = pack.past_frame.shape[1]
+    b, p = pack.past_frame.shape
+    mask = packed_attention_mask(pack)
+    # bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past
+    target = mask[:, p:, :p].sum(2) + pack.target_frame % CHUNK
+    positions = torch.cat([torch.arange(p).expand(b, -1), target], dim=1)
+    rope = rope_cos_sin(positions.to(t.device), *grid, net.config.head_dim)
+    # the past is clean, t = 0
     x = torch.cat([pack.past, xt], dim=1)
     levels = F.pad(t, (p, 0))
-    rope = rope_cos_sin(packed_positions(pack).to(t.device), *grid, net.config.head_dim)
-    mask = packed_attention_mask(pack).to(t.device)
-    v, _ = net(x, levels, text, rope, mask=mask, with_kv=False)
+    v, _ = net(x, levels, text, rope, mask=mask.to(t.device), with_kv=False)
     return v[:, p:]
 
 
@@ -201,23 +196,23 @@ def ode_captions(prompts, seed):
 
 
 @torch.no_grad()
-def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent, batch):
+def ode_trajectories(folder, networks, captions, chunks, batch):
     """
     Kept on disk, made `batch` at a time.
-    net         the causal model
-    rollout_of  list of captions -> a fresh Rollout of it
-    latent      (c, h, w)
-    returns     Trajectories
+    networks  weights.Networks of the causal model
+    returns   Trajectories
     """
+    sampler, latent = networks.sampler, networks.latent
+
     def record(first):
-        rollout = rollout_of(captions[first:first + batch])
+        rollout = networks.rollout(networks.text(*captions[first:first + batch]))
         seeds = range(first, min(first + batch, len(captions)))
         return vars(record_trajectories(rollout, seeds, chunks, sampler, latent))
 
     if ODE_STEPS % sampler.steps:
         raise BadInput(f"init_ode needs a start whose sampler has {ODE_STEPS} steps or a fraction of them, "
                        f"not {sampler.steps}: give another --init")
-    mark = hash_content(net.state_dict(), repr([captions, chunks, sampler, latent]))[:8]
+    mark = hash_content(networks.dit.state_dict(), repr([captions, chunks, sampler, latent]))[:8]
     starts = range(0, len(captions), batch)
     files = {Path(folder, f"trajectories_{mark}_{first:05d}.safetensors"): first for first in starts}
     made = make_files(files, record, "ODE trajectories")
@@ -228,19 +223,20 @@ def ode_trajectories(folder, net, rollout_of, captions, chunks, sampler, latent,
 def record_trajectories(rollout, seeds, chunks, sampler, latent):
     """Videos in Euler steps -> Trajectories: x_t at the sampler's levels, x0, and what was held"""
     # the sampler's levels are every fourth of these
-    levels = [*schedule(ODE_STEPS, sampler.shift), 0.]
+    levels = schedule(ODE_STEPS, sampler.shift)
     every = ODE_STEPS // sampler.steps
+
+    def predict(x, t, level):
+        states.append(x)
+        return rollout.predict(x, t)[0]
     videos = []
     for chunk in range(chunks):
+        states = []
         rollout.read_context()
-        # Euler steps along the ODE, down to t = 0
-        states = [draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.device)]
-        for level, below in pairwise(levels):
-            x = states[-1]
-            v, _ = rollout.predict(x, torch.full(x.shape[:2], level, device=x.device))
-            states.append(x + (below - level) * v)
-        rollout.append(states[-1])
-        videos.append(torch.stack(states[::every], dim=2).bfloat16().cpu())
+        noise = draw_noise(seeds, chunk, 0, (CHUNK, *latent), rollout.device)
+        x0, _ = denoise(predict, noise, levels, None, renoise=False)
+        rollout.append(x0)
+        videos.append(torch.stack([*states[::every], x0], dim=2).bfloat16().cpu())
     kept = torch.stack(rollout.kept, dim=1).cpu()
     return Trajectories(torch.cat(videos, dim=1), held_frames(rollout.memory.policy, kept))
 

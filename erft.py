@@ -23,8 +23,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from flow import add_noise, denoise, draw_noise, flow_matching_loss, schedule
+from flow import add_noise, denoise, draw_noise, flow_matching_loss, over_frames, schedule
 from memory import CHUNK, PRESETS, frames_in_memory
 from rope import rope_cos_sin
 
@@ -54,27 +55,23 @@ def predict_velocity(net, context, xt, t, text, grid):
     # positions follow one another, context first
     rope = rope_cos_sin(torch.arange(n + f, device=xt.device), *grid, net.config.head_dim)
     # the context is clean, t = 0, and sees only itself: prefix
-    clean = torch.zeros(context.shape[:2], device=t.device)
     x = torch.cat([context, xt], dim=1)
-    level = torch.cat([clean, t], dim=1)
-    v, _ = net(x, level, text, rope, prefix=n, with_kv=False)
+    v, _ = net(x, F.pad(t, (n, 0)), text, rope, prefix=n, with_kv=False)
     return v[:, n:]
 
 
 @torch.no_grad()
-def extend(net, history, text, grid, sampler, seeds, keep=None):
+def extend(net, history, text, grid, sampler, seeds):
     """
     The teacher goes on: 21 latents after a history, all at once.
     history  (b, 3m, c, h, w), m = 0: from text alone
-    keep     (b, m) bool: which chunks memory kept (default: every second)
     returns  (b, 21, c, h, w)
     """
-    b, m = len(history), history.shape[1] // CHUNK
-    # the context is what slow-fast memory would hold
-    if keep is None:
-        keep = (torch.arange(m) % 2 == 0).expand(b, -1)
-    frame = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1].to(history.device)
-    context = history[torch.arange(b)[:, None], frame]
+    m = history.shape[1] // CHUNK
+    # the context is what slow-fast memory would hold, had it kept every second chunk
+    keep = torch.arange(m)[None] % 2 == 0
+    frame = frames_in_memory(PRESETS["slowfast"], keep, evict_first=False)[-1][0]
+    context = history[:, frame.to(history.device)]
 
     def fresh_noise(step):
         return draw_noise(seeds, m, step, (TARGET, *history.shape[2:]), history.device)
@@ -97,17 +94,6 @@ class Residuals:
     latent: torch.Tensor     # (b, f, c, h, w) error of the predicted latents
     noise: torch.Tensor      # (b, f, c, h, w) error of the predicted noise
     injected: torch.Tensor   # (b,) bool: did the sample carry errors itself?
-
-
-def residuals(v, v_star, t):
-    """
-    v, v_star (b, f, c, h, w), t (b,) -> one-step errors of latents and noise: -t (v - v*), (1 - t) (v - v*).
-    Taken from v, not from x0 - truth: after an injection that difference would hold the injected error again,
-    and errors would pile up in the bank.
-    """
-    off = (v - v_star).float()
-    t = t[:, None, None, None, None]
-    return -t * off, (1 - t) * off
 
 
 class ErrorBank:
@@ -218,8 +204,11 @@ def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJEC
     v_star = noise - x0
     loss = share * flow_matching_loss(v, v_star).mean()
     loss.backward()
-    # its own errors, for later samples
-    of_latents, of_noise = residuals(v.detach(), v_star, t)
+    # its own errors, for later samples. They are taken from v, not from x0 - truth: after an injection that
+    # difference would hold the injected error again, and errors would pile up in the bank
+    off = (v.detach() - v_star).float()
+    level = over_frames(level)
+    of_latents, of_noise = -level * off, (1 - level) * off
     bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
     return loss.item()
 
@@ -227,16 +216,14 @@ def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJEC
 if __name__ == "__main__":
     # A "network" that predicts a velocity 0.5 too high, whatever it sees: from the second batch on its errors
     # come back in what it sees, and its distance to the clean target stays what it was.
-    class Biased(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = torch.nn.Parameter(torch.tensor(.5))
-            self.config = SimpleNamespace(head_dim=32)
+    class Biased:
+        bias = torch.tensor(.5, requires_grad=True)
+        config = SimpleNamespace(head_dim=32)
 
         def text(self, features):
             return features
 
-        def forward(self, x, t, text, rope, prefix, with_kv):
+        def __call__(self, x, t, text, rope, prefix, with_kv):
             context, target = x.split([prefix, x.shape[1] - prefix], dim=1)
             print(f"    sees a context of {context.mean():.3f}, a target of {target.mean():.3f};", end=" ")
             return x * 0 - 1 + self.bias, None

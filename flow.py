@@ -247,7 +247,7 @@ class Rollout:
         self.memory.drop_keys()
         held = self.memory.read()
         # a clean pass over every three latents
-        first = (len(held) - 1) % CHUNK + 1
+        first = len(held) % CHUNK or CHUNK
         sizes = [first] + [CHUNK] * ((len(held) - first) // CHUNK)
         encoded = []
         for frame, x0 in zip(held.frame.split(sizes, dim=1), held.latent.split(sizes, dim=1)):
@@ -258,13 +258,10 @@ class Rollout:
         # the next chunk is compared with the last one as the new text sees it
         self.descriptor = chunk_descriptor([k for k, _ in kv], self.pool)
         # back into the segments, freed layer by layer
-        for layer in range(len(kv)):
-            keys = torch.cat([chunk.keys[layer] for chunk in encoded], dim=1)
-            values = torch.cat([chunk.values[layer] for chunk in encoded], dim=1)
+        for _ in kv:
+            keys = torch.cat([chunk.keys.pop(0) for chunk in encoded], dim=1)
+            values = torch.cat([chunk.values.pop(0) for chunk in encoded], dim=1)
             self.memory.set_layer(keys, values)
-            for chunk in encoded:
-                chunk.keys[layer] = None
-                chunk.values[layer] = None
 
 
 def denoise(predict, x, levels, fresh_noise, renoise=True):

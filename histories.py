@@ -66,12 +66,10 @@ class Histories:
         frames = np.maximum(0, np.arange(FRAMES * chunks) - 3)
         worlds = [world.make_world(spec) for spec in specs]
         heading = np.stack([w.motion.heading(w.start, frames) for w in worlds])
-        self.heading = torch.from_numpy(heading[:, 3::4])  # (b, latents) at the last frame of each
-        heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
         self.captions = [w.caption for w in worlds]
 
-        # which landmarks are half in view or more, at each latent: (b, latents, 8) bool
-        distance = torch.from_numpy(world.offsets(self.heading.numpy()))
+        # which landmarks are half in view or more, at each latent's last frame: (b, latents, 8) bool
+        distance = torch.from_numpy(world.offsets(heading[:, 3::4]))
         self.in_view = distance < world.WIDTH / 2
         # when each landmark was last out of view, before each chunk: (b, chunks, 8), -1 = never
         frame = torch.arange(CHUNK * chunks)[:, None]
@@ -85,8 +83,8 @@ class Histories:
         self.apart[~was_gone.any(2)] = -1
 
         # how far the camera moves within each chunk, and so which chunks become keyframes, by each rule
-        moved = np.abs(heading[:, :, -1] - heading[:, :, 0])
-        self.moved = torch.from_numpy(moved)  # (b, chunks)
+        heading = rearrange(heading, "b (c f) -> b c f", f=FRAMES)
+        self.moved = torch.from_numpy(np.abs(heading[:, :, -1] - heading[:, :, 0]))  # (b, chunks)
         every = torch.ones_like(self.moved, dtype=torch.bool)
         even = every & (torch.arange(chunks) % 2 == 0)
         self.keep = {"uniform2": even, "uniform1": every, "moving": even & (self.moved > LINGERS)}

@@ -27,23 +27,21 @@ from weights import load_state_dict_strict
 
 def make_optimizers(cfg, preset, nets):
     """-> {"net": [optimizers], "critic": [optimizer]}: a critic moves alone, all other networks together"""
-    groups = {"net": [], "critic": []}
-    betas = (0., preset.beta2) if preset.teacher else (.9, .95)
-    matrices, others = [], []
-    for name, net in nets.items():
-        if name == "critic":
-            critic_betas = (preset.critic_beta1, preset.beta2)
-            groups["critic"] = [torch.optim.AdamW(net.parameters(), betas=critic_betas, weight_decay=.01)]
-            continue
+    matrices, others, critic = [], [], []
+    for path, p in nets.named_parameters():
         # Muon for the transformers' matrices and the autoencoder's kernels; of one lr, steps are of one size
-        for path, p in net.named_parameters():
-            is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
-            use_muon = (is_matrix or p.ndim == 4) and not preset.teacher and not cfg.wan
-            (matrices if use_muon else others).append(p)
-    groups["net"] = [torch.optim.AdamW(others, betas=betas, weight_decay=.01)]
+        is_matrix = p.ndim == 2 and "blocks" in path and "embedding" not in path
+        use_muon = (is_matrix or p.ndim == 4) and not preset.teacher and not cfg.wan
+        group = matrices if use_muon else others
+        (critic if path.startswith("critic.") else group).append(p)
+    betas = (0., preset.beta2) if preset.teacher else (.9, .95)
+    optimizers = {"net": [torch.optim.AdamW(others, betas=betas, weight_decay=.01)], "critic": []}
     if matrices:
-        groups["net"].append(Muon(matrices))
-    return groups
+        optimizers["net"].append(Muon(matrices))
+    if critic:
+        betas = preset.critic_beta1, preset.beta2
+        optimizers["critic"] = [torch.optim.AdamW(critic, betas=betas, weight_decay=.01)]
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
@@ -137,5 +135,5 @@ def whole_networks(ema):
             state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
             with torch.device("meta"):
                 empty = DiT(net.config)
-            whole[name] = load_state_dict_strict(empty, state).eval().requires_grad_(False)
+            whole[name] = load_state_dict_strict(empty, state)
     return whole

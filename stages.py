@@ -34,7 +34,7 @@ from data import Shuffled
 from flow import Sampler, augment_context_noise, draw_noise, schedule, shifted
 from memory import CHUNK
 from model import DiT
-from starts import NEGATIVE, load_clips, load_part, load_wan_part
+from starts import NEGATIVE, load_part, load_wan_part
 from world import WorldSpec
 
 LATENT_NOISE = .5  # most noise on the latents that the tiny autoencoder decodes in training
@@ -90,10 +90,10 @@ def rms(change):
     return (change.square().mean((2, 3, 4)) + 1e-6).sqrt()
 
 
-def teacher_forcing_pass(inputs, preset, clips, rng, kind):
-    clip, pack = causal.draw_pack(clips, kind, rng, preset.batch)
+def teacher_forcing_pass(inputs, preset, rng, kind):
+    clip, pack = causal.draw_pack(inputs.clips, kind, rng, preset.batch)
     with inputs.autocast:
-        text = inputs.dit.text(clips.text(clip))
+        text = inputs.dit.text(inputs.clips.text(clip))
         loss = causal.teacher_forcing_loss(
             inputs.dit, text, pack, inputs.grid, preset.shift, preset.context_noise)
     loss.backward()
@@ -113,9 +113,9 @@ def trajectory_pass(inputs, batch, captions, trajectories, rng, drawn):
     return {"loss": loss.item()}
 
 
-def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
+def teacher_pass(cfg, preset, inputs, bank, rng, drawn):
     """The teacher: 21 latents at once behind a context."""
-    net, batch = inputs.dit, preset.batch
+    clips, batch = inputs.clips, preset.batch
     # a real past as memory would hold it, and the 21 latents that follow
     history = clips.draw_history(rng, batch, TARGET_CHUNKS)
     # some samples have no text, some no context, and start where a video starts
@@ -134,9 +134,8 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
     # a generated past is never clean
     context = augment_context_noise(context, preset.context_noise)
     # with and without context: two lengths, so two passes; sharded networks want as many in all processes
-    groups = [has_context.nonzero()[:, 0], (~has_context).nonzero()[:, 0]]
-    if cfg.wan:
-        groups = torch.arange(batch).split(1)
+    every = torch.arange(batch)
+    groups = every.split(1) if cfg.wan else [every[has_context], every[~has_context]]
     loss = 0.
     for rows in groups:
         if not len(rows):
@@ -145,8 +144,8 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
         rows = rows.to(x0.device)
         with inputs.autocast:
             loss += erft.teacher_step(
-                net, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows], noise[rows],
-                t[rows], features[rows], inputs.grid, preset.errors, len(rows) / batch)
+                inputs.dit, bank, int(rng.integers(2 ** 62)), context[rows, :places], x0[rows],
+                noise[rows], t[rows], features[rows], inputs.grid, preset.errors, len(rows) / batch)
     return {"loss": loss, "errors": float(bank.count.sum())}
 
 
@@ -154,9 +153,8 @@ def teacher_pass(cfg, preset, inputs, clips, bank, rng, drawn):
 
 @dataclass
 class Stage:
-    nets: dict        # name -> network that is trained, averaged and saved; a critic is only trained
-    sampler: Sampler  # of them
-    # of an update, in order: "net" or "critic", whichever moves after it, and (rng, drawn) -> numbers to log
+    nets: dict  # name -> network that is trained, averaged and saved; a critic is only trained
+    # (rng, drawn) -> numbers to log, of an update in order: all but the last are for the critic
     passes: list
     # (rng, share of the updates that is done) -> `drawn`, what a pass is like in all processes
     draw: object = lambda rng, done: None
@@ -167,73 +165,56 @@ class Stage:
 
 def make_stage(cfg, part, preset, inputs):
     if preset.teacher:
-        return Distillation(cfg, part, preset, inputs).stage()
+        return Distillation(cfg, part, preset, inputs)
     if part == "vae":
         run_pass = partial(vae_pass, inputs, preset.batch)
-        return Stage({part: inputs.vae}, inputs.sampler, [("net", run_pass)])
+        return Stage({part: inputs.vae}, [run_pass])
+    nets = {part: inputs.dit}
+    # teacher forcing on real pasts; trains the text encoder too
     if part == "init_ar":
-        return causal_stage(cfg, preset, inputs)
+        if inputs.encoder:
+            nets["text"] = inputs.encoder
+        histories = causal.FOLDER_HISTORIES if cfg.data else causal.HISTORIES
+        run_pass = partial(teacher_forcing_pass, inputs, preset)
+        return Stage(nets, [run_pass], partial(causal.draw_kind, histories))
     if part == "init_ode":
-        return few_steps_stage(cfg, preset, inputs)
-    # a teacher
+        return Stage(nets, [few_steps_pass(cfg, preset, inputs)])
+    # a teacher: the small one recalls more with fresh noise between its steps than along the ODE
+    inputs.sampler = Sampler(50, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS)
     bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
-    clips = load_clips(cfg, inputs, for_student=False)
-    # the small one recalls more with fresh noise between its steps than along the ODE
-    sampler = Sampler(50, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS)
-    run_pass = partial(teacher_pass, cfg, preset, inputs, clips, bank)
-    return Stage({part: inputs.dit}, sampler, [("net", run_pass)], states={"bank": bank})
+    run_pass = partial(teacher_pass, cfg, preset, inputs, bank)
+    return Stage(nets, [run_pass], states={"bank": bank})
 
 
-def causal_stage(cfg, preset, inputs):
-    """init_ar: teacher forcing on real pasts; trains the text encoder too."""
-    nets = {"init_ar": inputs.dit}
-    if inputs.encoder:
-        nets["text"] = inputs.encoder
-    clips = load_clips(cfg, inputs, for_student=True)
-    histories = causal.FOLDER_HISTORIES if inputs.folder else causal.HISTORIES
-    run_pass = partial(teacher_forcing_pass, inputs, preset, clips)
-    return Stage(nets, inputs.sampler, [("net", run_pass)], partial(causal.draw_kind, histories))
-
-
-def few_steps_stage(cfg, preset, inputs):
+def few_steps_pass(cfg, preset, inputs):
     """init_ode: regression to the causal model's own trajectories at the levels that the student will use."""
-    net = inputs.dit
     inputs.sampler = replace(inputs.sampler, renoise=True)
     captions = causal.ode_captions(inputs.prompts, cfg.seed)
-
-    def rollout_of(captions):
-        return inputs.rollout(inputs.text(*captions))
-
     chunks, together = (TARGET_CHUNKS, 1) if cfg.wan else (causal.ODE_CHUNKS, 32)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bool(cfg.wan)):
-        trajectories = causal.ode_trajectories(
-            Path(cfg.out, "cache"), net, rollout_of, captions, chunks, inputs.sampler,
-            inputs.latent, together)
-    run_pass = partial(trajectory_pass, inputs, preset.batch, captions, trajectories)
-    return Stage({"init_ode": net}, inputs.sampler, [("net", run_pass)])
+        trajectories = causal.ode_trajectories(Path(cfg.out, "cache"), inputs, captions, chunks, together)
+    return partial(trajectory_pass, inputs, preset.batch, captions, trajectories)
 
 
-class Distillation:
+class Distillation(Stage):
     """
     stage1: DMD in the first 5 s. stage2: contextual DMD behind long rollouts of the student's own. Every pass
     has a rollout of its own.
     """
     def __init__(self, cfg, part, preset, inputs):
-        self.cfg, self.part, self.preset, self.inputs = cfg, part, preset, inputs
+        self.preset, self.inputs = preset, inputs
         # real score, and the critic, which starts from it
         if cfg.wan:
             self.teacher = load_wan_part(cfg, preset.teacher, cfg.teacher, inputs.device).dit
         else:
             self.teacher, _ = load_part(cfg, preset.teacher, cfg.teacher, inputs.device)
         self.critic = copy.deepcopy(self.teacher)
+        self.nets = {part: inputs.dit, "critic": self.critic}
+        self.passes = [self.critic_pass] * preset.critic_passes + [self.student_pass]
         self.levels = schedule(inputs.sampler.steps, inputs.sampler.shift)
         self.negative = inputs.features([NEGATIVE] * preset.batch) if preset.guidance != 1 else None
         self.prompts = Shuffled(inputs.prompts, cfg.seed)
-
-    def stage(self):
-        nets = {self.part: self.inputs.dit, "critic": self.critic}
-        passes = [*[("critic", self.critic_pass)] * self.preset.critic_passes, ("net", self.student_pass)]
-        return Stage(nets, self.inputs.sampler, passes, self.draw, self.teacher, {"prompts": self.prompts})
+        self.states = {"prompts": self.prompts}
 
     def draw(self, rng, done):
         """L: chunks of the rollout; r: exit step, if there is one"""
@@ -244,7 +225,10 @@ class Distillation:
         return drawn
 
     def rollout(self, rng, drawn, for_backward):
-        """A batch of the student's own -> dmd.RolloutTrace, text features (b of trace.x)"""
+        """
+        A batch of the student's own -> text features (b of trace.x), dmd.RolloutTrace, and for the scores a
+        noise level (b,) and noise
+        """
         inputs, batch = self.inputs, self.preset.batch
         # prompts, and a seed for each video
         if inputs.prompts:
@@ -270,23 +254,17 @@ class Distillation:
             features = features.repeat(len(trace.x) // batch, 1, 1)
         if not self.preset.sees_context:
             trace.context = trace.context[:, :0]
-        return trace, features
-
-    def score_noise(self, x):
-        """Noise level (b,) and noise of the scores."""
-        t = dmd.score_level(torch.rand(len(x)), self.inputs.sampler.shift).to(x.device)
-        return t, torch.randn(x.shape, device=x.device)
+        t = dmd.score_level(torch.rand(len(trace.x)), inputs.sampler.shift).to(inputs.device)
+        return features, trace, t, torch.randn(trace.x.shape, device=inputs.device)
 
     def critic_pass(self, rng, drawn):
-        trace, features = self.rollout(rng, drawn, for_backward=False)
-        t, noise = self.score_noise(trace.x)
+        features, trace, t, noise = self.rollout(rng, drawn, for_backward=False)
         with self.inputs.autocast:
             loss, error = dmd.critic_step(self.critic, features, trace, t, noise, self.inputs.grid)
         return {"critic_loss": loss} | error_by_level("fake", error, t)
 
     def student_pass(self, rng, drawn):
-        trace, features = self.rollout(rng, drawn, for_backward=True)
-        t, noise = self.score_noise(trace.x)
+        features, trace, t, noise = self.rollout(rng, drawn, for_backward=True)
         with self.inputs.autocast:
             norm, error = dmd.student_step(
                 self.inputs.dit, self.teacher, self.critic, features, trace, t, noise,

@@ -4,7 +4,7 @@ What a part of the training starts from: networks, clips or prompts, text featur
 References: Self-Forcing, arXiv 2506.08009 (the negative prompt, which is Wan's).
 Leaves out: starting a part from another one's optimizer states.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from checkpoint import barrier, get_processes, get_rank
 from config import BadInput, fast_layout
 from data import ClipFolder, WorldClips, latent_cache
 from flow import Sampler
-from memory import PRESETS
 from model import DiT, DiTConfig, tiny_dit
 from tensors import hash_file, load_state_dict_strict, read_public
 from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
@@ -32,7 +31,7 @@ class Inputs(Networks):
     encoder: TextEncoder = None  # None at full size, where text features lie in files
     device: torch.device = None
     prompts: list = ()           # of --data; none: the small world's captions
-    folder: ClipFolder = None    # of --data
+    clips: object = None         # a data.ClipFolder of --data, or data.WorldClips, if the part takes clips
     autocast: object = None      # of forward passes
 
 
@@ -85,8 +84,8 @@ def load_wan_part(cfg, name, given, device):
     is_base = file == Path(cfg.wan, DIT)
     if is_base and name != "base" and not is_random(cfg.wan):
         raise BadInput(f"--wan needs {name}: give a file by --init or --teacher, or train it in this --out")
-    networks = load_wan(cfg.wan, "" if is_base else file, cfg.size, "wan", device, torch.float32,
-                        Path(cfg.out, "text"), verify=not cfg.no_verify)
+    networks = load_wan(cfg.wan, file, cfg.size, "wan", device, torch.float32, Path(cfg.out, "text"),
+                        verify=not cfg.no_verify)
     # random ones are where a chain begins
     if is_random(cfg.wan) and not is_base:
         state, _ = read_public(file, not cfg.no_verify)
@@ -97,23 +96,25 @@ def load_wan_part(cfg, name, given, device):
 
 def load_inputs(cfg, part, preset, device):
     """Networks, and what --data names -> Inputs"""
-    takes_clips = part == "init_ar" or part.startswith("teacher")
+    for_student = part == "init_ar"
+    takes_clips = for_student or part.startswith("teacher")
     prompts = []
     if cfg.data and not takes_clips and not Path(cfg.data).is_dir():
         prompts = read_prompts(cfg.data)
     # networks
     if cfg.wan:
-        m = load_wan_part(cfg, preset.start, cfg.init, device)
-        inputs = Inputs(m.dit, m.vae, None, m.sampler, m.name, m.width, m.height)
+        inputs = Inputs(**vars(load_wan_part(cfg, preset.start, cfg.init, device)))
     else:
         inputs = tiny_inputs(cfg, part, preset, device)
     inputs.device = device
-    inputs.policy = replace(PRESETS["slowfast"], tau=inputs.sampler.tau)
-    # clips, with their captions
+    inputs.policy = inputs.policy.calibrated(inputs.sampler.tau)
+    # clips, with their captions; those of the small world from the cache of this --out
     if cfg.data and not prompts:
-        inputs.folder = ClipFolder(cfg.data, inputs.latent, inputs.dit.config.text_dim, device,
-                                   evict_first=part == "init_ar")
-        prompts = inputs.folder.captions
+        inputs.clips = ClipFolder(cfg.data, inputs.latent, inputs.dit.config.text_dim, device, for_student)
+        prompts = inputs.clips.captions
+    elif takes_clips:
+        cache = partial(latent_cache, Path(cfg.out, "cache"), inputs.vae, device=device)
+        inputs.clips = WorldClips(cfg.seed, cache, inputs.features, device, for_student)
     inputs.prompts = prompts
     # text features: those of clips lie beside them, but for the caption of a strip
     if cfg.wan:
@@ -125,14 +126,3 @@ def load_inputs(cfg, part, preset, device):
     # without its cache: gradients of sharded weights that several passes share in one context get lost there
     inputs.autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16", cache_enabled=False)
     return inputs
-
-
-def load_clips(cfg, inputs, for_student):
-    """-> clips of the small world, from the cache of this --out, or those of --data"""
-    if inputs.folder:
-        return inputs.folder
-
-    def cache(worlds, latents):
-        return latent_cache(Path(cfg.out, "cache"), inputs.vae, worlds, latents, inputs.device)
-
-    return WorldClips(cfg.seed, cache, inputs.features, inputs.device, for_student)

@@ -129,9 +129,10 @@ def seed_pass(cfg, step, number, micro):
 def make_update(cfg, preset, stage, optimizers, step):
     """-> numbers to log, was all finite?"""
     metrics, all_finite = {}, True
-    for number, (which, run_pass) in enumerate(stage.passes):
+    for number, run_pass in enumerate(stage.passes):
+        is_critic = number + 1 < len(stage.passes)
         # at first the critic is alone
-        if which == "net" and step < preset.critic_alone:
+        if not is_critic and step < preset.critic_alone:
             continue
         total = 0.
         for micro in range(cfg.accumulate):
@@ -141,9 +142,9 @@ def make_update(cfg, preset, stage, optimizers, step):
             total += sum(found.values())  # only asked: is all finite?
             metrics |= found              # of the last batch
         # the network of this pass moves, if all that it found is finite
-        is_critic = which == "critic"
+        mine = optimizers["critic" if is_critic else "net"]
         lr = get_lr(preset, step) * (preset.critic_lr if is_critic else 1)
-        norm, is_finite = optimizer_step(optimizers[which], lr, total, cfg.accumulate, preset.clip)
+        norm, is_finite = optimizer_step(mine, lr, total, cfg.accumulate, preset.clip)
         metrics["critic_grad" if is_critic else "grad"] = norm
         all_finite &= is_finite
     return metrics, all_finite
@@ -151,23 +152,23 @@ def make_update(cfg, preset, stage, optimizers, step):
 
 # ---- what one can look at ----------------------------------------------------------------------------------
 
-def averaged(part, inputs, nets, sampler):
+def averaged(part, inputs, nets):
     """weights.Networks with the averaged networks in them."""
-    m = replace(inputs, dit=nets[part], sampler=sampler, policy=replace(inputs.policy, tau=sampler.tau))
+    m = replace(inputs, dit=nets[part])
     if "text" in nets:
         m.features = partial(encode_captions, nets["text"], inputs.device)
     return m
 
 
-def look(part, preset, step, inputs, ema, sampler):
+def look(part, preset, step, inputs, ema):
     """Now and then what the judge says of the averaged network's videos -> numbers to log"""
     if get_rank() > 0 or not preset.probe_every or step % preset.probe_every:
         return {}
     probe = probe_teacher if part.startswith("teacher") else probe_student
-    return probe(averaged(part, inputs, ema, sampler), held_out(PROBE_WORLDS))
+    return probe(averaged(part, inputs, ema), held_out(PROBE_WORLDS))
 
 
-def strip_videos(part, m, specs, captions, sampler):
+def strip_videos(part, m, specs, captions):
     """
     What a strip shows, (b, f, 3, h, w). vae: a copy of a held-out clip; else from text alone: 20 chunks, or a
     teacher's 21 latents at once.
@@ -176,47 +177,47 @@ def strip_videos(part, m, specs, captions, sampler):
         clip = torch.from_numpy(world.clip(specs[0], 0, 129)[None])
         return m.dit.decode(m.dit.encode(clip.to(m.device) * 2 - 1))[0]
     seeds = range(len(captions))
-    text = m.dit.text(m.features(captions))
+    text = m.text(*captions)
     if part.startswith("teacher"):
         nothing = torch.zeros(len(captions), 0, *m.latent, device=m.device)
-        z = erft.extend(m.dit, nothing, text, m.grid, sampler, seeds)
+        z = erft.extend(m.dit, nothing, text, m.grid, m.sampler, seeds)
     else:
-        z = torch.cat(list(generate(m.rollout(text), seeds, 20, sampler, m.latent)), dim=1)
+        z = torch.cat(list(generate(m.rollout(text), seeds, 20, m.sampler, m.latent)), dim=1)
     return m.vae.decode(z)[0]
 
 
 @torch.no_grad()
-def save_strip(part, preset, step, inputs, ema, sampler, out):
+def save_strip(part, preset, step, inputs, ema, out):
     """Now and then a PNG, a video of four held-out captions or of the first prompt a row, every 12th frame"""
     if step % preset.strip_every and step != preset.updates:
         return
-    m = averaged(part, inputs, whole_networks(ema), sampler)
+    m = averaged(part, inputs, whole_networks(ema))
     if get_rank() > 0:
         return
     specs = [WorldSpec(world.HELD_OUT + i) for i in range(4)]
     captions = m.prompts[:1] or [world.make_world(spec).caption for spec in specs]
     with inputs.autocast:
-        videos = strip_videos(part, m, specs, captions, sampler)
+        videos = strip_videos(part, m, specs, captions)
     strip = rearrange(to_uint8(videos[:, ::12].float()), "b f h w c -> (b h) (f w) c")
     with whole_or_absent(out / f"strip_{step:06d}.png") as file:
         iio.imwrite(file, strip.cpu().numpy())
 
 
-def save_networks(cfg, part, preset, inputs, ema, sampler, saved):
+def save_networks(cfg, part, preset, inputs, ema, saved):
     """The averaged weights, and what made them."""
     nets = whole_networks(ema)
-    kept = {}
+    sampler, kept = inputs.sampler, {}
     if part == "init_ar" and not cfg.wan:
-        found = causal.calibrate(averaged(part, inputs, nets, sampler))
-        kept = found["kept"]
-        sampler = replace(sampler, tau=found["tau"], pool=found["pool"])
+        found = causal.calibrate(averaged(part, inputs, nets))
+        kept = found.pop("kept")
+        sampler = replace(sampler, **found)
         print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int, "seconds": float})
     seconds = sum(line["seconds"] for line in log)
-    machine = f"{inputs.device.type} {platform.machine()} {cfg.dtype}"
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
              "batch": preset.batch, "lr": preset.lr, "passes": saved["passes"], "sampler": asdict(sampler),
-             "kept": kept, "seconds": round(seconds), "machine": machine}
+             "kept": kept, "seconds": round(seconds),
+             "machine": f"{inputs.device.type} {platform.machine()} {cfg.dtype}"}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
@@ -248,8 +249,8 @@ def write_log(out, numbers):
 
 def check_teacher(out, inputs, teacher):
     """Before Stage 2: does the teacher use its context?"""
-    sampler = Sampler(TEACHER_STEPS)
-    found = check_teacher_uses_context(replace(inputs, dit=teacher, sampler=sampler), held_out(PROBE_WORLDS))
+    networks = replace(inputs, dit=teacher, sampler=Sampler(TEACHER_STEPS))
+    found = check_teacher_uses_context(networks, held_out(PROBE_WORLDS))
     write_log(out, {"step": 0, "seconds": 0, **found})
     print(f"does the teacher use its context? {found}")
 
@@ -259,8 +260,8 @@ def prepare(cfg, part, preset, device):
     inputs = load_inputs(cfg, part, preset, device)
     stage = make_stage(cfg, part, preset, inputs)
     nets = ModuleDict(stage.nets).requires_grad_()
-    ema = ModuleDict({name: copy.deepcopy(net) for name, net in nets.items() if name != "critic"})
-    ema.eval().requires_grad_(False)
+    ema = {name: copy.deepcopy(net) for name, net in nets.items() if name != "critic"}
+    ema = ModuleDict(ema).eval().requires_grad_(False)
     if cfg.wan:
         frozen = [stage.teacher] if stage.teacher else []
         shard([*nets.values(), *ema.values(), *frozen])
@@ -297,7 +298,7 @@ def train(cfg, part, device, stop):
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
 
     # ---- resume
-    every_optimizer = [*optimizers["net"], *optimizers["critic"]]
+    every_optimizer = sum(optimizers.values(), [])
     others = {"ema": ema, **stage.states}
     step = load_checkpoint(out, nets, every_optimizer, others, not cfg.no_verify)
     # finished: the next part has begun with this very file
@@ -329,7 +330,7 @@ def train(cfg, part, device, stop):
         step += 1
         is_over = any_process(stop.code > 0) or step == preset.updates
         # 4. look at it, and log
-        metrics |= look(part, preset, step, inputs, ema, stage.sampler)
+        metrics |= look(part, preset, step, inputs, ema)
         seconds = time.time() - started
         write_log(out, {"step": step, **metrics, "lr": lr, "skipped": bad_in_a_row, "seconds": seconds})
         latest |= metrics  # what is not measured in every update stays in sight
@@ -342,7 +343,7 @@ def train(cfg, part, device, stop):
         # 5. checkpoint
         if step % preset.save_every == 0 or is_over:
             save_checkpoint(out, step, nets, every_optimizer, others)
-        save_strip(part, preset, step, inputs, ema, stage.sampler, out)
+        save_strip(part, preset, step, inputs, ema, out)
     bar.close()
 
     # ---- stopped, or done
@@ -350,7 +351,7 @@ def train(cfg, part, device, stop):
         print(f"stopped at update {step}; run the same command to go on")
         sys.exit(stop.code or 143)  # another process got the signal
     stop.patient = False
-    save_networks(cfg, part, preset, inputs, ema, stage.sampler, saved)
+    save_networks(cfg, part, preset, inputs, ema, saved)
 
 
 def check(cfg):
