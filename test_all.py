@@ -1185,7 +1185,7 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
 def test_the_prefix_pass_predicts_each_of_the_first_seven_chunks_from_those_before_it(four_clips):
     net = random_dit()
     x0 = noise(1, 123, 16, 4, 8)
-    clips = four_clips(lambda worlds, latents: x0[:, :latents].expand(len(worlds), -1, -1, -1, -1))
+    clips = four_clips(lambda worlds, latents: x0[:, :latents].repeat(len(worlds), 1, 1, 1, 1))
     pack = causal.prefix_pack(clips, clips.draw_history(np.random.default_rng(0), 1))
     x0 = x0[:, :21]
     assert torch.equal(pack.target, x0)
@@ -1249,7 +1249,7 @@ def test_an_opening_is_the_first_chunk_of_a_world_that_is_met_in_nothing_else(fo
 def test_an_opening_is_predicted_as_a_rollout_predicts_it(four_clips):
     net = random_dit()
     x0 = noise(1, 123, 16, 4, 8)
-    clips = four_clips(lambda worlds, latents: x0[:, :latents].expand(len(worlds), -1, -1, -1, -1))
+    clips = four_clips(lambda worlds, latents: x0[:, :latents].repeat(len(worlds), 1, 1, 1, 1))
     _, pack = causal.draw_pack(clips, "opening", np.random.default_rng(0), 1)
     text = random_text(net)
     xt = noise(1, 12, 16, 4, 8, seed=3)
@@ -1257,7 +1257,8 @@ def test_an_opening_is_predicted_as_a_rollout_predicts_it(four_clips):
     v = causal.packed_forward(net, text, pack, xt, t, (2, 4))
     for copy in range(4):
         at = slice(3 * copy, 3 * copy + 3)
-        close(v[:, at], causal_predictions(net, text, x0[:, :3], xt[:, at], t[:, at]), 1e-5)
+        want = causal_predictions(net, text, x0[:, :3], xt[:, at], t[:, at])
+        close(v[:, at], want, 1e-5)
 
 
 def test_copies_are_noised_apart_one_in_each_stratum_of_the_levels():
@@ -1406,8 +1407,9 @@ def test_histories_hold_what_the_memory_would_hold(evict_first, places):
 def test_of_every_second_training_clip_the_rate_is_drawn_evenly_and_else_the_period():
     motions = [make_world(spec).motion for spec in training_worlds(6000, 0)]
     for kind, (fastest, slowest) in world.PERIODS.items():
-        by_period, by_rate = (np.array([motion.seconds for motion in motions[first::2] if motion.kind == kind])
-                              for first in (0, 1))
+        by_period, by_rate = (
+            np.array([motion.seconds for motion in half if motion.kind == kind])
+            for half in (motions[::2], motions[1::2]))
         assert by_period.mean() == pytest.approx((fastest + slowest) / 2, rel=.05)
         assert (1 / by_rate).mean() == pytest.approx((1 / fastest + 1 / slowest) / 2, rel=.05)
         assert {by_period.min(), by_rate.min()} == {fastest}
@@ -2064,7 +2066,8 @@ def test_the_autoencoder_learns_pixels_their_changes_and_latents_of_unit_covaria
     deviation = latents.std(1)
     off = torch.cov(latents) - torch.diag(deviation ** 2)
     mse = F.mse_loss(made, real)
-    patches = (made - real).unflatten(-1, (8, 8)).unflatten(-3, (4, 8)).mean((-1, -3))
+    rows = (made - real).unflatten(-2, (4, 8)).mean(-2)
+    patches = rows.unflatten(-1, (8, 8)).mean(-1)
     want = {
         "colour": patches.square().mean(),
         "motion": F.mse_loss(*changes),

@@ -381,7 +381,7 @@ def main():
     check_writable(cfg.out)
     check(cfg)
     device = pick_device(cfg.device)
-    # a run that goes on elsewhere goes on as it was
+    # kept with the settings: a run that was begun in another precision, on another machine, is refused
     cfg.dtype = cfg.dtype or ("bf16" if has_bf16(device) else "fp32")
     if "RANK" in os.environ:  # torchrun started this process
         # gradients travel between devices, flags and errors between hosts
