@@ -67,7 +67,7 @@ TINY = {
     "vae": Preset(1400, 2e-3, seconds=1., batch=8, ema_decay=.99, probe_every=0),
     "init_ar": replace(MANY_STEPS, updates=7000, lr=6e-3, seconds=.44),
     "init_ode": Preset(500, 2e-4, "init_ar", seconds=1., ema_decay=.99),
-    "teacher": replace(MANY_STEPS, updates=5000, lr=2.5e-3, start="init_ar", seconds=.45),
+    "teacher": replace(MANY_STEPS, updates=4000, lr=2.5e-3, start="init_ar", seconds=.45),
     # straight from init_ar; critics of both stages learn at 1.2e-4
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
