@@ -21,13 +21,14 @@ the code that made it are what they were: its key is a hash of all of them. Real
     hour       an hour, of which minutes 1, 5, 15 and 60 are looked at
 
 References: Context Forcing, arXiv 2602.06028, figures 1 and 4-8, tables 1-3.
-Leaves out: more than one training seed; a teacher after a student's video.
+Leaves out: a teacher after a student's video.
 """
 import ast
 import hashlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Config:
     no_hours: bool = False  # without the videos of an hour, which take longest
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
     ckpt: str = ""       # the student (default: weights/stage2.safetensors)
+    others: str = ""     # --out folders of train.py with another --seed, a comma between: they count, too
     out: str = "out"     # folder for lines, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)
@@ -80,6 +82,7 @@ LENGTHS = {  # worlds of a row -> chunks of real video, and of the model's own a
     "after_real": (GIVEN, 7),
 }
 TEACHERS = ("teacher", "after_real")  # made 21 latents at a time
+EVERY_TRAINING = ("text", "teacher")   # by networks of other trainings, too
 
 
 TABLE = """
@@ -217,6 +220,22 @@ def key_of(row, specs, files, device):
     return hashlib.sha256(made_by.encode()).hexdigest()[:16]
 
 
+def make_batches(rows, trainings, number, seed, device):
+    """
+    All that is to be made for some rows.
+    trainings  of each: name of weights -> file; what it lacks is of the first
+    returns    key -> arguments of run_batch()
+    """
+    batches = {}
+    for row, (training, own) in product(rows, enumerate(trainings)):
+        is_asked = training == 0 or row["worlds"] in EVERY_TRAINING
+        specs = worlds_of(row["worlds"], number, seed) if is_asked and row["weights"] in own else []
+        for i in range(0, len(specs), BATCH):
+            batch = row | {"training": training}, specs[i:i + BATCH], trainings[0] | own, device
+            batches[key_of(*batch)] = batch
+    return batches
+
+
 def make_all(batches, path, device):
     """Key -> batch: makes all videos and adds a line a batch; on a CPU, by a process of one thread a core."""
     # Windows can wait for 61 at most
@@ -281,8 +300,12 @@ def main():
     within("--seed", cfg.seed, 0, 10 ** 9)
     check_writable(cfg.out)
     device = pick_device(cfg.device)
-    # which networks are there
-    files = {path.stem: path for path in WEIGHTS.glob("*.safetensors")}
+    # which networks are there: those that ship, and of other trainings
+    folders = [WEIGHTS, *filter(None, cfg.others.split(","))]
+    trainings = [{path.stem: path for path in Path(folder).rglob("*.safetensors")} for folder in folders]
+    if not all(trainings):
+        raise BadInput(f"--others {cfg.others}: one of them holds no networks that train.py wrote")
+    files = trainings[0]
     ckpt = Path(cfg.ckpt or WEIGHTS / f"{STUDENT}.safetensors")
     student = ckpt.stem
     files[student] = ckpt
@@ -296,24 +319,19 @@ def main():
     if cfg.memory:
         asked = pick(asked, {"memory": cfg.memory, "weights": student})
     number = cfg.worlds or (24 if cfg.quick else 64)
-    batches = {}
-    for row in all_rows(plain, taus) + asked:
-        specs = worlds_of(row["worlds"], number, cfg.seed) if row["weights"] in files else []
-        for i in range(0, len(specs), BATCH):
-            batch = row, specs[i:i + BATCH], files, device
-            batches[key_of(*batch)] = batch
+    wanted = make_batches(asked, trainings, number, cfg.seed, device)
+    batches = make_batches(all_rows(plain, taus), trainings, number, cfg.seed, device) | wanted
     # videos that were not made yet, then all that are there
     path = Path(cfg.out, "evaluate.jsonl")
     made = read_videos(path)
-    missing = {key: batch for key, batch in batches.items() if batch[0] in asked and key not in made}
-    make_all(missing, path, device)
+    make_all({key: batch for key, batch in wanted.items() if key not in made}, path, device)
     made = read_videos(path)
     videos = [video for key in batches for video in made.get(key, [])]
     if not any(video.get("returns") for video in videos):
         raise BadInput("no landmark is due back in any of these videos: ask for more --worlds, or longer "
                        "videos (LENGTHS in evaluate.py)")
     tables = all_tables(videos, student_row) | {"The paper's orderings": orderings(videos, student_row)}
-    text = f"Student {student}, one training seed, [95 % bootstrap intervals]. Words: head of report.py.\n"
+    text = f"Student {student}, {len(trainings)} training(s), [95 % bootstrap intervals]. Words: report.py.\n"
     text += markdown(tables)
     write_text(path.with_suffix(".md"), text)
     print(text)

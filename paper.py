@@ -15,7 +15,7 @@ import math
 from itertools import product
 from pathlib import Path
 
-from report import compare, markdown, mean, pick
+from report import difference, markdown, mean, pick
 
 FILE = Path(__file__).parent / "assets" / "paper_tables.json"
 
@@ -61,11 +61,12 @@ def orderings(videos, student_row):
             theirs = pick(videos, student_row | other)
             if not ours or not theirs:
                 continue
-            # the same as in the paper?
-            verdict = compare(ours, theirs, SCORES[score])
-            if verdict in ("higher", "lower"):
-                is_better = rows[-1][score] > row[score]
-                verdict = "agrees" if is_better == (verdict == "higher") else "does not"
+            # the same as in the paper? Where nought is in the interval, nobody knows
+            gap, low, high = difference(ours, theirs, SCORES[score])
+            is_better = rows[-1][score] > row[score]
+            verdict = "agrees" if is_better == (gap > 0) else "does not"
+            if not (low > 0 or high < 0):
+                verdict = "no data" if math.isnan(gap) else "not significant"
             found.append({
                 "paper": name,
                 "against": row["system"],

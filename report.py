@@ -1,11 +1,12 @@
 """
 What evaluate.py measured, as numbers and tables. Knows no network.
 
-A video is a dict in a line of out/evaluate.jsonl: what its row asked for (ROW), its world, and what
-probe.measure() tells of it. A number is a ratio of sums over a row's videos, with its 95 % bootstrap interval
-over videos, as "48.2 [33.1, 62.0]"; rows are compared in the worlds that both have. A table is a list of
-dicts of numbers, and becomes text at the very end: what is met, or better, is decided before. One training
-seed a row: intervals do not tell what another training would give.
+A video is a dict in a line of out/evaluate.jsonl: what its row asked for (ROW), its world, which training
+its network comes from, and what probe.measure() tells of it. A number is a ratio of sums over a row's videos,
+with its 95 % bootstrap interval over trainings and videos, as "48.2 [33.1, 62.0]": where there is one
+training, the interval does not tell what another would give. Rows are compared in the worlds and trainings
+that both have. A table is a list of dicts of numbers, and becomes text at the very end: what is met, or
+better, is decided before.
 
     recall      share of the landmarks due back, those in the sink left out, that look as before they left
     ceiling     share of which the memory still held a latent; luck may exceed it
@@ -19,7 +20,7 @@ seed a row: intervals do not tell what another training would give.
     entropy     of the landmarks that a video shows in a minute: 0 where all are the same
 
 References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8.
-Leaves out: what another training seed would give; tests of the paper's assumptions 1 and 2.
+Leaves out: tests of the paper's assumptions 1 and 2.
 """
 import math
 from itertools import product
@@ -36,6 +37,11 @@ ABSENCES = (2, 2.4, 2.9, 3.5, 4.2, 5, 6, 7.2, 8.7, 10.5, 12.5, 15, 18, 22, 26.5)
 SHORT = 2  # seconds; fast memory bridges less, and a camera that wobbles makes many such returns
 MOTIONS = ("turn", "linger", "aside")  # of motion
 ROW = ("weights", "memory", "positions", "worlds", "tau", "steps")  # of a video: which row it is in
+# networks whose training differs in one thing -> the rows in which they are compared
+ABLATIONS = {
+    ("stage2", "stage2_none"): {"worlds": "text"},
+    ("teacher", "teacher_plain"): {"worlds": "teacher", "memory": "uniform2", "tau": None, "steps": None},
+}
 
 
 # ---- a line 16 videos --------------------------------------------------------------------------------------
@@ -60,7 +66,7 @@ def rows_of(videos):
     return list(rows.values())
 
 
-# ---- statistics: counts are an array (videos, 2) of sums and numbers ---------------------------------------
+# ---- statistics: counts are an array (videos, 3) of sums, numbers, and which training ----------------------
 
 def counts(videos, what, absence=None):
     """
@@ -68,24 +74,28 @@ def counts(videos, what, absence=None):
     absence  of returns: seconds, within a tenth; None: all that are not SHORT
     """
     low, high = (.9 * absence, 1.1 * absence) if absence else (SHORT, math.inf)
-    found = np.zeros((len(videos), 2))
+    found = np.zeros((len(videos), 3))
     for i, video in enumerate(videos):
         values = [video.get(what, math.nan)]
         if what in ("right", "held", "follows"):
             values = [100 * event[what] for event in video["returns"] if low <= event["absence"] <= high]
         values = [x for x in values if not math.isnan(x)]
-        found[i] = sum(values), len(values)
+        found[i] = sum(values), len(values), video.get("training", 0)
     return found
 
 
 def estimate(counts):
     """-> mean over all videos, and both ends of its 95 % interval; NaN if there is nothing to count"""
-    total, n = counts.sum(0)
+    total, n, _ = counts.sum(0)
     if n == 0:
         return np.full(3, math.nan)
-    # 2,000 times, as many videos drawn again
-    draws = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-    totals, ns = counts[draws].sum(1).T
+    # 2,000 times as many videos drawn again, and as many trainings: how often is each of them there?
+    rng = np.random.default_rng(0)
+    draws = counts[rng.integers(len(counts), size=(2000, len(counts)))]
+    trainings = 1 + int(counts[:, 2].max())
+    times = rng.multinomial(trainings, np.ones(trainings) / trainings, 2000)
+    weight = np.take_along_axis(times, draws[..., 2].astype(int), 1)
+    totals, ns = np.einsum("bv,bvc->cb", weight, draws[..., :2])
     means = totals[ns > 0] / ns[ns > 0]
     return np.array([total / n, *np.percentile(means, (2.5, 97.5))])
 
@@ -95,22 +105,15 @@ def mean(videos, what, absence=None):
     return estimate(counts(videos, what, absence))
 
 
-def compare(ours, theirs, what):
-    """
-    How is `what` of our videos beside theirs, world by world?
-    returns  "higher" or "lower" where the difference's 95 % interval says so, else "not significant"; "no
-             data" where fewer than eight worlds have it in both
-    """
+def difference(ours, theirs, what):
+    """`what` of our videos less theirs, in the worlds of a training that both have -> as estimate()"""
     gaps = []
     for pair in product(ours, theirs):
-        (a, n), (b, m) = counts(pair, what)
-        if pair[0]["seed"] == pair[1]["seed"] and n and m:
-            gaps.append((a / n - b / m, 1))
-    if len(gaps) < 8:
-        return "no data"
-    # is nought in the interval of their mean?
-    _, low, high = estimate(np.array(gaps))
-    return "higher" if low > 0 else "lower" if high < 0 else "not significant"
+        (a, n, training), (b, m, other) = counts(pair, what)
+        if pair[0]["seed"] == pair[1]["seed"] and training == other and n and m:
+            gaps.append((a / n - b / m, 1, training))
+    # of fewer than eight nothing can be said
+    return estimate(np.array(gaps)) if len(gaps) >= 8 else np.full(3, math.nan)
 
 
 def detail(videos):
@@ -206,6 +209,17 @@ def summary(videos):
     }
 
 
+def ablations(videos, student_row):
+    """What it is worth, the one thing that differs in two trainings -> rows of a table"""
+    table = []
+    for names, row in ABLATIONS.items():
+        both = [pick(videos, student_row | row | {"weights": name}) for name in names]
+        for name, what in {"recall, %": "right", "last 5 s, dB": "last"}.items():
+            if all(both):
+                table.append({"of": " - ".join(names), "in": name, "difference": difference(*both, what)})
+    return table
+
+
 def all_tables(videos, student_row):
     """-> title -> table"""
     rows, curves, hours = [], [], []
@@ -224,7 +238,7 @@ def all_tables(videos, student_row):
             curves.append(named | {f"{x:g} s": mean(some, "right", x) for x in ABSENCES})
     return {"Targets": targets(videos, student_row), "All rows": rows,
             "Recall by seconds out of view, %": curves,
-            "Drifting over an hour": hours}
+            "Differences in training": ablations(videos, student_row), "Drifting over an hour": hours}
 
 
 # ---- ... and as text ---------------------------------------------------------------------------------------

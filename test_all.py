@@ -4975,7 +4975,7 @@ def test_a_file_is_written_to_be_read(name):
 # the whole is to come down to 38,000
 @pytest.mark.parametrize("names, most", [
     (METHOD, 11_000),
-    (set(FILES), 57_829),
+    (set(FILES), 58_236),
 ], ids=["method", "all"])
 def test_there_is_no_more_to_read(names, most):
     sources = [(HERE / f"{name}.py").read_text("utf-8") for name in names]
@@ -5412,11 +5412,12 @@ def targets_of(videos):
 def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_memory_does_not_bridge():
     videos = [video_row([(6., True, True), (6.7, True, True), (1.9, True, True)]),
               video_row([(5.5, False, True), (6.5, True, False), (2., False, True)])]
-    assert report.counts(videos, "right", 6).tolist() == [[100, 1], [100, 2]]
-    assert report.counts(videos, "held", 6).tolist() == [[100, 1], [100, 2]]
-    assert report.counts(videos, "right").tolist() == [[200, 2], [100, 3]]
+    videos[1]["training"] = 2
+    assert report.counts(videos, "right", 6).tolist() == [[100, 1, 0], [100, 2, 2]]
+    assert report.counts(videos, "held", 6).tolist() == [[100, 1, 0], [100, 2, 2]]
+    assert report.counts(videos, "right").tolist() == [[200, 2, 0], [100, 3, 2]]
     videos[0]["drift"] = math.nan  # of a short video
-    assert report.counts(videos, "drift").tolist() == [[0, 0], [0, 1]]
+    assert report.counts(videos, "drift").tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
 def test_whatever_the_motions_bring_back_falls_into_an_absence():
@@ -5429,35 +5430,44 @@ def test_whatever_the_motions_bring_back_falls_into_an_absence():
     assert absences[-1] * .9 < longest < absences[-1] * 1.1
 
 
-def test_intervals_are_over_videos():
+def test_intervals_are_over_videos_and_over_trainings():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
-    middle, low, high = report.estimate(np.array([(1, 1), (1, 2)] * 2))
+    middle, low, high = report.estimate(np.array([(1, 1, 0), (1, 2, 0)] * 2))
     assert middle == pytest.approx(4 / 6)
     assert low == .5 and high == 1
-    assert np.isnan(report.estimate(np.zeros((1, 2)))).all()
+    assert np.isnan(report.estimate(np.zeros((1, 3)))).all()
     normal = np.random.default_rng(0).standard_normal(400)
-    _, low, high = report.estimate(np.stack([normal, np.ones(400)], 1))
+    one = np.stack([normal, np.ones(400), np.zeros(400)], 1)
+    _, low, high = report.estimate(one)
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=.1)
+    # a quarter of the draws have the one training only, a quarter the other
+    middle, low, high = report.estimate(np.concatenate([one, one + [3, 0, 1]]))
+    assert middle == pytest.approx(normal.mean() + 1.5)
+    assert np.allclose([low, high], [normal.mean(), normal.mean() + 3], atol=.15)
 
 
-@pytest.mark.parametrize("gain, spread, verdict", [
-    (.05, 0, "higher"),
-    (-.05, 0, "lower"),
-    (0, .1, "not significant")])
-def test_rows_are_compared_in_the_worlds_that_both_have(gain, spread, verdict):
+@pytest.mark.parametrize("gain, spread", [(.05, 0), (-.05, 0), (0, .1)])
+def test_rows_are_compared_in_the_worlds_and_trainings_that_both_have(gain, spread):
     """Videos differ far more than the two rows do, and stand in any order."""
     rng = np.random.default_rng(0)
     hard = rng.random(64)
     theirs = [video_row([], i, last=x) for i, x in enumerate(hard)]
     other = hard + gain + spread * rng.standard_normal(64)
     ours = [video_row([], i, last=x) for i, x in enumerate(other)]
-    strangers = [video_row([], 100 + i, last=9 * gain) for i in range(64)]
-    assert report.compare(ours, strangers + theirs[::-1], "last") == verdict
+    strangers = [video_row([], 100 + i, last=9.) for i in range(64)]
+    strangers += [video | {"training": 1, "last": 9.} for video in theirs]
+    found, low, high = report.difference(ours, strangers + theirs[::-1], "last")
+    assert found == pytest.approx((other - hard).mean())
+    assert (low > 0, high < 0) == (gain > 0, gain < 0)
+    # of two trainings both differences
+    ours += [video | {"training": 1} for video in ours]
+    found, *_ = report.difference(ours, strangers + theirs, "last")
+    assert found == pytest.approx((other - (hard + 9) / 2).mean())
     for some, others, what in (
-            (ours, strangers, "last"),
+            (ours[:64], strangers, "last"),
             (ours[:7], theirs, "last"),
             (ours, theirs, "right")):
-        assert report.compare(some, others, what) == "no data"
+        assert np.isnan(report.difference(some, others, what)).all()
 
 
 def test_half_way_is_where_returns_stop_being_right_more_often_than_half_way_to_chance():
@@ -6065,6 +6075,34 @@ def test_other_steps_and_taus_are_rows_beside_the_students_own(run_evaluate):
     assert "| stage2 | uniform1 | " in text and "| stage2 | uniform1, tau 0.5, 2 steps | " in text
 
 
+def test_networks_of_other_trainings_count_in_what_they_are_compared_in(run_evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "TABLE", ["student slowfast text", "teacher uniform2 teacher",
+                                            "stage2_none slowfast text", "student slowfast real"])
+    keys = {}
+
+    def run_batch(batch):
+        row, specs, files, _ = batch
+        keys[row["weights"], row["worlds"], row["training"]] = files[row["weights"]].parent.name
+        last = float(row["training"])
+        return [video_row([(6., True, True)], i, row=row, last=last) for i in range(len(specs))]
+    monkeypatch.setattr(evaluate, "run_batch", run_batch)
+    others = [tmp_path / "b", tmp_path / "c"]
+    for name in ("stage2", "stage2_none"):
+        for folder in others:
+            (folder / name).mkdir(parents=True)
+            shutil.copy(WEIGHTS / f"{name}.safetensors", folder / name)
+    text, _ = run_evaluate(f"--worlds 9 --tau .5 --others {others[0]},{others[1]}")
+    again = {place for place in keys if place[2]}
+    assert again == {*itertools.product(("stage2", "stage2_none"), ["text"], (1, 2))}
+    assert keys["stage2", "real", 0] == "weights"
+    assert keys["stage2_none", "text", 2] == "stage2_none"
+    row, _ = re.findall(r"\| stage2_none \| slowfast.* \| text \| all .*", text)
+    assert "| 1.0 [0.0, 2.0] |" in row and row.endswith("| 27 |")
+    assert "| stage2 - stage2_none | last 5 s, dB | 0.0 [0.0, 0.0] |" in text
+    with pytest.raises(BadInput, match="--others .*no networks"):
+        run_evaluate("--others nowhere")
+
+
 def test_worlds_in_which_nothing_comes_back_are_told_in_one_line(run_evaluate, monkeypatch):
     monkeypatch.setitem(evaluate.LENGTHS, "returns", (0, 2))  # 1.3 s
     with pytest.raises(BadInput, match="no landmark is due back"):
@@ -6081,8 +6119,8 @@ def test_the_whole_evaluation_has_all_tables_and_all_rows_of_a_new_preset(run_ev
     monkeypatch.setattr(evaluate, "run_batch", run_batch)
     text, _ = run_evaluate("--worlds 9 --steps 2")
     titles = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
-    assert titles == ["Targets", "All rows", "Recall by seconds out of view, %", "Drifting over an hour",
-                      "The paper's orderings"]
+    assert titles == ["Targets", "All rows", "Recall by seconds out of view, %", "Differences in training",
+                      "Drifting over an hour", "The paper's orderings"]
     rows = re.findall(r"\| mine, 2 steps \| bounded \| (\w+ \| \w+)", text)
     kinds = ["all", "turn", "linger", "aside"]
     assert sorted(rows) == sorted([f"returns | {kind}" for kind in kinds] * 2 + ["hour | 1"])
