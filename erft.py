@@ -209,7 +209,8 @@ def teacher_step(net, bank, seed, context, x0, noise, t, features, grid, p=INJEC
     off = (v.detach() - v_star).float()
     level = over_frames(level)
     of_latents, of_noise = -level * off, (1 - level) * off
-    bank.pending.append(Residuals(seed, t.cpu(), of_latents.cpu(), of_noise.cpu(), injected))
+    residuals = [error.bfloat16().cpu() for error in (of_latents, of_noise)]  # as the bank has them
+    bank.pending.append(Residuals(seed, t.cpu(), *residuals, injected))
     return loss.item()
 
 

@@ -1090,8 +1090,9 @@ def test_teacher_step_learns_the_clean_target_from_inputs_with_errors(monkeypatc
     assert loss == pytest.approx(want.item(), rel=1e-5)
     # what it gives to the bank: by how much its latents and its noise are off
     found, = bank.pending
-    close(found.latent, (-at * off).detach(), 1e-4)
-    close(found.noise, ((1 - at) * off).detach(), 1e-4)
+    assert found.latent.dtype == found.noise.dtype == torch.bfloat16
+    close(found.latent.float(), (-at * off).detach(), .02)
+    close(found.noise.float(), ((1 - at) * off).detach(), .02)
     assert found.injected.all() and found.seed == 7
 
 
