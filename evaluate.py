@@ -6,11 +6,13 @@ The paper in miniature: what trained models remember and how their pictures hold
     python evaluate.py --quick                    # what every preset of memory.py remembers
     python evaluate.py --quick --memory NAME      # one preset, its row and its curve
     python evaluate.py --quick --tau X --steps N  # other than the weights' own, beside what is there
+    python evaluate.py --others out/1,out/2       # and those of train.py --stage 2 --seed 1 --out out/1, ...
 
 A row of the tables is a dict, report.ROW: whose weights, which memory, which worlds. Its videos are made 16
 at a time, and leave a line in out/evaluate.jsonl with all that report.py needs: they are made once, and
 tables and figures cost nothing after that. A line counts as long as the worlds, the networks, the policy and
-the code that made it are what they were: its key is a hash of all of them. Real videos: metrics.py.
+the code that made it are what they were: its key is a hash of all of them. Networks that were trained again,
+from the shipped start, count in the rows `text` and `teacher`. Real videos: metrics.py.
 
     text       captions drawn at random; 62.8 s from nothing, as all that follows unless it says otherwise
     real       the same, 50 s after 10.3 s of real video
@@ -64,7 +66,7 @@ class Config:
     no_hours: bool = False  # without the videos of an hour, which take longest
     worlds: int = 0      # number of held-out worlds a set (default: 64; 24 with --quick)
     ckpt: str = ""       # the student (default: weights/stage2.safetensors)
-    others: str = ""     # --out folders of train.py with another --seed, a comma between: they count, too
+    others: str = ""     # folders of stages that were trained again with another --seed, a comma between
     out: str = "out"     # folder for lines, tables, figures
     seed: int = 0        # first held-out world, and noise
     device: str = ""     # cuda | mps | cpu (default: the best there is)

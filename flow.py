@@ -120,7 +120,7 @@ class Rollout:
         self.pool = pool
         self.memory = Memory(policy)
         self.chunk = 0          # number of the next chunk
-        self.view = None     # what read_context() returned
+        self.view = None        # what read_context() returned
         self.descriptor = None  # of the last chunk's keys
         self.similarities = []  # one (b,) a chunk, on the device: to the chunk before ...
         self.kept = []          # ... and whether its first latent is to become a keyframe
