@@ -12,6 +12,7 @@ import platform
 import shutil
 import warnings
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,34 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import BadInput, warn, write_text
+from config import BadInput, in_one_line, warn, write_text
 from records import read_json
 from tensors import hash_file
 
+# of processes that wait for the one that draws a strip, or encodes the last clips
+PATIENCE = timedelta(hours=12)
+
 # one process may use torch.distributed.checkpoint, too
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+@contextmanager
+def joined_processes(device):
+    """
+    with joined_processes(device): the processes that torchrun has started, if it did, are one group. None
+    leaves before the last is done, as torchrun ends the others of a group whose first node is gone.
+    """
+    if "RANK" in os.environ:
+        # gradients travel between devices, flags and errors between hosts
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with in_one_line("cannot join the other processes", "start with torchrun, or unset RANK"):
+            dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+        barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def get_rank():

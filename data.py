@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config import (STUDENT, BadInput, check_schema, check_writable, fast_autocast, parse,  # first
-                    pick_device, run, tell, within)
+                    pick_device, run, tell)
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from checkpoint import barrier, get_processes, get_rank
+from checkpoint import barrier, get_processes, get_rank, joined_processes
 from histories import CLIP_CHUNKS, EMPTY_CLIPS, FULL_MEMORY, Histories, History, held_frames
 from memory import CHUNK, PRESETS
 from tensors import hash_content, read_file, read_head, write_safetensors
@@ -213,10 +213,8 @@ def encode_videos(cfg, device):
     find_ffmpeg()
     captions = read_captions(cfg.videos)
     # torchrun's processes share the clips
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    within("RANK, which torchrun sets,", rank, 0, processes - 1)
     new = {}
-    for file in list(captions)[rank::processes]:
+    for file in list(captions)[get_rank()::get_processes()]:
         shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
         if len(os.fsencode(shard.name)) > LONGEST_NAME:
             tell(f"skipped: {file}: its name is too long")
@@ -317,7 +315,9 @@ def main():
         raise BadInput("--size needs --wan: the tiny model has one size")
     if not cfg.videos:
         raise BadInput("give --videos DIR, a folder of clips with captions; the small world needs none")
-    encode_videos(cfg, pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    with joined_processes(device):
+        encode_videos(cfg, device)
 
 
 if __name__ == "__main__":

@@ -28,22 +28,19 @@ References: Context Forcing, arXiv 2602.06028; Self-Forcing, arXiv 2506.08009. L
 """
 import copy
 import math
-import os
 import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from config import (BadInput, StopSignals, check_writable, has_bf16, in_one_line, one_of, parse,  # first
+from config import (BadInput, StopSignals, check_writable, has_bf16, one_of, parse,  # first
                     pick_device, run, tell, whole_or_absent, within)
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch.nn import ModuleDict
 from tqdm import tqdm
@@ -53,7 +50,7 @@ import erft
 import world
 from bench import training_memory
 from checkpoint import (any_process, barrier, claim, find_checkpoints, gather, get_processes, get_rank,
-                        keep_settings, load_checkpoint, save_checkpoint)
+                        joined_processes, keep_settings, load_checkpoint, save_checkpoint)
 from dmd import keyframe_histogram
 from flow import Sampler, generate
 from optim import make_optimizers, optimizer_step, shard, update_ema, whole_networks
@@ -90,7 +87,6 @@ class Config:
 
 ALIKE = 8          # batches of an update that are drawn alike, one of each device
 PROBE_WORLDS = 16  # held-out, that a probe looks at
-PATIENCE = timedelta(hours=2)  # of processes that wait for the one that draws a strip
 BAD_IN_A_ROW = 10  # updates that are not finite, until training gives up
 
 
@@ -383,24 +379,15 @@ def main():
     device = pick_device(cfg.device)
     # kept with the settings: a run that was begun in another precision, on another machine, is refused
     cfg.dtype = cfg.dtype or ("bf16" if has_bf16(device) else "fp32")
-    if "RANK" in os.environ:  # torchrun started this process
-        # gradients travel between devices, flags and errors between hosts
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with in_one_line("cannot join the other processes", "start with torchrun, or unset RANK"):
-            dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        with StopSignals() as stop:
-            parts = PARTS["2_none" if cfg.teacher_context == "none" else cfg.stage]
-            for number, part in enumerate(parts, 1):
-                if part == "init_ar" and cfg.init:
-                    continue  # a causal model is given: only its four steps are wanted
-                if get_rank() == 0:
-                    print(f"part {number} of {len(parts)}: {part}")
-                with claim(Path(cfg.out, part)):
-                    train(cfg, part, device, stop)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with joined_processes(device), StopSignals() as stop:
+        parts = PARTS["2_none" if cfg.teacher_context == "none" else cfg.stage]
+        for number, part in enumerate(parts, 1):
+            if part == "init_ar" and cfg.init:
+                continue  # a causal model is given: only its four steps are wanted
+            if get_rank() == 0:
+                print(f"part {number} of {len(parts)}: {part}")
+            with claim(Path(cfg.out, part)):
+                train(cfg, part, device, stop)
 
 
 if __name__ == "__main__":
