@@ -3,7 +3,7 @@ What evaluate.py measured, as numbers and tables. Knows no network.
 
 A video is a dict in a line of out/evaluate.jsonl: what its row asked for (ROW), its world, which training
 its network comes from, and what probe.measure() tells of it. A number is a ratio of sums over a row's videos,
-with its 95 % bootstrap interval over trainings and videos, as "48.2 [33.1, 62.0]": where there is one
+with its 95 % bootstrap interval over trainings and worlds, as "48.2 [33.1, 62.0]": where there is one
 training, the interval does not tell what another would give. Rows are compared in the worlds and trainings
 that both have. A table is a list of dicts of numbers, and becomes text at the very end: what is met, or
 better, is decided before.
@@ -66,7 +66,7 @@ def rows_of(videos):
     return list(rows.values())
 
 
-# ---- statistics: counts are an array (videos, 3) of sums, numbers, and which training ----------------------
+# ---- statistics: counts are an array (videos, 4): sum, number, which training, which world -----------------
 
 def counts(videos, what, absence=None):
     """
@@ -74,28 +74,29 @@ def counts(videos, what, absence=None):
     absence  of returns: seconds, within a tenth; None: all that are not SHORT
     """
     low, high = (.9 * absence, 1.1 * absence) if absence else (SHORT, math.inf)
-    found = np.zeros((len(videos), 3))
+    found = np.zeros((len(videos), 4))
     for i, video in enumerate(videos):
         values = [video.get(what, math.nan)]
         if what in ("right", "held", "follows"):
             values = [100 * event[what] for event in video["returns"] if low <= event["absence"] <= high]
         values = [x for x in values if not math.isnan(x)]
-        found[i] = sum(values), len(values), video.get("training", 0)
+        found[i] = sum(values), len(values), video.get("training", 0), video.get("seed", i)
     return found
 
 
 def estimate(counts):
     """-> mean over all videos, and both ends of its 95 % interval; NaN if there is nothing to count"""
-    total, n, _ = counts.sum(0)
+    total, n, *_ = counts.sum(0)
     if n == 0:
         return np.full(3, math.nan)
-    # 2,000 times as many videos drawn again, and as many trainings: how often is each of them there?
+    # 2,000 times as many trainings drawn again, and as many worlds, which are the same in all trainings
     rng = np.random.default_rng(0)
-    draws = counts[rng.integers(len(counts), size=(2000, len(counts)))]
-    trainings = 1 + int(counts[:, 2].max())
-    times = rng.multinomial(trainings, np.ones(trainings) / trainings, 2000)
-    weight = np.take_along_axis(times, draws[..., 2].astype(int), 1)
-    totals, ns = np.einsum("bv,bvc->cb", weight, draws[..., :2])
+    weight = 1
+    for drawn in counts[:, 2:].T:
+        names, which = np.unique(drawn, return_inverse=True)
+        times = rng.multinomial(len(names), np.ones(len(names)) / len(names), 2000)
+        weight = weight * times[:, which]
+    totals, ns = (weight @ counts[:, :2]).T
     means = totals[ns > 0] / ns[ns > 0]
     return np.array([total / n, *np.percentile(means, (2.5, 97.5))])
 
@@ -109,9 +110,9 @@ def difference(ours, theirs, what):
     """`what` of our videos less theirs, in the worlds of a training that both have -> as estimate()"""
     gaps = []
     for pair in product(ours, theirs):
-        (a, n, training), (b, m, other) = counts(pair, what)
-        if pair[0]["seed"] == pair[1]["seed"] and training == other and n and m:
-            gaps.append((a / n - b / m, 1, training))
+        (a, n, *one), (b, m, *other) = counts(pair, what)
+        if one == other and n and m:
+            gaps.append((a / n - b / m, 1, *one))
     # of fewer than eight nothing can be said
     return estimate(np.array(gaps)) if len(gaps) >= 8 else np.full(3, math.nan)
 
@@ -139,7 +140,8 @@ def half_way(videos, what="right"):
 
 
 def luck(videos):
-    return chance([video["landmarks"] for video in videos])
+    """Chance, of one training: others draw the same worlds, from the same noise, and much alike"""
+    return chance([video["landmarks"] for video in videos if not video.get("training")])
 
 
 # ---- tables: lists of dicts of words, numbers, or means with both ends of their intervals ------------------
