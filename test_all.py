@@ -5413,12 +5413,17 @@ def targets_of(videos):
 def test_recall_counts_returns_within_a_tenth_of_the_absence_or_all_that_fast_memory_does_not_bridge():
     videos = [video_row([(6., True, True), (6.7, True, True), (1.9, True, True)]),
               video_row([(5.5, False, True), (6.5, True, False), (2., False, True)])]
-    videos[1]["training"] = 2
-    assert report.counts(videos, "right", 6).tolist() == [[100, 1, 0, 0], [100, 2, 2, 0]]
-    assert report.counts(videos, "held", 6).tolist() == [[100, 1, 0, 0], [100, 2, 2, 0]]
-    assert report.counts(videos, "right").tolist() == [[200, 2, 0, 0], [100, 3, 2, 0]]
+    videos[1] |= {"training": 2, "seed": 7}
+
+    def counted(*what):
+        found = report.counts(videos, *what)
+        assert found[:, 2:].tolist() == [[0, 0], [2, 7]]  # training, world
+        return found[:, :2].tolist()
+    assert counted("right", 6) == [[100, 1], [100, 2]]
+    assert counted("held", 6) == [[100, 1], [100, 2]]
+    assert counted("right") == [[200, 2], [100, 3]]
     videos[0]["drift"] = math.nan  # of a short video
-    assert report.counts(videos, "drift").tolist() == [[0, 0, 0, 0], [0, 1, 2, 0]]
+    assert counted("drift") == [[0, 0], [0, 1]]
 
 
 def test_whatever_the_motions_bring_back_falls_into_an_absence():
