@@ -5438,7 +5438,8 @@ def test_whatever_the_motions_bring_back_falls_into_an_absence():
 
 def test_intervals_are_over_worlds_and_over_trainings():
     """Two kinds of video in equal number: some draws have only the one, some only the other."""
-    middle, low, high = report.estimate(np.array([(1, 1 + i % 2, 0, i) for i in range(4)]))
+    four = np.array([(1, 1 + i % 2, 0, i) for i in range(4)])
+    middle, low, high = report.estimate(four)
     assert middle == pytest.approx(4 / 6)
     assert low == .5 and high == 1
     assert np.isnan(report.estimate(np.zeros((1, 4)))).all()
