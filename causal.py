@@ -15,6 +15,7 @@ References: CausVid, arXiv 2412.07772 (ODE trajectories); Self-Forcing, arXiv 25
 mask).
 Leaves out: diffusion forcing (a noise level for each latent of the past).
 """
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ ODE_STEPS = 16           # ... and the Euler steps of a chunk
 
 # Which history a pass has, and how often.
 HISTORIES = {
-    # the first chunk, of far more worlds: how fast the camera moves is read off the text in this one alone
+    # the first chunk, of far more worlds: only here the text alone tells how fast the camera moves
     "opening": .15,
     "prefix": .25,  # the first 7 chunks, each predicted from those before it: text to video
     "full": .30,    # all that a memory policy holds
@@ -97,12 +98,16 @@ def packed_attention_mask(pack):
 
 def packed_forward(net, text, pack, xt, t, grid):
     """
-    What a Rollout would see, in one pass.
+    As in a Rollout a chunk sees what memory holds, but all in one pass.
     xt, t    (b, f, c, h, w), (b, f) the noised target
     returns  v (b, f, c, h, w) of the target
     """
     b, p = pack.past_frame.shape
     mask = packed_attention_mask(pack)
+    tokens = mask.shape[1] * math.prod(grid)
+    if tokens > 2 ** 16:
+        raise BadInput(f"init has {tokens} tokens a clip, and attention under a mask is sure up to 65,536: "
+                       "give a smaller --size")
     # bounded positions (b, p + f): the past from 0 on; a target chunk follows what it sees of the past
     target = mask[:, p:, :p].sum(2) + pack.target_frame % CHUNK
     positions = torch.cat([torch.arange(p).expand(b, -1), target], dim=1)

@@ -7,6 +7,7 @@ under another name and renamed when it is there: whole or absent; beside its fil
 (sha256sum -c sha256). The last two are kept. Its index is a pickle: go on only in folders of your own.
 """
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,6 +28,9 @@ from tensors import hash_file
 # of processes that wait for the one that draws a strip, or encodes the last clips
 PATIENCE = timedelta(hours=12)
 
+# what Finder and Explorer leave in folders that somebody looked into
+DESKTOP = (".DS_Store", "desktop.ini", "Thumbs.db")
+
 # one process may use torch.distributed.checkpoint, too
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -38,16 +42,18 @@ def joined_processes(device):
     leaves before the last is done, as torchrun ends the others of a group whose first node is gone.
     """
     if "RANK" in os.environ:
+        devices = {"cuda": torch.cuda.device_count(), "mps": 0}.get(device.type, math.inf)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > devices:
+            raise BadInput("torchrun needs a GPU for each process: start fewer, or give --device cpu")
         # gradients travel between devices, flags and errors between hosts
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with in_one_line("cannot join the other processes", "start with torchrun, or unset RANK"):
             dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield
-        barrier()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # not where one of them fails: NCCL would wait there for those that wait for it, and nobody would see why
+    yield
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def get_rank():
@@ -105,8 +111,8 @@ def list_hashes(folder):
         except OSError as error:
             return f"{error}\n"
     # one process says which there are: over a network disk others may see fewer
-    names = [file.name for file in folder.iterdir() if file.name != "sha256"] if get_rank() == 0 else []
-    files = [folder / name for name in sorted(gather(names))]
+    names = {file.name for file in folder.iterdir()} - {"sha256", *DESKTOP} if get_rank() == 0 else []
+    files = [folder / name for name in sorted(gather(list(names)))]
     return "".join(sorted(gather([line(file) for file in files[get_rank()::get_processes()]])))
 
 
@@ -136,6 +142,8 @@ def save_checkpoint(folder, step, nets, optimizers, others):
         os.replace(part, whole)
         for old in find_checkpoints(folder)[:-2]:
             shutil.rmtree(old)
+    # none leaves before it is there, as torchrun ends the others then
+    barrier()
 
 
 def load_checkpoint(folder, nets, optimizers, others, verify=True):

@@ -147,7 +147,8 @@ def check_schema(path, value, schema, field="content", fault="is damaged, or not
     of finite numbers; {name: schema}, a dict with at least these; [schema], a list of such.
     """
     if isinstance(schema, (range, set)):
-        fits = type(value) in (int, str) and value in schema
+        # a word would be compared with every number of a range
+        fits = type(value) is (int if isinstance(schema, range) else str) and value in schema
     elif schema is float:
         fits = type(value) in (int, float) and abs(value) < 1e9
     elif schema is str:
@@ -207,8 +208,8 @@ def fast_autocast(device):
 
 def use_one_thread():
     """
-    For networks as small as the tiny ones: beside other work threads would wait for each other (README,
-    Threads). OMP_NUM_THREADS has the last word.
+    For networks as small as the tiny ones: beside other work threads would wait for each other (README, Much
+    slower than said here?). OMP_NUM_THREADS has the last word.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -12,6 +12,7 @@ run that was stopped goes on where it stopped.
 Leaves out: cutting long videos at their scene changes; what comes after 25 s of a clip.
 """
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def latent_cache(folder, tae, worlds, latents, device):
         return {"latents": encode_world(tae, spec, latents, device).bfloat16()}
 
     # others never meet these latents: the folder's name depends on autoencoder and worlds
-    mark = hash_content(tae.state_dict(), repr((worlds[0], worlds[-1], latents)))[:8]
+    mark = hash_content(tae.state_dict(), repr((worlds, latents)))[:8]
     folder = Path(folder, f"clips_{mark}")
     files = {folder / f"{i:05d}.safetensors": spec for i, spec in enumerate(worlds)}
     return torch.cat([clip["latents"] for clip in make_files(files, encode, "encoding clips")])
@@ -136,7 +137,7 @@ class Shuffled:
 
 
 def take_frames(latents, clip, frame, device):
-    """Of latents (clips, n, ...): frames (b, f) of clips (b,), as float32; -1, an empty place, gives any."""
+    """Of latents (clips, n, ...): frames (b, f) of clips (b,), float32; -1 (empty) gives some frame."""
     return latents[clip[:, None], frame.clamp(min=0)].to(device).float()
 
 
@@ -205,6 +206,18 @@ def read_whole_chunks(file, width, height):
     return frames[:len(frames) - (len(frames) + 3) % FRAMES]
 
 
+def source_of(file, captions):
+    """What a clip was encoded from, for its file"""
+    return {"caption": captions[file], "bytes": file.stat().st_size}
+
+
+def is_encoded(shard, source):
+    """Is the clip there, from this very video and caption?"""
+    with suppress(BadInput):
+        return shard.exists() and read_head(shard, ENCODE_AGAIN)[1].items() >= source.items()
+    return False
+
+
 @torch.no_grad()
 def encode_videos(cfg, device):
     """A file a clip: latents (n, 16, h, w), text features (m, dim), bf16; the caption is in the metadata."""
@@ -218,7 +231,7 @@ def encode_videos(cfg, device):
         shard = Path(cfg.out, "clips", f"{file.relative_to(cfg.videos)}.safetensors")
         if len(os.fsencode(shard.name)) > LONGEST_NAME:
             tell(f"skipped: {file}: its name is too long")
-        elif not shard.exists():
+        elif not is_encoded(shard, source_of(file, captions)):
             new[file] = shard
     # the autoencoder, and text features of the captions
     if cfg.wan:
@@ -238,7 +251,7 @@ def encode_videos(cfg, device):
             latents = networks.vae.encode(video / 127.5 - 1)[0]
             text = networks.features([captions[file]])[0]
         tensors = {"latents": latents.bfloat16(), "text": text.bfloat16()}
-        write_safetensors(shard, tensors, {"caption": captions[file]})
+        write_safetensors(shard, tensors, source_of(file, captions))
 
 
 def keep_with_gaps(rng, chunks, has_gaps):
@@ -289,7 +302,7 @@ class ClipFolder:
         return content[name]
 
     def frames(self, clip, frame):
-        """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1, an empty place, gives any."""
+        """Latents (b, f, c, h, w) of frames (b, f) of clips (b,); -1 (empty) gives some frame."""
         rows = zip(clip, frame.clamp(min=0))
         latents = [self.read(c, "latents")[numbers] for c, numbers in rows]
         return torch.stack(latents).to(self.device).float()

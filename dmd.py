@@ -121,7 +121,7 @@ class RolloutTrace:
 def rollout(roll, levels, exit_step, fresh_noise, chunks, target, for_backward=True):
     """
     The student's own video, its target stopped early.
-    roll          a fresh Rollout
+    roll          a fresh Rollout, of bounded positions
     levels        noise levels of the student's steps
     exit_step     the target's chunks are denoised up to this step (0-based), those before it in full; None =
                   the target too, and backward() passes through all of its steps
@@ -215,7 +215,7 @@ def backward(trace, features, gradient):
 def exit_x0(trace, exit, features):
     """An Exit again, with a graph -> x0 (b, 3, c, h, w)"""
     net = trace.rollout.net
-    # the same KV cache, constant
+    # the same KV cache, constant, at the same bounded positions
     segments = [] if exit.held is None else [entries_of(trace.entries, exit.held)]
     memory, rope = trace.rollout.rotated(segments)
     del segments  # 5 GB at full size

@@ -49,8 +49,8 @@ from paper import orderings
 from probe import (GIVEN, MINUTE_CHUNKS, MINUTES, PROBE_CHUNKS, continue_student, continue_teacher,
                    decode_frames, decode_minutes, held_out, measure, measure_minutes)
 from records import append_line
-from report import MOTIONS, ROW, all_tables, markdown, pick, read_videos
-from weights import WEIGHTS, load_tiny
+from report import MOTIONS, ROW, all_tables, hash_videos, markdown, pick, read_videos
+from weights import WEIGHTS, find_partner, load_tiny
 from world import FPS, HELD_OUT, PERIODS, WorldSpec, make_world
 
 BATCH = 16     # videos made together
@@ -216,7 +216,8 @@ def hash_of_file(path):
 
 def key_of(row, specs, files, device):
     """Of videos: a hash of their row, policy, worlds, networks and code"""
-    paths = [files[name] for name in (row["weights"], "text", "vae")]
+    ckpt = files[row["weights"]]
+    paths = [ckpt, find_partner(ckpt, "text"), find_partner(ckpt, "vae")]
     paths += [Path(__file__).with_name(f"{name}.py") for name in CODE]
     made_by = repr([row, policy_of(row), specs, *map(hash_of_file, paths)])
     return hashlib.sha256(made_by.encode()).hexdigest()[:16]
@@ -247,7 +248,7 @@ def make_all(batches, path, device):
         try:
             made = tqdm(run_each(run_batch, batches.values()), "videos, 16 at a time", len(batches))
             for videos, key in zip(made, batches):
-                append_line(path, {"key": key, "videos": videos})
+                append_line(path, {"key": key, "videos": videos, "sha256": hash_videos(videos)})
         finally:  # a signal does not wait for videos that are under way
             for worker in active_children():
                 worker.terminate()

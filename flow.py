@@ -77,9 +77,11 @@ def draw_noise(seeds, chunk, step, shape, device="cpu"):
         generator = np.random.Generator(np.random.Philox(key=[int(seed), key]))
         noise.append(generator.standard_normal(shape, np.float32))
     noise = torch.from_numpy(np.stack(noise))
-    if torch.device(device).type == "cuda":
+    is_cuda = torch.device(device).type == "cuda"
+    if is_cuda:
         noise = noise.pin_memory()  # asynchronous host-to-device copy
-    return noise.to(device, non_blocking=True)
+    # elsewhere a copy that is not waited for may read memory that is free again
+    return noise.to(device, non_blocking=is_cuda)
 
 
 def augment_context_noise(x0, most):
@@ -299,7 +301,7 @@ def generate(rollout, seeds, chunks, sampler, latent, uncond=None, history=None,
     latent   (c, h, w) of one latent
     uncond   net.text of the empty prompt, for guidance != 1
     history  None, or real latents (b, 3m, c, h, w) that are appended first
-    texts    None, or number of a chunk -> net.text of the prompt that holds from there on
+    texts    None, or number of a chunk (1 or later) -> net.text of the prompt that holds from there on
     yields   x0 (b, 3, c, h, w)
     """
     levels = schedule(sampler.steps, sampler.shift)

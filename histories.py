@@ -76,7 +76,8 @@ class Histories:
         gone = torch.where(distance > world.GONE, frame, -1)
         gone = gone.cummax(1).values[:, CHUNK - 1:-1:CHUNK]
         gone = F.pad(gone, (0, 0, 1, 0), value=-1)
-        # of the landmarks in view at each chunk's end, the earliest of these; -1 = none (b, chunks)
+        # When the first of the landmarks in view at each chunk's end was last out of view: to be remembered,
+        # all of them must have been seen by then; -1 = none was out (b, chunks)
         was_gone = (gone >= 0) & self.in_view[:, CHUNK - 1::CHUNK]
         apart = torch.where(was_gone, gone, CHUNK * chunks)
         self.apart = apart.amin(2)

@@ -48,7 +48,11 @@ class Policy:
     fast: int              # latest latents, the chunk being generated included
     keep: str = "uniform"  # "surprisal": chunks unlike the one before; "uniform": every chunk that is tested
     interval: int = 2      # test every so many chunks
-    tau: float = 0.95      # surprisal: keep below this similarity
+    tau: float = 0.95      # surprisal: keep below this similarity; as it is here, that of the weights counts
+
+    def __post_init__(self):
+        if self.fast < CHUNK:
+            raise ValueError(f"fast = {self.fast} has no room for the {CHUNK} latents being generated")
 
     @property
     def size(self):

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from config import (BadInput, check_writable, in_one_line, parse, pick_device, run, tell,  # first
-                    whole_or_absent, write_text)
+                    whole_or_absent, within, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from paper import beside
+from records import read_json
 from report import counts, markdown, mean
 from text import read_prompts
 from video import find_ffmpeg, open_clip, read_manifest
@@ -61,6 +62,11 @@ def load_network(option, folder, kinds):
     with in_one_line(f"cannot use {option} {folder}", remedy):
         from transformers import AutoModel, AutoTokenizer
         path = Path(folder).resolve(strict=True)
+        # sizes that no such network has would be waited for
+        told = read_json(path / "config.json", remedy)
+        for part in (told, told.get("text_config", {}), told.get("vision_config", {})):
+            within(f"{path}: num_hidden_layers", part.get("num_hidden_layers"), 1, 100)
+            within(f"{path}: hidden_size", part.get("hidden_size"), 1, 10 ** 4)
         network, info = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         # transformers would put random weights for those that are missing; of DINO's pooler none is used
         missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]

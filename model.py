@@ -1,16 +1,17 @@
 """
-The Wan 2.1 video DiT, able to run causally: one set of weights, three ways to look.
+The Wan 2.1 video DiT, able to run causally: one set of weights, four ways to look.
 
 A video's latents become tokens; each block attends over tokens, attends to the text, and passes an MLP. AdaLN
 scales and shifts by the noise level of the token's own frame. What a token may see is decided outside:
 nothing given = the whole clip (bidirectional), a frame mask = block-causal training (teacher forcing), keys
-and values from the KV cache = generation chunk by chunk. The forward is pure: it returns the keys and values
-that it made and writes nothing.
+and values from the KV cache = generation chunk by chunk, a prefix = a clean context that sees itself alone
+(teacher and critic). The forward is pure: it returns the keys and values that it made and writes nothing.
 
     python model.py            # parameters of the two configs
 
 References: Wan 2.1, arXiv 2503.20314 (names and shapes of its raw weights, all 825); DiT, arXiv 2212.09748
-(AdaLN); Self-Forcing, arXiv 2506.08009 (one noise level per frame). Tested against both on golden vectors.
+(AdaLN); Self-Forcing, arXiv 2506.08009 (one noise level per frame). Tested on golden vectors of Wan's and
+Self-Forcing's code.
 Leaves out: image-to-video inputs, flash-attention kernels (scaled_dot_product_attention picks one), the 14B
 model.
 """

@@ -11,6 +11,7 @@ gradients, moments and averages lie spread over the processes, block by block, b
 References: Muon, https://kellerjordan.github.io/posts/muon.
 """
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,12 +36,13 @@ def make_optimizers(cfg, preset, nets):
         group = matrices if use_muon else others
         (critic if path.startswith("critic.") else group).append(p)
     betas = (0., preset.beta2) if preset.teacher else (.9, .95)
-    optimizers = {"net": [torch.optim.AdamW(others, betas=betas, weight_decay=.01)], "critic": []}
+    # sharded parameters would be stepped one by one unless told otherwise
+    adamw = partial(torch.optim.AdamW, weight_decay=.01, foreach=True if cfg.wan else None)
+    optimizers = {"net": [adamw(others, betas=betas)], "critic": []}
     if matrices:
         optimizers["net"].append(Muon(matrices))
     if critic:
-        betas = preset.critic_beta1, preset.beta2
-        optimizers["critic"] = [torch.optim.AdamW(critic, betas=betas, weight_decay=.01)]
+        optimizers["critic"] = [adamw(critic, betas=(preset.critic_beta1, preset.beta2))]
     return optimizers
 
 

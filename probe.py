@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import judge
-from config import fast_autocast
+from config import BadInput, fast_autocast
 from data import encode_world, frames_of
 from erft import extend
 from flow import Rollout, generate
@@ -26,7 +26,7 @@ PROBE_CHUNKS = 5    # 4 s, in which worlds that turn once in 8 or 9 s bring back
 PROBE_POLICY = PRESETS["uniform2"]
 SPAN = 5 * FPS      # frames
 MINUTE = 60 * FPS   # frames
-MINUTE_CHUNKS = 80  # of a video's first minute 3 frames fewer
+MINUTE_CHUNKS = 80  # 960 frames, of a video's first minute 957
 MINUTES = (1, 5, 15, 60)  # of an hour, which are looked at
 # what is read in them
 HOUR_NUMBERS = ("validity, dB", "entropy of landmarks, bits", "landmarks as in minute 1, %")
@@ -54,6 +54,8 @@ def decode_frames(vae, latents):
     Latents (b, n, 16, 4, 8) -> frames (b, f, 3, 32, 64) uint8, a chunk at a time; in bf16 where that is fast,
     which moves the validity by 0.02 dB. The models themselves run in float32, as in sample.py.
     """
+    if not latents.isfinite().all():
+        raise BadInput("a network made latents that are not finite (NaN or infinity): is its file damaged?")
     frames, past = [], None
     for chunk in latents.split(CHUNK, dim=1):
         with fast_autocast(latents.device):

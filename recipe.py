@@ -61,7 +61,7 @@ def hash_recipe(preset):
 
 
 DISTIL = Preset(updates=0, lr=0., warmup=1, ema_decay=.9, strip_every=20, probe_every=20, save_every=20)
-# of small batches, as a network learns by the number of its steps here, and of large rates
+# small batches and large rates: here many updates teach more than many samples do
 MANY_STEPS = Preset(updates=0, lr=0., batch=8, save_every=500, strip_every=1000, probe_every=1000)
 TINY = {
     "vae": Preset(1400, 2e-3, seconds=1., batch=8, ema_decay=.99, probe_every=0),
@@ -71,7 +71,8 @@ TINY = {
     # straight from init_ar; critics of both stages learn at 1.2e-4
     "stage1": replace(DISTIL, updates=80, lr=1e-5, start="init_ar", seconds=6., teacher="teacher",
                       critic_alone=60, critic_lr=12.),
-    # the ramp is over before the student moves: it is for the critic
+    # The ramp is over before the student moves: it is for the critic. Of 12 keyframes at most 10 were kept by
+    # then, the others are latents that came first; a video of a minute has 12.
     "stage2": replace(DISTIL, updates=100, lr=2e-5, start="stage1", seconds=15., teacher="teacher",
                       critic_alone=60, shortest=14, longest=34, ramp=.25),
 }
@@ -79,10 +80,10 @@ TINY = {
 # Guidance is written 3 and 5 where it is cond + w (cond - uncond).
 FULL_SIZE = Preset(updates=0, lr=0., batch=1, context_noise=0., probe_every=0)
 FULL_DISTIL = replace(FULL_SIZE, lr=2e-6, warmup=1, ema_decay=.99, ema_start=40, strip_every=100,
-                      critic_lr=.2, critic_beta1=0., beta2=.999, critic_passes=5, all_steps=False, clip=2.)
+                      critic_lr=.2, critic_beta1=0., beta2=.999, critic_passes=5, all_steps=False, clip=10.)
 WAN = {
     "init_ar": replace(FULL_SIZE, updates=5000, lr=1e-5, start="base"),
-    "init_ode": replace(FULL_SIZE, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99),
+    "init_ode": replace(FULL_SIZE, updates=3000, lr=2e-6, start="init_ar", warmup=1, ema_decay=.99, clip=10.),
     "teacher": replace(FULL_SIZE, updates=8000, lr=1e-5, start="base"),
     "stage1": replace(FULL_DISTIL, updates=120, start="init_ode", teacher="base", guidance=4., save_every=20),
     # a short ramp: half of the rollouts begin with 6 keyframes or more in slow memory

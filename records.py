@@ -9,7 +9,7 @@ Leaves out: reading a long file piece by piece.
 import json
 import os
 
-from config import check_file, check_schema, in_one_line, warn
+from config import BadInput, check_file, check_schema, in_one_line, warn
 
 
 def open_file(path):
@@ -38,6 +38,8 @@ def read_lines(path, schema):
     returns  list of dicts; raises BadInput for what is no file
     """
     check_file(path)
+    if path.exists() and path.stat().st_size > 1 << 30:
+        raise BadInput(f"{path} is larger than 1 GB: move it away")
     read = []
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content.splitlines(), 1):

@@ -22,11 +22,13 @@ better, is decided before.
 References: Context Forcing, arXiv 2602.06028, figures 1, 7 and 8.
 Leaves out: tests of the paper's assumptions 1 and 2.
 """
+import hashlib
+import json
 import math
-from itertools import product
 
 import numpy as np
 
+from config import warn
 from judge import chance
 from probe import HOUR_NUMBERS, MINUTES
 from records import read_lines
@@ -48,9 +50,18 @@ ABLATIONS = {
 
 def read_videos(path):
     """-> key -> list of videos; none if there is no file yet"""
-    video = dict.fromkeys(("motion", *ROW[:4]), str) | {"seed": int}
-    lines = read_lines(path, {"key": str, "videos": [video]})
-    return {line["key"]: line["videos"] for line in lines}
+    videos = {}
+    for line in read_lines(path, {"key": str, "videos": [dict], "sha256": str}):
+        if line["sha256"] == hash_videos(line["videos"]):
+            videos[line["key"]] = line["videos"]
+        else:
+            warn(f"passed over: {path}, key {line['key']}: its videos are not what their sha256 says")
+    return videos
+
+
+def hash_videos(videos):
+    """sha256 of what a line holds"""
+    return hashlib.sha256(json.dumps(videos).encode()).hexdigest()
 
 
 def pick(videos, wanted):
@@ -89,7 +100,7 @@ def estimate(counts):
     total, n, *_ = counts.sum(0)
     if n == 0:
         return np.full(3, math.nan)
-    # 2,000 times as many trainings drawn again, and as many worlds, which are the same in all trainings
+    # 2,000 resamples of trainings, and of worlds, with replacement; a world counts alike in all trainings
     rng = np.random.default_rng(0)
     weight = 1
     for drawn in counts[:, 2:].T:
@@ -108,11 +119,11 @@ def mean(videos, what, absence=None):
 
 def difference(ours, theirs, what):
     """`what` of our videos less theirs, in the worlds of a training that both have -> as estimate()"""
+    means = {tuple(one): total / n for total, n, *one in counts(theirs, what) if n}
     gaps = []
-    for pair in product(ours, theirs):
-        (a, n, *one), (b, m, *other) = counts(pair, what)
-        if one == other and n and m:
-            gaps.append((a / n - b / m, 1, *one))
+    for total, n, *one in counts(ours, what):
+        if n and tuple(one) in means:
+            gaps.append((total / n - means[tuple(one)], 1, *one))
     # of fewer than eight nothing can be said
     return estimate(np.array(gaps)) if len(gaps) >= 8 else np.full(3, math.nan)
 
@@ -128,11 +139,13 @@ def detail(videos):
 
 def half_way(videos, what="right"):
     """
-    Seconds out of view up to which returns are `what` more often than half-way from always to chance, and
-    after which they are less often; inf if that is beyond the last, NaN if fewer than ten come before it.
+    The seconds out of view that best part returns that are mostly `what` (the shorter) from those that mostly
+    are not; the bar is half-way between 100 % and chance. inf if that is beyond the last, NaN if fewer than
+    ten come before it.
     """
     events = sorted((e["absence"], e[what]) for video in videos for e in video["returns"])
-    gain = np.cumsum([right - (1 + luck(videos)) / 2 for _, right in events])
+    bar = (1 + luck(videos)) / 2
+    gain = np.cumsum([right - bar for _, right in events])
     last = gain.argmax() if len(events) else 0
     if last < 9:
         return math.nan

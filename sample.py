@@ -27,7 +27,6 @@ from config import (STUDENT, BadInput, StopSignals, check_file, check_schema, ch
                     parse, pick_device, run, tell, use_one_thread, warn, within)
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 from bench import bench, memory_estimate, peak_memory
@@ -47,7 +46,8 @@ OPTIONS = ["prompt", "seed", "memory", "positions", "tau", "steps", "size", "vae
 FILES = ["ckpt", "lora", "wan"]
 LONGEST = 86400  # seconds
 # what a state says beside its latents; also frames that are written, and how many chunks are a clip's
-STATE = {"options": dict, "model": str, "clip": int, "frames": range(1, LONGEST * FPS + 1)}
+STATE = {"options": {"prompt": str, "seed": int, "memory": str, "positions": str}, "model": str,
+         "clip": range(LONGEST), "frames": range(LONGEST * FPS + 1)}
 
 
 @dataclass
@@ -102,6 +102,9 @@ def check(cfg):
     if cfg.save_state:
         state = Path(cfg.save_state)
         check_file(state)
+        if state.suffix in (".mp4", ".png", ".jsonl"):
+            raise BadInput(f"--save-state {state} could take the place of a video, its picture or its line: "
+                           "give another ending")
         if state.exists():
             _, about = read_head(state, "it is there, and no state: give another name")
             check_schema(state, about, STATE, fault="is there, and no state: give another name")
@@ -175,8 +178,9 @@ def read_options():
     if frames_in(cfg.seconds) <= about["frames"]:
         raise BadInput(f"{cfg.resume} is {about['frames'] / FPS:g} s long already: give --seconds above that")
     # a copy: the file is mapped, and may be replaced
-    latents, chunks = state["latents"].clone(), chunks_of(about["frames"])
-    if latents.shape[1:2] != (CHUNK * chunks,) or not 0 <= about["clip"] <= chunks:
+    latents, chunks = state["latents"].clone(), max(about["clip"], chunks_of(about["frames"]))
+    # where a video could not be written, its state has more of it
+    if latents.ndim != 5 or latents.shape[1] % CHUNK or latents.shape[1] < CHUNK * chunks:
         raise BadInput(f"{cfg.resume} is damaged: its latents are no {chunks} chunks")
     return cfg, latents, about
 
@@ -206,7 +210,8 @@ def name_video(cfg, record, manifest, taken):
         # the same video may be there, but one that may be stopped half-way does not take its place
         made = manifest.get(path.name, {})
         is_same = made.items() >= record.items() and path.is_file() and made["sha256"] == hash_file(path)
-        is_free = cfg.overwrite or not path.exists() or is_same and not cfg.save_state
+        is_there = path.exists() or path.with_suffix(".png").exists()
+        is_free = cfg.overwrite or not is_there or is_same and not cfg.save_state
         if is_free and path not in taken:
             taken.add(path)
             return path
@@ -242,10 +247,10 @@ def find_old_chunks(cfg, networks, latents, device):
         latents = networks.vae.encode(clip / 127.5 - 1)
     if latents is None:
         return []
-    c, h, w = networks.latent
-    with in_one_line(f"cannot read {cfg.resume}", "give a file that --save-state wrote"):
-        chunks = rearrange(latents, "1 (m n) c h w -> m 1 n c h w", n=CHUNK, c=c, h=h, w=w)
-    return list(chunks.to(device).float())
+    if latents.shape[2:] != networks.latent or len(latents) != 1:
+        raise BadInput(f"{cfg.resume} holds latents {(*latents.shape,)}, needed are (1, n, "
+                       f"*{networks.latent}): give its own --ckpt or --wan")
+    return list(latents.to(device).float().split(CHUNK, dim=1))
 
 
 def make_latents(cfg, networks, switches, seed, old, clip):
@@ -257,7 +262,7 @@ def make_latents(cfg, networks, switches, seed, old, clip):
     """
     texts = {chunk: networks.text(text) for chunk, text in switches.items()}
     rollout = networks.rollout(text_at(texts, max(0, clip - 1)))
-    left = chunks_of(frames_in(cfg.seconds)) - len(old)
+    left = max(0, chunks_of(frames_in(cfg.seconds)) - len(old))
     if cfg.teacher:
         new = extend_with_teacher(networks, texts, torch.cat(old, dim=1), rollout.grid, seed)
         return rollout, chain(old, islice(new, left))
@@ -282,7 +287,7 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
     """
     prompt, seed, done = record["prompt"], record["seed"], record["options"]["from"]
     rollout, chunks = make_latents(cfg, networks, switches, seed, old, clip)
-    kept, thumbnails, frames = [], {}, 0
+    kept, thumbnails, frames, written = [], {}, 0, done
     total = frames_in(cfg.seconds)
 
     def until_signal():
@@ -295,29 +300,30 @@ def make_video(cfg, networks, path, record, switches, old, clip, stop, bar):
     # 1. decode and write one chunk after another, but for what is in an earlier file
     about = {"AI-generated": True, "prompt": prompt, "seed": seed, "model": networks.name}
     comment = json.dumps(about, ensure_ascii=False)
-    with video_writer(path, networks.width, networks.height, comment, networks.scale) as write:
-        for decoded, is_finite in decode_beside(networks.vae, until_signal()):
-            if not is_finite:
-                raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "
-                               f"are these weights of {networks.name} damaged, or too large for --dtype?")
-            if frames / total * THUMBNAILS >= len(thumbnails):
-                thumbnails[frames / FPS] = decoded[0].clone()
-            for frame in decoded[max(0, done - frames):total - frames]:
-                write(frame.numpy())
-                bar.update()
-            frames = min(total, frames + len(decoded))
-    # 2. what was made, and the state whatever became of that, before a word that may find nobody
-    told = f"wrote {path}"
     try:
+        with video_writer(path, networks.width, networks.height, comment, networks.scale) as write:
+            for decoded, is_finite in decode_beside(networks.vae, until_signal()):
+                if not is_finite:
+                    raise BadInput(f"the chunk at {frames / FPS:g} s is not finite (NaN or infinity): "
+                                   f"are these weights of {networks.name} damaged, or too large for --dtype?")
+                if frames / total * THUMBNAILS >= len(thumbnails):
+                    thumbnails[frames / FPS] = decoded[0].clone()
+                for frame in decoded[max(0, done - frames):total - frames]:
+                    write(frame.numpy())
+                    bar.update()
+                frames = min(total, frames + len(decoded))
+        written = frames
         made = {"file": path.name, **record, "frames": frames - done, "sha256": hash_file(path)}
         append_line(Path(cfg.out, MANIFEST), made)
+        tell(f"wrote {path}")
+    # 2. the state, whatever became of that: what is in no file is written when it goes on
     finally:
-        if cfg.save_state:
+        if cfg.save_state and frames:
             saved = {name: getattr(cfg, name) for name in OPTIONS + FILES}
-            about = {"options": saved, "model": record["model"], "frames": frames, "clip": clip}
-            write_safetensors(cfg.save_state, {"latents": torch.cat(kept, dim=1)}, about)
-            told += f", saved {cfg.save_state} at {frames / FPS:g} s"
-        tell(told)
+            about = {"options": saved, "model": record["model"], "frames": written, "clip": clip}
+            latents = torch.cat(kept, dim=1)[:, :CHUNK * chunks_of(frames)]
+            write_safetensors(cfg.save_state, {"latents": latents}, about)
+            tell(f"saved {cfg.save_state} at {frames / FPS:g} s")
     # 3. what the memory holds now
     if not cfg.teacher:
         memory_picture(path.with_suffix(".png"), thumbnails, rollout, networks.vae, prompt)
@@ -350,7 +356,8 @@ def main():
         if cfg.bench:
             return bench(networks, texts[0])
         # 4. the model
-        model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), "")
+        told = repr([networks.dit.config, networks.sampler])
+        model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), told)
         if cfg.resume and model != about["model"]:
             raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
                            "autoencoder or --dtype: give its own by --ckpt or --wan")
@@ -361,6 +368,8 @@ def main():
         cfg.tau, cfg.steps = networks.policy.tau, networks.sampler.steps
         options = {name: getattr(cfg, name) for name in (*OPTIONS[2:], "seconds", "teacher")}
         options["continue"] = hash_file(cfg.continue_) if cfg.continue_ else ""
+        if cfg.resume:
+            options["continue"] = hash_content({"latents": saved}, clip)
         options["from"] = done = about["frames"]
         # 7. the videos; the bar is delayed, so that no error is told behind it
         stop.patient = bool(cfg.save_state)

@@ -100,12 +100,13 @@ class Score:
         }
 
     def told(self):
-        """-> dict of what a page shows: heading from 0 to 1, once round; colours of landmarks, by sector"""
+        """-> dict of what a page shows; heading from 0 to 1, once round; colours of landmarks, by sector"""
         colours = [[world.COLOURS[colour] for colour in pair] for pair in world.PAIRS] + [None]
         return {
             "count": self.count(),
             "heading": self.path[-1] / COLUMNS % 1,
             "ground": world.GROUNDS[self.ground],
+            "motion": self.motion and self.motion.kind,
             "first": [colours[landmark] for landmark in self.first],
             "now": [colours[landmark] for landmark in self.now],
         }

@@ -154,7 +154,7 @@ def teacher_pass(cfg, preset, inputs, bank, rng, drawn):
 @dataclass
 class Stage:
     nets: dict  # name -> network that is trained, averaged and saved; a critic is only trained
-    # (rng, drawn) -> numbers to log, of an update in order: all but the last are for the critic
+    # of an update, in order: whose it is ("critic" or "net"), and (rng, drawn) -> numbers to log
     passes: list
     # (rng, share of the updates that is done) -> `drawn`, what a pass is like in all processes
     draw: object = lambda rng, done: None
@@ -168,7 +168,7 @@ def make_stage(cfg, part, preset, inputs):
         return Distillation(cfg, part, preset, inputs)
     if part == "vae":
         run_pass = partial(vae_pass, inputs, preset.batch)
-        return Stage({part: inputs.vae}, [run_pass])
+        return Stage({part: inputs.vae}, [("net", run_pass)])
     nets = {part: inputs.dit}
     # teacher forcing on real pasts; trains the text encoder too
     if part == "init_ar":
@@ -176,14 +176,15 @@ def make_stage(cfg, part, preset, inputs):
             nets["text"] = inputs.encoder
         histories = causal.FOLDER_HISTORIES if cfg.data else causal.HISTORIES
         run_pass = partial(teacher_forcing_pass, inputs, preset)
-        return Stage(nets, [run_pass], partial(causal.draw_kind, histories))
+        return Stage(nets, [("net", run_pass)], partial(causal.draw_kind, histories))
     if part == "init_ode":
-        return Stage(nets, [few_steps_pass(cfg, preset, inputs)])
+        run_pass = few_steps_pass(cfg, preset, inputs)
+        return Stage(nets, [("net", run_pass)])
     # a teacher: the small one recalls more with fresh noise between its steps than along the ODE
     inputs.sampler = Sampler(50, renoise=False) if cfg.wan else Sampler(TEACHER_STEPS)
     bank = erft.ErrorBank(inputs.latent, shift=preset.shift)
     run_pass = partial(teacher_pass, cfg, preset, inputs, bank)
-    return Stage(nets, [run_pass], states={"bank": bank})
+    return Stage(nets, [("net", run_pass)], states={"bank": bank})
 
 
 def few_steps_pass(cfg, preset, inputs):
@@ -210,7 +211,8 @@ class Distillation(Stage):
             self.teacher, _ = load_part(cfg, preset.teacher, cfg.teacher, inputs.device)
         self.critic = copy.deepcopy(self.teacher)
         self.nets = {part: inputs.dit, "critic": self.critic}
-        self.passes = [self.critic_pass] * preset.critic_passes + [self.student_pass]
+        self.passes = [("critic", self.critic_pass)] * preset.critic_passes
+        self.passes.append(("net", self.student_pass))
         self.levels = schedule(inputs.sampler.steps, inputs.sampler.shift)
         self.negative = inputs.features([NEGATIVE] * preset.batch) if preset.guidance != 1 else None
         self.prompts = Shuffled(inputs.prompts, cfg.seed)

@@ -18,7 +18,8 @@ from model import DiT, DiTConfig, tiny_dit
 from tensors import hash_file, load_state_dict_strict, read_public
 from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
-from weights import DIT, WEIGHTS, Networks, is_random, load, load_wan, wan_text
+from weights import (DIT, WEIGHTS, Networks, check_partner, is_random, load, load_wan, make_sampler,
+                     wan_text)
 
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -74,8 +75,11 @@ def tiny_inputs(cfg, part, preset, device):
 
 def load_part(cfg, name, given, device):
     """A DiT of the small world, and how it is sampled."""
-    net, facts = load(find_weights(cfg, name, given), DiT, DiTConfig)
-    return net.to(device), Sampler(**facts.get("sampler", {}))
+    file = find_weights(cfg, name, given)
+    net, facts = load(file, DiT, DiTConfig)
+    for partner in ("text", "vae"):
+        check_partner(file, facts, partner, find_weights(cfg, partner))
+    return net.to(device), make_sampler(file, facts)
 
 
 def load_wan_part(cfg, name, given, device):

@@ -6,7 +6,7 @@ A file is known by how it begins, not by its name: safetensors, a pickle of torc
 named NAME-1-of-2 are one. No pickle runs code. What is written here carries a sha256 of its content, pickles
 the CRC-32 of their zip; both are verified when a file is read, so that one wrong bit is told.
 
-    python weights.py weights/vae.safetensors    # writes a file of weights/ anew, with its checksum
+    python weights.py out/vae/vae.safetensors    # ships a file, with its checksum
 
 References: safetensors, torch.save; LoRA, arXiv 2106.09685 (names of peft and of kohya's scripts).
 Leaves out: GGUF, 8-bit weights, diffusers' names, torch.distributed.checkpoint (named, with what to do).

@@ -151,14 +151,16 @@ class TextEncoder(nn.Module):
 
 def words_to_ids(captions, length=32):
     """
-    List of str -> ids (b, length): a hash of each word or digit, an end mark, zeros; and a mask (b, length),
-    1 where no 0. Longer captions are cut.
+    List of str -> ids (b, length): a hash of each word or digit with its place, an end mark, zeros; and a
+    mask (b, length), 1 where no 0. Longer captions are cut.
     """
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     for row, caption in zip(ids, captions):
-        # words are further apart than their letters, and digits make all numbers; 0 pads, 1 ends
-        words = re.findall(r"\d|[^\W\d]+", caption)
-        codes = [2 + zlib.crc32(word.encode()) % (tiny_text.vocab - 2) for word in words[:length - 1]]
+        # words are further apart than their letters, and digits make all numbers: 42 is read as 4_ 2
+        spaced = re.sub(r"\d(?=(\d*))", lambda digit: f" {digit[0]}{'_' * len(digit[1])} ", caption)
+        words = re.findall(r"\w+", spaced)[:length - 1]
+        # 0 pads, 1 ends
+        codes = [2 + zlib.crc32(word.encode()) % (tiny_text.vocab - 2) for word in words]
         row[:len(codes) + 1] = torch.tensor([*codes, END])
     return ids, (ids > 0).long()
 

@@ -13,9 +13,10 @@ recipe.py; what each stage starts from, in starts.py; what it minimises, in stag
 
 Run the same command again to go on after a stop, on any number of processes. All that is random in update n
 is drawn from (seed, n, which batch), so a resumed run is the uninterrupted run, and 2, 4 or 8 processes are
-one that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, an exit step and
-a length of its own. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an update), strip_*.png
-(look at them), two checkpoints, at the end <part>.safetensors, the averages. Nodes share the disk of --out.
+one that accumulates as many batches. In stages 1 and 2 each pass of an update has a rollout, a length and, at
+full size, an exit step of its own. Each part of a stage writes out/<part>/: log.jsonl (a JSON object an
+update), strip_*.png (look at them), two checkpoints, at the end <part>.safetensors, the averages. Nodes share
+the disk of --out.
 
 The log has loss, grad (norm of the gradient before clipping), lr, skipped (bad updates in a row), seconds,
 and now and then what the judge says of held-out worlds: recall, ceiling, chance, returns, validity. Stages 1
@@ -59,6 +60,7 @@ from recipe import PARTS, TINY, WAN, hash_recipe
 from records import append_line, read_lines
 from stages import TARGET_CHUNKS, TEACHER_STEPS, make_stage
 from starts import hash_starts, load_inputs
+from tensors import read_file
 from text import encode_captions
 from video import to_uint8
 from weights import save_weights
@@ -76,7 +78,7 @@ class Config:
     init: str = ""        # weights to start from (default: of the stage before, of this --out or shipped)
     teacher: str = ""     # stages 1 and 2: weights of the real score, and of the critic's start
     teacher_context: str = "memory"  # stage 2: memory | none, which is stage 2_none
-    data: str = ""        # teacher, init: a folder that data.py wrote; 1, 2: a file of prompts (default: no)
+    data: str = ""        # teacher, init: a folder that data.py wrote; 1, 2: prompts, such a folder or a file
     wan: str = ""         # a raw Wan2.1-T2V-1.3B folder | random | random:DIMxLAYERS: full size, with --data
     size: str = ""        # with --wan: WIDTHxHEIGHT in pixels, as --data was made (default 832x480)
     seed: int = 0         # of the training run
@@ -111,8 +113,9 @@ def seed_pass(cfg, step, number, micro):
     """
     Seeds all that is random in pass `number` of an update, for batch `micro` of this process: torch's own
     generator, and two of numpy's. It depends on which batch of the update this is, not on the process.
-    returns  a generator for what 8 batches draw alike (with 3, 5, 6, 7 processes more), because sharded
-             networks need as many forward passes in every process; and one for this batch alone
+    returns  a generator that the batches of a group share (8, or the least common multiple of 8 and the
+             number of processes), because sharded networks need as many forward passes in every process;
+             and one for this batch alone
     """
     batch = micro * get_processes() + get_rank()
     group = batch // math.lcm(ALIKE, get_processes())
@@ -125,10 +128,9 @@ def seed_pass(cfg, step, number, micro):
 def make_update(cfg, preset, stage, optimizers, step):
     """-> numbers to log, was all finite?"""
     metrics, all_finite = {}, True
-    for number, run_pass in enumerate(stage.passes):
-        is_critic = number + 1 < len(stage.passes)
+    for number, (mover, run_pass) in enumerate(stage.passes):
         # at first the critic is alone
-        if not is_critic and step < preset.critic_alone:
+        if mover == "net" and step < preset.critic_alone:
             continue
         total = 0.
         for micro in range(cfg.accumulate):
@@ -138,10 +140,9 @@ def make_update(cfg, preset, stage, optimizers, step):
             total += sum(found.values())  # only asked: is all finite?
             metrics |= found              # of the last batch
         # the network of this pass moves, if all that it found is finite
-        mine = optimizers["critic" if is_critic else "net"]
-        lr = get_lr(preset, step) * (preset.critic_lr if is_critic else 1)
-        norm, is_finite = optimizer_step(mine, lr, total, cfg.accumulate, preset.clip)
-        metrics["critic_grad" if is_critic else "grad"] = norm
+        lr = get_lr(preset, step) * (preset.critic_lr if mover == "critic" else 1)
+        norm, is_finite = optimizer_step(optimizers[mover], lr, total, cfg.accumulate, preset.clip)
+        metrics["grad" if mover == "net" else "critic_grad"] = norm
         all_finite &= is_finite
     return metrics, all_finite
 
@@ -207,7 +208,6 @@ def save_networks(cfg, part, preset, inputs, ema, saved):
         found = causal.calibrate(averaged(part, inputs, nets))
         kept = found.pop("kept")
         sampler = replace(sampler, **found)
-        print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
     log = read_lines(Path(cfg.out, part, "log.jsonl"), {"step": int, "seconds": float})
     seconds = sum(line["seconds"] for line in log)
     facts = {"stage": part, "seed": cfg.seed, "recipe": hash_recipe(preset), "updates": preset.updates,
@@ -216,6 +216,8 @@ def save_networks(cfg, part, preset, inputs, ema, saved):
              "machine": f"{inputs.device.type} {platform.machine()} {cfg.dtype}"}
     facts |= {name: value for name, value in saved.items() if name.startswith("sha256")}
     if get_rank() == 0:
+        if kept:
+            print(f"tau {sampler.tau:.4f} ({sampler.pool}), share of the tested chunks that are kept: {kept}")
         for name, net in reversed(nets.items()):  # the part's own at last: with it the part is finished
             path = Path(cfg.out, part, f"{name}.safetensors")
             save_weights(path, net.state_dict(), net.config, facts)
@@ -239,8 +241,10 @@ def describe(cfg, part, preset):
 
 
 def write_log(out, numbers):
+    """A line of six digits a number"""
+    short = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in numbers.items()}
     if get_rank() == 0:
-        append_line(out / "log.jsonl", {name: round(value, 6) for name, value in numbers.items()})
+        append_line(out / "log.jsonl", short)
 
 
 def check_teacher(out, inputs, teacher):
@@ -280,6 +284,11 @@ def announce(cfg, part, preset, inputs, ema):
         print(f"rollouts by keyframes in slow memory when the target begins, if all are kept: {told}")
 
 
+def is_there(weights, verify):
+    """Has the part been trained? BadInput if what it wrote is damaged."""
+    return weights.exists() and bool(read_file(weights, verify, "delete it, and it is made again"))
+
+
 def train(cfg, part, device, stop):
     """One part, from its start or its newest checkpoint to its weights; stop: StopSignals"""
     preset = settings(cfg, part)
@@ -289,7 +298,8 @@ def train(cfg, part, device, stop):
     saved = keep_settings(out, describe(cfg, part, preset), cfg.accumulate * get_processes())
     # a chain goes on with what is not there yet
     weights = out / f"{part}.safetensors"
-    if cfg.stage == "all" and weights.exists():
+    is_made = is_there(weights, not cfg.no_verify)
+    if cfg.stage == "all" and is_made:
         return
     inputs, stage, nets, ema, optimizers = prepare(cfg, part, preset, device)
 
@@ -298,7 +308,7 @@ def train(cfg, part, device, stop):
     others = {"ema": ema, **stage.states}
     step = load_checkpoint(out, nets, every_optimizer, others, not cfg.no_verify)
     # finished: the next part has begun with this very file
-    if step == preset.updates and weights.exists():
+    if step == preset.updates and is_made:
         return
     if part.startswith("stage2") and step == 0 and is_first and not cfg.wan:
         check_teacher(out, inputs, stage.teacher)

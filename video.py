@@ -96,6 +96,8 @@ def decode_beside(vae, chunks):
             if side:
                 side.wait_stream(torch.cuda.current_stream())
             now = thread.submit(decode, x0)
+            if kind == "mps":
+                now.result()  # Metal ends a process whose threads use it at a time
             if before:
                 yield before.result()
             before = now
@@ -215,8 +217,8 @@ def open_clip(path, *options):
     log = subprocess.run(words, capture_output=True).stderr.decode("utf-8", "replace")
     frames, damage = FRAME.findall(log), BROKEN.findall(log)
     if not frames:
-        raise BadInput(f"cannot read the clip {path} ({[*damage, 'no frames'][0]}): give a video file, no "
-                       "playlist")
+        raise BadInput(f"cannot read the clip {path} ({[*damage, 'no frames'][0]}): it shows no picture; "
+                       "give a video file, no playlist")
     seconds, sizes = zip(*frames)
     if len(set(sizes)) > 1:
         damage.append("its frames change their size")

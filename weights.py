@@ -30,8 +30,8 @@ from flow import Rollout, Sampler
 from memory import PRESETS, Policy
 from model import DiT, DiTConfig
 from records import read_json
-from tensors import (ANOTHER_KIND, FETCH, empty_net, hash_file, load_on_device, load_state_dict_strict,
-                     read_file, read_lora, write_safetensors)
+from tensors import (ANOTHER_KIND, FETCH, QUANTISED, empty_net, hash_file, load_on_device,
+                     load_state_dict_strict, read_file, read_lora, write_safetensors)
 from text import TextConfig, TextEncoder, clean, encode_captions, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
@@ -62,7 +62,7 @@ def save_weights(path, state, config, facts):
 
 
 def ship(file, folder=WEIGHTS):
-    """A copy in bfloat16, to sample from: updates smaller than its rounding would be lost there."""
+    """A copy in bfloat16, to sample from: updates smaller than its rounding would be lost in training."""
     state, about = read_file(file)
     whose = "is no file that train.py wrote"
     check_schema(file, [*state.values()], [torch.float32], "weights", whose)
@@ -88,6 +88,7 @@ def make_sampler(path, facts):
     check_schema(path, facts, {"stage": (str, NoneType)}, "facts")
     sampler = make_checked(Sampler, path, "sampler", facts.get("sampler", {}))
     within(f"{path}: shift of its sampler", sampler.shift, .01, 100)
+    within(f"{path}: steps of its sampler", sampler.steps, 1, 1000)
     return sampler
 
 
@@ -98,6 +99,8 @@ def load(path, build, make_config):
     with in_one_line(f"cannot read {path}", ANOTHER_KIND), torch.device("meta"):
         make_sampler(path, about["facts"])
         net = build(make_checked(make_config, path, "config", about["config"], len(state)))
+    if any(tensor.itemsize == 1 or not tensor.is_floating_point() for tensor in state.values()):
+        raise BadInput(f"{path} {QUANTISED}")
     state = {name: tensor.float() for name, tensor in state.items()}
     return load_state_dict_strict(net, state, path), about["facts"]
 
@@ -231,18 +234,37 @@ class Networks:
         return self.dit.text(self.features(texts))
 
     def rollout(self, text):
-        """One video from nothing; text: what self.text() gives."""
+        """A batch of videos from nothing, one a text; text: what self.text() gives."""
         pool = self.sampler.pool
         return Rollout(self.dit, text, self.policy, self.grid, self.positions, pool, self.compiled)
+
+
+def find_partner(ckpt, name):
+    """The file of the "vae" or "text" of a network: where train.py puts it, beside its file, or what ships"""
+    part = "init_ar" if name == "text" else name
+    folder = Path(ckpt).parent
+    places = [place / f"{name}.safetensors" for place in (folder.parent / part, folder, WEIGHTS)]
+    return next(filter(Path.exists, places), places[-1])
+
+
+def check_partner(ckpt, facts, name, file):
+    """BadInput if a network was trained with another "vae" or "text" than that of a file"""
+    known = facts.get(f"sha256 of {name}")
+    shipped_as = read_file(file)[1].get("facts", {}).get("sha256")
+    if known not in (None, shipped_as, hash_file(file)):
+        raise BadInput(f"{ckpt} was trained with another {name} than {file}: put its own there, or beside it")
 
 
 def load_tiny(ckpt, device):
     """The networks of the small world; ckpt: its student or teacher"""
     dit, facts = load(ckpt, DiT, DiTConfig)
-    encoder, _ = load(WEIGHTS / "text.safetensors", TextEncoder, TextConfig)
-    tae, _ = load(WEIGHTS / "vae.safetensors", TAE, TAEConfig)
+    text, vae = (find_partner(ckpt, name) for name in ("text", "vae"))
+    encoder, _ = load(text, TextEncoder, TextConfig)
+    tae, _ = load(vae, TAE, TAEConfig)
     if dit.config.text_dim != encoder.config.dim:
         raise BadInput(f"{ckpt} is no network of the small world: give --wan with it")
+    check_partner(ckpt, facts, "text", text)
+    check_partner(ckpt, facts, "vae", vae)
     dit.to(device)
     # column by column in memory: a product with few tokens takes a quarter less time
     for p in dit.parameters():
@@ -310,7 +332,7 @@ def random_wan(wan, size, vae_name, device, dtype):
     """
     numbers = wan.partition(":")[2] or ("512x8" if device.type == "cpu" else "1536x30")
     dim, layers = two_numbers("--wan random:", numbers, 1)
-    within("--wan random: DIM * DIM * LAYERS", dim ** 2 * layers, 256, 2 * 10 ** 9)
+    within("--wan random: DIM * DIM * LAYERS", dim ** 2 * layers, 256, 3 * 10 ** 8)
     small = dim < 1536
     width, height = two_numbers("--size", size or ("192x128" if small else "832x480"), 16)
     # in the proportions of the full size
