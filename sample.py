@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice, product
 from pathlib import Path
@@ -356,7 +356,7 @@ def main():
         if cfg.bench:
             return bench(networks, texts[0])
         # 4. the model
-        told = repr([networks.dit.config, networks.sampler])
+        told = repr([networks.dit.config, replace(networks.sampler, steps=0, tau=0.)])  # options, these two
         model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), told)
         if cfg.resume and model != about["model"]:
             raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
