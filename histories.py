@@ -5,6 +5,13 @@ Headings of the small world are closed form: where the camera lingers, and what 
 a frame. So is what memory holds (memory.frames_in_memory), and targets can be drawn more often where
 something comes back that has left the view and is still held.
 
+Does a chunk bring something back? The camera turns left, once in 12 chunks; every second one is kept:
+
+    chunk   in view   one of them was out until   held when it is made                back?
+        8   5, 6      latent 18                   0..2 | 4..14, 18 | 21..23           no, both are new
+       11   3, 4      latent 27                   0..2 | 5..14, 18, 24 | 30..32       yes: 0 shows both
+       18   7, 0      latent 45                   0..2 | 9..14, 18, .., 48 | 51..53   yes: 18 does
+
     python histories.py        # what memory would hold of a clip, and where something comes back
 
 References: Context Forcing, arXiv 2602.06028, section 3.3 (histories of 5-20 s, selected by the memory's own
