@@ -7,7 +7,6 @@ under another name and renamed when it is there: whole or absent; beside its fil
 (sha256sum -c sha256). The last two are kept. Its index is a pickle: go on only in folders of your own.
 """
 import json
-import math
 import os
 import platform
 import shutil
@@ -28,8 +27,8 @@ from tensors import hash_file
 # of processes that wait for the one that draws a strip, or encodes the last clips
 PATIENCE = timedelta(hours=12)
 
-# what Finder and Explorer leave in folders that somebody looked into
-DESKTOP = (".DS_Store", "desktop.ini", "Thumbs.db")
+# in its folder, but no part of a checkpoint; the last are of Finder and Explorer
+BESIDE = ("sha256", ".DS_Store", "desktop.ini", "Thumbs.db")
 
 # one process may use torch.distributed.checkpoint, too
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -42,8 +41,9 @@ def joined_processes(device):
     leaves before the last is done, as torchrun ends the others of a group whose first node is gone.
     """
     if "RANK" in os.environ:
-        devices = {"cuda": torch.cuda.device_count(), "mps": 0}.get(device.type, math.inf)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > devices:
+        # a Mac counts none, and gloo does not reach its GPU
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device.type != "cpu" and processes > torch.cuda.device_count():
             raise BadInput("torchrun needs a GPU for each process: start fewer, or give --device cpu")
         # gradients travel between devices, flags and errors between hosts
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -111,8 +111,8 @@ def list_hashes(folder):
         except OSError as error:
             return f"{error}\n"
     # one process says which there are: over a network disk others may see fewer
-    names = {file.name for file in folder.iterdir()} - {"sha256", *DESKTOP} if get_rank() == 0 else []
-    files = [folder / name for name in sorted(gather(list(names)))]
+    names = [file.name for file in folder.iterdir() if file.name not in BESIDE] if get_rank() == 0 else []
+    files = [folder / name for name in sorted(gather(names))]
     return "".join(sorted(gather([line(file) for file in files[get_rank()::get_processes()]])))
 
 

@@ -207,12 +207,12 @@ def read_whole_chunks(file, width, height):
 
 
 def source_of(file, captions):
-    """What a clip was encoded from, for its file"""
+    """What a clip was encoded from: its caption, and how large its video is (all of it is long to read)"""
     return {"caption": captions[file], "bytes": file.stat().st_size}
 
 
 def is_encoded(shard, source):
-    """Is the clip there, from this very video and caption?"""
+    """Is the clip there, from what source_of() says?"""
     with suppress(BadInput):
         return shard.exists() and read_head(shard, ENCODE_AGAIN)[1].items() >= source.items()
     return False

@@ -356,8 +356,9 @@ def main():
         if cfg.bench:
             return bench(networks, texts[0])
         # 4. the model
-        told = repr([networks.dit.config, replace(networks.sampler, steps=0, tau=0.)])  # options, these two
-        model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), told)
+        # steps and tau are options of a video
+        form = repr([networks.dit.config, replace(networks.sampler, steps=0, tau=0.)])
+        model = hash_content(networks.dit.state_dict() | networks.vae.state_dict(), form)
         if cfg.resume and model != about["model"]:
             raise BadInput(f"{cfg.resume} was made with other weights than {networks.name}, or with another "
                            "autoencoder or --dtype: give its own by --ckpt or --wan")

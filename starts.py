@@ -19,7 +19,7 @@ from tensors import hash_file, load_state_dict_strict, read_public
 from text import TextConfig, TextEncoder, encode_captions, read_prompts, tiny_text
 from vae import TAE, TAEConfig, tiny_tae
 from weights import (DIT, WEIGHTS, Networks, check_partner, is_random, load, load_wan, make_sampler,
-                     wan_text)
+                     trained_file, wan_text)
 
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # Wan's
             "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -38,8 +38,7 @@ class Inputs(Networks):
 
 def find_weights(cfg, name, given=""):
     """The file given, else what this --out has trained under that name, else (small world) what ships."""
-    part = "init_ar" if name == "text" else name
-    own = Path(cfg.out, part, f"{name}.safetensors")
+    own = trained_file(cfg.out, name)
     if given or own.exists():
         return given or own
     return Path(cfg.wan, DIT) if cfg.wan else WEIGHTS / own.name

@@ -1185,7 +1185,8 @@ def test_a_packed_pass_predicts_what_a_rollout_predicts_and_its_copies_are_blind
 
 def test_packs_of_more_tokens_than_every_kernel_masks_right_are_refused():
     frame = torch.zeros(1, 18, dtype=torch.long)
-    pack = causal.Pack(torch.zeros(1, 18, 1), frame, None, torch.zeros(1, 24, dtype=torch.long))
+    target_frame = torch.zeros(1, 24, dtype=torch.long)
+    pack = causal.Pack(torch.zeros(1, 18, 1), frame, None, target_frame)
     xt, t = torch.zeros(1, 24, 1), torch.zeros(1, 24)
     net = lambda x, *about, **more: (x, None)
     net.config = SimpleNamespace(head_dim=6)
@@ -6697,7 +6698,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("told, harm", {
     "is quantised": lambda state, about: state | {"head.head.bias": state["head.head.bias"].to(torch.int8)},
-    "or complex": lambda state, about: state | {"head.head.bias": state["head.head.bias"].to(torch.complex64)},
+    "or complex": lambda state, about: state | {"head.head.bias": torch.zeros(64, dtype=torch.complex64)},
     "steps of its sampler must lie from 1 to 1000":
         lambda state, about: about["facts"]["sampler"].update(steps=16000) or state}.items())
 def test_tiny_weights_of_other_types_and_endless_samplers_are_refused(told, harm, tmp_path):

@@ -31,7 +31,7 @@ from memory import PRESETS, Policy
 from model import DiT, DiTConfig
 from records import read_json
 from tensors import (ANOTHER_KIND, FETCH, QUANTISED, empty_net, hash_file, load_on_device,
-                     load_state_dict_strict, read_file, read_lora, write_safetensors)
+                     load_state_dict_strict, read_file, read_head, read_lora, write_safetensors)
 from text import TextConfig, TextEncoder, clean, encode_captions, read_tokenizer, tokenise
 from vae import TAE, TAEConfig, tiny_tae
 from wan_vae import WanVAE, WanVAEConfig
@@ -239,19 +239,25 @@ class Networks:
         return Rollout(self.dit, text, self.policy, self.grid, self.positions, pool, self.compiled)
 
 
+def trained_file(out, name):
+    """Where train.py puts a network in its --out"""
+    part = "init_ar" if name == "text" else name
+    return Path(out, part, f"{name}.safetensors")
+
+
 def find_partner(ckpt, name):
     """The file of the "vae" or "text" of a network: where train.py puts it, beside its file, or what ships"""
-    part = "init_ar" if name == "text" else name
     folder = Path(ckpt).parent
-    places = [place / f"{name}.safetensors" for place in (folder.parent / part, folder, WEIGHTS)]
-    return next(filter(Path.exists, places), places[-1])
+    own = trained_file(folder.parent, name)
+    return next(filter(Path.exists, (own, folder / own.name)), WEIGHTS / own.name)
 
 
 def check_partner(ckpt, facts, name, file):
     """BadInput if a network was trained with another "vae" or "text" than that of a file"""
     known = facts.get(f"sha256 of {name}")
-    shipped_as = read_file(file)[1].get("facts", {}).get("sha256")
-    if known not in (None, shipped_as, hash_file(file)):
+    # a shipped file says of which one it was made
+    its_facts = read_head(file, FETCH)[1].get("facts", {})
+    if known not in (None, its_facts.get("sha256")) and known != hash_file(file):
         raise BadInput(f"{ckpt} was trained with another {name} than {file}: put its own there, or beside it")
 
 
